@@ -1,0 +1,144 @@
+"""An artefact is a folder of files and a manifest; the manifest is written last, and writing it is the commit.
+
+The folder's name is a key over kind, settings and the digests of the parents: a stage whose inputs and settings are
+unchanged finds its result instead of running. Each attempt writes below its own prefix, so a killed attempt leaves
+nothing that a later one could mistake for a result, and of two writers the first to create the manifest wins.
+"""
+
+import hashlib
+import json
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+
+import catid2_ray
+from catid2_ray.artifacts.store import Store
+from catid2_ray.errors import ArtifactError, CommitConflict, StorageError
+
+FORMAT = 1
+
+
+def digest_of(value) -> str:
+    """SHA-256 (hex) of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What an artefact is and where it came from.
+
+    `digest` covers the content alone (names and SHA-256 of the files): equal digests mean equal results. `parents` maps a
+    role to the digest of the artefact used. `files` are dicts with name (relative to `folder`), bytes, sha256 and, for
+    tables, rows. `settings` is the recipe section that took part in the key, `recipe` the whole resolved recipe.
+    """
+
+    kind: str
+    key: str
+    digest: str
+    folder: str
+    files: list[dict]
+    parents: dict[str, str]
+    settings: dict
+    recipe: dict
+    rows: int | None = None
+    schema: str | None = None
+    metrics: dict = field(default_factory=dict)
+    code_version: str = catid2_ray.__version__
+    created: str = ""
+    format: int = FORMAT
+
+    def file(self, name: str) -> str:
+        """The store name of one of the files, such as `part-00000.parquet`."""
+        return f"{self.folder}/{name}"
+
+    def named(self, prefix: str) -> list[dict]:
+        """The files below a prefix, in order of their names."""
+        return [entry for entry in self.files if entry["name"].startswith(prefix)]
+
+    def parts(self) -> list[dict]:
+        return self.named("part-")
+
+
+def key_of(kind: str, settings: dict, parents: dict[str, str]) -> str:
+    """The artefact's folder name: sixteen hex digits over all that decides the result."""
+    return digest_of({"format": FORMAT, "kind": kind, "settings": settings, "parents": parents})[:16]
+
+
+def _manifest_name(kind: str, key: str) -> str:
+    return f"artifacts/{kind}/{key}/manifest.json"
+
+
+def find(store: Store, kind: str, key: str) -> Manifest | None:
+    """The committed artefact, or None. A manifest that cannot be read is an ArtifactError, never a silent rerun."""
+    name = _manifest_name(kind, key)
+    if not store.exists(name):
+        return None
+    try:
+        manifest = Manifest(**json.loads(store.read(name)))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{store.uri_of(name)} is not a manifest ({error}); delete that folder and rerun") from None
+    if manifest.format != FORMAT:
+        raise ArtifactError(
+            f"{store.uri_of(name)} has format {manifest.format}, this version reads {FORMAT}; delete that folder and rerun"
+        )
+    return manifest
+
+
+class Attempt:
+    """One try at producing an artefact: write below `folder`, then `commit`.
+
+    `find` first; an attempt exists only for what is not there. Nothing below `folder` counts until `commit` returns.
+    """
+
+    def __init__(self, store: Store, kind: str, *, settings: dict, parents: dict[str, str], recipe: dict):
+        self.store, self.kind, self.settings, self.parents, self.recipe = store, kind, settings, parents, recipe
+        self.key = key_of(kind, settings, parents)
+        self.folder = f"artifacts/{kind}/{self.key}/attempt-{uuid.uuid4().hex[:12]}"
+        self._started = time.monotonic()
+
+    def name(self, file: str) -> str:
+        return f"{self.folder}/{file}"
+
+    def commit(self, files: list[dict], *, rows: int | None = None, schema: str | None = None, metrics: dict) -> Manifest:
+        """Write the manifest. Where another attempt at the same key committed first, its manifest is returned instead."""
+        entries = sorted(
+            ({**entry, "name": entry["name"].removeprefix(f"{self.folder}/")} for entry in files), key=lambda e: e["name"]
+        )
+        manifest = Manifest(
+            kind=self.kind,
+            key=self.key,
+            digest=digest_of([self.kind, [[entry["name"], entry["sha256"]] for entry in entries]]),
+            folder=self.folder,
+            files=entries,
+            parents=self.parents,
+            settings=self.settings,
+            recipe=self.recipe,
+            rows=rows,
+            schema=schema,
+            metrics={**metrics, "seconds": round(time.monotonic() - self._started, 2)},
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+        try:
+            self.store.create(_manifest_name(self.kind, self.key), json.dumps(asdict(manifest), indent=1).encode())
+        except CommitConflict:
+            return find(self.store, self.kind, self.key)
+        return manifest
+
+
+def verify(store: Store, manifest: Manifest) -> None:
+    """Every file is there with its size, or ArtifactError naming the first that is not."""
+    for entry in manifest.files:
+        name = manifest.file(entry["name"])
+        try:
+            size = store.fs.info(store.path(name))["size"]
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{store.uri_of(name)} is missing though its manifest is committed: the artefact was damaged after the "
+                "fact. Delete its folder and rerun the job"
+            ) from None
+        except OSError as error:
+            raise StorageError(f"cannot look up {store.uri_of(name)}: {error}") from None
+        if size != entry["bytes"]:
+            raise ArtifactError(
+                f"{store.uri_of(name)} has {size} bytes, its manifest says {entry['bytes']}. Delete its folder and rerun"
+            )

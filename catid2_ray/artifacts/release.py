@@ -1,0 +1,196 @@
+"""A release names every part by digest and refuses mixtures; `current` says which release is served.
+
+`current` is a numbered series of small objects, each created only if absent; the highest number is current. Two writers
+cannot both win a number, and the history is a rollback list.
+"""
+
+import json
+import os
+import shutil
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from catid2_ray.artifacts.manifest import Manifest, digest_of, find, verify
+from catid2_ray.artifacts.store import Store, sha256_of
+from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError
+
+PARTS = ("catalog", "embeddings", "quantizer", "ids", "examples", "generator", "evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """`parts` maps each name of PARTS to {key, digest}; `name` is derived from the digests, so equal parts are one release."""
+
+    name: str
+    parts: dict[str, dict]
+    created: str = ""
+
+    def manifests(self, store: Store) -> dict[str, Manifest]:
+        """The manifest of every part; ReleaseError where one is gone, was rebuilt since, or was made from another part."""
+        found = {}
+        for part in PARTS:
+            if part not in self.parts:
+                raise ReleaseError(f"release {self.name} in {store.uri} has no part {part!r}; publish it again")
+            manifest = find(store, part, self.parts[part]["key"])
+            if manifest is None:
+                raise ReleaseError(
+                    f"release {self.name} in {store.uri}: its part {part} ({self.parts[part]['key']}) is gone; "
+                    "rerun the job and publish again"
+                )
+            if manifest.digest != self.parts[part]["digest"]:
+                raise ReleaseError(
+                    f"release {self.name} in {store.uri}: part {part} has digest {manifest.digest[:12]}, the release "
+                    f"names {self.parts[part]['digest'][:12]}; it was rebuilt since. Publish again"
+                )
+            found[part] = manifest
+        check_parts(found)
+        return found
+
+
+def check_parts(manifests: dict[str, Manifest]) -> None:
+    """Raise ReleaseError unless every part was made from exactly the other parts given."""
+    for part, manifest in manifests.items():
+        for role, digest in manifest.parents.items():
+            if role in manifests and manifests[role].digest != digest:
+                raise ReleaseError(
+                    f"parts do not match: {part} was made from {role} {digest[:12]}, but the release holds {role} "
+                    f"{manifests[role].digest[:12]}. Rerun the job so that {part} is made anew"
+                )
+
+
+def publish(store: Store, manifests: dict[str, Manifest]) -> tuple[Release, bool]:
+    """Make these parts the current release. Returns it and whether `current` moved (False: it was current already).
+
+    Raises ReleaseError for a mixture, CommitConflict when another job published in the meantime.
+    """
+    missing = [part for part in PARTS if part not in manifests]
+    if missing:
+        raise ReleaseError(f"a release needs {', '.join(PARTS)}; missing: {', '.join(missing)}")
+    check_parts(manifests)
+    for manifest in manifests.values():
+        verify(store, manifest)
+    parts = {part: {"key": manifests[part].key, "digest": manifests[part].digest} for part in PARTS}
+    release = Release(
+        name=f"r-{digest_of(parts)[:12]}", parts=parts, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    )
+    number, current = _pointer(store)
+    if current == release.name:
+        return release, False
+    try:
+        store.create(f"releases/{release.name}.json", json.dumps(asdict(release), indent=1).encode())
+    except CommitConflict:
+        release = load(store, release.name)
+    try:
+        store.create(f"current/{number + 1:010d}.json", json.dumps({"release": release.name}).encode())
+    except CommitConflict:
+        raise CommitConflict(
+            f"another job published to {store.uri} while this one ran; release {release.name} is stored but not current. "
+            "Look at what is current, and rerun to publish on top of it"
+        ) from None
+    return release, True
+
+
+def _pointer(store: Store) -> tuple[int, str | None]:
+    names = [name for name in store.names("current") if name.endswith(".json") and name[:-5].isdigit()]
+    if not names:
+        return 0, None
+    return int(names[-1][:-5]), json.loads(store.read(f"current/{names[-1]}"))["release"]
+
+
+def load(store: Store, name: str) -> Release:
+    if not store.exists(f"releases/{name}.json"):
+        raise ReleaseError(f"no release {name!r} in {store.uri}; it has {', '.join(store.names('releases')) or 'none'}")
+    return Release(**json.loads(store.read(f"releases/{name}.json")))
+
+
+def current(store: Store) -> Release:
+    """The release that `current` names; ReleaseError where nothing was published yet."""
+    name = _pointer(store)[1]
+    if name is None:
+        raise ReleaseError(f"nothing was published to {store.uri} yet; run `catid2 reindex --recipe … --set store={store.uri}`")
+    return load(store, name)
+
+
+def fetch(store: Store, manifest: Manifest, cache: Path) -> Path:
+    """A local folder with the artefact's files. Local stores are read in place; from S3 it is copied once per node.
+
+    A copy is verified by SHA-256 and renamed into place whole, so concurrent readers never see half of it.
+    """
+    if not store.is_s3:
+        verify(store, manifest)
+        return Path(store.path(manifest.folder))
+    target = cache / f"{manifest.kind}-{manifest.digest[:16]}"
+    if target.exists():
+        return target
+    partial = cache / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        for entry in manifest.files:
+            store.download(manifest.file(entry["name"]), partial / entry["name"])
+            if sha256_of(partial / entry["name"]) != entry["sha256"]:
+                raise ArtifactError(
+                    f"{store.uri_of(manifest.file(entry['name']))} is not what its manifest says (SHA-256 differs). "
+                    "Delete its folder and rerun the job"
+                )
+        try:
+            os.rename(partial, target)
+        except OSError:
+            if not target.exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def serving_folder(store: Store, ids: Manifest, generator: Manifest, cache: Path, settings: dict) -> Path:
+    """A local folder that `retrieval.Retriever.open` reads: generator/, trie/, products.arrow and retriever.json.
+
+    The parts are links to what `fetch` gives, so opening a second replica on a node copies nothing. `settings` goes to
+    retriever.json (beam_width, query_tokens, codes_per_level, release).
+    """
+    if generator.parents.get("ids") != ids.digest:
+        raise ReleaseError(
+            f"parts do not match: the generator was trained on ids {generator.parents.get('ids', 'unknown')[:12]}, not on "
+            f"{ids.digest[:12]}. Rerun the job so that the generator is trained anew"
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    ids_folder, generator_folder = fetch(store, ids, cache), fetch(store, generator, cache)
+    folder = cache / f"serving-{digest_of([ids.digest, generator.digest, settings])[:16]}"
+    if folder.exists():
+        return folder
+    partial = cache / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
+    (partial / "generator").symlink_to(generator_folder, target_is_directory=True)
+    (partial / "trie").symlink_to(ids_folder / "trie", target_is_directory=True)
+    (partial / "products.arrow").symlink_to(ids_folder / "products.arrow")
+    (partial / "retriever.json").write_text(json.dumps(settings))
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists():
+            raise
+    return folder
+
+
+def default_cache() -> Path:
+    """Where a node keeps fetched artefacts: $CATID2_CACHE, else ~/.cache/catid2."""
+    return Path(os.environ.get("CATID2_CACHE", "~/.cache/catid2")).expanduser()
+
+
+def release_folder(store: Store, release: Release, cache: Path) -> Path:
+    """The serving folder of a release, all parts checked against each other."""
+    manifests = release.manifests(store)
+    return serving_folder(
+        store, manifests["ids"], manifests["generator"], cache, retriever_settings(manifests, release=release.name)
+    )
+
+
+def retriever_settings(manifests: dict[str, Manifest], *, release: str) -> dict:
+    return {
+        "beam_width": manifests["ids"].recipe["evaluation"]["beam_width"],
+        "query_tokens": manifests["examples"].settings["query_tokens"],
+        "codes_per_level": manifests["ids"].metrics["codes_per_level"],
+        "release": release,
+    }

@@ -1,0 +1,101 @@
+"""The Arrow schemas of every table that a stage writes: the one documented format between stages.
+
+Rows of all product-keyed tables lie in parts: a product's part is a hash of its product_id, inside a part rows are sorted
+by product_id, and part i of one table holds the same products in the same order as part i of every other.
+"""
+
+import hashlib
+
+import pyarrow as pa
+
+from catid2_ray.errors import InputError
+
+PRODUCTS = pa.schema(
+    [
+        pa.field("product_id", pa.string(), nullable=False),
+        pa.field("title", pa.string(), nullable=False),
+        pa.field("description", pa.string()),
+        pa.field("category_path", pa.list_(pa.string())),
+    ]
+)
+PAIRS = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("product_id", pa.string(), nullable=False),
+        pa.field("relevance", pa.float64(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+REJECTED = pa.schema([("product_id", pa.string()), ("reason", pa.string()), ("title", pa.string())])
+
+
+def products(width: int | None) -> pa.Schema:
+    """PRODUCTS, with a float32 embedding column of `width` numbers where embeddings are given."""
+    return PRODUCTS if width is None else PRODUCTS.append(pa.field("embedding", pa.list_(pa.float32(), width)))
+
+
+def embeddings(width: int, depth: int) -> pa.Schema:
+    """One row a product: its part and place in it, its vector, its category id per depth (−1 = none)."""
+    return pa.schema(
+        [
+            ("product_id", pa.string()),
+            ("part", pa.int32()),
+            ("index", pa.int32()),
+            ("embedding", pa.list_(pa.float32(), width)),
+            ("category", pa.list_(pa.int32(), depth)),
+        ]
+    )
+
+
+def codes(levels: int, latent: int) -> pa.Schema:
+    """The quantizer's raw codes, before de-duplication, and the input of its last level."""
+    return pa.schema(
+        [
+            ("product_id", pa.string()),
+            ("codes", pa.list_(pa.int32(), levels)),
+            ("residual", pa.list_(pa.float32(), latent)),
+        ]
+    )
+
+
+def ids(levels: int) -> pa.Schema:
+    """The unique IDs: `moved` tells whether de-duplication changed the codes, `cost` by how much squared distance."""
+    return pa.schema(
+        [
+            ("product_id", pa.string()),
+            ("codes", pa.list_(pa.int32(), levels)),
+            ("docid", pa.string()),
+            ("moved", pa.bool_()),
+            ("cost", pa.float32()),
+        ]
+    )
+
+
+def examples(tokens: int, levels: int) -> pa.Schema:
+    """Generator training rows: `kind` 0 = query→ID, 1 = title→ID; `input_ids` padded with 0."""
+    return pa.schema(
+        [
+            ("part", pa.int32()),
+            ("index", pa.int32()),
+            ("kind", pa.int8()),
+            ("input_ids", pa.list_(pa.int32(), tokens)),
+            ("codes", pa.list_(pa.int32(), levels)),
+        ]
+    )
+
+
+def fingerprint(schema: pa.Schema) -> str:
+    """Sixteen hex digits that change with any column's name or type."""
+    return hashlib.sha256("\n".join(f"{f.name}: {f.type}" for f in schema).encode()).hexdigest()[:16]
+
+
+def conform(table: pa.Table, schema: pa.Schema, *, where: str) -> pa.Table:
+    """`table` with exactly the columns of `schema`, or InputError that names what differs and where."""
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise InputError(f"{where}: missing column {', '.join(missing)}; found {', '.join(table.column_names)}")
+    try:
+        return table.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise InputError(f"{where}: a column does not fit the schema {schema.names}: {error}") from None

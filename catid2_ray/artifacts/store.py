@@ -1,0 +1,232 @@
+"""One store over local folders and `s3://` prefixes; nothing else in the code knows which of the two it is.
+
+Writes are whole objects: locally through a temporary file and a rename, on S3 by nature. `create` is the one primitive
+of mutual exclusion: it fails where the object exists (S3 `If-None-Match: *`, locally a hard link).
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import s3fs
+
+from catid2_ray.errors import CommitConflict, StorageError
+
+# S3-compatible servers (Ceph, rclone) answer 411 to the chunked checksums that newer clients send by default.
+S3_ENVIRONMENT = {
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+}
+_HASH_BLOCK = 1 << 20
+
+
+class Store:
+    """A root folder or prefix, and names below it (`/`-separated, relative).
+
+    Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL …) and are
+    never part of a store's state: a pickled store carries its URI alone. Every failure is a StorageError naming the URI.
+    """
+
+    def __init__(self, uri: str | os.PathLike):
+        uri = str(uri)
+        self.is_s3 = uri.startswith("s3://")
+        if self.is_s3:
+            for name, value in S3_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            self.root = uri.removeprefix("s3://").strip("/")
+            if not self.root:
+                raise StorageError(f"{uri!r} names no bucket; expected s3://bucket/prefix")
+            self.fs = s3fs.S3FileSystem(
+                use_listings_cache=False,
+                skip_instance_cache=True,
+                config_kwargs={"connect_timeout": 4, "read_timeout": 60, "retries": {"max_attempts": 2}},
+            )
+            # Together with the time-out above: an unreachable endpoint fails well within a minute.
+            self.fs.retries = 3
+            self.uri = f"s3://{self.root}"
+        elif "://" in uri and not uri.startswith("file://"):
+            raise StorageError(f"{uri!r}: only local folders and s3:// prefixes can be stores")
+        else:
+            self.root = os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+            self.fs = fsspec.filesystem("file", skip_instance_cache=True)
+            self.uri = self.root
+
+    def __reduce__(self):
+        return (Store, (self.uri,))
+
+    def __repr__(self):
+        return f"Store({self.uri!r})"
+
+    def path(self, name: str = "") -> str:
+        """The path that `arrow_fs` understands."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def uri_of(self, name: str) -> str:
+        return f"{self.uri}/{name}"
+
+    @property
+    def arrow_fs(self) -> pafs.FileSystem:
+        return pafs.PyFileSystem(pafs.FSSpecHandler(self.fs)) if self.is_s3 else pafs.LocalFileSystem()
+
+    @contextlib.contextmanager
+    def _doing(self, what: str, name: str):
+        try:
+            yield
+        except StorageError:
+            raise
+        except FileNotFoundError:
+            raise StorageError(f"cannot {what} {self.uri_of(name)}: it does not exist") from None
+        except Exception as error:
+            # botocore and aiohttp raise outside OSError; all of them mean the same to the user.
+            if not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
+                raise
+            hint = (
+                "; check AWS_ENDPOINT_URL, the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and that the bucket exists"
+                if self.is_s3
+                else ""
+            )
+            raise StorageError(f"cannot {what} {self.uri_of(name)}: {type(error).__name__}: {error}{hint}") from None
+
+    def check(self) -> None:
+        """Fail early: list the root once. A local root that does not exist yet is fine, a bucket that does not exist is not."""
+        with self._doing("list", ""):
+            if self.is_s3:
+                self.fs.call_s3("list_objects_v2", Bucket=self.root.split("/")[0], MaxKeys=1)
+            elif os.path.exists(self.root) and not os.path.isdir(self.root):
+                raise StorageError(f"{self.root} is a file; a store is a folder")
+
+    def exists(self, name: str) -> bool:
+        with self._doing("look up", name):
+            return self.fs.exists(self.path(name))
+
+    def names(self, name: str) -> list[str]:
+        """Names (not paths) of the entries directly below `name`, sorted; empty where there is nothing."""
+        with self._doing("list", name):
+            try:
+                entries = self.fs.ls(self.path(name), detail=False, refresh=True) if self.is_s3 else self.fs.ls(self.path(name), detail=False)
+            except FileNotFoundError:
+                return []
+            return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries} - {""})
+
+    def read(self, name: str) -> bytes:
+        with self._doing("read", name):
+            return self.fs.cat_file(self.path(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._doing("write", name):
+            if self.is_s3:
+                self.fs.pipe_file(self.path(name), data)
+            else:
+                with self._temporary(name) as temporary:
+                    temporary.write_bytes(data)
+                    os.replace(temporary, self.path(name))
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write `name` only if it does not exist; CommitConflict where it does. Never overwrites, whoever else writes."""
+        conflict = CommitConflict(f"{self.uri_of(name)} exists already: another writer committed first")
+        with self._doing("create", name):
+            if not self.is_s3:
+                with self._temporary(name) as temporary:
+                    temporary.write_bytes(data)
+                    try:
+                        os.link(temporary, self.path(name))
+                    except FileExistsError:
+                        raise conflict from None
+                return
+            try:
+                self.fs.pipe_file(self.path(name), data, mode="create")
+            except Exception as error:
+                cause = error if hasattr(error, "response") else error.__cause__
+                code = getattr(cause, "response", {}).get("Error", {}).get("Code", "")
+                if code in ("PreconditionFailed", "ConditionalRequestConflict", "412") or "PreconditionFailed" in str(error):
+                    raise conflict from None
+                if "pre-conditions" in str(error) or isinstance(error, FileExistsError):
+                    raise conflict from None
+                raise
+
+    @contextlib.contextmanager
+    def _temporary(self, name: str):
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def write_table(self, name: str, table: pa.Table) -> dict:
+        """Write parquet; the same rows give the same bytes. Returns the file's manifest entry (name, bytes, sha256, rows)."""
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd", row_group_size=65_536, store_schema=True)
+        return {**self.write_file(name, sink.getvalue()), "rows": table.num_rows}
+
+    def write_file(self, name: str, data: bytes) -> dict:
+        """Write and return the file's manifest entry (name, bytes, sha256)."""
+        self.write(name, data)
+        return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def read_table(self, name: str, columns: list[str] | None = None, **options) -> pa.Table:
+        with self._doing("read", name):
+            return pq.read_table(self.path(name), columns=columns, filesystem=self.arrow_fs, **options)
+
+    def parquet_files(self, name: str) -> list[str]:
+        """The table `name`: `name.parquet`, or every .parquet below the folder `name`; StorageError where there is neither."""
+        if self.exists(f"{name}.parquet"):
+            return [f"{name}.parquet"]
+        with self._doing("list", name):
+            below = self.fs.find(self.path(name)) if self.fs.exists(self.path(name)) else []
+        files = sorted(path[len(self.root) + 1 :] for path in below if path.endswith(".parquet"))
+        if not files:
+            raise StorageError(
+                f"no table {name!r} in {self.uri}: expected {name}.parquet or a folder {name}/ with .parquet files"
+            )
+        return files
+
+    def fingerprint(self, name: str) -> str:
+        """What changes when a source file changes: its SHA-256 locally, size and ETag on S3 (no download)."""
+        with self._doing("read", name):
+            if self.is_s3:
+                info = self.fs.info(self.path(name))
+                return f"{info['size']}:{str(info.get('ETag', info.get('LastModified'))).strip(chr(34))}"
+            return sha256_of(Path(self.path(name)))
+
+    def upload(self, folder: Path, name: str) -> list[dict]:
+        """Copy every file of a local folder below `name`; returns their manifest entries, sorted by name."""
+        entries = []
+        for source in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            target = f"{name}/{source.relative_to(folder).as_posix()}"
+            with self._doing("write", target):
+                if self.is_s3:
+                    self.fs.put_file(str(source), self.path(target))
+                else:
+                    with self._temporary(target) as temporary:
+                        shutil.copyfile(source, temporary)
+                        os.replace(temporary, self.path(target))
+            entries.append({"name": target, "bytes": source.stat().st_size, "sha256": sha256_of(source)})
+        return entries
+
+    def delete_folder(self, name: str) -> None:
+        with self._doing("delete", name):
+            if self.fs.exists(self.path(name)):
+                self.fs.rm(self.path(name), recursive=True)
+
+    def download(self, name: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._doing("read", name):
+            self.fs.get_file(self.path(name), str(target))
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as source:
+        while block := source.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

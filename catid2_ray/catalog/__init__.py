@@ -1,0 +1,1 @@
+"""Stage 0: what a product is, what a judged pair is, and the text that stands for a product."""

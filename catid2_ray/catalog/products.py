@@ -1,0 +1,198 @@
+"""The product table's check at the door: good rows in the house schema, bad rows set aside with one reason each.
+
+Everything is a column operation, so a million rows take seconds. A row is judged by its own faults first and as a
+duplicate only afterwards: of two rows with one id, of which one has no title, the one with a title stays.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from catid2_ray.catalog.taxonomy import PATH_SEPARATOR
+from catid2_ray.errors import InputError
+
+CATEGORY_PATH = pa.list_(pa.string())
+
+
+class Checked(NamedTuple):
+    """`good`: house schema, sorted by product_id. `bad`: product_id, reason, title. `cut_paths`: good rows cut."""
+
+    good: pa.Table
+    bad: pa.Table
+    cut_paths: int
+
+
+def check_products(table: pa.Table, *, width: int | None, min_category_depth: int, max_category_depth: int) -> Checked:
+    """Split a product table of N rows into good and bad rows.
+
+    `table`: product_id and title (strings; integers are taken as ids), optionally description (string), category_path
+    (list of strings, root first), embedding (list of floats). `width`: the embeddings' width D, or None where the
+    table's embeddings are not used. Depths count category names from the root.
+
+    The good table has product_id, title, description (null where unknown), category_path (cut to
+    `max_category_depth`, empty where unknown) and, with a width, embedding (fixed_size_list<float32>[D]). Names and
+    texts are stripped; an empty category name ends its path; product ids stay as they are. Of the rows with one
+    product_id that have no other fault, the first by (title, description, category_path, embedding) stays, so neither
+    result depends on the order of the rows.
+
+    Raises InputError when a required column is missing or of a type that cannot be read.
+    """
+    required = ("product_id", "title") if width is None else ("product_id", "title", "embedding")
+    require_columns(table, required, what="product table")
+    rows = table.num_rows
+    product_id = string_column(table, "product_id")
+    title = pc.utf8_trim_whitespace(string_column(table, "title"))
+    description = _description(table)
+    path, depth_N = _clean_paths(table, max_category_depth)
+
+    reason = np.full(rows, None, dtype=object)
+    _mark(reason, _blank(product_id), "missing product_id")
+    _mark(reason, _blank(title), "empty title")
+    columns = {"product_id": product_id, "title": title, "description": description, "category_path": path}
+    if width is not None:
+        columns["embedding"] = _check_embeddings(_list_column(table, "embedding", pa.float32()), width, reason)
+    shallow_N = depth_N < min_category_depth
+    _mark(
+        reason,
+        shallow_N,
+        [
+            f"category path of depth {d}, shorter than min_category_depth {min_category_depth}"
+            for d in depth_N[shallow_N]
+        ],
+    )
+    _mark_duplicates(reason, columns)
+
+    good_N = np.equal(reason, None)
+    good = pa.table(columns).filter(pa.array(good_N)).sort_by("product_id")
+    bad = pa.table({"product_id": product_id, "reason": pa.array(reason, pa.string()), "title": title})
+    bad = bad.filter(pa.array(~good_N)).sort_by([(name, "ascending") for name in bad.column_names])
+    return Checked(good, bad, int(np.count_nonzero(good_N & (depth_N > max_category_depth))))
+
+
+def require_columns(table: pa.Table, names: Sequence[str], *, what: str) -> None:
+    """Raise InputError naming the columns that `table` lacks and those it has."""
+    missing = [name for name in names if name not in table.column_names]
+    if missing:
+        raise InputError(
+            f"{what}: column {', '.join(missing)} is missing; found columns {', '.join(table.column_names) or 'none'}; "
+            f"rename or add it, the table needs {', '.join(names)}"
+        )
+
+
+def string_column(table: pa.Table, name: str) -> pa.Array:
+    """One column as pa.string(), one chunk; strings, integers, dictionaries of strings and all-null columns pass."""
+    column = _one_chunk(table[name])
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_integer(kind) or _is_text(kind)):
+        raise InputError(f"column {name}: expected strings, found {column.type}; cast it to string")
+    return column.cast(pa.string())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(test(kind) for test in tests)
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    combined = column.combine_chunks()
+    if isinstance(combined, pa.ChunkedArray):
+        combined = combined.chunk(0) if combined.num_chunks else pa.array([], combined.type)
+    # Tensor columns of a data pipeline are extension types over plain lists.
+    return combined.storage if isinstance(combined.type, pa.BaseExtensionType) else combined
+
+
+def _list_column(table: pa.Table, name: str, item: pa.DataType) -> pa.Array:
+    column = _one_chunk(table[name])
+    try:
+        # Through numpy's rules a double beyond float32 becomes an infinity, which the check then names row by row.
+        return column.cast(pa.list_(item), safe=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(
+            f"column {name}: expected a list of {item} per row, found {column.type}; convert it"
+        ) from error
+
+
+def _blank(column: pa.Array) -> np.ndarray:
+    blank = pc.equal(pc.utf8_trim_whitespace(column), "")
+    return pc.fill_null(blank, True).to_numpy(zero_copy_only=False)
+
+
+def _mark(reason: np.ndarray, fault_N: np.ndarray, text) -> None:
+    """Give rows with a fault their reason, unless they have one. `text`: one for all, or one per faulty row."""
+    texts = np.full(fault_N.shape, None, dtype=object)
+    texts[fault_N] = text
+    first_N = fault_N & np.equal(reason, None)
+    reason[first_N] = texts[first_N]
+
+
+def _description(table: pa.Table) -> pa.Array:
+    if "description" not in table.column_names:
+        return pa.nulls(table.num_rows, pa.string())
+    text = pc.utf8_trim_whitespace(string_column(table, "description"))
+    return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+
+
+def _clean_paths(table: pa.Table, max_depth: int) -> tuple[pa.Array, np.ndarray]:
+    """The stripped paths cut to `max_depth`, and int64 N, each path's depth before the cut."""
+    rows = table.num_rows
+    if "category_path" not in table.column_names:
+        return _lists(np.zeros(rows, np.int64), pa.array([], pa.string())), np.zeros(rows, np.int64)
+    column = _list_column(table, "category_path", pa.string())
+    length_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    names = pc.replace_substring(pc.list_flatten(column), PATH_SEPARATOR, " ")
+    names = pc.fill_null(pc.utf8_trim_whitespace(names), "")
+    row_C = np.repeat(np.arange(rows), length_N)
+    position_C = np.arange(len(names)) - (np.cumsum(length_N) - length_N)[row_C]
+    empty_C = pc.equal(names, "").to_numpy(zero_copy_only=False)
+    depth_N = length_N.copy()
+    np.minimum.at(depth_N, row_C[empty_C], position_C[empty_C])
+    kept_N = np.minimum(depth_N, max_depth)
+    return _lists(kept_N, names.filter(pa.array(position_C < kept_N[row_C]))), depth_N
+
+
+def _lists(length_N: np.ndarray, names: pa.Array) -> pa.Array:
+    offsets = np.concatenate(([0], np.cumsum(length_N))).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), names, type=CATEGORY_PATH)
+
+
+def _check_embeddings(column: pa.Array, width: int, reason: np.ndarray) -> pa.Array:
+    """Mark rows whose embedding is unusable; the others' vectors as fixed_size_list<float32>[width], N rows."""
+    length_N = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
+    _mark(reason, length_N < 1, "embedding missing")
+    wrong_N = length_N != width
+    _mark(reason, wrong_N, [f"embedding of width {w} instead of {width}" for w in length_N[wrong_N]])
+    right_N = ~wrong_N
+    values = pc.list_flatten(column.filter(pa.array(right_N))).to_numpy(zero_copy_only=False)
+    vector_ND = np.zeros((len(column), width), np.float32)
+    vector_ND[right_N] = values.reshape(-1, width)
+    _mark(reason, ~np.isfinite(vector_ND).all(1), "embedding with NaN or infinity")
+    _mark(reason, right_N & ~vector_ND.any(1), "embedding of all zeros")
+    return pa.FixedSizeListArray.from_arrays(pa.array(vector_ND.ravel()), width)
+
+
+def _mark_duplicates(reason: np.ndarray, columns: dict[str, pa.Array]) -> None:
+    """Mark all but one of the rows that share a product_id; only rows without another fault compete."""
+    candidate = np.flatnonzero(np.equal(reason, None))
+    _, group, count = np.unique(
+        columns["product_id"].take(pa.array(candidate)).dictionary_encode().indices.to_numpy(zero_copy_only=False),
+        return_inverse=True,
+        return_counts=True,
+    )
+    candidate = candidate[count[group] > 1]
+    if not candidate.size:
+        return
+    keys = {name: column.take(pa.array(candidate)) for name, column in columns.items()}
+    keys["category_path"] = pc.binary_join(keys["category_path"], PATH_SEPARATOR)
+    if "embedding" in keys:
+        width = keys["embedding"].type.list_size
+        data = np.ascontiguousarray(keys["embedding"].flatten().to_numpy(zero_copy_only=False))
+        keys["embedding"] = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(4 * width), len(candidate), [None, pa.py_buffer(data)]
+        )
+    order = pc.sort_indices(pa.table(keys), [(name, "ascending") for name in keys]).to_numpy()
+    ids = keys["product_id"].take(pa.array(order)).to_numpy(zero_copy_only=False)
+    repeated = np.concatenate(([False], ids[1:] == ids[:-1]))
+    reason[candidate[order[repeated]]] = "duplicate product_id"

@@ -1,0 +1,214 @@
+"""The text that stands for a product, and the encoders that turn text into vectors.
+
+`LsaEncoder` (TF-IDF and a truncated SVD) needs no download and is stored as JSON and .npy, never as a pickle; any
+Hugging Face model serves through `HuggingFaceEncoder`. Heavy libraries are imported on first use: a recipe needs none.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from catid2_ray.catalog.products import require_columns
+from catid2_ray.errors import EncoderError, InputError
+
+TEXT_COLUMNS = ("title", "category_path", "description")
+PATH_JOINER = " > "
+SEPARATOR = ". "
+TINY_NORM = 1e-6  # a projection this short is rounding noise: its direction says nothing about the text
+
+
+def join_text(table: pa.Table, columns: Sequence[str]) -> list[str]:
+    """One text per row of a checked product table: `columns` in the given order, joined by ". ", nulls left out.
+
+    `columns`: among title, category_path and description (the paper joins all three; Table 4 leaves the path out). A
+    path reads "Hardware > Hinges". Raises InputError for another column or one that the table lacks.
+    """
+    unknown = [name for name in columns if name not in TEXT_COLUMNS]
+    if unknown or not columns:
+        raise InputError(f"text columns {list(columns)}: expected one or more of {', '.join(TEXT_COLUMNS)}")
+    require_columns(table, columns, what="product table")
+    parts = [
+        pc.binary_join(table[name], PATH_JOINER) if name == "category_path" else table[name].cast(pa.string())
+        for name in columns
+    ]
+    # Arrow's own joining that skips nulls drops rows that are null throughout, so each part brings its separator.
+    parts = [pc.fill_null(part, "") for part in parts]
+    parts = [pc.if_else(pc.equal(part, ""), "", pc.binary_join_element_wise(SEPARATOR, part, "")) for part in parts]
+    return pc.utf8_slice_codeunits(pc.binary_join_element_wise(*parts, ""), len(SEPARATOR)).to_pylist()
+
+
+class Encoder(Protocol):
+    """Text to vectors. `width`: D."""
+
+    width: int
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """float32 N×D, every row finite and of length 1."""
+        ...
+
+
+class LsaEncoder:
+    """Latent semantic analysis: TF-IDF of words and word pairs (1 + log tf), projected on the first D singular vectors.
+
+    Deerwester et al. 1990; scikit-learn computes both halves. Made by `fit` or `load`. A text without any known word
+    gets the mean direction of the texts it was fitted on.
+    """
+
+    def __init__(self, terms: list[str], idf_V: np.ndarray, components_DV: np.ndarray, mean_D: np.ndarray):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        self.terms = terms
+        self.idf_V = idf_V
+        self.components_DV = components_DV
+        self.mean_D = mean_D
+        self.width = len(mean_D)
+        self._vectorizer = TfidfVectorizer(vocabulary=terms, **_tfidf_settings())
+        self._vectorizer.idf_ = idf_V
+
+    @classmethod
+    def fit(cls, texts: Sequence[str], *, width: int, vocabulary: int, seed: int) -> "LsaEncoder":
+        """Fit on N texts; keep the `vocabulary` most frequent words and pairs. Memory: about 4·D·(N + 2V) bytes.
+
+        Raises InputError when the texts hold fewer than `width` different terms, or are fewer than `width`.
+        """
+        from sklearn.decomposition import TruncatedSVD
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        vectorizer = TfidfVectorizer(max_features=vocabulary, **_tfidf_settings())
+        try:
+            weight_NV = vectorizer.fit_transform(texts)
+        except ValueError as error:
+            raise InputError(f"the encoder found no word in {len(texts)} texts; check embedding.text") from error
+        if min(weight_NV.shape) < width:
+            raise InputError(
+                f"{len(texts)} texts with {weight_NV.shape[1]} different terms cannot span {width} dimensions; "
+                f"set embedding.width to at most {min(weight_NV.shape)} or give more products"
+            )
+        svd = TruncatedSVD(n_components=width, random_state=seed)
+        vector_ND = _unit_rows(svd.fit_transform(weight_NV), np.zeros(width))
+        mean_D = vector_ND.mean(0, dtype=np.float64)
+        length = np.linalg.norm(mean_D)
+        mean_D = mean_D / length if length > TINY_NORM else np.eye(width)[0]
+        terms = [str(term) for term in vectorizer.get_feature_names_out()]
+        components_DV = np.ascontiguousarray(svd.components_, np.float32)
+        return cls(terms, np.asarray(vectorizer.idf_, np.float32), components_DV, mean_D.astype(np.float32))
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 N×D, rows of length 1; a row depends on its own text only."""
+        if not len(texts):
+            return np.empty((0, self.width), np.float32)
+        weight_NV = self._vectorizer.transform(texts)
+        return _unit_rows(np.asarray(weight_NV @ self.components_DV.T), self.mean_D)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write vocabulary.json, idf.npy, components.npy and mean.npy (D·V·4 bytes) into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "vocabulary.json").write_text(json.dumps(self.terms, ensure_ascii=False), encoding="utf-8")
+        for name, values in (("idf", self.idf_V), ("components", self.components_DV), ("mean", self.mean_D)):
+            np.save(folder / f"{name}.npy", values, allow_pickle=False)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "LsaEncoder":
+        """The inverse of `save`; encodes to the same bits. Raises EncoderError when a file is missing or damaged."""
+        folder = Path(folder)
+        try:
+            terms = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+            arrays = [np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("idf", "components", "mean")]
+        except (OSError, ValueError, EOFError) as error:
+            raise EncoderError(
+                f"{folder} holds no complete LSA encoder ({error}); embed the catalogue again"
+            ) from error
+        if arrays[1].shape != (len(arrays[2]), len(terms)) or arrays[0].shape != (len(terms),):
+            raise EncoderError(
+                f"{folder}: {len(terms)} terms, idf {arrays[0].shape}, components {arrays[1].shape} and mean "
+                f"{arrays[2].shape} do not belong together; embed the catalogue again"
+            )
+        return cls(terms, *arrays)
+
+
+def _tfidf_settings() -> dict:
+    # One-letter words stay: "3 in." and "M 8" tell products apart.
+    return {
+        "ngram_range": (1, 2),
+        "sublinear_tf": True,
+        "token_pattern": r"(?u)\b\w+\b",
+        "dtype": np.float32,
+    }
+
+
+def _unit_rows(vector_ND: np.ndarray, fallback_D: np.ndarray) -> np.ndarray:
+    vector_ND = vector_ND.astype(np.float32, copy=False)
+    length_N1 = np.linalg.norm(vector_ND, axis=1, keepdims=True)
+    unit_ND = vector_ND / np.maximum(length_N1, TINY_NORM)
+    return np.where(length_N1 > TINY_NORM, unit_ND, fallback_D.astype(np.float32))
+
+
+class HuggingFaceEncoder:
+    """Any Hugging Face text model by id or local folder: mean of the last hidden states over real tokens, length 1.
+
+    `batch`: texts per forward pass; `tokens`: longer texts are cut to this many. float32 throughout; of an
+    encoder-decoder model only the encoder is used. Texts are batched by length and answered in their own order; padding
+    moves a row by less than 1e-5. Raises EncoderError when the model cannot be loaded.
+    """
+
+    def __init__(self, name_or_folder: str, *, batch: int, tokens: int, device: str = "cpu"):
+        self.batch, self.tokens, self.device = batch, tokens, device
+        self._tokenizer, model = _load_pretrained(str(name_or_folder))
+        if model.config.is_encoder_decoder:
+            model = model.get_encoder()
+        if self._tokenizer.pad_token is None:
+            # Padding is masked out of the mean, so any token of the vocabulary will do.
+            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.convert_ids_to_tokens(0)
+        self._model = model.float().eval().to(device)
+        self.width = int(self._model.config.hidden_size)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 N×D, rows of length 1, in the order of `texts`."""
+        import torch
+
+        vector_ND = np.empty((len(texts), self.width), np.float32)
+        if not len(texts):
+            return vector_ND
+        encoded = self._tokenizer(list(texts), truncation=True, max_length=self.tokens, return_token_type_ids=False)
+        order = np.argsort([len(ids) for ids in encoded["input_ids"]], kind="stable")
+        with torch.no_grad():
+            for start in range(0, len(order), self.batch):
+                rows = order[start : start + self.batch]
+                part = {key: [encoded[key][row] for row in rows] for key in ("input_ids", "attention_mask")}
+                padded = self._tokenizer.pad(part, return_tensors="pt").to(self.device)
+                hidden_BTD = self._model(**padded).last_hidden_state
+                mask_BT1 = padded["attention_mask"].unsqueeze(-1).to(hidden_BTD.dtype)
+                pooled_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
+                vector_ND[rows] = torch.nn.functional.normalize(pooled_BD, dim=-1).cpu().numpy()
+        return vector_ND
+
+
+def _load_pretrained(name: str):
+    import torch
+    from huggingface_hub import constants
+    from transformers import AutoModel, AutoTokenizer
+
+    is_folder = os.path.isdir(name)
+    remedy = "give the id of a model on the Hugging Face hub, a folder with one, or set embedding.encoder to lsa"
+    if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") != 1 and "/" in name):
+        raise EncoderError(f"encoder {name!r}: no such folder; {remedy}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_folder)
+        model = AutoModel.from_pretrained(name, local_files_only=is_folder, dtype=torch.float32)
+    except Exception as error:  # the hub client, tokenizers and safetensors each have error trees of their own
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if is_folder:
+            why = "the folder holds no model that transformers can load"
+        elif constants.HF_HUB_OFFLINE:
+            why = "not in the local cache, and HF_HUB_OFFLINE is set"
+        else:
+            why = "neither a folder nor a model that the hub answered for (offline, or no such id)"
+        raise EncoderError(f"encoder {name!r}: {why} ({first_line}); {remedy}") from error
+    return tokenizer, model

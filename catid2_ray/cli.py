@@ -1,0 +1,162 @@
+"""`catid2 …`: the command line, thin over the same calls as jobs/.
+
+Results go to standard output, progress and events to standard error. A deliberate error is one message and the exit code
+of its class; anything else is a bug and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.store import Store
+from catid2_ray.config import Recipe, schema
+from catid2_ray.errors import CatidError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Semantic IDs for a catalogue, a generator that learns them, and the search that serves them.",
+)  # fmt: skip
+
+RecipeOption = Annotated[str, typer.Option("--recipe", help="YAML recipe, such as jobs/recipes/quickstart.yaml")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a recipe field; repeatable")]
+JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the figures to this file")]
+StoreOption = Annotated[str, typer.Option("--store", envvar="CATID2_STORE", help="folder or s3:// prefix of the store")]
+_DEFAULT_STORE = "catid2_store"
+
+
+def guarded(call: Callable[[], None]) -> None:
+    """Run; a CatidError becomes its message on standard error and its exit code."""
+    try:
+        call()
+    except CatidError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}[/]", end=": ")
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+@app.command()
+def reindex(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOption = None) -> None:
+    """The main job: embed, train, assign unique IDs, train the generator, evaluate, publish. Continues where it was left."""
+    from catid2_ray.evaluation.report import closing_table
+    from catid2_ray.on_ray.reindex import GateFailed, write_json
+    from catid2_ray.on_ray.reindex import reindex as run
+
+    loaded = Recipe.load(recipe, overrides or [])
+    console = Console()
+    try:
+        outcome = run(loaded)
+    except GateFailed as error:
+        console.print(closing_table({"release": "none", **error.figures}))
+        console.print("[bold red]FAILED[/]")
+        if json_file:
+            write_json(json_file, {"release": None, **error.figures})
+        raise
+    if json_file:
+        write_json(json_file, outcome.figures)
+    if not outcome.made:
+        console.print(f"Nothing changed: every stage was found committed in {loaded.store}.")
+    console.print(closing_table(outcome.figures))
+    store = Store(loaded.store)
+    console.print(f"Release [bold]{outcome.release.name}[/] is current: {store.uri_of(f'releases/{outcome.release.name}.json')}", soft_wrap=True)
+    queries = loaded.sample_queries or tuple(outcome.parts["evaluation"].metrics["sample_queries"])
+    for query in queries:
+        _answer(console, store, query, k=3)
+    console.print(
+        f"\nTry next:\n  catid2 search \"{queries[0]}\" --store {loaded.store}\n  catid2 serve --store {loaded.store}\n"
+        "  curl -s localhost:8000/v1/retrieve -H 'content-type: application/json' "
+        f"-d '{{\"query\": \"{queries[0]}\", \"k\": 5}}'",
+        soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
+
+
+_OPEN: dict[str, object] = {}
+
+
+def _answer(console: Console, store: Store, query: str, *, k: int) -> None:
+    from catid2_ray.retrieval.retriever import Retriever
+
+    release = releases.current(store)
+    if release.name not in _OPEN:
+        _OPEN[release.name] = Retriever.open(releases.release_folder(store, release, releases.default_cache()))
+    hits = _OPEN[release.name].retrieve([query], k=k)[0]
+    table = Table(title=f"“{query}”  ({release.name})", title_justify="left", box=None, pad_edge=False)
+    for column, justify in (("product", "left"), ("ID", "left"), ("log P", "right"), ("title", "left")):
+        table.add_column(column, justify=justify, no_wrap=column != "title")
+    for hit in hits:
+        table.add_row(hit.product_id, hit.docid_text, f"{hit.score:.2f}", hit.title or "")
+    console.print()
+    console.print(table)
+
+
+@app.command()
+def search(query: str, store: StoreOption = _DEFAULT_STORE, k: Annotated[int, typer.Option(help="products to return")] = 10) -> None:
+    """Answer one query from the current release, in this process."""
+    opened = Store(store)
+    opened.check()
+    _answer(Console(), opened, query, k=k)
+
+
+@app.command()
+def serve(
+    store: StoreOption = _DEFAULT_STORE,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+) -> None:
+    """Serve the current release over HTTP on this machine until interrupted (POST /v1/retrieve, GET /healthz)."""
+    from catid2_ray.on_ray.serve_app import serve_here
+
+    serve_here(store, host=host, port=port)
+
+
+@app.command()
+def evaluate(
+    pairs: Annotated[str, typer.Option(help="parquet file of pairs: query_id, query, product_id, relevance, split")],
+    store: StoreOption = _DEFAULT_STORE,
+    split: Annotated[str, typer.Option(help="rows of this split are scored")] = "test",
+    min_relevance: Annotated[float, typer.Option(help="from here on a product counts as relevant")] = 2.67,
+    methods: Annotated[str, typer.Option(help="comma-separated: beam, bm25")] = "beam,bm25",
+    json_file: JsonOption = None,
+) -> None:
+    """Score the current release of a store on a table of pairs."""
+    from catid2_ray.errors import InputError
+    from catid2_ray.evaluation.report import recall_table
+    from catid2_ray.on_ray.reindex import evaluate_release, write_json
+
+    names = tuple(name.strip() for name in methods.split(",") if name.strip())
+    if unknown := set(names) - {"beam", "bm25"}:
+        raise InputError(f"--methods: unknown {', '.join(sorted(unknown))}; choose from beam, bm25")
+    figures = evaluate_release(store, pairs, split=split, min_relevance=min_relevance, methods=names)
+    if json_file:
+        write_json(json_file, figures)
+    Console().print(recall_table(figures))
+
+
+@app.command()
+def recipe(
+    show_schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of recipes (the default)")] = False,
+    path: Annotated[str | None, typer.Option("--recipe", help="print this recipe with every default resolved")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Print the schema of recipes, or a recipe with all its defaults."""
+    if path:
+        print(Recipe.load(path, overrides or []).to_yaml(), end="")
+    else:
+        print(schema())
+
+
+def main() -> None:
+    guarded(app)
+
+
+def run_reindex() -> None:
+    """Entry point of `python -m jobs.reindex`."""
+    guarded(lambda: typer.run(reindex))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Retrievers that a generative one must stand beside."""

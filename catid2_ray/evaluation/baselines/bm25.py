@@ -1,0 +1,63 @@
+"""BM25 over the products' text (bm25s), the lexical retriever that every generative one is measured against.
+
+An in-memory baseline for evaluation, not a search engine: the index keeps 8 bytes per (product, distinct word), the
+build holds every word as a Python string for a moment (up to 3 KiB per title), and each query scores all N products
+(4·N bytes). 5,000,000 products are the limit; above that, sample the catalogue.
+"""
+
+from collections.abc import Sequence
+
+import bm25s
+import numpy as np
+
+from catid2_ray.errors import CapacityError, InputError
+
+MAX_PRODUCTS = 5_000_000
+
+
+class Bm25:
+    """BM25 of N texts, Lucene's form; k1 1.2 and b 0.75 as in CHAP's baseline (Pyserini's names for them).
+
+    `product_ids`, `texts`: N each, in one order; words of two letters or more, lower case, English stop words left out,
+    no stemming. Raises InputError when the two differ in length or are empty, CapacityError above MAX_PRODUCTS.
+    """
+
+    def __init__(self, product_ids: Sequence[str], texts: Sequence[str], *, k1: float = 1.2, b: float = 0.75):
+        if len(product_ids) != len(texts) or not len(texts):
+            raise InputError(f"BM25 needs one text per product, found {len(product_ids)} ids and {len(texts)} texts")
+        if len(texts) > MAX_PRODUCTS:
+            raise CapacityError(
+                f"BM25 in memory takes {MAX_PRODUCTS} products, found {len(texts)}; sample the catalogue"
+            )
+        # Sorted by id once, a product's position is its rank among equal scores, whatever order the caller had.
+        order = np.argsort(np.asarray(product_ids, dtype=object))
+        self.product_ids = [str(product_ids[i]) for i in order]
+        tokens = _tokenize([texts[i] for i in order])
+        self._index = None
+        if any(tokens):
+            self._index = bm25s.BM25(k1=k1, b=b, method="lucene")
+            self._index.index(tokens, show_progress=False)
+
+    def retrieve(self, queries: Sequence[str], *, k: int) -> list[list[str]]:
+        """For each query its best k product ids, best first; fewer only where fewer score above 0.
+
+        Equal scores stand in the order of their product ids, so results repeat exactly.
+        """
+        return [self._best(tokens, k) for tokens in _tokenize(queries)]
+
+    def _best(self, tokens: list[str], k: int) -> list[str]:
+        known = [token for token in tokens if self._index is not None and token in self._index.vocab_dict]
+        if not known or k < 1:
+            return []
+        score_N = self._index.get_scores(known)
+        matching = np.flatnonzero(score_N > 0)
+        if len(matching) > k:
+            # Keep every product that ties with the k-th, so the cut cannot depend on the partition's order.
+            threshold = np.partition(score_N[matching], len(matching) - k)[len(matching) - k]
+            matching = matching[score_N[matching] >= threshold]
+        best = matching[np.argsort(-score_N[matching], kind="stable")[:k]]
+        return [self.product_ids[i] for i in best]
+
+
+def _tokenize(texts: Sequence[str]) -> list[list[str]]:
+    return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False) if len(texts) else []

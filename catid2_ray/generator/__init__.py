@@ -1,0 +1,41 @@
+"""Stage 3, a query becomes ID tokens: subword vocabulary, T5, training examples, the loss, a one-process loop.
+
+Pure torch, transformers and numpy; nothing here knows a store, a cluster or a recipe.
+"""
+
+from catid2_ray.generator.examples import Batch, EpochOrder, Examples, drop_words, epoch_order, tokenize
+from catid2_ray.generator.model import pretrained_t5, small_t5
+from catid2_ray.generator.step import (
+    DocidLoss,
+    FitResult,
+    docid_loss,
+    fit,
+    learning_rate_factor,
+    level_losses,
+    parameter_groups,
+    step_seed,
+)
+from catid2_ray.generator.vocabulary import load_tokenizer, starts_word, train_tokenizer, with_docid_tokens
+
+__all__ = [
+    "Batch",
+    "DocidLoss",
+    "EpochOrder",
+    "Examples",
+    "FitResult",
+    "docid_loss",
+    "drop_words",
+    "epoch_order",
+    "fit",
+    "learning_rate_factor",
+    "level_losses",
+    "load_tokenizer",
+    "parameter_groups",
+    "pretrained_t5",
+    "small_t5",
+    "starts_word",
+    "step_seed",
+    "tokenize",
+    "train_tokenizer",
+    "with_docid_tokens",
+]

@@ -1,0 +1,171 @@
+"""Training examples: texts as token ids, titles thinned into pseudo-queries, and which rows make up step s.
+
+A batch is a pure function of (seed, step), drawn for all workers at once and then cut by rank, so resuming and
+changing the number of workers leave the stream of examples as it was. Numpy only.
+
+B batch, T tokens, V vocabulary, L levels, N rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from catid2_ray.errors import InputError, RecipeError
+from catid2_ray.generator.vocabulary import EOS, PAD
+
+_CHUNK = 8192
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int) -> np.ndarray:
+    """int32 N×`length`: token ids, cut to `length`, `</s>` at the end, padded with 0.
+
+    ID tokens or `</s>` written out in a text are read as plain characters. Raises InputError for a length below 2.
+    """
+    if length < 2:
+        raise InputError(f"texts need at least 2 tokens (one and </s>), found length={length}")
+    ids_NT = np.zeros((len(texts), length), np.int32)
+    for start in range(0, len(texts), _CHUNK):
+        encoded = tokenizer(
+            list(texts[start : start + _CHUNK]),
+            max_length=length,
+            truncation=True,
+            padding="max_length",
+            split_special_tokens=True,
+            return_attention_mask=False,
+        )
+        ids_NT[start : start + _CHUNK] = encoded["input_ids"]
+    return ids_NT
+
+
+def drop_words(
+    input_ids_BT: np.ndarray, starts_word_V: np.ndarray, *, keep: float, generator: np.random.Generator
+) -> np.ndarray:
+    """int32 B×T: each word kept with probability `keep`, at least one word per row, `</s>` kept, moved to the left.
+
+    Turns a title into something like a query, in the spirit of NCI's generated queries (Wang et al. 2022, section 3.2),
+    without a second model. Whole words fall, never parts of one.
+    """
+    if not 0.0 < keep <= 1.0:
+        raise RecipeError(f"keep must be in (0, 1], found {keep}")
+    real_BT = input_ids_BT > EOS
+    begins_BT = real_BT & np.asarray(starts_word_V)[input_ids_BT]
+    # A text cut by truncation, or led by an unknown character, may begin inside a word.
+    begins_BT[:, 0] |= real_BT[:, 0]
+    word_BT = np.cumsum(begins_BT, axis=1) - 1
+    draw_BT = generator.random(input_ids_BT.shape)
+    draw_BT[np.arange(input_ids_BT.shape[1]) >= word_BT[:, -1:] + 1] = 2.0
+    kept_word_BT = draw_BT < keep
+    kept_word_BT[np.arange(len(draw_BT)), draw_BT.argmin(1)] = True
+    kept_BT = (real_BT & np.take_along_axis(kept_word_BT, np.maximum(word_BT, 0), 1)) | (input_ids_BT == EOS)
+    order_BT = np.argsort(~kept_BT, axis=1, kind="stable")
+    return np.take_along_axis(np.where(kept_BT, input_ids_BT, PAD), order_BT, 1).astype(np.int32)
+
+
+class EpochOrder(NamedTuple):
+    """`kind_N`: index into `kinds`; `row_N`: row of that kind's table."""
+
+    kinds: tuple[str, ...]
+    kind_N: np.ndarray
+    row_N: np.ndarray
+
+
+def epoch_order(sizes: Mapping[str, int], ratio: Mapping[str, float], *, seed: int, epoch: int) -> EpochOrder:
+    """The shuffled rows of one epoch; kind k appears round(ratio[k] · sizes[k]) times.
+
+    Fractions walk through a fixed permutation epoch after epoch, so over the epochs every row is used equally often.
+    A pure function of its arguments. Raises RecipeError for an unknown kind, a negative ratio, or an empty epoch.
+    """
+    kinds = tuple(sorted(sizes))
+    unknown = set(ratio) - set(sizes)
+    if unknown or min(ratio.values(), default=0.0) < 0:
+        raise RecipeError(f"example ratios {dict(ratio)} must be ≥ 0 and name only the kinds {list(kinds)}")
+    rows = []
+    for number, kind in enumerate(kinds):
+        count = round(ratio.get(kind, 1.0) * sizes[kind])
+        if count:
+            fixed_N = np.random.default_rng((seed, 1, number)).permutation(sizes[kind])
+            rows.append(fixed_N[(epoch * count + np.arange(count)) % sizes[kind]])
+        else:
+            rows.append(np.empty(0, np.int64))
+    kind_N = np.repeat(np.arange(len(kinds), dtype=np.uint8), [len(row_N) for row_N in rows])
+    if not len(kind_N):
+        raise RecipeError(f"no training example: sizes {dict(sizes)} with ratios {dict(ratio)} leave an empty epoch")
+    shuffle_N = np.random.default_rng((seed, 2, epoch)).permutation(len(kind_N))
+    return EpochOrder(kinds, kind_N[shuffle_N], np.concatenate(rows)[shuffle_N])
+
+
+class Batch(NamedTuple):
+    """`input_ids_BT` int32, no column of only padding; `codes_BL` int64."""
+
+    input_ids_BT: np.ndarray
+    codes_BL: np.ndarray
+
+
+@dataclass
+class Examples:
+    """Every example of a training run: per kind ("query", "title") an int32 N×T table of ids and the N×L codes.
+
+    `ratio`: how often a kind's rows appear per epoch (1.0 where unnamed). `drop_share` of the "title" rows of each
+    batch lose words with probability 1 − `keep`; needs `starts_word_V`. Tables may be memory-mapped; all have one T.
+    """
+
+    input_ids: Mapping[str, np.ndarray]
+    codes: Mapping[str, np.ndarray]
+    ratio: Mapping[str, float] = field(default_factory=dict)
+    starts_word_V: np.ndarray | None = None
+    keep: float = 0.5
+    drop_share: float = 0.5
+    _epochs: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        for kind, ids_NT in self.input_ids.items():
+            if kind not in self.codes or len(ids_NT) != len(self.codes[kind]):
+                found = len(self.codes[kind]) if kind in self.codes else "none"
+                raise InputError(
+                    f"examples of kind {kind!r}: {len(ids_NT)} texts but {found} IDs; they must go in pairs"
+                )
+        if len({ids_NT.shape[1] for ids_NT in self.input_ids.values()}) != 1:
+            raise InputError(
+                f"tables differ in length: { {k: v.shape[1] for k, v in self.input_ids.items()} }; use one T"
+            )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {kind: len(ids_NT) for kind, ids_NT in self.input_ids.items()}
+
+    def steps_per_epoch(self, *, batch: int) -> int:
+        """Whole batches of `batch` rows (all workers together) in one epoch; at least one."""
+        return max(1, len(self._epoch(0, 0).kind_N) // batch)
+
+    def _epoch(self, seed: int, epoch: int) -> EpochOrder:
+        if (seed, epoch) not in self._epochs:
+            self._epochs.clear()
+            self._epochs[seed, epoch] = epoch_order(self.sizes, self.ratio, seed=seed, epoch=epoch)
+        return self._epochs[seed, epoch]
+
+    def batch(self, *, seed: int, step: int, batch: int, rank: int = 0, workers: int = 1) -> Batch:
+        """The rows of `rank` in step `step`; `batch` counts all workers together. A pure function of its arguments."""
+        if batch % workers:
+            raise RecipeError(f"a batch of {batch} rows does not divide among {workers} workers")
+        epoch, position = divmod(step, self.steps_per_epoch(batch=batch))
+        order = self._epoch(seed, epoch)
+        pick_B = (position * batch + np.arange(batch)) % len(order.kind_N)
+        kind_B, row_B = order.kind_N[pick_B], order.row_N[pick_B]
+        first = order.kinds[0]
+        ids_BT = np.zeros((batch, self.input_ids[first].shape[1]), np.int32)
+        codes_BL = np.zeros((batch, self.codes[first].shape[1]), np.int64)
+        for number, kind in enumerate(order.kinds):
+            here_B = np.flatnonzero(kind_B == number)
+            ids_BT[here_B] = self.input_ids[kind][row_B[here_B]]
+            codes_BL[here_B] = self.codes[kind][row_B[here_B]]
+            if kind == "title" and self.starts_word_V is not None and self.drop_share > 0:
+                generator = np.random.default_rng((seed, 3, step))
+                thin_B = here_B[generator.random(len(here_B)) < self.drop_share]
+                ids_BT[thin_B] = drop_words(ids_BT[thin_B], self.starts_word_V, keep=self.keep, generator=generator)
+        share = batch // workers
+        mine = slice(rank * share, (rank + 1) * share)
+        used = max(1, int((ids_BT[mine] != PAD).any(0).nonzero()[0].max(initial=0)) + 1)
+        return Batch(ids_BT[mine, :used], codes_BL[mine])

@@ -1,0 +1,109 @@
+"""The subword vocabulary: a tokenizer trained on the catalogue's own text, plus one token per (level, code) at its end.
+
+Letters and numbers are split from each other, so "10ft" and "10 ft" are the same tokens and "3/4" stays whole;
+punctuation that says nothing about a product is dropped.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from catid2_ray.docid import DocidSpace
+from catid2_ray.errors import EncoderError, InputError, RecipeError
+
+PAD, EOS, UNK = 0, 1, 2
+_SPECIAL = ("<pad>", "</s>", "<unk>")
+# A number with its decimal point or fraction | letters with their marks | the few signs that carry a unit or a meaning.
+_WORD = r"""\d+(?:[./]\d+)*|[\p{L}\p{M}]+|[%"'#&+°$]"""
+
+
+def train_tokenizer(texts: Iterable[str], *, size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-pair vocabulary of at most `size` entries (more only if the texts hold more distinct characters).
+
+    `<pad>` is 0, `</s>` 1 (appended to every text), `<unk>` 2; NFKC, lower case. The same texts in the same order give
+    the same vocabulary. Raises RecipeError for a size that leaves no room for subwords, InputError for no text.
+    """
+    if size < 64:
+        raise RecipeError(f"a vocabulary of {size} entries cannot hold an alphabet; set at least 64")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            normalizers.Replace("\u2044", "/"),  # NFKC writes ½ with a fraction slash
+            normalizers.Replace(Regex(r"(?<=\d),(?=\d{3})"), ""),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True),
+            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always"),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(_SPECIAL), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    if tokenizer.get_vocab_size() <= len(_SPECIAL):
+        raise InputError("no text to train a vocabulary on: the texts are empty or hold only punctuation")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
+    )
+
+
+def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a pretrained model, by hub id or local folder. Raises EncoderError when it cannot be had."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+    except Exception as error:
+        raise EncoderError(
+            f"no tokenizer could be loaded from {str(name_or_folder)!r} ({type(error).__name__}: {error}); "
+            "give a folder with tokenizer.json, a hub id that exists, or make the model hub reachable"
+        ) from error
+    if tokenizer.pad_token_id != PAD or tokenizer.eos_token_id != EOS:
+        raise EncoderError(
+            f"the tokenizer of {str(name_or_folder)!r} has <pad>={tokenizer.pad_token_id} and "
+            f"</s>={tokenizer.eos_token_id}, expected {PAD} and {EOS} as in every T5; choose a T5 model"
+        )
+    return tokenizer
+
+
+def with_docid_tokens(tokenizer: PreTrainedTokenizerFast, space: DocidSpace) -> PreTrainedTokenizerFast:
+    """Add the ΣK tokens `<a_0>`, … level after level as the last entries, in place, and return the tokenizer.
+
+    (CAT-ID², section 3.4: one new token per level and code.) Does nothing when they already are the last entries in
+    that order. Raises InputError when some exist elsewhere, or the vocabulary's numbering has holes.
+    """
+    tokens = space.tokens()
+    known = tokenizer.get_vocab()
+    present = [token for token in tokens if token in known]
+    base = len(tokenizer) - len(present)
+    if present:
+        places = np.array([known[token] for token in present])
+        if len(present) != len(tokens) or not np.array_equal(places, base + np.arange(len(tokens))):
+            raise InputError(
+                f"the vocabulary already holds {len(present)} of the {len(tokens)} ID tokens, first {present[0]!r} at "
+                f"{known[present[0]]}, expected all of them as its last entries from {base}; use a fresh tokenizer"
+            )
+        return tokenizer
+    if max(known.values()) != len(tokenizer) - 1:
+        raise InputError(
+            f"the vocabulary has {len(tokenizer)} entries but its highest number is {max(known.values())}; "
+            "ID tokens must follow without a hole"
+        )
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in tokens], special_tokens=True)
+    return tokenizer
+
+
+def starts_word(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """bool V: whether a token begins a word. Knows the marks `▁` (T5, ours), `Ġ` (byte level) and `##` (WordPiece)."""
+    token_V = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))), dtype=np.str_)
+    for mark in ("▁", "Ġ"):
+        begins_V = np.char.startswith(token_V, mark)
+        if begins_V.any():
+            break
+    else:
+        begins_V = ~np.char.startswith(token_V, "##")
+    return begins_V

@@ -1,0 +1,288 @@
+"""Unique IDs: products that share an ID are spread over the free codes of their prefix at the least total distance.
+
+A Sinkhorn plan is rounded to one code per product and then *proved*: its prices bound the optimum from below, and a
+prefix whose bound does not close to 0.5 % is solved exactly. Everything runs in product_id order, and every number of a
+prefix is computed from that prefix alone, so neither row order nor block size can change an ID.
+
+N products, M occupied IDs, L levels, K codes, Z latent width; P rows in question; B prefixes of one batch, G products
+in each, C candidate codes.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from ot.batch import solve_batch
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+
+from catid2_ray.docid import DocidSpace
+from catid2_ray.errors import CapacityError, InputError
+from catid2_ray.identifiers.overflow import codeword_sum, is_member, spill, taken_codes
+
+BLOCK_NUMBERS = 2**21  # float64 numbers of one block of costs, 16 MiB
+SINKHORN_REGS = (0.1, 0.03, 0.01, 0.003, 0.001)  # entropy weights, in units of a prefix's mean extra distance
+SINKHORN_ITERATIONS = 20  # at each weight
+PROOF_TOLERANCE = 0.005  # a rounded plan is kept when cost <= (1 + this) * its lower bound
+FAR = 1e4  # normalised cost of a column that no product may take
+
+
+class UniqueIds(NamedTuple):
+    """`codes_NL` int64, no two rows equal; `moved_N` bool, the ID changed; `cost_N` float64, the squared distance of
+    the product's latent to its new ID's codewords minus that to its old ID's; `report`, counts by name."""
+
+    codes_NL: np.ndarray
+    moved_N: np.ndarray
+    cost_N: np.ndarray
+    report: dict
+
+
+def assign_unique(
+    codes_NL, residual_NZ, codebook_LKZ, product_ids, *, occupied=None, method: str = "sinkhorn"
+) -> UniqueIds:
+    """Give every product an ID of its own, touching only prefixes of L − 1 codes in which some ID is shared.
+
+    `codes_NL`: integers. `residual_NZ`: the input of the last level, latent minus the codewords of the first L − 1.
+    `codebook_LKZ`: an array, or one array K_l×Z per level. `product_ids`: N different strings. `occupied`: integers
+    M×L, IDs that never move and are never given. `method`: "sinkhorn" (POT, log domain), "exact" (linear assignment),
+    both within 1 % of the least summed squared distance in every prefix, or "greedy" (nearest free code, in
+    product_id order). In a touched prefix all products take part, also those whose own ID was not shared.
+
+    A prefix with more products than free codes sends the rest away, over all prefixes in the order of (added cost,
+    product_id), each to the nearest sibling prefix with room, level by level upwards; who receives is solved again.
+    Pure function of the set of rows; rows come back in the order they came in.
+
+    Raises CapacityError when N + M > ∏K_l, before any work; InputError for codes out of range, residuals that are not
+    finite, repeated product_ids, and occupied IDs out of range or repeated.
+
+    Source: Sinkhorn post-processing, CAT-ID² (arXiv 2511.01461) after LC-Rec (2311.09049); one assignment per prefix,
+    ZCR (2605.25330).
+    """
+    books = [np.asarray(book, dtype=np.float64) for book in codebook_LKZ]
+    space = DocidSpace(tuple(len(book) for book in books))
+    if method not in SOLVERS:
+        raise InputError(f"method {method!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    count = len(codes_NL) + (0 if occupied is None else len(occupied))
+    if count > space.capacity:
+        raise CapacityError(
+            f"{len(codes_NL)} products and {count - len(codes_NL)} occupied IDs need {count} IDs, but codes_per_level "
+            f"{list(space.codes_per_level)} has only {space.capacity}; train a quantizer with more levels or codes"
+        )
+    codes_NL, residual_NZ, order_N, taken_M = _checked(space, books, codes_NL, residual_NZ, product_ids, occupied)
+    old_N = space.pack(codes_NL)
+    home_N = space.prefix_of(old_N, space.levels - 1)
+    touched = colliding_prefixes(np.concatenate([old_N, taken_M]), space)
+    spilled = spill(space, books, codes_NL, residual_NZ, home_N, taken_M, touched)
+    home_N[spilled.row_P] = spilled.home_P
+
+    new_N, cost_N = old_N.copy(), np.zeros(len(old_N))
+    rows_P = np.flatnonzero(is_member(np.union1d(touched, spilled.home_P), home_N))
+    last = space.codes_per_level[-1]
+    point_PZ = residual_NZ[rows_P].astype(np.float64)
+    away = np.searchsorted(rows_P, spilled.row_P)
+    latent_PZ = residual_NZ[spilled.row_P] + codeword_sum(books[:-1], codes_NL[spilled.row_P])
+    point_PZ[away] = latent_PZ - codeword_sum(books[:-1], space.unpack(spilled.home_P * last))
+    code_P, repaired = _assign(home_N[rows_P], point_PZ, books[-1], taken_M, SOLVERS[method])
+    new_N[rows_P] = home_N[rows_P] * last + code_P
+
+    before_P = _squared(residual_NZ[rows_P] - books[-1][codes_NL[rows_P, -1]])
+    cost_N[rows_P] = _squared(point_PZ - books[-1][code_P]) - before_P
+    moved_N = new_N != old_N
+    cost_N[~moved_N] = 0.0
+    report = _report(space, old_N, new_N, taken_M, touched, len(spilled.row_P))
+    report |= {"added_cost": float(cost_N.sum()), "method": method, "solved_exactly_instead": repaired}
+    assert report["duplicates_after"] == 0, f"{report['duplicates_after']} IDs are still shared: {report}"
+    back_N = np.empty_like(order_N)
+    back_N[order_N] = np.arange(len(order_N))
+    return UniqueIds(space.unpack(new_N)[back_N], moved_N[back_N], cost_N[back_N], report)
+
+
+def colliding_prefixes(packed_N, space: DocidSpace) -> np.ndarray:
+    """Sorted int64 prefixes of L − 1 codes (`DocidSpace.prefix_of`) in which some ID of `packed_N` occurs twice.
+
+    Only rows in these prefixes have to be brought together for `assign_unique`; append the packed occupied IDs.
+    """
+    ids, count = np.unique(np.asarray(packed_N, dtype=np.int64), return_counts=True)
+    return np.unique(space.prefix_of(ids[count > 1], space.levels - 1))
+
+
+def _checked(space, books, codes_NL, residual_NZ, product_ids, occupied):
+    """The inputs in product_id order, that order, and the occupied IDs packed and sorted."""
+    width = books[0].shape[-1]
+    if any(book.ndim != 2 or book.shape[1] != width or not np.isfinite(book).all() for book in books):
+        raise InputError(f"codebooks must be finite arrays K_l×Z of one width, found {[book.shape for book in books]}")
+    codes_NL, product_ids = space.check(np.asarray(codes_NL)), np.asarray(product_ids, dtype=str)
+    residual_NZ = np.asarray(residual_NZ)
+    if residual_NZ.shape != (len(codes_NL), width) or product_ids.shape != (len(codes_NL),):
+        raise InputError(
+            f"{len(codes_NL)} rows of codes need residuals of shape ({len(codes_NL)}, {width}) and as many "
+            f"product_ids, found {residual_NZ.shape} and {product_ids.shape}"
+        )
+    order_N = np.argsort(product_ids, kind="stable")
+    ids_N = product_ids[order_N]
+    twins = np.flatnonzero(ids_N[1:] == ids_N[:-1])
+    if len(twins):
+        raise InputError(
+            f"product_id {str(ids_N[twins[0]])!r} occurs twice ({len(twins)} repeats in all); drop the repeats"
+        )
+    wrong = np.flatnonzero(~np.isfinite(residual_NZ).all(axis=1))
+    if len(wrong):
+        raise InputError(
+            f"the residual of product_id {str(product_ids[wrong[0]])!r} (row {wrong[0]}) is not finite, "
+            f"one of {len(wrong)}; encode the catalogue again"
+        )
+    taken_M = np.empty(0, np.int64)
+    if occupied is not None and len(occupied):
+        try:
+            taken_M = np.sort(space.pack(np.asarray(occupied)))
+        except InputError as error:
+            raise InputError(f"occupied IDs: {error}") from None
+    again = np.flatnonzero(taken_M[1:] == taken_M[:-1])
+    if len(again):
+        text = space.text(space.unpack(taken_M[again[:1]])[0])
+        raise InputError(f"occupied IDs: {text} occurs twice ({len(again)} repeats in all); the ledger is damaged")
+    return codes_NL[order_N], residual_NZ[order_N], order_N, taken_M
+
+
+def _assign(home_P, point_PZ, book_KZ, taken_M, solver):
+    """Last codes int64 P, all different inside one prefix `home_P`, and how many prefixes the solver gave up on."""
+    code_P, repaired, codes = np.empty(len(home_P), np.int64), 0, len(book_KZ)
+    by_home = np.argsort(home_P, kind="stable")
+    homes, first, size = np.unique(home_P[by_home], return_index=True, return_counts=True)
+    for members in np.unique(size):
+        groups = np.flatnonzero(size == members)
+        for block in np.array_split(groups, min(len(groups), -(-len(groups) * members * codes // BLOCK_NUMBERS))):
+            rows_BG = by_home[first[block][:, None] + np.arange(members)]
+            cost_BGK = cdist(point_PZ[rows_BG.ravel()], book_KZ, "sqeuclidean").reshape(*rows_BG.shape, codes)
+            np.copyto(cost_BGK, np.inf, where=taken_codes(taken_M, homes[block], codes)[:, None])
+            code_P[rows_BG], failed = _solve(cost_BGK, solver)
+            repaired += failed
+    return code_P, repaired
+
+
+def _solve(cost_BGK, solver):
+    """Codes int64 B×G. The G nearest free codes of each of G products hold an optimum, so all others are left out."""
+    count, members, codes = cost_BGK.shape
+    near_BGG = np.argpartition(cost_BGK, members - 1, axis=2)[..., :members]
+    wanted_BK = np.zeros((count, codes), bool)
+    wanted_BK[np.arange(count)[:, None], near_BGG.reshape(count, -1)] = True
+    column_BK = np.argsort(~wanted_BK, axis=1, kind="stable")
+    # One column more than products, in powers of two: few shapes, and each a function of its own prefix alone.
+    width_B = 2 ** np.ceil(np.log2(np.maximum(wanted_BK.sum(axis=1), members + 1))).astype(np.int64)
+    code_BG, repaired = np.empty((count, members), np.int64), 0
+    for width in np.unique(width_B):
+        part = np.flatnonzero(width_B == width)
+        column_BC = column_BK[part, :width]
+        cost_BGC = np.full((len(part), members, width), np.inf)
+        found = np.take_along_axis(cost_BGK[part], column_BC[:, None], axis=2)
+        usable = np.take_along_axis(wanted_BK[part], column_BC, axis=1)[:, None]
+        np.copyto(cost_BGC[..., : found.shape[2]], found, where=usable)
+        pick_BG, failed = solver(cost_BGC)
+        code_BG[part] = np.take_along_axis(column_BC, pick_BG, axis=1)
+        repaired += failed
+    return code_BG, repaired
+
+
+def _greedy(cost_BGC):
+    """Each product in turn takes its nearest free column."""
+    cost_BGC, rows_B = cost_BGC.copy(), np.arange(len(cost_BGC))
+    pick_BG = np.empty(cost_BGC.shape[:2], np.int64)
+    for member in range(cost_BGC.shape[1]):
+        pick_BG[:, member] = cost_BGC[:, member].argmin(axis=1)
+        cost_BGC[rows_B, :, pick_BG[:, member]] = np.inf
+    return pick_BG, 0
+
+
+def _exact(cost_BGC):
+    """The optimum, prefix by prefix."""
+    return np.array([linear_sum_assignment(cost_GC)[1] for cost_GC in cost_BGC], np.int64), 0
+
+
+def _sinkhorn(cost_BGC):
+    """Entropic plans, rounded, each proved by the lower bound of its own prices or else replaced by the optimum.
+
+    A last row of no cost takes the columns that the products leave, which makes the rectangular problem balanced.
+    """
+    count, members, width = cost_BGC.shape
+    usable_BC = np.isfinite(cost_BGC[:, 0])
+    base_BG = cost_BGC.min(axis=2)
+    extra_BGC = np.where(usable_BC[:, None], cost_BGC - base_BG[..., None], 0.0)
+    unit_B = extra_BGC.sum(axis=(1, 2)) / (members * usable_BC.sum(axis=1))
+    unit_B[unit_B == 0] = 1.0
+    scaled_BGC = np.where(usable_BC[:, None], extra_BGC / unit_B[:, None, None], FAR)
+    rows_BG = np.ones((count, members + 1))
+    rows_BG[:, -1] = width - members
+    problem = np.concatenate([scaled_BGC, np.zeros((count, 1, width))], axis=1)
+    price_BC = np.zeros((count, width))
+    for reg in SINKHORN_REGS:
+        # Prices so far go into the costs, which leaves the optimum as it is and starts the sharper pass from them.
+        result = solve_batch(
+            problem - price_BC[:, None],
+            reg=reg,
+            a=rows_BG,
+            b=np.ones((count, width)),
+            max_iter=SINKHORN_ITERATIONS,
+            tol=0.0,
+            method="log_sinkhorn",
+            grad="detach",
+        )
+        price_BC += reg * (result.potentials[1] + result.potentials[0][:, -1:])
+    pick_BG = _round(np.where(usable_BC[:, None], result.plan[:, :members], -0.5))
+    price_BC = np.where(usable_BC, np.minimum(price_BC, 0.0), 0.0)
+    taken_BC = np.zeros((count, width), bool)
+    np.put_along_axis(taken_BC, pick_BG, True, axis=1)
+    bound_B = np.maximum(_dual(scaled_BGC, price_BC), _dual(scaled_BGC, np.where(taken_BC, price_BC, 0.0)))
+    least_B = base_BG.sum(axis=1) + bound_B * unit_B
+    spent_B = np.take_along_axis(cost_BGC, pick_BG[..., None], axis=2).sum(axis=(1, 2))
+    unproved = np.flatnonzero(~(spent_B <= (1 + PROOF_TOLERANCE) * least_B))
+    if len(unproved):
+        pick_BG[unproved], _ = _exact(cost_BGC[unproved])
+    return pick_BG, len(unproved)
+
+
+def _dual(cost_BGC, price_BC):
+    """Lower bound of each least total cost, from any prices <= 0 of the columns (duality of the assignment problem)."""
+    gain_BG = (cost_BGC - price_BC[:, None]).min(axis=2)
+    price_BC = np.minimum((cost_BGC - gain_BG[..., None]).min(axis=1), 0.0)
+    return gain_BG.sum(axis=1) + price_BC.sum(axis=1)
+
+
+SOLVERS = {"sinkhorn": _sinkhorn, "exact": _exact, "greedy": _greedy}
+
+
+def _round(plan_BGC):
+    """Take the plan's largest entry, strike out its row and column, repeat; ties go to the lower product_id."""
+    count, members, width = plan_BGC.shape
+    pick_BG, rows_B = np.empty((count, members), np.int64), np.arange(count)
+    for _ in range(members):
+        member_B, column_B = np.divmod(plan_BGC.reshape(count, -1).argmax(axis=1), width)
+        pick_BG[rows_B, member_B] = column_B
+        plan_BGC[rows_B, member_B] = -1.0
+        plan_BGC[rows_B, :, column_B] = -1.0
+    return pick_BG
+
+
+def _squared(difference_PZ):
+    return (difference_PZ**2).sum(axis=1)
+
+
+def _report(space, old_N, new_N, taken_M, touched, overflowed):
+    """Counts by name; a collision is a product beyond the first of its ID, or one whose ID is occupied."""
+    home_N = space.prefix_of(old_N, space.levels - 1)
+    size = np.unique(home_N[is_member(touched, home_N)], return_counts=True)[1]
+
+    def surplus(packed_N):
+        everyone = np.concatenate([packed_N, taken_M])
+        return len(everyone) - len(np.unique(everyone))
+
+    return {
+        "products": len(old_N),
+        "occupied": len(taken_M),
+        "collisions_before": surplus(old_N),
+        "collision_rate_before": surplus(old_N) / max(len(old_N), 1),
+        "duplicates_after": surplus(new_N),
+        "colliding_prefixes": len(touched),
+        "products_in_colliding_prefixes": int(size.sum()),
+        "largest_prefix": int(size.max(initial=0)),
+        "moved": int((new_N != old_N).sum()),
+        "overflowed": overflowed,
+    }

@@ -1,0 +1,246 @@
+"""Stage 0a: read the source tables once, check every row at the door, and lay products and pairs out in parts.
+
+A row's part is a hash of its product_id, for products and pairs alike. Three things follow: the layout is a pure function
+of the set of rows, duplicates meet in one part, and later joins of pairs with products are local to a part. Parts are also
+uniform random samples of the catalogue, which fits of bounded size use.
+"""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from catid2_ray.artifacts import schemas
+from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.pairs import check_pairs
+from catid2_ray.catalog.products import check_products
+from catid2_ray.catalog.synthetic import generate
+from catid2_ray.catalog.taxonomy import Taxonomy
+from catid2_ray.config import CatalogRecipe
+from catid2_ray.errors import InputError
+from catid2_ray.on_ray import progress
+from catid2_ray.on_ray.pipeline import Job
+
+_NAMED_BAD_ROWS = 10
+
+
+def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
+    """The catalog artefact: products in part-*.parquet, pairs in pairs/, what was set aside in rejected/, taxonomy.json."""
+    recipe, width = job.recipe.catalog, _given_width(job)
+    settings = {**recipe.identity(), "width": width}
+    if recipe.root is not None:
+        source = Store(recipe.root)
+        source.check()
+        settings["source"] = {
+            table: [[name, source.fingerprint(name)] for name in source.parquet_files(table)] for table in ("products", "pairs")
+        }
+    return job.produce("catalog", settings, {}, lambda attempt: _prepare(job, attempt, width))
+
+
+def _given_width(job: Job) -> int | None:
+    """Width of the embedding column, or None when embeddings are computed."""
+    embedding, root = job.recipe.embedding, job.recipe.catalog.root
+    if embedding.source == "encoder" or root is None:
+        if embedding.source == "given":
+            raise InputError("embedding.source is 'given', but the generated catalogue has no embedding column")
+        return None
+    source = Store(root)
+    name = source.parquet_files("products")[0]
+    schema = pq.read_schema(source.path(name), filesystem=source.arrow_fs)
+    if "embedding" not in schema.names:
+        if embedding.source == "given":
+            raise InputError(
+                f"embedding.source is 'given', but {source.uri_of(name)} has no column 'embedding'; "
+                f"found {', '.join(schema.names)}. Add it (list<float>) or set embedding.source=encoder"
+            )
+        return None
+    if embedding.width:
+        return embedding.width
+    kind = schema.field("embedding").type
+    if pa.types.is_fixed_size_list(kind):
+        return kind.list_size
+    for batch in pq.ParquetFile(source.path(name), filesystem=source.arrow_fs).iter_batches(1024, columns=["embedding"]):
+        lengths = batch.column(0).drop_null().value_lengths()
+        if len(lengths):
+            return lengths[0].as_py()
+    raise InputError(f"{source.uri_of(name)}: the column 'embedding' holds no vector; set embedding.source=encoder to compute")
+
+
+def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
+    recipe, files = job.recipe.catalog, []
+    if recipe.synthetic is not None:
+        made = generate(
+            products=recipe.synthetic.products, queries=recipe.synthetic.queries, seed=recipe.synthetic.seed
+        )
+        files += [
+            job.store.write_table(attempt.name("source/products.parquet"), made.products),
+            job.store.write_table(attempt.name("source/pairs.parquet"), made.pairs),
+        ]
+        source = Store(f"{job.store.uri}/{attempt.name('source')}")
+    else:
+        source = Store(recipe.root)
+    rows = _row_count(source, "products")
+    if rows == 0:
+        raise InputError(f"the catalogue {source.uri} is empty: products has no rows")
+    part_count = -(-rows // recipe.rows_per_part)
+    arguments = {"store": job.store, "folder": attempt.folder, "recipe": recipe, "width": width}
+    products = _partition(source, "products", part_count, _WriteProducts, arguments)
+    _refuse_bad(source, "products", rows, products, recipe)
+    pairs = _partition(source, "pairs", part_count, _WritePairs, arguments)
+    _refuse_bad(source, "pairs", _row_count(source, "pairs"), pairs, recipe)
+
+    paths = Counter()
+    for result in products:
+        paths.update({tuple(path): count for path, count in result["paths"]})
+    taxonomy = Taxonomy.build(paths, depth=recipe.max_category_depth)
+    files.append(job.store.write_file(attempt.name("taxonomy.json"), taxonomy.to_json().encode()))
+    files += [entry for result in products + pairs for entry in result["files"]]
+    good = sum(result["good"] for result in products)
+    metrics = {
+        "products": good,
+        "products_set_aside": sum(result["bad"] for result in products),
+        "reasons": dict(sum((Counter(result["reasons"]) for result in products + pairs), Counter())),
+        "paths_cut": sum(result["cut_paths"] for result in products),
+        "pairs": sum(result["good"] for result in pairs),
+        "pairs_set_aside": sum(result["bad"] for result in pairs),
+        "categories": list(taxonomy.sizes),
+        "taxonomy": taxonomy.digest,
+        "width": width,
+    }
+    return attempt.commit(files, rows=good, schema=schemas.fingerprint(schemas.products(width)), metrics=metrics)
+
+
+def _row_count(source: Store, table: str) -> int:
+    return sum(
+        pq.ParquetFile(source.path(name), filesystem=source.arrow_fs).metadata.num_rows for name in source.parquet_files(table)
+    )
+
+
+def _add_part(table: pa.Table, part_count: int) -> pa.Table:
+    keys = table["product_id"].cast(pa.string()).fill_null("").to_pandas().to_numpy(dtype=object)
+    part = (pd.util.hash_array(keys, categorize=False) % np.uint64(part_count)).astype(np.int32)
+    return table.append_column("part", pa.array(part))
+
+
+class _WriteProducts:
+    wanted = ("product_id", "title", "description", "category_path", "embedding")
+
+    def __init__(self, *, store: Store, folder: str, recipe: CatalogRecipe, width: int | None):
+        self.store, self.folder, self.recipe, self.width = store, folder, recipe, width
+
+    def __call__(self, group: pa.Table) -> pa.Table:
+        part = group["part"][0].as_py()
+        checked = check_products(
+            group.drop_columns(["part"]),
+            width=self.width,
+            min_category_depth=self.recipe.min_category_depth,
+            max_category_depth=self.recipe.max_category_depth,
+        )
+        table = schemas.conform(checked.good, schemas.products(self.width), where=f"products, part {part}")
+        paths = Counter(tuple(path) for path in table["category_path"].to_pylist())
+        return self._result(part, table, checked, "part", paths=[[list(path), count] for path, count in sorted(paths.items())])
+
+    def _result(self, part: int, table: pa.Table, checked, prefix: str, **more) -> pa.Table:
+        files = []
+        if table.num_rows:
+            files.append({**self.store.write_table(f"{self.folder}/{prefix}-{part:05d}.parquet", table), "part": part})
+        if checked.bad.num_rows:
+            bad = schemas.conform(checked.bad, schemas.REJECTED, where=f"{prefix} {part}: rows set aside")
+            files.append(self.store.write_table(f"{self.folder}/rejected/{prefix.replace('/', '-')}-{part:05d}.parquet", bad))
+        rows = checked.bad.slice(0, _NAMED_BAD_ROWS).to_pylist()
+        result = {
+            "part": part,
+            "good": table.num_rows,
+            "bad": checked.bad.num_rows,
+            "first_bad": [f"{row['product_id']!r}: {row['reason']}" for row in rows],
+            "reasons": dict(Counter(_general(reason) for reason in checked.bad["reason"].to_pylist())),
+            "cut_paths": getattr(checked, "cut_paths", 0),
+            "files": files,
+            **more,
+        }
+        return pa.table({"result": [json.dumps(result)]})
+
+
+class _WritePairs(_WriteProducts):
+    wanted = schemas.PAIRS.names
+
+    def __call__(self, group: pa.Table) -> pa.Table:
+        part = group["part"][0].as_py()
+        checked = check_pairs(group.drop_columns(["part"]))
+        return self._result(part, schemas.conform(checked.good, schemas.PAIRS, where=f"pairs, part {part}"), checked, "pairs/part")
+
+
+def _general(reason: str) -> str:
+    """The reason without the row's own numbers, for counting."""
+    return " ".join("…" if any(c.isdigit() for c in word) else word for word in reason.split())
+
+
+def _partition(source: Store, table: str, part_count: int, writer: type, arguments: dict) -> list[dict]:
+    """One Ray Data pass: read the wanted columns, group by part, check and write each part. Results in order of parts."""
+    files = source.parquet_files(table)
+    present = pq.read_schema(source.path(files[0]), filesystem=source.arrow_fs).names
+    wanted = [name for name in writer.wanted if name in present and (name != "embedding" or arguments["width"])]
+    missing = {"products": {"product_id", "title"}, "pairs": set(schemas.PAIRS.names)}[table] - set(wanted)
+    if missing:
+        raise InputError(
+            f"{source.uri_of(files[0])}: missing column {', '.join(sorted(missing))}; found {', '.join(present)}. "
+            "Rename your columns to the house schema (see the README, 'your own data')"
+        )
+    dataset = ray.data.read_parquet([source.path(name) for name in files], filesystem=source.arrow_fs, columns=wanted)
+    write = writer(**arguments)
+
+    def write_part(group: pa.Table) -> pa.Table:
+        return write(group)
+
+    dataset = dataset.map_batches(_add_part, fn_args=(part_count,), batch_format="pyarrow", batch_size=None)
+    dataset = dataset.groupby("part", num_partitions=min(part_count, 200)).map_groups(write_part, batch_format="pyarrow")
+    results = []
+    with progress.bar(f"reading {table}", part_count, "parts") as shown:
+        for row in dataset.iter_rows():
+            results.append(json.loads(row["result"]))
+            shown.advance(1)
+    return sorted(results, key=lambda result: result["part"])
+
+
+def _refuse_bad(source: Store, table: str, rows: int, results: list[dict], recipe: CatalogRecipe) -> None:
+    bad = sum(result["bad"] for result in results)
+    if bad > recipe.max_bad_fraction * max(rows, 1):
+        first = [text for result in results for text in result["first_bad"]][:_NAMED_BAD_ROWS]
+        raise InputError(
+            f"{source.uri}: {bad} of {rows} rows of {table} are bad, more than catalog.max_bad_fraction "
+            f"{recipe.max_bad_fraction} allows. The first {len(first)}:\n  " + "\n  ".join(first)
+        )
+
+
+def part_specs(catalog: Manifest) -> list[dict]:
+    """The parts of a catalogue as work for `map_parts`: part number, file name, rows and, where there are any, pairs."""
+    pairs = {entry["part"]: entry for entry in catalog.named("pairs/part-")}
+    return [
+        {
+            "part": entry["part"],
+            "file": entry["name"],
+            "rows": entry["rows"],
+            "pairs": pairs[entry["part"]]["name"] if entry["part"] in pairs else None,
+        }
+        for entry in catalog.parts()
+    ]
+
+
+def read_sample(store: Store, manifest: Manifest, columns: list[str], *, rows: int, seed: int) -> pa.Table:
+    """A uniform sample of at most `rows` rows: whole parts in a seeded order, of the last one a seeded choice of rows."""
+    parts, generator = manifest.parts(), np.random.default_rng([seed, 2])
+    tables, missing = [], rows
+    for position in generator.permutation(len(parts)):
+        table = store.read_table(manifest.file(parts[position]["name"]), columns=columns)
+        if table.num_rows > missing:
+            table = table.take(np.sort(generator.choice(table.num_rows, missing, replace=False)))
+        tables.append(table)
+        missing -= table.num_rows
+        if missing <= 0:
+            break
+    return pa.concat_tables(tables)

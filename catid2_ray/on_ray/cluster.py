@@ -1,0 +1,114 @@
+"""Join the cluster that the job runs in, or start a Ray of its own; and watch what memory the job takes.
+
+A job started by `ray job submit` (or with RAY_ADDRESS set) joins that cluster. Any other run starts a private Ray that
+ends with it, and never joins one that happens to run on the host.
+"""
+
+import logging
+import os
+import threading
+import time
+
+import psutil
+import ray
+
+from catid2_ray.artifacts.store import S3_ENVIRONMENT
+from catid2_ray.config import ClusterRecipe
+
+
+def worker_environment(cluster: ClusterRecipe) -> dict[str, str]:
+    """Environment of every worker. Holds no secrets: Ray shows it in its dashboard."""
+    threads = str(cluster.threads_per_worker)
+    environment = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.worker_start_timeout_s),
+        **S3_ENVIRONMENT,
+    }
+    if not cluster.gpus_per_worker:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def connect(cluster: ClusterRecipe, *, dashboard: bool = False) -> None:
+    """Idempotent. Logs of workers reach the terminal only where nobody looks at a progress display."""
+    if ray.is_initialized():
+        return
+    runtime_env = {"env_vars": worker_environment(cluster)}
+    # Ray's C++ side writes harmless notices (restarts of actors, number of workers) over the progress display.
+    for name, value in {**S3_ENVIRONMENT, "RAY_BACKEND_LOG_LEVEL": "fatal"}.items():
+        os.environ.setdefault(name, value)
+    for name in ("ray", "ray.data", "ray.train", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet = {"runtime_env": runtime_env, "log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", **quiet)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(cluster.logical_cpus, (os.cpu_count() or 1) + 2),
+            object_store_memory=cluster.object_store_mb * 1_000_000,
+            include_dashboard=dashboard,
+            **quiet,
+        )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+
+
+def disconnect() -> None:
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+class PeakMemory:
+    """Samples, each second, the summed PSS of this job's processes on this node; the object store is part of it.
+
+    PSS counts a shared page once over all who map it, so the pages of the object store, which the raylet maps, are in the
+    sum exactly once. On a running cluster the processes are this one's and those below the node's raylet.
+    """
+
+    def __init__(self, interval_s: float = 1.0):
+        self.bytes = 0
+        self._interval = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _watch(self):
+        while not self._stop.is_set():
+            started = time.monotonic()
+            self.bytes = max(self.bytes, sum(_pss(process.pid) for process in _job_processes()))
+            self._stop.wait(max(0.0, self._interval - (time.monotonic() - started)))
+
+
+def _job_processes() -> list[psutil.Process]:
+    me = psutil.Process()
+    found = {process.pid: process for process in [me, *me.children(recursive=True)]}
+    if os.environ.get("RAY_ADDRESS"):
+        for process in psutil.process_iter(["name"]):
+            if process.info["name"] == "raylet":
+                try:
+                    found |= {child.pid: child for child in [process, *process.children(recursive=True)]}
+                except psutil.NoSuchProcess:
+                    continue
+    return list(found.values())
+
+
+def _pss(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as lines:
+            for line in lines:
+                if line.startswith("Pss:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

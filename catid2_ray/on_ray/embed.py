@@ -1,0 +1,129 @@
+"""Stage 0b: one vector a product, as given by the table or from the recipe's encoder, in a pool of Ray Data actors."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from catid2_ray.artifacts import schemas
+from catid2_ray.artifacts.manifest import Attempt, Manifest, digest_of
+from catid2_ray.artifacts.store import Store, sha256_of
+from catid2_ray.catalog.taxonomy import Taxonomy
+from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
+from catid2_ray.config import EmbeddingRecipe
+from catid2_ray.on_ray.arrays import fixed_lists, matrix
+from catid2_ray.on_ray.catalog import part_specs, read_sample
+from catid2_ray.on_ray.parts import map_parts
+from catid2_ray.on_ray.pipeline import Job
+
+_LSA_WIDTH = 128
+
+
+def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
+    """The embeddings artefact: part-*.parquet of schemas.embeddings; for lsa the fitted encoder in encoder/."""
+    recipe, catalog = job.recipe.embedding, parts["catalog"]
+    if catalog.metrics["width"]:
+        settings = {"given": True}
+    else:
+        settings = {**recipe.identity(), "seed": job.recipe.seed, "encoder_files": _encoder_files(recipe.encoder)}
+    return job.produce("embeddings", settings, {"catalog": catalog}, lambda attempt: _embed(job, attempt, catalog))
+
+
+def _encoder_files(encoder: str) -> str | None:
+    """Digest of a local model's files, so that exchanging the model under the same path is noticed."""
+    folder = Path(encoder).expanduser()
+    if encoder == "lsa" or not folder.is_dir():
+        return None
+    wanted = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".safetensors", ".txt", ".model")]
+    return digest_of([[path.relative_to(folder).as_posix(), sha256_of(path)] for path in wanted])
+
+
+def _embed(job: Job, attempt: Attempt, catalog: Manifest) -> Manifest:
+    recipe, files = job.recipe.embedding, []
+    encoder_folder = None
+    if not catalog.metrics["width"]:
+        if recipe.encoder == "lsa":
+            encoder_folder = attempt.name("encoder")
+            files += _fit_lsa(job, catalog, encoder_folder)
+        else:
+            # Loaded here once, so that an unknown encoder fails at once and by name, not in an actor far away.
+            HuggingFaceEncoder(recipe.encoder, batch=recipe.batch, tokens=recipe.tokens)
+    arguments = {
+        "store": job.store,
+        "catalog": catalog.folder,
+        "folder": attempt.folder,
+        "recipe": recipe,
+        "given": bool(catalog.metrics["width"]),
+        "lsa_folder": encoder_folder,
+    }
+    results = map_parts(
+        _EmbedPart, arguments, part_specs(catalog), workers=recipe.workers, label="embedding products", unit="products"
+    )
+    files += [result["file"] for result in results]
+    width, depth = results[0]["width"], results[0]["depth"]
+    metrics = {"width": width, "category_depth": depth, "reached_depth": _sum([result["reached"] for result in results])}
+    return attempt.commit(
+        files,
+        rows=sum(result["file"]["rows"] for result in results),
+        schema=schemas.fingerprint(schemas.embeddings(width, depth)),
+        metrics=metrics,
+    )
+
+
+def _sum(rows: list[list[int]]) -> list[int]:
+    return [int(total) for total in np.sum(rows, axis=0)]
+
+
+def _fit_lsa(job: Job, catalog: Manifest, folder: str) -> list[dict]:
+    recipe = job.recipe.embedding
+    sample = read_sample(job.store, catalog, list(schemas.PRODUCTS.names), rows=recipe.sample_rows, seed=job.recipe.seed)
+    encoder = LsaEncoder.fit(
+        join_text(sample, recipe.text), width=recipe.width or _LSA_WIDTH, vocabulary=recipe.lsa_vocabulary, seed=job.recipe.seed
+    )
+    with tempfile.TemporaryDirectory() as local:
+        encoder.save(local)
+        return job.store.upload(Path(local), folder)
+
+
+class _EmbedPart:
+    """Actor: products part in, embeddings part out."""
+
+    def __init__(self, *, store: Store, catalog: str, folder: str, recipe: EmbeddingRecipe, given: bool, lsa_folder: str | None):
+        self.store, self.catalog, self.folder, self.recipe, self.given = store, catalog, folder, recipe, given
+        self.taxonomy = Taxonomy.from_json(store.read(f"{catalog}/taxonomy.json").decode())
+        self.encoder = None
+        if lsa_folder is not None:
+            with tempfile.TemporaryDirectory() as local:
+                for name in store.names(lsa_folder):
+                    store.download(f"{lsa_folder}/{name}", Path(local) / name)
+                self.encoder = LsaEncoder.load(local)
+        elif not given:
+            self.encoder = HuggingFaceEncoder(recipe.encoder, batch=recipe.batch, tokens=recipe.tokens)
+
+    def __call__(self, spec: dict) -> dict:
+        table = self.store.read_table(f"{self.catalog}/{spec['file']}")
+        if self.given:
+            embedding_ND = matrix(table["embedding"])
+        else:
+            embedding_ND = np.asarray(self.encoder.encode(join_text(table, self.recipe.text)), dtype=np.float32)
+        category_NH = self.taxonomy.category_ids(table["category_path"])
+        out = pa.table(
+            {
+                "product_id": table["product_id"],
+                "part": pa.array(np.full(table.num_rows, spec["part"], np.int32)),
+                "index": pa.array(np.arange(table.num_rows, dtype=np.int32)),
+                "embedding": fixed_lists(embedding_ND, pa.float32()),
+                "category": fixed_lists(category_NH, pa.int32()),
+            }
+        )
+        width, depth = embedding_ND.shape[1], category_NH.shape[1]
+        out = schemas.conform(out, schemas.embeddings(width, depth), where=f"embeddings, part {spec['part']}")
+        entry = self.store.write_table(f"{self.folder}/{spec['file']}", out)
+        return {
+            "position": spec["position"],
+            "file": {**entry, "part": spec["part"]},
+            "width": width,
+            "depth": depth,
+            "reached": [int(n) for n in (category_NH >= 0).sum(0)],
+        }

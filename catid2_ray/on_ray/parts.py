@@ -1,0 +1,46 @@
+"""Work part by part: one Ray Data pass over the list of parts, each handled whole by an actor of a fixed-size pool.
+
+A part in gives a part out under the same name, so the files and their bytes do not depend on the number of actors, on
+their order, or on retries: a part that is done twice is written twice with the same bytes.
+"""
+
+import json
+from collections.abc import Callable
+
+import ray
+from ray.data import ActorPoolStrategy
+
+from catid2_ray.on_ray import progress
+
+
+class _Worker:
+    def __init__(self, handler_class, arguments: dict):
+        self.handler = handler_class(**arguments)
+
+    def __call__(self, batch: dict) -> dict:
+        return {"result": [json.dumps(self.handler(json.loads(spec))) for spec in batch["spec"]]}
+
+
+def map_parts(
+    handler_class: type[Callable], arguments: dict, specs: list[dict], *, workers: int, label: str, unit: str, num_gpus=0
+) -> list[dict]:
+    """Build `handler_class(**arguments)` in each actor and call it with every spec; returns the results in the order of specs.
+
+    Specs and results are small JSON dicts (names, counts, digests); rows go through the store. A result's "rows" moves the
+    progress bar; `total` is the sum of the specs' "rows".
+    """
+    numbered = [{"spec": json.dumps({**spec, "position": position})} for position, spec in enumerate(specs)]
+    dataset = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map_batches(
+        _Worker,
+        batch_size=1,
+        fn_constructor_args=(handler_class, arguments),
+        compute=ActorPoolStrategy(size=max(1, min(workers, len(specs)))),
+        num_cpus=1,
+        num_gpus=num_gpus or None,
+    )
+    results = []
+    with progress.bar(label, sum(spec["rows"] for spec in specs), unit) as shown:
+        for row in dataset.iter_rows():
+            results.append(json.loads(row["result"]))
+            shown.advance(specs[results[-1]["position"]]["rows"])
+    return sorted(results, key=lambda result: result["position"])

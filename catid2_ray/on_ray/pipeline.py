@@ -1,0 +1,101 @@
+"""The chain of stages and its cache: what is committed is found, what is not is made, and only then is Ray started.
+
+catalog → embeddings → quantizer → ids → examples → generator → evaluation → release
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from catid2_ray.artifacts import manifest as artifact
+from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.artifacts.release import PARTS
+from catid2_ray.artifacts.store import Store
+from catid2_ray.config import Recipe
+from catid2_ray.errors import ArtifactError
+from catid2_ray.on_ray import cluster, progress
+
+VERB_OF = {
+    "catalog": "embed_catalog",
+    "embeddings": "embed_catalog",
+    "quantizer": "train_quantizer",
+    "ids": "assign_ids",
+    "examples": "train_generator",
+    "generator": "train_generator",
+    "evaluation": "evaluate",
+}
+
+
+@dataclass
+class Job:
+    """One run of a recipe against its store.
+
+    `produce` is how every stage makes its artefact. `only` limits what may be made: a stage outside it must be committed
+    already, else an ArtifactError names the job to run first. `reused` and `made` tell what happened.
+    """
+
+    recipe: Recipe
+    store: Store
+    only: frozenset[str] = frozenset(PARTS)
+    reused: list[str] = field(default_factory=list)
+    made: list[str] = field(default_factory=list)
+    peak: cluster.PeakMemory | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, recipe: Recipe, *, only=PARTS) -> Iterator["Job"]:
+        """Checks the store first, so that an unreachable bucket fails before any work; shuts Ray down at the end."""
+        store = Store(recipe.store)
+        store.check()
+        try:
+            with cluster.PeakMemory() as peak:
+                yield cls(recipe=recipe, store=store, only=frozenset(only), peak=peak)
+        finally:
+            cluster.disconnect()
+
+    def produce(
+        self, kind: str, settings: dict, parents: dict[str, Manifest], work: Callable[[Attempt], Manifest]
+    ) -> Manifest:
+        """The committed artefact of these inputs and settings, made by `work` where it does not exist yet."""
+        digests = {role: parent.digest for role, parent in parents.items()}
+        found = artifact.find(self.store, kind, artifact.key_of(kind, settings, digests))
+        if found:
+            artifact.verify(self.store, found)
+            self.reused.append(kind)
+            progress.event("reuse", stage=kind, key=found.key)
+            return found
+        if kind not in self.only:
+            raise ArtifactError(
+                f"{self.store.uri} holds no {kind} for this recipe: run `python -m jobs.{VERB_OF[kind]} --recipe …` first, "
+                "or `jobs.reindex` for the whole chain"
+            )
+        attempt = Attempt(
+            self.store, kind, settings=settings, parents=digests, recipe=self.recipe.model_dump(mode="json")
+        )
+        progress.event("start", stage=kind, key=attempt.key)
+        cluster.connect(self.recipe.cluster)
+        made = work(attempt)
+        self.made.append(kind)
+        progress.event("commit", stage=kind, key=made.key, digest=made.digest[:12], seconds=made.metrics["seconds"])
+        return made
+
+
+def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
+    """Run or find every stage up to `last`; returns their manifests by name."""
+    from catid2_ray.on_ray import assign, catalog, embed, evaluate, examples, train_generator, train_quantizer
+
+    stages = {
+        "catalog": catalog.run,
+        "embeddings": embed.run,
+        "quantizer": train_quantizer.run,
+        "ids": assign.run,
+        "examples": examples.run,
+        "generator": train_generator.run,
+        "evaluation": evaluate.run,
+    }
+    parts: dict[str, Manifest] = {}
+    for name, run in stages.items():
+        parts[name] = run(job, parts)
+        if name == last:
+            break
+    return parts

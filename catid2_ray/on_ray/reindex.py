@@ -1,0 +1,123 @@
+"""What the command line and the jobs call: one verb, the whole chain with its publication, or the scoring of a release."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts import schemas
+from catid2_ray.artifacts.manifest import Manifest
+from catid2_ray.artifacts.release import Release
+from catid2_ray.artifacts.store import Store
+from catid2_ray.config import ClusterRecipe, Recipe
+from catid2_ray.errors import InputError, QualityGateError
+from catid2_ray.on_ray import cluster, evaluate
+from catid2_ray.on_ray.pipeline import VERB_OF, Job, chain
+
+_SECONDS_OF = {"catalog": "catalog", "embeddings": "embed", "quantizer": "quantizer", "ids": "assign", "examples": "examples",
+               "generator": "generator", "evaluation": "evaluate"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """`figures` is the JSON of the job; `moved` whether `current` now names another release; `made` the stages that ran."""
+
+    release: Release
+    figures: dict
+    parts: dict[str, Manifest]
+    moved: bool
+    made: list[str]
+
+
+def run_verb(recipe: Recipe, verb: str) -> tuple[Store, Manifest]:
+    """One verb's stages alone; the stages before must be committed (ArtifactError names the job to run first)."""
+    stages = [stage for stage, name in VERB_OF.items() if name == verb]
+    with Job.open(recipe, only=stages) as job:
+        return job.store, chain(job, stages[-1])[stages[-1]]
+
+
+def publish(recipe: Recipe) -> tuple[Store, Release]:
+    """Publish the committed parts of this recipe; QualityGateError when the evaluation is under the recipe's demand."""
+    with Job.open(recipe, only=()) as job:
+        parts = chain(job)
+        _gate(recipe, parts["evaluation"].metrics)
+        return job.store, releases.publish(job.store, parts)[0]
+
+
+def reindex(recipe: Recipe) -> Outcome:
+    """The whole chain: continue at the first stage without a committed manifest, evaluate, publish."""
+    with Job.open(recipe) as job:
+        parts = chain(job)
+        figures = figures_of(parts, peak=job.peak.bytes)
+        _gate(recipe, figures)
+        release, moved = releases.publish(job.store, parts)
+    return Outcome(
+        release=release, figures={"release": release.name, **figures}, parts=parts, moved=moved, made=job.made
+    )
+
+
+def figures_of(parts: dict[str, Manifest], *, peak: int) -> dict:
+    ids, scores = parts["ids"].metrics, parts["evaluation"].metrics
+    return {
+        "documents": ids["documents"],
+        "collision_rate_before": ids["collision_rate_before"],
+        "duplicates_after": ids["duplicates_after"],
+        "codes_used": ids["codes_used"],
+        "codes_per_level": ids["codes_per_level"],
+        **{name: scores[name] for name in ("recall", "recall_seen", "recall_unseen", "queries")},
+        "seconds": {name: parts[stage].metrics["seconds"] for stage, name in _SECONDS_OF.items()},
+        "peak_memory_bytes": peak,
+    }
+
+
+def _gate(recipe: Recipe, figures: dict) -> None:
+    """The beam must reach the demanded share of BM25's recall@50, else nothing is published."""
+    recall, share = figures["recall"], recipe.evaluation.min_beam_to_bm25
+    if "beam" in recall and "bm25" in recall and recall["beam"]["50"] < share * recall["bm25"]["50"]:
+        raise GateFailed(
+            f"recall@50 of the beam is {recall['beam']['50']:.3f}, under {share} × BM25's {recall['bm25']['50']:.3f} "
+            "(evaluation.min_beam_to_bm25). Nothing was published. Train the generator longer (generator.epochs), or look at "
+            "the quantizer's history.json for a collapse",
+            figures,
+        )
+
+
+class GateFailed(QualityGateError):
+    """Carries the figures, so that the closing table can be shown."""
+
+    def __init__(self, message: str, figures: dict):
+        super().__init__(message)
+        self.figures = figures
+
+
+def evaluate_release(
+    store_uri: str, pairs_file: str, *, split: str, min_relevance: float, methods: tuple[str, ...], workers: int = 2
+) -> dict:
+    """Score the current release of a store on another table of pairs; the same recall keys as the job's figures."""
+    store = Store(store_uri)
+    store.check()
+    release = releases.current(store)
+    parts = release.manifests(store)
+    path = Path(pairs_file)
+    source = Store(pairs_file.rsplit("/", 1)[0] if pairs_file.startswith("s3://") else str(path.parent))
+    name = pairs_file.rsplit("/", 1)[-1] if pairs_file.startswith("s3://") else path.name
+    try:
+        pairs = source.read_table(name)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{pairs_file} is not a parquet file: {error}") from None
+    pairs = schemas.conform(pairs, schemas.PAIRS, where=pairs_file)
+    cluster.connect(ClusterRecipe())
+    try:
+        figures = evaluate.score(
+            store, parts, pairs, split=split, min_relevance=min_relevance, methods=methods, workers=workers, seed=0
+        )
+    finally:
+        cluster.disconnect()
+    figures.pop("sample_queries")
+    return {"release": release.name, **figures}
+
+
+def write_json(path: str, figures: dict) -> None:
+    Path(path).write_text(json.dumps(figures, indent=1) + "\n")

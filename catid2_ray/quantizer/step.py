@@ -1,0 +1,191 @@
+"""One training step (eq. 8) and a small trainer that runs it in one process, for notebooks and tests.
+
+Unusual: the learning rate and the rows that a step sees are pure functions of (seed, epoch, step), so a run that is
+resumed, or spread over workers, sees what an undisturbed one sees.
+
+Shape letters: B, N rows, D embedding, H category depth, K codes, L levels.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from catid2_ray.errors import InputError
+from catid2_ray.quantizer.contrast import Gather
+from catid2_ray.quantizer.health import level_health, revive_dead_codes, seed_from
+from catid2_ray.quantizer.losses import (
+    cluster_scale_from_log,
+    dispersion,
+    hierarchical_class_constraint,
+    reconstruction_loss,
+    residual_quantization_loss,
+)
+from catid2_ray.quantizer.model import Quantized, ResidualQuantizer
+
+# Rows that start the codebooks and show which codes are dead: 80 per code at K = 256, 0.1 s to encode on one core.
+SAMPLE_ROWS = 20_480
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights and temperatures of eq. 8; the defaults are the paper's (section 4.1.4) where it states one.
+
+    dispersion          α of eq. 8
+    hierarchical        β of eq. 8
+    cluster_scale       γ of eq. 8
+    commitment          weight of ‖r − sg[e]‖² in eq. 2; not stated in the paper
+    temperature         τ of eqs. 4 and 7; not stated in the paper
+    scale_temperature   divides the squared distances in p of eq. 5; the paper prints none, which is 1.0
+    negatives           "siblings" (section 3.3.1, hard negatives) or "all" (the random-negatives ablation)
+    category_depth      H, depths that eq. 4 acts on; 3 at L = 4 (section 4.1.1), fewer than the levels
+    reconstruction      weight of ‖d̂ − d‖² (eq. 1); 0 in eq. 8, 1 with the three weights above at 0 is TIGER
+    """
+
+    dispersion: float = 0.1
+    hierarchical: float = 1e-4
+    cluster_scale: float = 1.0
+    commitment: float = 0.25
+    temperature: float = 0.1
+    scale_temperature: float = 1.0
+    negatives: str = "siblings"
+    category_depth: int = 3
+    reconstruction: float = 0.0
+
+
+class StepLoss(NamedTuple):
+    """`total` carries gradient; `terms` are the unweighted parts, detached. A part of weight 0 is absent."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+def training_loss(
+    model: ResidualQuantizer,
+    embedding_BD: Tensor,
+    category_BH: Tensor,
+    *,
+    weights: LossWeights,
+    gather: Gather | None = None,
+    chunk: int | None = None,
+) -> StepLoss:
+    """Eq. 8 over the global batch: L_rq + α·Dis + β·Σ_l HCC + γ·Σ_l CSC; see `losses` for `gather` and `chunk`.
+
+    `category_BH`: int64, −1 = none; HCC acts on the first min(category_depth, H, L) levels. Call `model` wrapped
+    (DeepSpeed) or plain: anything whose call gives `Quantized` and that leads to `codebooks`.
+    """
+    quantized = model(embedding_BD)
+    shared = {"gather": gather, "chunk": chunk}
+    terms = {
+        "residual_quantization": residual_quantization_loss(
+            quantized.residual_LBZ, quantized.codeword_LBZ, commitment=weights.commitment, **shared
+        )
+    }
+    factors = {"residual_quantization": 1.0}
+    if weights.reconstruction:
+        terms["reconstruction"] = reconstruction_loss(quantized.reconstruction_BD, embedding_BD, **shared)
+        factors["reconstruction"] = weights.reconstruction
+    if weights.dispersion:
+        terms["dispersion"] = dispersion(
+            quantized.reconstruction_BD, embedding_BD, temperature=weights.temperature, **shared
+        )
+        factors["dispersion"] = weights.dispersion
+    depths = min(weights.category_depth, category_BH.shape[1], len(quantized.residual_LBZ))
+    if weights.hierarchical and depths:
+        settings = {"temperature": weights.temperature, "negatives": weights.negatives, **shared}
+        terms["hierarchical"] = sum(
+            hierarchical_class_constraint(quantized.residual_LBZ[depth], category_BH, depth=depth, **settings)
+            for depth in range(depths)
+        )
+        factors["hierarchical"] = weights.hierarchical
+    if weights.cluster_scale:
+        terms["cluster_scale"] = _cluster_scale(model, quantized, weights.scale_temperature, shared)
+        factors["cluster_scale"] = weights.cluster_scale
+    total = sum(factors[name] * term for name, term in terms.items())
+    return StepLoss(total, {name: term.detach() for name, term in terms.items()})
+
+
+def _cluster_scale(model, quantized: Quantized, scale_temperature: float, shared: dict) -> Tensor:
+    """Σ_l of eq. 5 with log p_l = log softmax(−‖r_l − e_l‖² / scale_temperature); ‖r‖² cancels in the softmax."""
+    total = 0.0
+    for residual_BZ, codebook_KZ in zip(quantized.residual_LBZ, codebooks_of(model), strict=True):
+        closeness_BK = torch.addmm(-codebook_KZ.square().sum(1), residual_BZ, codebook_KZ.T, alpha=2)
+        total = total + cluster_scale_from_log((closeness_BK / scale_temperature).log_softmax(1), **shared)
+    return total
+
+
+def codebooks_of(model) -> list[nn.Parameter]:
+    """The codebooks of a quantizer, also when an engine wraps it as `.module`."""
+    return getattr(model, "module", model).codebooks
+
+
+def parameter_groups(model: ResidualQuantizer, *, weight_decay: float) -> list[dict]:
+    """Optimiser groups: codebooks and biases are not decayed, for decay pulls rarely used codewords towards 0."""
+    decayed = [parameter for name, parameter in model.named_parameters() if name.endswith("weight")]
+    others = [parameter for name, parameter in model.named_parameters() if not name.endswith("weight")]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def epoch_order(rows: int, *, seed: int, epoch: int) -> Tensor:
+    """int64 permutation of 0 … rows − 1, a pure function of its arguments."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed_from(seed, epoch)))
+
+
+def learning_rate_at(step: int, total_steps: int, *, peak: float, warmup_share: float) -> float:
+    """Linear warm-up to `peak` over the first `warmup_share` (0…1) of the steps, then cosine to 0 at `total_steps`."""
+    warmup = math.ceil(warmup_share * total_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def fit(
+    embedding_ND: Tensor,
+    category_NH: Tensor,
+    *,
+    model: ResidualQuantizer,
+    weights: LossWeights,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+    revive: bool = True,
+) -> list[dict]:
+    """Train `model` in place in one process; one record per epoch: mean `loss`, mean terms, `codes_used`, `perplexity`
+    (per level, on a seeded sample of at most SAMPLE_ROWS), `revived`.
+
+    k-means start, AdamW, 5 % warm-up, cosine; rows that fill no whole batch wait for the next epoch's order. Dead codes
+    are revived after every epoch but those of the last quarter, where they would no longer settle. Raises InputError
+    when the tables differ in rows, CapacityError when there are fewer rows than codes.
+    """
+    rows = len(embedding_ND)
+    if len(category_NH) != rows:
+        raise InputError(
+            f"{rows} embeddings but {len(category_NH)} category rows: they must describe the same products"
+        )
+    sample_SD = embedding_ND[epoch_order(rows, seed=seed, epoch=-1 % 2**32)[:SAMPLE_ROWS]]
+    model.initialise_codebooks(sample_SD, seed=seed)
+    optimiser = torch.optim.AdamW(parameter_groups(model, weight_decay=weight_decay), lr=learning_rate)
+    batch = min(batch, rows)
+    steps = rows // batch
+    history = []
+    for epoch in range(epochs):
+        sums: dict[str, float] = {}
+        for step, index_B in enumerate(epoch_order(rows, seed=seed, epoch=epoch)[: steps * batch].split(batch)):
+            rate = learning_rate_at(epoch * steps + step, epochs * steps, peak=learning_rate, warmup_share=0.05)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            loss = training_loss(model, embedding_ND[index_B], category_NH[index_B], weights=weights)
+            optimiser.zero_grad(set_to_none=True)
+            loss.total.backward()
+            optimiser.step()
+            for name, term in {"loss": loss.total.detach(), **loss.terms}.items():
+                sums[name] = sums.get(name, 0.0) + float(term) / steps
+        moved = revive_dead_codes(model, sample_SD, seed=seed, epoch=epoch) if revive and epoch < 0.75 * epochs else 0
+        health = level_health(model.encode(sample_SD).codes_BL, model.codes_per_level)
+        used, perplexity = [level.codes_used for level in health], [level.perplexity for level in health]
+        history.append({"epoch": epoch, **sums, "codes_used": used, "perplexity": perplexity, "revived": moved})
+    return history

@@ -1,0 +1,1 @@
+"""Verbs for `ray job submit`: parse, one call, print the manifest's URI, exit code."""

@@ -1,0 +1,56 @@
+"""The check of judged pairs: faults set aside, duplicates dropped, one order."""
+
+import pyarrow as pa
+import pytest
+
+from catid2_ray.catalog.pairs import PAIRS, check_pairs
+from catid2_ray.errors import InputError
+
+
+def pairs(*rows):
+    return pa.table([pa.array(column) for column in zip(*rows)], names=PAIRS.names)
+
+
+def test_faults_are_set_aside_duplicates_dropped_and_rows_sorted():
+    checked = check_pairs(
+        pairs(
+            ("q2", "lock", "b", 3.0, "test"),
+            ("q1", " hinge ", "b", 2.5, "train"),
+            ("q1", "hinge", "b", 2.5, "train"),
+            ("q1", "hinge", "a", 1.0, "train"),
+            ("q3", " ", "a", 1.0, "train"),
+            ("q4", "x", None, 1.0, "train"),
+            ("q5", "x", "a", float("inf"), "train"),
+            ("q6", "x", "a", None, "train"),
+            ("q7", "x", "a", 1.0, "dev"),
+            (None, "x", "a", 1.0, "test"),
+        )
+    )
+    assert checked.good.schema == PAIRS
+    assert [tuple(row.values()) for row in checked.good.to_pylist()] == [
+        ("q1", "hinge", "a", 1.0, "train"),
+        ("q1", "hinge", "b", 2.5, "train"),
+        ("q2", "lock", "b", 3.0, "test"),
+    ]
+    assert checked.duplicates == 1
+    assert {row["query_id"]: row["reason"] for row in checked.bad.to_pylist()} == {
+        "q3": "empty query",
+        "q4": "missing product_id",
+        "q5": "relevance is not a finite number",
+        "q6": "relevance is not a finite number",
+        "q7": "split is none of train, validation, test",
+        None: "missing query_id",
+    }
+
+
+def test_a_missing_or_unreadable_column_is_named():
+    table = pairs(("q", "x", "a", 1.0, "train"))
+    with pytest.raises(InputError, match="pairs table: column split is missing"):
+        check_pairs(table.drop_columns(["split"]))
+    with pytest.raises(InputError, match="column relevance: expected numbers, found string"):
+        check_pairs(table.set_column(3, "relevance", pa.array(["high"])))
+
+
+def test_an_empty_table_gives_empty_tables():
+    checked = check_pairs(PAIRS.empty_table())
+    assert checked.good.num_rows == checked.bad.num_rows == checked.duplicates == 0

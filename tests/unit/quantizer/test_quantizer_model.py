@@ -1,0 +1,117 @@
+"""The model: codes against an oracle, straight-through gradients, row invariance, k-means start, saving.
+
+Unusual: row invariance is tested bit for bit, on shuffled tables and odd lengths.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from catid2_ray.errors import ArtifactError, CapacityError, InputError, RecipeError
+from catid2_ray.quantizer.kmeans import nearest, residual_kmeans, squared_error
+from catid2_ray.quantizer.model import ResidualQuantizer
+from tests.oracles import quantizer as oracle
+
+
+def build(seed=0, **changes) -> ResidualQuantizer:
+    torch.manual_seed(seed)
+    return ResidualQuantizer(**{"width": 12, "hidden": (16,), "latent": 6, "codes_per_level": (8, 5, 4)} | changes)
+
+
+def test_codes_and_residuals_equal_oracle():
+    model, embedding_BD = build().double(), torch.randn(40, 12, dtype=torch.float64)
+    encoded = model.encode(embedding_BD)
+    latent_BZ = model.latents(embedding_BD).detach().numpy()
+    codes_BL, residual_BZ = oracle.codes(latent_BZ, [c.detach().numpy() for c in model.codebooks])
+    assert encoded.codes_BL.dtype == torch.int64
+    np.testing.assert_array_equal(encoded.codes_BL, codes_BL)
+    np.testing.assert_allclose(encoded.residual_BZ, residual_BZ, atol=1e-12)
+    quantized = model(embedding_BD)
+    np.testing.assert_array_equal(quantized.codes_BL, codes_BL)
+    torch.testing.assert_close(quantized.residual_LBZ[-1], encoded.residual_BZ)
+    expected_BD = model.decoder(quantized.codeword_LBZ.sum(0))
+    torch.testing.assert_close(quantized.reconstruction_BD, expected_BD)
+
+
+def test_ties_go_to_the_lowest_code():
+    codebook_KZ = torch.tensor([[9.0, 9.0], [1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    assert nearest(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), codebook_KZ).tolist() == [1, 1]
+
+
+def test_straight_through_gradient_passes_the_codebooks():
+    model, embedding_BD = build(), torch.randn(10, 12)
+    quantized = model(embedding_BD)
+    quantized.reconstruction_BD.square().sum().backward()
+    assert all(c.grad is None or not c.grad.any() for c in model.codebooks)
+    assert model.encoder[0].weight.grad.abs().sum() > 0
+
+
+def test_latent_radius_holds_the_norm():
+    model = build(latent_radius=4.0)
+    torch.testing.assert_close(model.latents(torch.randn(5, 12)).norm(dim=1), torch.full((5,), 4.0))
+
+
+@pytest.mark.parametrize("rows", [64, 256])
+def test_padded_codes_do_not_depend_on_order_or_blocking(rows):
+    model = build(width=48, hidden=(64,), latent=32, codes_per_level=(64, 64, 64, 64))
+    embedding_ND = torch.randn(613, 48)
+    whole = model.encode_padded(embedding_ND, rows=rows)
+    order = torch.randperm(613)
+    for start, stop in [(0, 613), (0, 1), (100, 357), (5, 612)]:
+        some = order[start:stop]
+        part = model.encode_padded(embedding_ND[some], rows=rows)
+        assert torch.equal(part.codes_BL, whole.codes_BL[some])
+        assert torch.equal(part.residual_BZ, whole.residual_BZ[some])
+    assert model.encode_padded(embedding_ND[:0], rows=rows).codes_BL.shape == (0, 4)
+
+
+def test_save_and_load(tmp_path):
+    model, embedding_BD = build(latent_radius=2.0), torch.randn(9, 12)
+    model.save(tmp_path / "quantizer")
+    again = ResidualQuantizer.load(tmp_path / "quantizer")
+    assert again.settings() == model.settings()
+    torch.testing.assert_close(again(embedding_BD), model(embedding_BD), rtol=0, atol=0)
+    (tmp_path / "quantizer" / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"holds no model\.safetensors, so it is no complete quantizer"):
+        ResidualQuantizer.load(tmp_path / "quantizer")
+    build(latent=5).save(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "quantizer" / "model.safetensors")
+    with pytest.raises(ArtifactError, match=r"does not fit quantizer\.json"):
+        ResidualQuantizer.load(tmp_path / "quantizer")
+
+
+def test_bad_settings_and_inputs_are_named():
+    with pytest.raises(RecipeError, match=r"must be positive, found 12, \(16,\), 6 and -1\.0"):
+        build(latent_radius=-1.0)
+    with pytest.raises(InputError, match=r"embeddings must be rows × 12, found \(3, 11\)"):
+        build().encode(torch.zeros(3, 11))
+    with pytest.raises(
+        CapacityError, match=r"7 rows cannot start a level of 8 codes .* lower quantizer\.codes_per_level"
+    ):
+        build().initialise_codebooks(torch.randn(7, 12), seed=0)
+
+
+def test_kmeans_finds_planted_clusters_and_repeats():
+    generator = torch.Generator().manual_seed(1)
+    centre_KZ = torch.randn(8, 4, generator=generator) * 20
+    point_NZ = centre_KZ.repeat_interleave(30, 0) + torch.randn(240, 4, generator=generator) * 0.1
+    first, second = residual_kmeans(point_NZ, codes_per_level=(8, 4), seed=5)
+    assert torch.cdist(centre_KZ, first).min(1).values.max() < 0.2
+    again = residual_kmeans(point_NZ, codes_per_level=(8, 4), seed=5)
+    assert torch.equal(first, again[0]) and torch.equal(second, again[1])
+
+
+def test_kmeans_lowers_the_error_level_by_level_and_leaves_no_cluster_empty():
+    point_NZ = torch.randn(400, 6, generator=torch.Generator().manual_seed(2))
+    residual_NZ, error = point_NZ, float(point_NZ.square().sum())
+    for codebook_KZ in residual_kmeans(point_NZ, codes_per_level=(32, 32, 32), seed=0):
+        codes_N = nearest(residual_NZ, codebook_KZ)
+        assert len(codes_N.unique()) == 32
+        assert float(squared_error(residual_NZ, codebook_KZ, codes_N).sum()) < 0.8 * error
+        residual_NZ = residual_NZ - codebook_KZ[codes_N]
+        error = float(residual_NZ.square().sum())
+
+
+def test_kmeans_survives_equal_rows():
+    first, second = residual_kmeans(torch.ones(10, 3), codes_per_level=(4, 4), seed=0)
+    assert torch.isfinite(first).all() and torch.isfinite(second).all()

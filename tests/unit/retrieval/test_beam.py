@@ -1,0 +1,212 @@
+"""The constrained search equals brute force, a plain Python beam, and `generate` under a dictionary trie.
+
+Models are random and tiny; embeddings are shrunk so that scores are spread over candidates instead of one-hot.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from catid2_ray.errors import InputError
+from catid2_ray.generator.model import small_t5
+from catid2_ray.retrieval.beam import constrained_beam_search
+from catid2_ray.retrieval.t5_decoder import T5Decoder
+from catid2_ray.retrieval.trie import Trie
+from tests.oracles.beam import brute_force, hugging_face, slow_beam
+
+WORDS = 20
+
+
+def model_for(codes_per_level, *, seed=0, activation="relu", untied=False):
+    model = small_t5(
+        vocabulary=WORDS,
+        width=16,
+        layers=2,
+        heads=2,
+        feed_forward=24,
+        dropout=0.1,
+        codes_per_level=codes_per_level,
+        activation=activation,
+        seed=seed,
+    )
+    if untied:
+        rows = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(seed + 1))
+        model.lm_head.weight = torch.nn.Parameter(rows * 0.3)
+        model.config.tie_word_embeddings = False
+        model.config.scale_decoder_outputs = False
+    return model.eval()
+
+
+def random_ids(codes_per_level, count, seed):
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.integers(0, k, count) for k in codes_per_level], 1)
+    return np.unique(ids, axis=0)
+
+
+def random_queries(lengths, seed):
+    rng = np.random.default_rng(seed)
+    ids_BT = np.zeros((len(lengths), max(lengths)), np.int64)
+    for row, length in enumerate(lengths):
+        ids_BT[row, : length - 1] = rng.integers(2, WORDS, length - 1)
+        ids_BT[row, length - 1] = 1
+    return torch.from_numpy(ids_BT), torch.from_numpy(ids_BT != 0)
+
+
+def listed(result, row):
+    count = int(result.count_B[row])
+    return [(float(logp), tuple(docid)) for logp, docid in zip(result.logp_BK[row], result.docid_BKL[row].tolist())][
+        :count
+    ]
+
+
+def assert_same(found, expected):
+    assert [docid for _, docid in found] == [docid for _, docid in expected]
+    np.testing.assert_allclose([logp for logp, _ in found], [logp for logp, _ in expected], atol=1e-4)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    codes_per_level=st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple),
+    seed=st.integers(0, 1000),
+    normalize=st.sampled_from(["level", "vocabulary"]),
+    untied=st.booleans(),
+)
+def test_a_beam_as_wide_as_the_trie_is_brute_force(codes_per_level, seed, normalize, untied):
+    model = model_for(codes_per_level, seed=seed, activation=("relu", "gated-gelu")[seed % 2], untied=untied)
+    ids = random_ids(codes_per_level, 12, seed)
+    trie = Trie.build(ids, codes_per_level=codes_per_level)
+    query, mask = random_queries([4], seed)
+    result = constrained_beam_search(model, trie, query, mask, beam_width=len(ids), top_k=99, normalize=normalize)
+    expected = brute_force(model, ids, query[0].tolist(), codes_per_level=codes_per_level, normalize=normalize)
+    assert result.docid_BKL.shape == (1, 99, len(codes_per_level))
+    assert_same(listed(result, 0), expected)
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 1000), widths=st.lists(st.integers(1, 7), min_size=3, max_size=3))
+def test_narrow_beams_equal_a_beam_of_python_lists(seed, widths):
+    codes_per_level = (3, 4, 5)
+    model, ids = model_for(codes_per_level, seed=seed), random_ids(codes_per_level, 30, seed)
+    trie = Trie.build(ids, codes_per_level=codes_per_level)
+    query, mask = random_queries([5], seed)
+    allowed = np.random.default_rng(seed).random(trie.rows) < 0.5
+    kept = ids[allowed]
+    for subset, chosen in ((ids, None), (kept, allowed)):
+        result = constrained_beam_search(model, trie, query, mask, beam_width=widths, top_k=7, allowed=chosen)
+        expected = slow_beam(
+            model, subset, query[0].tolist(), codes_per_level=codes_per_level, widths=widths, normalize="level"
+        )
+        assert_same(listed(result, 0), expected)
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_vocabulary_scores_equal_generate(seed, untied):
+    codes_per_level = (16, 8, 8)
+    model, ids = model_for(codes_per_level, seed=seed, untied=untied), random_ids(codes_per_level, 150, seed)
+    trie = Trie.build(ids, codes_per_level=codes_per_level)
+    query, mask = random_queries([6, 3], seed)
+    result = constrained_beam_search(model, trie, query, mask, beam_width=10, top_k=10, normalize="vocabulary")
+    codes, scores = hugging_face(model, ids, query, mask.long(), codes_per_level=codes_per_level, beams=10)
+    assert torch.equal(result.docid_BKL, codes)
+    torch.testing.assert_close(result.logp_BK, scores, atol=1e-4, rtol=0)
+
+
+def test_a_padded_batch_equals_single_queries_and_rows_name_their_id():
+    codes_per_level = (8, 8, 8)
+    model, ids = model_for(codes_per_level), random_ids(codes_per_level, 60, 3)
+    trie = Trie.build(ids[::-1], codes_per_level=codes_per_level)
+    query, mask = random_queries([7, 2, 5], 3)
+    together = constrained_beam_search(model, trie, query, mask, beam_width=6, top_k=6)
+    for row, length in enumerate([7, 2, 5]):
+        alone = constrained_beam_search(
+            model, trie, query[row : row + 1, :length], mask[row : row + 1, :length], beam_width=6, top_k=6
+        )
+        assert_same(listed(together, row), listed(alone, 0))
+    for docid, (first, end) in zip(together.docid_BKL[0].tolist(), together.row_range_BK2[0].tolist()):
+        assert (first, end) == trie.item_range(docid) and ids[first].tolist() == docid
+
+
+def test_beyond_the_count_nothing_is_named():
+    ids = np.array([[0, 0], [0, 1], [2, 1]])
+    trie, model = Trie.build(ids, codes_per_level=(3, 2)), model_for((3, 2))
+    query, mask = random_queries([3, 4], 0)
+    result = constrained_beam_search(model, trie, query, mask, beam_width=50, top_k=5)
+    assert result.count_B.tolist() == [3, 3]
+    assert (result.docid_BKL[:, 3:] == -1).all() and (result.row_range_BK2[:, 3:] == 0).all()
+    assert (result.logp_BK[:, 3:] == -torch.inf).all()
+    assert result.logp_BK[:, :3].exp().sum() <= 2.0
+    nothing = constrained_beam_search(model, trie, query, mask, beam_width=2, top_k=2, allowed=np.zeros(3, bool))
+    assert nothing.count_B.tolist() == [0, 0] and (nothing.docid_BKL == -1).all()
+    one = constrained_beam_search(model, trie, query, mask, beam_width=2, top_k=2, allowed=np.arange(3) == 2)
+    assert one.count_B.tolist() == [1, 1] and one.docid_BKL[0, 0].tolist() == [2, 1]
+
+
+def test_equal_scores_come_in_id_order_even_at_the_edge_of_the_beam():
+    codes_per_level = (4, 4)
+    model = model_for(codes_per_level)
+    with torch.no_grad():
+        model.shared.weight[WORDS:] = model.shared.weight[WORDS]
+    ids = random_ids(codes_per_level, 40, 1)
+    trie = Trie.build(ids, codes_per_level=codes_per_level)
+    query, mask = random_queries([3], 0)
+    result = constrained_beam_search(model, trie, query, mask, beam_width=[2, 5], top_k=5)
+    assert result.docid_BKL[0].tolist() == ids[:5].tolist()
+
+
+def test_a_shared_id_has_one_result_with_all_its_rows():
+    trie = Trie.build(np.array([[0, 1], [1, 0], [0, 1]]), codes_per_level=(2, 2), shared=True)
+    query, mask = random_queries([3], 0)
+    result = constrained_beam_search(model_for((2, 2)), trie, query, mask, beam_width=4, top_k=4)
+    assert sorted(result.row_range_BK2[0, :2].tolist()) == [[0, 2], [2, 3]] and int(result.count_B) == 2
+
+
+def test_the_model_is_left_as_it_was_and_dropout_plays_no_part():
+    model = model_for((4, 4)).train()
+    trie = Trie.build(random_ids((4, 4), 9, 0), codes_per_level=(4, 4))
+    query, mask = random_queries([5], 0)
+    first, second = (constrained_beam_search(model, trie, query, mask, beam_width=3, top_k=3) for _ in range(2))
+    assert model.training and torch.equal(first.logp_BK, second.logp_BK)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_finds_nearly_the_same_scores(dtype):
+    codes_per_level = (6, 6)
+    ids = random_ids(codes_per_level, 20, 0)
+    trie = Trie.build(ids, codes_per_level=codes_per_level)
+    query, mask = random_queries([5, 3], 0)
+    full, half = (
+        constrained_beam_search(model, trie, query, mask, beam_width=20, top_k=20)
+        for model in (model_for(codes_per_level), model_for(codes_per_level).to(dtype))
+    )
+    assert half.count_B.tolist() == full.count_B.tolist() == [len(ids)] * 2
+    torch.testing.assert_close(half.logp_BK[:, 0], full.logp_BK[:, 0], atol=0.15, rtol=0)
+
+
+def test_bad_input_is_refused_in_words():
+    trie, model = Trie.build(random_ids((4, 4), 9, 0), codes_per_level=(4, 4)), model_for((4, 4))
+    query, mask = random_queries([5], 0)
+    usual = {"beam_width": 3, "top_k": 3}
+    for changed, message in (
+        ({"beam_width": 0}, "beam_width must be one whole number ≥ 1, or 2 of them, found 0"),
+        ({"beam_width": [3, 3, 3]}, "or 2 of them"),
+        ({"top_k": 0}, "top_k must be ≥ 1"),
+        ({"normalize": "beam"}, "normalize 'level' or 'vocabulary'"),
+        ({"allowed": np.ones(3, bool)}, "booleans, one per trie row"),
+    ):
+        with pytest.raises(InputError, match=message):
+            constrained_beam_search(model, trie, query, mask, **(usual | changed))
+    with pytest.raises(InputError, match="query 0 of the batch has no token"):
+        constrained_beam_search(model, trie, query, mask * 0, **usual)
+    with pytest.raises(InputError, match="the model does not fit the trie"):
+        constrained_beam_search(model_for((4, 5)), trie, query, mask, **usual)
+    small = model_for((4, 4))
+    small.config.docid_codes_per_level = None
+    with pytest.raises(InputError, match="28 vocabulary rows.* need 30"):
+        T5Decoder(small, codes_per_level=(15, 15))
+    with torch.no_grad():
+        model.decoder.final_layer_norm.weight[0] = torch.nan
+    with pytest.raises(InputError, match="NaN or infinite logits"):
+        constrained_beam_search(model, trie, query, mask, **usual)
