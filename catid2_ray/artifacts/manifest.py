@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 import catid2_ray
 from catid2_ray.artifacts.store import Store
-from catid2_ray.errors import ArtifactError, CommitConflict, StorageError
+from catid2_ray.errors import ArtifactError, CommitConflict
 
 FORMAT = 1
 
@@ -129,15 +129,12 @@ def verify(store: Store, manifest: Manifest) -> None:
     """Every file is there with its size, or ArtifactError naming the first that is not."""
     for entry in manifest.files:
         name = manifest.file(entry["name"])
-        try:
-            size = store.fs.info(store.path(name))["size"]
-        except FileNotFoundError:
+        size = store.size(name)
+        if size is None:
             raise ArtifactError(
                 f"{store.uri_of(name)} is missing though its manifest is committed: the artefact was damaged after the "
                 "fact. Delete its folder and rerun the job"
-            ) from None
-        except OSError as error:
-            raise StorageError(f"cannot look up {store.uri_of(name)}: {error}") from None
+            )
         if size != entry["bytes"]:
             raise ArtifactError(
                 f"{store.uri_of(name)} has {size} bytes, its manifest says {entry['bytes']}. Delete its folder and rerun"

@@ -77,7 +77,7 @@ def publish(store: Store, manifests: dict[str, Manifest]) -> tuple[Release, bool
     )
     number, current = _pointer(store)
     if current == release.name:
-        return release, False
+        return load(store, current), False
     try:
         store.create(f"releases/{release.name}.json", json.dumps(asdict(release), indent=1).encode())
     except CommitConflict:
@@ -96,13 +96,24 @@ def _pointer(store: Store) -> tuple[int, str | None]:
     names = [name for name in store.names("current") if name.endswith(".json") and name[:-5].isdigit()]
     if not names:
         return 0, None
-    return int(names[-1][:-5]), json.loads(store.read(f"current/{names[-1]}"))["release"]
+    return int(names[-1][:-5]), _record(store, f"current/{names[-1]}", lambda fields: fields["release"])
+
+
+def _record(store: Store, name: str, build):
+    try:
+        return build(json.loads(store.read(name)))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(
+            f"{store.uri_of(name)} is not a release record ({error!r}); delete it and publish again"
+        ) from None
 
 
 def load(store: Store, name: str) -> Release:
+    """A published release by name; ReleaseError where there is none, ArtifactError where its record is damaged."""
     if not store.exists(f"releases/{name}.json"):
-        raise ReleaseError(f"no release {name!r} in {store.uri}; it has {', '.join(store.names('releases')) or 'none'}")
-    return Release(**json.loads(store.read(f"releases/{name}.json")))
+        known = ", ".join(entry.removesuffix(".json") for entry in store.names("releases"))
+        raise ReleaseError(f"no release {name!r} in {store.uri}; it has {known or 'none'}")
+    return _record(store, f"releases/{name}.json", lambda fields: Release(**fields))
 
 
 def current(store: Store) -> Release:
@@ -154,9 +165,12 @@ def serving_folder(store: Store, ids: Manifest, generator: Manifest, cache: Path
             f"parts do not match: the generator was trained on ids {generator.parents.get('ids', 'unknown')[:12]}, not on "
             f"{ids.digest[:12]}. Rerun the job so that the generator is trained anew"
         )
+    cache = cache.absolute()
     cache.mkdir(parents=True, exist_ok=True)
     ids_folder, generator_folder = fetch(store, ids, cache), fetch(store, generator, cache)
-    folder = cache / f"serving-{digest_of([ids.digest, generator.digest, settings])[:16]}"
+    # The link targets belong to the name: a store that was deleted and built anew has equal digests in other folders.
+    targets = [str(ids_folder), str(generator_folder)]
+    folder = cache / f"serving-{digest_of([ids.digest, generator.digest, targets, settings])[:16]}"
     if folder.exists():
         return folder
     partial = cache / f".{folder.name}.{uuid.uuid4().hex[:8]}"

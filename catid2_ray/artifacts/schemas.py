@@ -27,8 +27,6 @@ PAIRS = pa.schema(
         pa.field("split", pa.string(), nullable=False),
     ]
 )
-REJECTED = pa.schema([("product_id", pa.string()), ("reason", pa.string()), ("title", pa.string())])
-
 
 def products(width: int | None) -> pa.Schema:
     """PRODUCTS, with a float32 embedding column of `width` numbers where embeddings are given."""

@@ -107,6 +107,14 @@ class Store:
         with self._doing("look up", name):
             return self.fs.exists(self.path(name))
 
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, or None where it does not exist."""
+        with self._doing("look up", name):
+            try:
+                return self.fs.info(self.path(name))["size"]
+            except FileNotFoundError:
+                return None
+
     def names(self, name: str) -> list[str]:
         """Names (not paths) of the entries directly below `name`, sorted; empty where there is nothing."""
         with self._doing("list", name):

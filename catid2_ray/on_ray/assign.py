@@ -17,7 +17,7 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import fetch
 from catid2_ray.artifacts.store import Store
 from catid2_ray.docid import DocidSpace
-from catid2_ray.errors import ArtifactError, CapacityError
+from catid2_ray.errors import ArtifactError
 from catid2_ray.identifiers.collisions import UniqueIds, assign_unique, colliding_prefixes
 from catid2_ray.identifiers.quality import id_quality
 from catid2_ray.on_ray import progress
@@ -33,12 +33,6 @@ _QUALITY_ROWS = 200_000
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The ids artefact: part-*.parquet of schemas.ids, trie/, products.arrow in ID order."""
-    space, embeddings = job.recipe.quantizer.space, parts["embeddings"]
-    if embeddings.rows > space.capacity:
-        raise CapacityError(
-            f"{embeddings.rows} products do not fit into {space.capacity} IDs of {list(space.codes_per_level)}: raise "
-            "quantizer.codes_per_level"
-        )
     parents = {role: parts[role] for role in ("catalog", "embeddings", "quantizer")}
     return job.produce("ids", job.recipe.ids.identity(), parents, lambda attempt: _assign(job, attempt, parents))
 

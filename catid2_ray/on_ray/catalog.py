@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
@@ -107,6 +108,7 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
         "reasons": dict(sum((Counter(result["reasons"]) for result in products + pairs), Counter())),
         "paths_cut": sum(result["cut_paths"] for result in products),
         "pairs": sum(result["good"] for result in pairs),
+        "train_relevance_max": max((result["train_relevance_max"] for result in pairs), default=0.0),
         "pairs_set_aside": sum(result["bad"] for result in pairs),
         "categories": list(taxonomy.sizes),
         "taxonomy": taxonomy.digest,
@@ -150,8 +152,7 @@ class _WriteProducts:
         if table.num_rows:
             files.append({**self.store.write_table(f"{self.folder}/{prefix}-{part:05d}.parquet", table), "part": part})
         if checked.bad.num_rows:
-            bad = schemas.conform(checked.bad, schemas.REJECTED, where=f"{prefix} {part}: rows set aside")
-            files.append(self.store.write_table(f"{self.folder}/rejected/{prefix.replace('/', '-')}-{part:05d}.parquet", bad))
+            files.append(self.store.write_table(f"{self.folder}/rejected/{prefix.replace('/', '-')}-{part:05d}.parquet", checked.bad))
         rows = checked.bad.slice(0, _NAMED_BAD_ROWS).to_pylist()
         result = {
             "part": part,
@@ -172,7 +173,9 @@ class _WritePairs(_WriteProducts):
     def __call__(self, group: pa.Table) -> pa.Table:
         part = group["part"][0].as_py()
         checked = check_pairs(group.drop_columns(["part"]))
-        return self._result(part, schemas.conform(checked.good, schemas.PAIRS, where=f"pairs, part {part}"), checked, "pairs/part")
+        table = schemas.conform(checked.good, schemas.PAIRS, where=f"pairs, part {part}")
+        highest = pc.max(table.filter(pc.field("split") == "train")["relevance"]).as_py()
+        return self._result(part, table, checked, "pairs/part", train_relevance_max=highest or 0.0)
 
 
 def _general(reason: str) -> str:

@@ -60,8 +60,8 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     counts = {name: sum(result[name] for result in results) for name in ("queries", "titles", "without_product")}
     if counts["queries"] == 0:
         raise InputError(
-            f"no pair of the train split has relevance ≥ {recipe.min_relevance} and names a known product: lower "
-            "generator.min_relevance or check the pairs' split and product_id columns"
+            f"no pair of the train split with relevance ≥ {recipe.min_relevance} names a product of the catalogue "
+            f"({counts['without_product']} name others): check that pairs and products use the same product_id"
         )
     return attempt.commit(
         files + [result["file"] for result in results],

@@ -12,7 +12,7 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import PARTS
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError
+from catid2_ray.errors import ArtifactError, CapacityError, InputError
 from catid2_ray.on_ray import cluster, progress
 
 VERB_OF = {
@@ -98,4 +98,27 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
         parts[name] = run(job, parts)
         if name == last:
             break
+        if name == "catalog":
+            _refuse_early(job.recipe, parts[name])
     return parts
+
+
+def _refuse_early(recipe: Recipe, catalog: Manifest) -> None:
+    """What the catalogue alone shows to be hopeless, before hours of training rather than after."""
+    quantizer, products = recipe.quantizer, catalog.rows
+    most, space = max(quantizer.codes_per_level), quantizer.space
+    if products < most:
+        raise CapacityError(
+            f"{products} products cannot fill {most} codes of one level: lower quantizer.codes_per_level "
+            f"{list(quantizer.codes_per_level)} (at most {products}) or bring more products"
+        )
+    if products > space.capacity:
+        raise CapacityError(
+            f"{products} products do not fit into {space.capacity} IDs of {list(space.codes_per_level)}: raise "
+            "quantizer.codes_per_level"
+        )
+    if catalog.metrics["train_relevance_max"] < recipe.generator.min_relevance:
+        raise InputError(
+            f"no pair of the train split has relevance ≥ {recipe.generator.min_relevance}: the highest is "
+            f"{catalog.metrics['train_relevance_max']}. Lower generator.min_relevance or check the pairs' split and relevance"
+        )

@@ -30,6 +30,10 @@ class Bar:
         self._task = rich_bar.add_task(label, total=total, note="") if rich_bar else None
         self._logged = time.monotonic()
 
+    @property
+    def is_terminal(self) -> bool:
+        return self._rich is not None
+
     def advance(self, amount: int, note: str = "") -> None:
         self.show(self.done + amount, note)
 
@@ -60,13 +64,13 @@ def bar(label: str, total: int, unit: str):
 @ray.remote(num_cpus=0)
 class _Board:
     def __init__(self):
-        self.state = (0, "")
+        self.done, self.note, self.epochs = 0, "", 0
 
-    def put(self, done, note):
-        self.state = (done, note)
+    def put(self, done, note, epochs):
+        self.done, self.note, self.epochs = done, note, max(self.epochs, epochs)
 
     def get(self):
-        return self.state
+        return self.done, self.note, self.epochs
 
 
 @contextlib.contextmanager
@@ -77,9 +81,14 @@ def remote_bar(label: str, total: int, unit: str):
     with bar(label, total, unit) as shown:
 
         def poll():
+            saved = 0
             while not stop.wait(0.5):
                 with contextlib.suppress(ray.exceptions.RayError):
-                    shown.show(*ray.get(board.get.remote(), timeout=10))
+                    done, note, epochs = ray.get(board.get.remote(), timeout=10)
+                    shown.show(done, note)
+                    if epochs > saved and not shown.is_terminal:
+                        event("checkpoint", stage=label.replace(" ", "_"), epochs_done=epochs)
+                    saved = max(saved, epochs)
 
         thread = threading.Thread(target=poll, daemon=True)
         thread.start()
@@ -92,9 +101,9 @@ def remote_bar(label: str, total: int, unit: str):
 
 
 def reporter():
-    """Called inside a worker: a function report(done, note) that never blocks and never fails."""
+    """Called inside a worker: report(done, note, epochs), `epochs` in the last checkpoint; never blocks, never fails."""
     try:
         board = ray.get_actor(f"{_ACTOR}-{ray.get_runtime_context().get_job_id()}")
     except ValueError:
-        return lambda done, note="": None
-    return lambda done, note="": board.put.remote(done, note)
+        return lambda done, note="", epochs=0: None
+    return lambda done, note="", epochs=0: board.put.remote(done, note, epochs)

@@ -9,7 +9,6 @@ import torch
 
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.config import QuantizerRecipe
-from catid2_ray.errors import CapacityError
 from catid2_ray.on_ray import worker
 from catid2_ray.on_ray.arrays import matrix
 from catid2_ray.on_ray.catalog import read_sample
@@ -25,12 +24,6 @@ _CHUNK_ROWS = 2048
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The quantizer artefact: model.safetensors, quantizer.json, history.json (one record an epoch)."""
     recipe, embeddings = job.recipe.quantizer, parts["embeddings"]
-    most = max(recipe.codes_per_level)
-    if embeddings.rows < most:
-        raise CapacityError(
-            f"{embeddings.rows} products cannot fill {most} codes of one level: lower quantizer.codes_per_level "
-            f"{list(recipe.codes_per_level)} (at most {embeddings.rows}) or bring more products"
-        )
     settings = {**recipe.identity(), "seed": job.recipe.seed}
     return job.produce("quantizer", settings, {"embeddings": embeddings}, lambda attempt: _train(job, attempt, embeddings))
 

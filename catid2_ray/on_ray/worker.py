@@ -259,3 +259,6 @@ def _hand_in(run: Run, engine, rank: int, world: int, epochs_done: int, history:
             (folder / "export").mkdir()
             run.task.export(engine.module, folder / "export", history)
         ray.train.report({"epochs_done": epochs_done, **history[-1]}, checkpoint=Checkpoint.from_directory(local))
+    if rank == 0:
+        _, steps = run.geometry(world)
+        progress.reporter()(epochs_done * steps, f"epoch {epochs_done} loss {history[-1]['loss']:.3f}", epochs_done)

@@ -1,0 +1,68 @@
+"""Run `catid2` and `python -m jobs.…` as a user does: another process, its own Ray, its output as text."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 420
+
+
+def write_recipe(folder: Path, recipe: dict) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def run(*arguments, env: dict | None = None, timeout: float = TIMEOUT_S) -> subprocess.CompletedProcess:
+    """`run("catid2_ray.cli", "search", …)` or `run("jobs.reindex", …)`: a module and its arguments."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def run_until(line: str, *arguments, env: dict | None = None, timeout: float = TIMEOUT_S) -> list[str]:
+    """Start a job, SIGKILL it and every process it started at the first output that contains `line`; returns the output.
+
+    Raises AssertionError when the job ends, or the time passes, without that line.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=ROOT, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    seen, deadline = [], time.monotonic() + timeout
+    try:
+        for text in process.stdout:
+            seen.append(text)
+            if line in text:
+                return seen
+            if time.monotonic() > deadline:
+                break
+        raise AssertionError(f"{line!r} never appeared in:\n{''.join(seen[-40:])}")
+    finally:
+        kill_tree(process.pid)
+        process.wait(timeout=30)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all that descend from it, Ray's daemons included."""
+    import psutil
+
+    try:
+        parent = psutil.Process(pid)
+        family = [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=20)

@@ -1,0 +1,40 @@
+"""Shared by all tests: no network, one thread, a cache of their own; and one tiny recipe that every pipeline test starts from."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import copy
+
+import pytest
+
+TINY = {
+    "name": "tiny",
+    "catalog": {"synthetic": {"products": 240, "queries": 120, "seed": 3}, "rows_per_part": 100},
+    "embedding": {"encoder": "lsa", "width": 16, "workers": 1},
+    "quantizer": {
+        "codes_per_level": [8, 8, 8, 8], "hidden": [32], "latent": 8, "batch": 80, "epochs": 6, "max_failures": 0,
+        "checkpoint_every_epochs": 1, "kmeans_sample": 200,
+    },
+    "ids": {"workers": 1, "encode_rows": 64},
+    "generator": {
+        "width": 32, "layers": 1, "heads": 2, "feed_forward": 64, "vocabulary": 300, "batch": 64, "epochs": 4,
+        "min_relevance": 2, "max_failures": 0, "checkpoint_every_epochs": 1, "query_tokens": 12,
+    },
+    "evaluation": {"min_relevance": 2, "beam_width": 16, "min_beam_to_bm25": 0, "workers": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny() -> dict:
+    """A recipe small enough for a pipeline in well under two minutes; change it freely."""
+    return copy.deepcopy(TINY)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    os.environ["CATID2_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["CATID2_CACHE"]

@@ -1,0 +1,201 @@
+"""The full path, once: tables in S3 → reindex → release in S3 → the same products over HTTP, the command line and a rerun."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pyarrow.parquet as pq
+import pytest
+from transformers import T5ForConditionalGeneration
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.synthetic import generate
+from tests.command import ROOT, kill_tree, run, write_recipe
+from tests.conftest import TINY
+from tests.s3_server import new_bucket, s3_server
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with s3_server() as environment:
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        yield environment, new_bucket(environment)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@pytest.fixture(scope="module")
+def released(s3, tmp_path_factory):
+    """A catalogue in S3 (with one bad row), and what `catid2 reindex` made of it."""
+    environment, bucket = s3
+    folder = tmp_path_factory.mktemp("job")
+    source, made = Store(f"{bucket}/source"), generate(products=240, queries=120, seed=3)
+    bad = made.products.slice(0, 1).set_column(1, "title", [[" "]])
+    source.write_table("products/a.parquet", made.products.slice(100))
+    source.write_table("products/b.parquet", made.products.slice(0, 100))
+    source.write_table("products/c.parquet", bad)
+    source.write_table("pairs.parquet", made.pairs)
+    recipe = {**TINY, "catalog": {"root": f"{bucket}/source", "rows_per_part": 100}, "store": f"{bucket}/store"}
+    path = write_recipe(folder, recipe)
+    result = run("catid2_ray.cli", "reindex", "--recipe", path, "--json", folder / "figures.json", env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return {"recipe": path, "store": recipe["store"], "result": result, "figures": json.loads((folder / "figures.json").read_text()),
+            "env": environment, "folder": folder, "pairs": made.pairs}  # fmt: skip
+
+
+def test_figures_have_the_promised_keys_and_ids_are_unique(released):
+    figures = released["figures"]
+    assert {"release", "documents", "collision_rate_before", "duplicates_after", "codes_used", "recall", "recall_seen",
+            "recall_unseen", "seconds", "peak_memory_bytes"} <= set(figures)  # fmt: skip
+    assert figures["documents"] == 240 and figures["duplicates_after"] == 0 and len(figures["codes_used"]) == 4
+    assert set(figures["recall"]) == {"beam", "bm25"} and {"5", "10", "20", "50", "100"} == set(figures["recall"]["beam"])
+    assert figures["seconds"]["embed"] > 0 and figures["peak_memory_bytes"] > 100e6
+
+
+def test_closing_table_and_samples_are_printed(released):
+    shown = released["result"].stdout
+    for text in ("collision rate before resolution", "duplicate IDs after", "Codes in use", "all: beam", "all: bm25",
+                 "peak memory", "Try next", released["figures"]["release"], "<a_"):  # fmt: skip
+        assert text in shown
+
+
+def test_a_bad_row_is_set_aside_with_its_reason(released):
+    store = Store(released["store"])
+    catalog = releases.current(store).manifests(store)["catalog"]
+    assert catalog.metrics["products_set_aside"] == 1 and catalog.metrics["products"] == 240
+    rejected = [store.read_table(catalog.file(entry["name"])) for entry in catalog.named("rejected/part-")]
+    assert [reason for table in rejected for reason in table["reason"].to_pylist()] == ["empty title"]
+
+
+def test_every_manifest_holds_the_resolved_recipe_and_parents(released):
+    store = Store(released["store"])
+    for part, manifest in releases.current(store).manifests(store).items():
+        assert manifest.recipe["quantizer"]["commitment"] == 0.25 and manifest.code_version
+        assert part == "catalog" or manifest.parents
+
+
+def test_no_secret_is_stored_or_printed(released):
+    secret = released["env"]["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in released["result"].stdout + released["result"].stderr
+    store = Store(released["store"])
+    for kind in store.names("artifacts"):
+        for key in store.names(f"artifacts/{kind}"):
+            assert secret.encode() not in store.read(f"artifacts/{kind}/{key}/manifest.json")
+
+
+def test_the_generator_is_a_plain_t5_checkpoint(released, tmp_path):
+    store = Store(released["store"])
+    generator = releases.current(store).manifests(store)["generator"]
+    model = T5ForConditionalGeneration.from_pretrained(releases.fetch(store, generator, tmp_path))
+    assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0]
+
+
+def test_a_rerun_with_nothing_changed_says_so_and_starts_no_ray(released):
+    started = time.monotonic()
+    again = run("jobs.reindex", "--recipe", released["recipe"], env=released["env"])
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "Nothing changed" in again.stdout and released["figures"]["release"] in again.stdout
+    assert "event=start" not in again.stderr
+    assert time.monotonic() - started < 120
+
+
+def test_search_answers_and_refuses(released):
+    found = run("catid2_ray.cli", "search", "stainless steel hinge", "--store", released["store"], "--k", 3, env=released["env"])
+    assert found.returncode == 0 and found.stdout.count("<a_") == 3, found.stderr
+    empty = run("catid2_ray.cli", "search", "  ", "--store", released["store"], env=released["env"])
+    assert empty.returncode == 3 and "at least one character" in empty.stderr
+    nothing = run("catid2_ray.cli", "search", "x", "--store", f"{released['store']}-other", env=released["env"])
+    assert nothing.returncode == 5 and "nothing was published" in nothing.stderr
+
+
+def test_evaluate_scores_another_table_of_pairs(released):
+    pairs = released["folder"] / "pairs.parquet"
+    pq.write_table(released["pairs"], pairs)
+    target = released["folder"] / "validation.json"
+    result = run("catid2_ray.cli", "evaluate", "--store", released["store"], "--pairs", pairs, "--split", "validation",
+                 "--min-relevance", 2, "--methods", "beam,bm25", "--json", target, env=released["env"])  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    figures = json.loads(target.read_text())
+    assert figures["release"] == released["figures"]["release"]
+    assert set(figures["recall"]) == {"beam", "bm25"} and "recall_seen" in figures and "recall_unseen" in figures
+    wrong = run("catid2_ray.cli", "evaluate", "--store", released["store"], "--pairs", pairs, "--split", "nightly", env=released["env"])
+    assert wrong.returncode == 3 and "no pair of split 'nightly'" in wrong.stderr
+
+
+@pytest.fixture(scope="module")
+def server(released):
+    """`catid2 serve` on a free port, until ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = open(released["folder"] / "serve.log", "w+")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "catid2_ray.cli", "serve", "--store", released["store"], "--port", str(port)],
+        cwd=ROOT, env={**os.environ, **released["env"]}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.seek(0) or log.read()[-3000:]
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=5).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        kill_tree(process.pid)
+        log.close()
+
+
+def test_http_answers_equal_the_command_line(released, server):
+    answer = httpx.post(f"{server}/v1/retrieve", json={"query": "stainless steel hinge", "k": 3}, timeout=30)
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert body["release"] == released["figures"]["release"] and len(body["products"]) == 3
+    assert set(body["products"][0]) == {"product_id", "docid", "score", "title"}
+    scores = [product["score"] for product in body["products"]]
+    assert scores == sorted(scores, reverse=True)
+    shown = run("catid2_ray.cli", "search", "stainless steel hinge", "--store", released["store"], "--k", 3, env=released["env"])
+    for product in body["products"]:
+        assert product["product_id"] in shown.stdout and product["docid"] in shown.stdout
+    assert httpx.get(f"{server}/healthz").json() == {"status": "ok", "release": body["release"]}
+
+
+def test_http_answers_do_not_depend_on_batch_mates(server):
+    alone = httpx.post(f"{server}/v1/retrieve", json={"query": "oak shelf", "k": 5}, timeout=30).json()
+    with httpx.Client(timeout=60) as client:
+        import concurrent.futures
+
+        def ask(body):
+            return client.post(f"{server}/v1/retrieve", json=body).json()
+
+        bodies = [{"query": "oak shelf", "k": 5}, {"query": "garden hose for a balcony", "k": 40}] * 8
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(ask, bodies))
+    for body, answer in zip(bodies, answers):
+        if body["k"] == 5:
+            assert [p["docid"] for p in answer["products"]] == [p["docid"] for p in alone["products"]]
+        else:
+            assert len(answer["products"]) == 40
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ({"query": ""}, "at least one character"),
+        ({"query": "x" * 10_000}, "may have 2000 characters, found 10000"),
+        ({"query": "x", "k": 0}, "k must be a whole number from 1 to 1000"),
+        ({"query": "x", "limit": 3}, "Extra inputs are not permitted"),
+    ],
+)
+def test_http_refuses_what_cannot_be_answered(server, body, message):
+    answer = httpx.post(f"{server}/v1/retrieve", json=body, timeout=30)
+    assert answer.status_code == 422 and message in answer.text

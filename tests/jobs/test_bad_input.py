@@ -1,0 +1,156 @@
+"""Every mistake a user can make with a recipe, a table or a store: a clear message, an exit code, and nothing committed."""
+
+import pyarrow as pa
+import pytest
+
+from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.synthetic import generate
+from catid2_ray.config import Recipe
+from catid2_ray.errors import ArtifactError, CapacityError, EncoderError, InputError, StorageError
+from catid2_ray.on_ray import cluster
+from catid2_ray.on_ray.reindex import publish, reindex, run_verb
+
+MADE = generate(products=60, queries=40, seed=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_ray():
+    """One Ray for the module; jobs that find one running use it and leave it be."""
+    cluster.connect(Recipe.build({"catalog": {"synthetic": {}}}).cluster)
+    yield
+    cluster.disconnect()
+
+
+@pytest.fixture(autouse=True)
+def keep_ray(monkeypatch):
+    monkeypatch.setattr(cluster, "disconnect", lambda: None)
+
+
+@pytest.fixture
+def job(tiny, tmp_path):
+    """Writes the tables and builds the recipe: job(products=…, pairs=…, **recipe sections)."""
+
+    def build(products=MADE.products, pairs=MADE.pairs, **sections) -> Recipe:
+        source = Store(tmp_path / "source")
+        if products is not None:
+            source.write_table("products.parquet", products)
+        if pairs is not None:
+            source.write_table("pairs.parquet", pairs)
+        recipe = {**tiny, "store": str(tmp_path / "store"), "catalog": {"root": str(tmp_path / "source"), "rows_per_part": 50}}
+        for name, section in sections.items():
+            recipe[name] = {**recipe[name], **section} if isinstance(section, dict) else section
+        return Recipe.build(recipe)
+
+    yield build
+    store = Store(tmp_path / "store")
+    assert not store.exists("current"), "a failed job published something"
+
+
+def test_missing_column(job):
+    with pytest.raises(InputError, match="missing column title; found .*product_id.*your own data"):
+        reindex(job(products=MADE.products.rename_columns(["product_id", "name", *MADE.products.column_names[2:]])))
+    with pytest.raises(InputError, match="missing column split"):
+        reindex(job(pairs=MADE.pairs.drop_columns(["split"])))
+
+
+def test_no_table_at_all(job):
+    with pytest.raises(StorageError, match="no table 'pairs' in .*source"):
+        reindex(job(pairs=None))
+
+
+def test_empty_catalogue(job):
+    with pytest.raises(InputError, match="is empty: products has no rows"):
+        reindex(job(products=MADE.products.slice(0, 0)))
+
+
+def test_too_many_bad_rows_names_the_first_ten(job):
+    titles = pa.array(["" if row < 15 else "ok" for row in range(60)])
+    products = MADE.products.set_column(MADE.products.column_names.index("title"), "title", titles)
+    with pytest.raises(InputError, match=r"15 of 60 rows of products are bad, more than catalog.max_bad_fraction 0.01") as error:
+        reindex(job(products=products))
+    assert str(error.value).count("empty title") == 10
+
+
+def test_given_embeddings_of_another_width(job):
+    rows = MADE.products.num_rows
+    vectors = pa.array([[1.0, 2.0]] * (rows - 1) + [[1.0]], pa.list_(pa.float32()))
+    with pytest.raises(InputError, match="embedding of width 1 instead of 2"):
+        reindex(job(products=MADE.products.append_column("embedding", vectors), embedding={"width": None}))
+
+
+def test_embeddings_announced_but_absent(job):
+    with pytest.raises(InputError, match="has no column 'embedding'"):
+        reindex(job(embedding={"source": "given"}))
+
+
+def test_unknown_encoder(job):
+    with pytest.raises(EncoderError, match="no-such-folder"):
+        reindex(job(embedding={"encoder": "./no-such-folder"}))
+
+
+def test_fewer_products_than_codes(job):
+    with pytest.raises(CapacityError, match=r"60 products cannot fill 64 codes .* lower quantizer.codes_per_level"):
+        reindex(job(quantizer={"codes_per_level": [64, 8, 8, 8]}))
+
+
+def test_more_products_than_ids(job):
+    with pytest.raises(CapacityError, match="60 products do not fit into 32 IDs"):
+        reindex(job(quantizer={"codes_per_level": [4, 2, 2, 2], "epochs": 1}))
+
+
+def test_no_training_pair(job):
+    with pytest.raises(InputError, match="no pair of the train split has relevance ≥ 2.9999"):
+        reindex(job(generator={"min_relevance": 2.9999}, pairs=MADE.pairs.set_column(
+            MADE.pairs.column_names.index("relevance"), "relevance", pa.array([2.0] * MADE.pairs.num_rows)),
+            quantizer={"epochs": 1}))  # fmt: skip
+
+
+def test_a_stage_alone_names_the_job_to_run_first(job):
+    with pytest.raises(ArtifactError, match=r"holds no catalog for this recipe: run `python -m jobs.embed_catalog"):
+        run_verb(job(), "train_quantizer")
+    with pytest.raises(ArtifactError, match="holds no catalog"):
+        publish(job())
+
+
+def test_a_half_written_artefact_of_a_killed_job_is_not_a_result(job, tmp_path):
+    recipe = job()
+    store, catalog = run_verb(recipe, "embed_catalog")
+    manifest = f"artifacts/embeddings/{catalog.key}/manifest.json"
+    files = [store.read(catalog.file(entry["name"])) for entry in catalog.parts()]
+    store.fs.rm(store.path(manifest))
+    store.write(catalog.file(catalog.parts()[0]["name"]), files[0][:100])
+    _, again = run_verb(recipe, "embed_catalog")
+    assert again.folder != catalog.folder and again.digest == catalog.digest
+
+
+def test_a_damaged_artefact_is_refused_by_name(job):
+    recipe = job()
+    store, embeddings = run_verb(recipe, "embed_catalog")
+    name = embeddings.file(embeddings.parts()[0]["name"])
+    store.write(name, store.read(name)[:50])
+    with pytest.raises(ArtifactError, match="has 50 bytes, its manifest says"):
+        run_verb(recipe, "train_quantizer")
+
+
+def test_unreachable_bucket_is_named_within_a_minute(job, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with pytest.raises(StorageError, match="cannot list s3://no-such-bucket/x.*AWS_ENDPOINT_URL"):
+        reindex(job(store="s3://no-such-bucket/x"))
+
+
+def test_shuffled_rows_and_other_files_make_the_same_catalogue(job, tmp_path):
+    _, first = run_verb(job(), "embed_catalog")
+    order = list(reversed(range(60)))
+    _, second = run_verb(job(products=MADE.products.take(order)), "embed_catalog")
+    assert first.digest == second.digest
+
+
+def test_given_embeddings_are_taken_as_they_are(job):
+    vectors = pa.array([[float(row), 1.0] for row in range(60)], pa.list_(pa.float32(), 2))
+    recipe = job(products=MADE.products.append_column("embedding", vectors), embedding={"width": None})
+    store, embeddings = run_verb(recipe, "embed_catalog")
+    tables = [store.read_table(embeddings.file(entry["name"])) for entry in embeddings.parts()]
+    found = {name: vector for table in tables for name, vector in zip(table["product_id"].to_pylist(), table["embedding"].to_pylist())}
+    assert found == {name: vector for name, vector in zip(MADE.products["product_id"].to_pylist(), vectors.to_pylist())}

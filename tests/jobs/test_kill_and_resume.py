@@ -1,0 +1,35 @@
+"""A job that is killed in any of its long stages and run again ends in the same IDs and the same release content."""
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.store import Store
+from tests.command import run, run_until, write_recipe
+
+# Two training workers: resuming then has to put ZeRO's partitions of both ranks back.
+TWO_WORKERS = {"workers": 2, "zero_stage": 1}
+
+
+def digests(uri) -> dict[str, str]:
+    store = Store(uri)
+    return {part: manifest.digest for part, manifest in releases.current(store).manifests(store).items()}
+
+
+def test_killed_jobs_end_in_the_same_digests(tiny, tmp_path):
+    tiny["quantizer"] |= TWO_WORKERS
+    tiny["generator"] |= TWO_WORKERS
+    undisturbed = write_recipe(tmp_path, tiny)
+    first = run("jobs.reindex", "--recipe", undisturbed, "--set", f"store={tmp_path}/a")
+    assert first.returncode == 0, first.stderr[-3000:]
+
+    # Other numbers of actors, too: what they make does not depend on them.
+    job = ["jobs.reindex", "--recipe", undisturbed, "--set", f"store={tmp_path}/b", "--set", "ids.workers=2",
+           "--set", "embedding.workers=2"]  # fmt: skip
+    run_until("stage=training_the_quantizer epochs_done=3", *job)
+    run_until("event=encoded", *job)
+    run_until("stage=training_the_generator epochs_done=2", *job)
+    last = run(*job)
+    assert last.returncode == 0, last.stderr[-3000:]
+    assert "event=reuse stage=ids" in last.stderr and "event=start stage=generator" in last.stderr
+    before, after = digests(f"{tmp_path}/a"), digests(f"{tmp_path}/b")
+    assert before["ids"] == after["ids"]
+    assert before == after
+    assert not (tmp_path / "b" / "runs").exists() or not any((tmp_path / "b" / "runs").iterdir())

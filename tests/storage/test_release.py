@@ -1,0 +1,257 @@
+"""A release holds parts made from each other and nothing else; `current` moves by one winner at a time.
+
+Two chains of artefacts stand for two runs of the job; a mixture takes one part from the other run.
+"""
+
+import json
+import re
+import threading
+from pathlib import Path
+
+import pytest
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.manifest import verify
+from catid2_ray.artifacts.release import PARTS, check_parts, current, fetch, load, publish, release_folder, serving_folder
+from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError
+
+
+def test_nothing_published_yet(store):
+    with pytest.raises(ReleaseError, match=r"nothing was published to .* yet; run `catid2 reindex") as caught:
+        current(store)
+    assert store.uri in str(caught.value)
+
+
+def test_publish_makes_current_and_the_same_parts_do_not_move_it(store, chain):
+    parts = chain(store, "one")
+    release, moved = publish(store, parts)
+    assert moved and current(store) == release and load(store, release.name) == release
+    assert release.manifests(store) == parts
+    again, moved = publish(store, chain(store, "one"))
+    assert not moved and again == release and store.names("current") == ["0000000001.json"]
+
+
+def test_history_is_a_rollback_list(store, chain):
+    one, two = chain(store, "one"), chain(store, "two")
+    first, second = publish(store, one)[0], publish(store, two)[0]
+    assert first.name != second.name and current(store) == second
+    back, moved = publish(store, one)
+    assert moved and back == first and current(store) == first
+    assert [json.loads(store.read(f"current/{name}"))["release"] for name in store.names("current")] == [
+        first.name, second.name, first.name,
+    ]  # fmt: skip
+    assert len(store.names("releases")) == 2
+
+
+def test_the_highest_number_is_current_past_ten(local_store, chain):
+    release = publish(local_store, chain(local_store, "one"))[0]
+    local_store.write("current/0000000010.json", json.dumps({"release": release.name}).encode())
+    second = publish(local_store, chain(local_store, "two"))[0]
+    assert local_store.names("current")[-1] == "0000000011.json" and current(local_store) == second
+
+
+@pytest.mark.parametrize("part, other", [("generator", "evaluation"), ("quantizer", "ids"), ("catalog", "embeddings")])
+def test_a_mixture_is_refused_and_both_parts_are_named(local_store, chain, part, other):
+    """Only these two parts know each other, so the message is exact: `other` was made from another `part`."""
+    one, two = chain(local_store, "one"), chain(local_store, "two")
+    mixed = {part: two[part], other: one[other]}
+    expected = (
+        f"parts do not match: {other} was made from {part} {one[part].digest[:12]}, but the release holds {part} "
+        f"{two[part].digest[:12]}. Rerun the job so that {other} is made anew"
+    )
+    with pytest.raises(ReleaseError, match=re.escape(expected)):
+        check_parts(mixed)
+    with pytest.raises(ReleaseError, match=rf"parts do not match: .*\b{part}\b.*Rerun the job"):
+        publish(local_store, one | {part: two[part]})
+    assert local_store.names("releases") == [] and local_store.names("current") == []
+
+
+def test_missing_parts_are_named(local_store, chain):
+    parts = chain(local_store, "one")
+    del parts["ids"], parts["evaluation"]
+    with pytest.raises(ReleaseError, match="a release needs catalog, .*; missing: ids, evaluation"):
+        publish(local_store, parts)
+
+
+def test_publish_refuses_a_damaged_part(local_store, chain):
+    parts = chain(local_store, "one")
+    local_store.delete_folder(parts["generator"].folder)
+    with pytest.raises(ArtifactError, match=r"generator\.txt is missing though its manifest is committed"):
+        publish(local_store, parts)
+    assert local_store.names("current") == []
+
+
+def test_a_part_that_is_gone_or_rebuilt_is_named(local_store, chain, make):
+    parts = chain(local_store, "one")
+    release = publish(local_store, parts)[0]
+    ids = parts["ids"]
+    local_store.delete_folder(f"artifacts/ids/{ids.key}")
+    with pytest.raises(ReleaseError, match=rf"its part ids \({ids.key}\) is gone; rerun the job and publish again"):
+        release.manifests(local_store)
+    rebuilt = make(local_store, "ids", {"f": b"something else"}, parents=ids.parents, settings=ids.settings)
+    assert rebuilt.key == ids.key
+    with pytest.raises(ReleaseError, match="part ids has digest .*it was rebuilt since. Publish again") as caught:
+        release.manifests(local_store)
+    assert rebuilt.digest[:12] in str(caught.value) and ids.digest[:12] in str(caught.value)
+
+
+def test_a_release_without_a_part(local_store, chain):
+    release = publish(local_store, chain(local_store, "one"))[0]
+    record = json.loads(local_store.read(f"releases/{release.name}.json"))
+    del record["parts"]["generator"]
+    local_store.write(f"releases/{release.name}.json", json.dumps(record).encode())
+    with pytest.raises(ReleaseError, match="has no part 'generator'; publish it again"):
+        current(local_store).manifests(local_store)
+
+
+def test_an_unknown_release(local_store, chain):
+    with pytest.raises(ReleaseError, match="no release 'r-x' in .*; it has none"):
+        load(local_store, "r-x")
+    name = publish(local_store, chain(local_store, "one"))[0].name
+    with pytest.raises(ReleaseError, match=f"it has {name}$"):
+        load(local_store, "r-x")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"nothing": 1}', b"\xff"])
+@pytest.mark.parametrize("damaged", ["current", "releases"])
+def test_a_corrupt_record_is_an_artefact_error_that_names_it(local_store, chain, damaged, content):
+    publish(local_store, chain(local_store, "one"))
+    name = f"{damaged}/{local_store.names(damaged)[0]}"
+    local_store.write(name, content)
+    with pytest.raises(ArtifactError, match=rf"{name} is not .* record") as caught:
+        current(local_store)
+    assert local_store.uri in str(caught.value)
+
+
+def test_a_publisher_that_was_overtaken_loses_and_nothing_is_lost(store, chain, monkeypatch):
+    one, two = chain(store, "one"), chain(store, "two")
+    stale = releases._pointer(store)
+    first = publish(store, one)[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(releases, "_pointer", lambda store: stale)
+        with pytest.raises(CommitConflict, match=r"another job published to .*release r-\w+ is stored but not current"):
+            publish(store, two)
+    assert current(store) == first and len(store.names("releases")) == 2
+    assert publish(store, two)[1] and current(store).manifests(store) == two
+
+
+def test_of_two_publishers_at_once_one_wins(store, chain, monkeypatch):
+    chains = [chain(store, "one"), chain(store, "two")]
+    barrier, read, won, lost = threading.Barrier(2), releases._pointer, [], []
+
+    def both_read_first(store):
+        pointer = read(store)
+        barrier.wait(20)
+        return pointer
+
+    def work(parts):
+        try:
+            won.append(publish(store, parts)[0])
+        except CommitConflict as error:
+            lost.append(error)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(releases, "_pointer", both_read_first)
+        threads = [threading.Thread(target=work, args=(parts,)) for parts in chains]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(won) == len(lost) == 1 and current(store) == won[0]
+    assert store.names("current") == ["0000000001.json"] and len(store.names("releases")) == 2
+
+
+def test_a_local_artefact_is_read_in_place(local_store, chain, tmp_path):
+    ids = chain(local_store, "one")["ids"]
+    assert fetch(local_store, ids, tmp_path / "cache") == Path(local_store.path(ids.folder))
+    assert not (tmp_path / "cache").exists()
+    local_store.write(ids.file("ids.txt"), b"")
+    with pytest.raises(ArtifactError, match="has 0 bytes"):
+        fetch(local_store, ids, tmp_path / "cache")
+
+
+def test_fetch_copies_from_s3_once(s3_store, chain, tmp_path, monkeypatch):
+    ids = chain(s3_store, "one")["ids"]
+    folder = fetch(s3_store, ids, tmp_path / "cache")
+    assert (folder / "trie" / "arrays.npy").read_bytes() == b"one" and (folder / "ids.txt").read_bytes() == b"one ids"
+    monkeypatch.setattr(type(s3_store), "download", lambda *_: pytest.fail("fetched twice"))
+    assert fetch(s3_store, ids, tmp_path / "cache") == folder
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+def test_readers_that_fetch_at_once_share_one_whole_copy(s3_store, chain, tmp_path):
+    ids, folders = chain(s3_store, "one")["ids"], []
+    threads = [threading.Thread(target=lambda: folders.append(fetch(s3_store, ids, tmp_path / "c"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(folders) == 3 and len(set(folders)) == 1
+    assert list((tmp_path / "c").iterdir()) == [folders[0]]
+
+
+def test_fetch_refuses_an_object_of_the_right_size_and_wrong_content(s3_store, chain, tmp_path):
+    ids = chain(s3_store, "one")["ids"]
+    s3_store.write(ids.file("trie/arrays.npy"), b"eno")
+    verify(s3_store, ids)
+    with pytest.raises(ArtifactError, match=r"trie/arrays\.npy is not what its manifest says \(SHA-256 differs\)") as caught:
+        fetch(s3_store, ids, tmp_path / "cache")
+    assert s3_store.uri in str(caught.value) and list((tmp_path / "cache").iterdir()) == []
+
+
+def check_serving_folder(folder, release):
+    assert (folder / "generator" / "generator.txt").read_bytes() == b"one generator"
+    assert (folder / "trie" / "arrays.npy").read_bytes() == b"one"
+    assert (folder / "products.arrow").read_bytes() == b"one"
+    assert json.loads((folder / "retriever.json").read_text()) == {
+        "beam_width": 50, "query_tokens": 24, "codes_per_level": [4, 4, 4], "release": release.name,
+    }  # fmt: skip
+    assert sorted(path.name for path in folder.iterdir()) == ["generator", "products.arrow", "retriever.json", "trie"]
+
+
+def test_the_serving_folder_of_a_release(store, chain, tmp_path):
+    release = publish(store, chain(store, "one"))[0]
+    folder = release_folder(store, release, tmp_path / "cache")
+    check_serving_folder(folder, release)
+    assert release_folder(store, release, tmp_path / "cache") == folder
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
+def test_a_relative_cache_gives_links_that_hold(s3_store, chain, tmp_path, monkeypatch):
+    release = publish(s3_store, chain(s3_store, "one"))[0]
+    monkeypatch.chdir(tmp_path)
+    check_serving_folder(release_folder(s3_store, release, Path("cache")), release)
+
+
+def test_a_store_built_anew_is_not_served_from_the_old_ones_links(local_store, chain, tmp_path):
+    release = publish(local_store, chain(local_store, "one"))[0]
+    release_folder(local_store, release, tmp_path / "cache")
+    local_store.delete_folder("artifacts")
+    assert publish(local_store, chain(local_store, "one"))[0].name == release.name
+    check_serving_folder(release_folder(local_store, release, tmp_path / "cache"), release)
+
+
+def test_a_cache_whose_copies_were_deleted_heals(s3_store, chain, tmp_path):
+    parts = chain(s3_store, "one")
+    release = publish(s3_store, parts)[0]
+    release_folder(s3_store, release, tmp_path / "cache")
+    (copy := fetch(s3_store, parts["generator"], tmp_path / "cache")).rename(tmp_path / "gone")
+    check_serving_folder(release_folder(s3_store, release, tmp_path / "cache"), release)
+    assert copy.exists()
+
+
+def test_a_generator_of_other_ids_is_not_served(local_store, chain, tmp_path):
+    one, two = chain(local_store, "one"), chain(local_store, "two")
+    with pytest.raises(ReleaseError, match=f"the generator was trained on ids {one['ids'].digest[:12]}, not on {two['ids'].digest[:12]}"):
+        serving_folder(local_store, two["ids"], one["generator"], tmp_path / "cache", {})
+
+
+def test_parts_are_the_stages_in_order():
+    assert PARTS == ("catalog", "embeddings", "quantizer", "ids", "examples", "generator", "evaluation")
+
+
+def test_the_cache_of_a_node(monkeypatch, tmp_path):
+    monkeypatch.setenv("CATID2_CACHE", str(tmp_path / "elsewhere"))
+    assert releases.default_cache() == tmp_path / "elsewhere"
+    monkeypatch.delenv("CATID2_CACHE")
+    assert releases.default_cache() == Path.home() / ".cache" / "catid2"

@@ -1,0 +1,252 @@
+"""The store keeps the same promises on a local folder and on S3: whole objects, one winner per name, named failures.
+
+Contention is real (threads), the unreachable endpoint is a closed port on localhost.
+"""
+
+import os
+import pickle
+import socket
+import threading
+import time
+
+import pyarrow as pa
+import pytest
+
+from catid2_ray.artifacts.store import S3_ENVIRONMENT, Store, sha256_of
+from catid2_ray.errors import CommitConflict, StorageError
+from tests.s3_server import SECRET
+
+
+def race(count, work):
+    """Run `work(i)` in `count` threads that start together; returns results and raised errors."""
+    barrier, results, errors = threading.Barrier(count), [], []
+
+    def one(i):
+        barrier.wait()
+        try:
+            results.append(work(i))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results, errors
+
+
+def test_what_is_written_is_read_and_may_be_overwritten(store):
+    assert not store.exists("a/b.txt")
+    store.write("a/b.txt", b"one")
+    assert store.exists("a/b.txt") and store.read("a/b.txt") == b"one"
+    store.write("a/b.txt", b"two")
+    assert store.read("a/b.txt") == b"two"
+    store.write("a/empty", b"")
+    assert store.read("a/empty") == b""
+
+
+def test_names_lists_files_and_folders_directly_below(store):
+    for name in ("top/2.json", "top/10.json", "top/folder/x", "topmost/y"):
+        store.write(name, b"{}")
+    assert store.names("top") == ["10.json", "2.json", "folder"]
+    assert store.names("nothing/here") == []
+    assert store.names("top/folder") == ["x"]
+
+
+def test_names_sees_what_another_store_object_wrote(store):
+    assert store.names("shared") == []
+    Store(store.uri).write("shared/late", b"x")
+    assert store.names("shared") == ["late"] and store.exists("shared/late")
+
+
+def test_create_twice_conflicts_and_keeps_the_first(store):
+    store.create("current/1", b"first")
+    with pytest.raises(CommitConflict, match="current/1 exists already: another writer committed first"):
+        store.create("current/1", b"second")
+    assert store.read("current/1") == b"first"
+    store.write("plain", b"written")
+    with pytest.raises(CommitConflict):
+        store.create("plain", b"created")
+    assert store.read("plain") == b"written"
+
+
+def test_of_many_creators_of_one_name_exactly_one_wins(store):
+    def create(i):
+        store.create("lock", f"writer {i}".encode())
+        return i
+
+    winners, errors = race(8, create)
+    assert len(winners) == 1 and store.read("lock") == f"writer {winners[0]}".encode()
+    assert [type(error) for error in errors] == [CommitConflict] * 7
+    assert store.names("") == ["lock"]
+
+
+def test_readers_never_see_half_of_a_write(store):
+    first, second = b"a" * 300_000, b"b" * 300_000
+    store.write("big", first)
+
+    def work(i):
+        if i == 0:
+            for data in (second, first) * 5:
+                store.write("big", data)
+            return True
+        return all(store.read("big") in (first, second) for _ in range(10))
+
+    results, errors = race(3, work)
+    assert results == [True] * 3 and not errors
+
+
+def test_missing_objects_are_storage_errors_that_name_the_uri(store, tmp_path):
+    for action in (lambda: store.read("no/such"), lambda: store.download("no/such", tmp_path / "t" / "x")):
+        with pytest.raises(StorageError, match=r"cannot read .*no/such: it does not exist") as caught:
+            action()
+        assert store.uri in str(caught.value)
+    with pytest.raises(StorageError, match=r"cannot read .*no\.parquet"):
+        store.read_table("no.parquet")
+
+
+def test_upload_and_download_keep_bytes_and_describe_files(store, tmp_path):
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True)
+    (source / "z.bin").write_bytes(os.urandom(1000))
+    (source / "inner" / "a.txt").write_text("hello")
+    entries = store.upload(source, "place")
+    assert [(entry["name"], entry["bytes"]) for entry in entries] == [("place/inner/a.txt", 5), ("place/z.bin", 1000)]
+    for entry in entries:
+        store.download(entry["name"], tmp_path / "copy" / entry["name"])
+        assert sha256_of(tmp_path / "copy" / entry["name"]) == entry["sha256"]
+    assert store.names("place") == ["inner", "z.bin"]
+
+
+def test_delete_folder_takes_all_below_and_nothing_beside(store):
+    for name in ("work/a", "work/deep/b", "work2/c"):
+        store.write(name, b"x")
+    store.delete_folder("work")
+    assert not store.exists("work/a") and not store.exists("work/deep/b") and store.exists("work2/c")
+    store.delete_folder("never/there")
+
+
+def test_tables_keep_their_rows_and_the_same_rows_give_the_same_bytes(store):
+    table = pa.table({"product_id": [f"p{i}" for i in range(1000)], "n": range(1000)})
+    entry = store.write_table("one.parquet", table)
+    assert entry == {**store.write_table("two.parquet", table), "name": "one.parquet"} and entry["rows"] == 1000
+    assert store.read_table("one.parquet") == table
+    assert store.read_table("one.parquet", columns=["n"]).column_names == ["n"]
+    in_pieces = pa.concat_tables([table.slice(0, 300), table.slice(300, 1), table.slice(301)])
+    assert store.write_table("three.parquet", in_pieces)["sha256"] == entry["sha256"]
+
+
+def test_a_table_is_a_file_or_a_folder_of_files(store):
+    table = pa.table({"n": [1]})
+    store.write_table("pairs.parquet", table)
+    store.write_table("products/part-1.parquet", table)
+    store.write_table("products/deep/part-0.parquet", table)
+    store.write("products/README.txt", b"not a table")
+    assert store.parquet_files("pairs") == ["pairs.parquet"]
+    assert store.parquet_files("products") == ["products/deep/part-0.parquet", "products/part-1.parquet"]
+    store.write("empty/README.txt", b"no table")
+    for name in ("empty", "absent"):
+        with pytest.raises(StorageError, match=rf"no table '{name}' in .*expected {name}\.parquet or a folder {name}/") as caught:
+            store.parquet_files(name)
+        assert store.uri in str(caught.value)
+
+
+def test_a_fingerprint_changes_with_the_content(store):
+    store.write("f", b"aaaa")
+    before = store.fingerprint("f")
+    assert store.fingerprint("f") == before
+    store.write("f", b"aaab")
+    assert store.fingerprint("f") != before
+    with pytest.raises(StorageError, match="it does not exist"):
+        store.fingerprint("gone")
+
+
+def test_a_pickled_store_carries_no_credentials(s3_store, local_store):
+    s3_store.write("a", b"1")
+    pickled = pickle.dumps(s3_store)
+    assert SECRET.encode() not in pickled and b"tests" not in pickled and b"127.0.0.1" not in pickled
+    again = pickle.loads(pickled)
+    assert again.uri == s3_store.uri and again.read("a") == b"1"
+    local = pickle.loads(pickle.dumps(local_store))
+    assert local.root == local_store.root and repr(local) == f"Store({local_store.root!r})"
+
+
+def test_s3_stores_set_the_checksum_mode_that_all_servers_understand(s3_session, monkeypatch):
+    for name, value in s3_session[0].items():
+        monkeypatch.setenv(name, value)
+    for name in S3_ENVIRONMENT:
+        monkeypatch.setenv(name, "kept for the teardown")
+        monkeypatch.delenv(name)
+    Store(s3_session[1])
+    assert {name: os.environ[name] for name in S3_ENVIRONMENT} == S3_ENVIRONMENT
+
+
+def test_a_uri_with_slashes_is_one_store(s3_session, s3_environment):
+    assert Store(f"{s3_session[1]}/a/b/").uri == f"{s3_session[1]}/a/b"
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///"])
+def test_an_s3_uri_without_bucket(uri):
+    with pytest.raises(StorageError, match="names no bucket; expected s3://bucket/prefix"):
+        Store(uri)
+
+
+def test_other_schemes_are_refused():
+    with pytest.raises(StorageError, match="'gs://bucket': only local folders and s3:// prefixes can be stores"):
+        Store("gs://bucket")
+
+
+def test_local_uris(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Store("relative").root == str(tmp_path / "relative")
+    assert Store(f"file://{tmp_path}/x").root == str(tmp_path / "x")
+    Store("not_there_yet").check()
+
+
+def test_check_passes_on_an_empty_bucket(s3_store):
+    s3_store.check()
+
+
+def test_a_bucket_that_does_not_exist(s3_environment):
+    store = Store("s3://no-such-bucket-anywhere/prefix")
+    for action in (store.check, lambda: store.write("a", b""), lambda: store.create("a", b"")):
+        with pytest.raises(StorageError, match="s3://no-such-bucket-anywhere/prefix") as caught:
+            action()
+        assert not isinstance(caught.value, CommitConflict)
+
+
+def test_a_store_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    store = Store(tmp_path / "file")
+    with pytest.raises(StorageError, match="file is a file; a store is a folder"):
+        store.check()
+    for action in (lambda: store.write("a", b""), lambda: store.create("a/b", b"")):
+        with pytest.raises(StorageError, match="cannot (write|create)") as caught:
+            action()
+        assert not isinstance(caught.value, CommitConflict)
+
+
+def test_a_failed_local_write_leaves_no_litter(local_store, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StorageError, match="cannot write .*a/b: OSError: .*No space left"):
+        local_store.write("a/b", b"x")
+    assert os.listdir(f"{local_store.root}/a") == []
+
+
+@pytest.mark.parametrize("action", ["check", "create"])
+def test_an_unreachable_endpoint_fails_soon_and_names_the_store(s3_environment, monkeypatch, action):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        closed = probe.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed}")
+    store = Store("s3://bucket/prefix")
+    arguments = {"check": (), "create": ("name", b"x")}[action]
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=r"s3://bucket/prefix.*check AWS_ENDPOINT_URL, the credentials") as caught:
+        getattr(store, action)(*arguments)
+    assert time.monotonic() - started < 30
+    assert not isinstance(caught.value, CommitConflict) and SECRET not in str(caught.value)
