@@ -15,6 +15,7 @@ import catid2_ray
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, CommitConflict
 
+# Part of every key: raise it when what a stage writes changes, and no artefact of older code is found any more.
 FORMAT = 1
 
 

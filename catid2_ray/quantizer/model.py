@@ -145,7 +145,10 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialise_codebooks(self, sample_ND: Tensor, *, seed: int) -> None:
-        """Residual k-means on the latents of a sample. Raises CapacityError when there are fewer rows than codes."""
+        """Residual k-means on the latents of a sample: at the start, and once more at the end (see `step.fit`).
+
+        Raises CapacityError when there are fewer rows than codes.
+        """
         found = residual_kmeans(self.latents(sample_ND), codes_per_level=self.codes_per_level, seed=seed)
         for parameter_KZ, codebook_KZ in zip(self.codebooks, found, strict=True):
             parameter_KZ.copy_(codebook_KZ)

@@ -153,13 +153,16 @@ def fit(
     weight_decay: float,
     seed: int,
     revive: bool = True,
+    refit: bool = True,
 ) -> list[dict]:
     """Train `model` in place in one process; one record per epoch: mean `loss`, mean terms, `codes_used`, `perplexity`
     (per level, on a seeded sample of at most SAMPLE_ROWS), `revived`.
 
     k-means start, AdamW, 5 % warm-up, cosine; rows that fill no whole batch wait for the next epoch's order. Dead codes
-    are revived after every epoch but those of the last quarter, where they would no longer settle. Raises InputError
-    when the tables differ in rows, CapacityError when there are fewer rows than codes.
+    are revived after every epoch but those of the last quarter, where they would no longer settle. `refit` fits the
+    codebooks once more by k-means to the final latents: gradient steps leave them behind an encoder that still moves
+    (54,667 products, Z 12, β 0.1, 6 epochs: 38 % collisions before, 5.5 % after; not stated in the paper). Raises
+    InputError when the tables differ in rows, CapacityError when there are fewer rows than codes.
     """
     rows = len(embedding_ND)
     if len(category_NH) != rows:
@@ -185,6 +188,8 @@ def fit(
             for name, term in {"loss": loss.total.detach(), **loss.terms}.items():
                 sums[name] = sums.get(name, 0.0) + float(term) / steps
         moved = revive_dead_codes(model, sample_SD, seed=seed, epoch=epoch) if revive and epoch < 0.75 * epochs else 0
+        if refit and epoch == epochs - 1:
+            model.initialise_codebooks(sample_SD, seed=seed)
         health = level_health(model.encode(sample_SD).codes_BL, model.codes_per_level)
         used, perplexity = [level.codes_used for level in health], [level.perplexity for level in health]
         history.append({"epoch": epoch, **sums, "codes_used": used, "perplexity": perplexity, "revived": moved})

@@ -84,6 +84,20 @@ def test_fit_learns_uses_its_codes_and_repeats_exactly():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_refit_moves_the_codebooks_to_the_final_latents_and_nothing_else():
+    embedding_ND, category_NH = tree()
+    left, refitted = build(), build()
+    for model, refit in ((left, False), (refitted, True)):
+        fit(embedding_ND, category_NH, model=model, weights=LossWeights(), refit=refit, **FIT)
+    assert all(torch.equal(a, b) for a, b in zip(left.encoder.parameters(), refitted.encoder.parameters(), strict=True))
+
+    def error(model):
+        out = model(embedding_ND)
+        return float((out.residual_LBZ[-1] - out.codeword_LBZ[-1]).square().sum())
+
+    assert error(refitted) < error(left)
+
+
 def test_fit_refuses_tables_of_different_length():
     embedding_ND, category_NH = tree(30)
     with pytest.raises(InputError, match="30 embeddings but 29 category rows"):

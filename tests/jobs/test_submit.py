@@ -1,0 +1,72 @@
+"""`ray job submit` of jobs.reindex against a Ray cluster that is already running, as a platform team does it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.store import Store
+from tests.command import ROOT, kill_tree, write_recipe
+
+BIN = Path(sys.executable).parent
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture
+def head(tmp_path_factory):
+    """`ray start --head --block` on ports of its own; yields the environment of a client and the dashboard's address."""
+    port, dashboard, agent, client = free_ports(4)
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
+    environment.pop("RAY_ADDRESS", None)
+    log = open(tmp_path_factory.mktemp("ray") / "head.log", "w+")  # noqa: SIM115 (closed below)
+    process = subprocess.Popen(
+        [BIN / "ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
+         f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--num-cpus=4",
+         "--object-store-memory=200000000", "--disable-usage-stats"],
+        env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while not (log.seek(0) or "Ray runtime started" in log.read()):
+            assert process.poll() is None and time.monotonic() < deadline, log.seek(0) or log.read()
+            time.sleep(0.5)
+        yield environment, f"http://127.0.0.1:{dashboard}"
+    finally:
+        kill_tree(process.pid)
+        log.close()
+
+
+def submit(head, *entry: str) -> subprocess.CompletedProcess:
+    environment, address = head
+    return subprocess.run(
+        [BIN / "ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *entry],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+
+
+def test_reindex_is_submitted_and_a_stage_after_it(head, tiny, tmp_path):
+    recipe = write_recipe(tmp_path, {**tiny, "store": str(tmp_path / "store")})
+    result = submit(head, "python", "-m", "jobs.reindex", "--recipe", str(recipe))
+    shown = result.stdout + result.stderr
+    assert result.returncode == 0 and "succeeded" in shown, shown[-4000:]
+    release = releases.current(Store(tmp_path / "store"))
+    assert release.name in shown
+    again = submit(head, "python", "-m", "jobs.assign_ids", "--recipe", str(recipe))
+    assert again.returncode == 0 and "artifacts/ids/" in again.stdout, (again.stdout + again.stderr)[-3000:]
+    wrong = submit(head, "python", "-m", "jobs.train_quantizer", "--recipe", str(recipe), "--set", "seed=1",
+                   "--set", "catalog.rows_per_part=60")  # fmt: skip
+    assert wrong.returncode != 0 and "jobs.embed_catalog" in wrong.stdout + wrong.stderr

@@ -1,0 +1,53 @@
+"""cluster.yaml against Ray's own schema; serve_config.yaml against Serve's, and against the inequalities that keep it stable."""
+
+import json
+from pathlib import Path
+
+import pytest
+import ray.autoscaler
+import yaml
+from jsonschema import Draft7Validator
+from ray.serve.schema import ServeDeploySchema
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def cluster() -> dict:
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+def test_cluster_file_fits_rays_schema(cluster):
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    assert not [error.message for error in Draft7Validator(schema).iter_errors(cluster)]
+
+
+def test_the_head_does_no_work_and_the_pools_exist(cluster):
+    nodes = cluster["available_node_types"]
+    assert nodes[cluster["head_node_type"]]["resources"] == {"CPU": 0}
+    assert set(nodes) == {"head", "cpu-data", "gpu-train", "gpu-serve"}
+    assert nodes["gpu-train"]["resources"]["GPU"] and nodes["gpu-serve"]["resources"]["GPU"]
+    assert sum(node.get("max_workers", 0) for node in nodes.values()) <= cluster["max_workers"]
+
+
+def test_serve_file_is_valid_and_its_numbers_fit_each_other():
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    ServeDeploySchema.model_validate(config)
+    deployment = config["applications"][0]["deployments"][0]
+    scaling, user = deployment["autoscaling_config"], deployment["user_config"]
+    assert user["max_batch_size"] <= scaling["target_ongoing_requests"] <= deployment["max_ongoing_requests"]
+    assert scaling["min_replicas"] >= 1 and scaling["max_replicas"] > scaling["min_replicas"]
+    # Scaling down must be slower than the window that the load is averaged over, else replicas come and go in a loop.
+    assert scaling["metrics_interval_s"] < scaling["upscale_delay_s"] < scaling["downscale_delay_s"]
+    assert scaling["look_back_period_s"] < scaling["downscale_delay_s"]
+    assert config["http_options"]["host"] == "127.0.0.1"
+
+
+def test_serve_file_names_what_the_code_has():
+    from catid2_ray.on_ray import serve_app
+
+    application = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0]
+    serve_app.AppSettings(**application["args"])
+    assert application["import_path"] == f"{serve_app.__name__}:{serve_app.build.__name__}"
+    assert application["deployments"][0]["name"] == serve_app.RetrieverReplica.name
+    assert application["deployments"][0]["max_ongoing_requests"] == serve_app.MAX_ONGOING
