@@ -4,6 +4,7 @@ Results go to standard output, progress and events to standard error. A delibera
 of its class; anything else is a bug and keeps its traceback.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -23,7 +24,9 @@ app = typer.Typer(
 )  # fmt: skip
 
 RecipeOption = Annotated[str, typer.Option("--recipe", help="YAML recipe, such as jobs/recipes/quickstart.yaml")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a recipe field; repeatable")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a recipe field; repeatable")
+]
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the figures to this file")]
 StoreOption = Annotated[str, typer.Option("--store", envvar="CATID2_STORE", help="folder or s3:// prefix of the store")]
 _DEFAULT_STORE = "catid2_store"
@@ -31,6 +34,8 @@ _DEFAULT_STORE = "catid2_store"
 
 def guarded(call: Callable[[], None]) -> None:
     """Run; a CatidError becomes its message on standard error and its exit code."""
+    # Bars of model loading, a tenth of a second long, only break up our own.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         call()
     except CatidError as error:
@@ -62,7 +67,10 @@ def reindex(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOp
         console.print(f"Nothing changed: every stage was found committed in {loaded.store}.")
     console.print(closing_table(outcome.figures))
     store = Store(loaded.store)
-    console.print(f"Release [bold]{outcome.release.name}[/] is current: {store.uri_of(f'releases/{outcome.release.name}.json')}", soft_wrap=True)
+    console.print(
+        f"Release [bold]{outcome.release.name}[/] is current: {store.uri_of(f'releases/{outcome.release.name}.json')}",
+        soft_wrap=True,
+    )
     queries = loaded.sample_queries or tuple(outcome.parts["evaluation"].metrics["sample_queries"])
     for query in queries:
         _answer(console, store, query, k=3)
@@ -94,7 +102,9 @@ def _answer(console: Console, store: Store, query: str, *, k: int) -> None:
 
 
 @app.command()
-def search(query: str, store: StoreOption = _DEFAULT_STORE, k: Annotated[int, typer.Option(help="products to return")] = 10) -> None:
+def search(
+    query: str, store: StoreOption = _DEFAULT_STORE, k: Annotated[int, typer.Option(help="products to return")] = 10
+) -> None:
     """Answer one query from the current release, in this process."""
     opened = Store(store)
     opened.check()
@@ -138,7 +148,9 @@ def evaluate(
 
 @app.command()
 def recipe(
-    show_schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of recipes (the default)")] = False,
+    show_schema: Annotated[
+        bool, typer.Option("--schema", help="print the JSON schema of recipes (the default)")
+    ] = False,
     path: Annotated[str | None, typer.Option("--recipe", help="print this recipe with every default resolved")] = None,
     overrides: SetOption = None,
 ) -> None:

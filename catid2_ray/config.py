@@ -18,7 +18,9 @@ from catid2_ray.errors import RecipeError
 NOT_STATED = "not stated in the paper"
 
 
-def setting(default: Any = ..., description: str = "", *, unit: str, paper: str = "", operational=False, **limits) -> Any:
+def setting(
+    default: Any = ..., description: str = "", *, unit: str, paper: str = "", operational=False, **limits
+) -> Any:
     """A recipe field: what it is, its unit, its source in the paper, its range (pydantic's ge, le, min_length …)."""
     extra = {"unit": unit} | ({"paper": paper} if paper else {}) | ({"operational": True} if operational else {})
     return Field(default, description=description, json_schema_extra=extra, **limits)
@@ -48,7 +50,11 @@ class ClusterRecipe(Section):
     )  # fmt: skip
     object_store_mb: int = setting(400, "object store of a Ray started by this job", unit="MB", operational=True, ge=80)
     threads_per_worker: int = setting(
-        1, "OpenMP threads of a worker; above one only on cores that nobody shares", unit="threads", operational=True, ge=1
+        1,
+        "OpenMP threads of a worker; above one only on cores that nobody shares",
+        unit="threads",
+        operational=True,
+        ge=1,
     )
     gpus_per_worker: float = setting(
         0, "GPUs of a training worker; 0 trains on CPU with gloo", unit="GPUs", operational=True, ge=0
@@ -68,7 +74,10 @@ class SyntheticRecipe(Section):
 
 class CatalogRecipe(Section):
     root: str | None = setting(
-        None, "folder or s3:// prefix that holds products(.parquet or /) and pairs(.parquet or /)", unit="URI", operational=True
+        None,
+        "folder or s3:// prefix that holds products(.parquet or /) and pairs(.parquet or /)",
+        unit="URI",
+        operational=True,
     )
     synthetic: SyntheticRecipe | None = setting(None, "generate a catalogue instead of reading one", unit="section")
     rows_per_part: int = setting(
@@ -101,7 +110,9 @@ class CatalogRecipe(Section):
 
 class EmbeddingRecipe(Section):
     source: Literal["auto", "given", "encoder"] = setting(
-        "auto", "given = the table's embedding column; encoder = compute; auto = given where the column exists", unit="choice"
+        "auto",
+        "given = the table's embedding column; encoder = compute; auto = given where the column exists",
+        unit="choice",
     )
     encoder: str = setting(
         "lsa", "lsa (built in: TF-IDF + SVD, no download) or a Hugging Face model id or folder", unit="name",
@@ -120,6 +131,9 @@ class EmbeddingRecipe(Section):
     tokens: int = setting(64, "longest text that the encoder reads", unit="tokens", ge=4, le=4096)
     batch: int = setting(64, "texts per forward pass", unit="texts", operational=True, ge=1)
     workers: int = setting(2, "actors that embed", unit="actors", operational=True, ge=1)
+    gpus_per_worker: float = setting(
+        0, "GPUs of an embedding actor; 0 embeds on CPU", unit="GPUs", operational=True, ge=0
+    )
 
 
 class TrainingRecipe(Section):
@@ -137,9 +151,13 @@ class TrainingRecipe(Section):
     @model_validator(mode="after")
     def _batch_divides(self):
         if self.batch % self.workers:
-            raise ValueError(f"batch {self.batch} does not divide by workers {self.workers}: set one a multiple of the other")
+            raise ValueError(
+                f"batch {self.batch} does not divide by workers {self.workers}: set one a multiple of the other"
+            )
         if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError("precision bf16 needs zero_stage 1 or 2, which keep float32 master weights; found zero_stage 0")
+            raise ValueError(
+                "precision bf16 needs zero_stage 1 or 2, which keep float32 master weights; found zero_stage 0"
+            )
         return self
 
 
@@ -159,12 +177,20 @@ class QuantizerRecipe(TrainingRecipe):
     dispersion: float = setting(0.1, "α, weight of eq. 7", unit="weight", paper="4.1", ge=0)
     hierarchical: float = setting(1e-4, "β, weight of eq. 4", unit="weight", paper="4.1", ge=0)
     cluster_scale: float = setting(1.0, "γ, weight of eq. 5", unit="weight", paper="4.1", ge=0)
-    commitment: float = setting(0.25, "η, weight of the commitment term in eq. 2", unit="weight", paper=NOT_STATED, ge=0)
+    commitment: float = setting(
+        0.25, "η, weight of the commitment term in eq. 2", unit="weight", paper=NOT_STATED, ge=0
+    )
     temperature: float = setting(0.1, "τ of the contrastive terms", unit="cosine", paper=NOT_STATED, gt=0)
     scale_temperature: float = setting(
-        1.0, "divides the squared distances of eq. 5 before the softmax", unit="squared norm", paper="1 as printed", gt=0
+        1.0,
+        "divides the squared distances of eq. 5 before the softmax",
+        unit="squared norm",
+        paper="1 as printed",
+        gt=0,
     )
-    negatives: Literal["siblings", "all"] = setting("siblings", "negatives of eq. 4 from depth 2 on", unit="choice", paper="3.1")
+    negatives: Literal["siblings", "all"] = setting(
+        "siblings", "negatives of eq. 4 from depth 2 on", unit="choice", paper="3.1"
+    )
     epochs: int = setting(300, "passes over the catalogue", unit="epochs", paper="4.1", ge=1)
     batch: int = setting(4096, "global batch", unit="products", paper="4.1", ge=2)
     learning_rate: float = setting(1e-3, "AdamW's peak, then cosine to zero", unit="1/step", paper=NOT_STATED, gt=0)
@@ -173,10 +199,18 @@ class QuantizerRecipe(TrainingRecipe):
         unit="choice",
     )  # fmt: skip
     kmeans_sample: int = setting(
-        20_000, "rows that k-means initialisation and the watch over dead codes see", unit="rows", paper=NOT_STATED, ge=16
+        20_000,
+        "rows that k-means initialisation and the watch over dead codes see",
+        unit="rows",
+        paper=NOT_STATED,
+        ge=16,
     )
     revive_every_epochs: int = setting(
-        1, "epochs between revivals of dead codes (never in the last quarter); 0 = never", unit="epochs", paper=NOT_STATED, ge=0
+        1,
+        "epochs between revivals of dead codes (never in the last quarter); 0 = never",
+        unit="epochs",
+        paper=NOT_STATED,
+        ge=0,
     )
 
     @property
@@ -226,7 +260,9 @@ class EvaluationRecipe(Section):
     split: Literal["train", "validation", "test"] = setting("test", "pairs that are scored", unit="choice", paper="4.1")
     min_relevance: float = setting(2.67, "from here on a product counts as relevant", unit="grade", paper="4.1")
     beam_width: int = setting(100, "beams per query", unit="beams", paper=NOT_STATED, ge=1, le=4096)
-    methods: tuple[Literal["beam", "bm25"], ...] = setting(("beam", "bm25"), "what is scored", unit="names", min_length=1)
+    methods: tuple[Literal["beam", "bm25"], ...] = setting(
+        ("beam", "bm25"), "what is scored", unit="names", min_length=1
+    )
     max_queries: int | None = setting(None, "score a seeded sample of this many queries", unit="queries", ge=1)
     min_beam_to_bm25: float = setting(
         0.5, "the job fails when recall@50 of the beam is under this share of BM25's", unit="ratio", ge=0
@@ -241,7 +277,9 @@ class Recipe(Section):
     """One job: a catalogue, a store, and the settings of every stage."""
 
     name: str = setting("reindex", "shown in reports", unit="name", operational=True, min_length=1)
-    store: str = setting("catid2_store", "folder or s3:// prefix that holds artefacts and releases", unit="URI", operational=True)
+    store: str = setting(
+        "catid2_store", "folder or s3:// prefix that holds artefacts and releases", unit="URI", operational=True
+    )
     seed: int = setting(0, "seed of every random choice", unit="integer", ge=0)
     cluster: ClusterRecipe = setting(ClusterRecipe(), "where it runs", unit="section", operational=True)
     catalog: CatalogRecipe = setting(description="stage 0", unit="section")
@@ -250,7 +288,9 @@ class Recipe(Section):
     ids: IdsRecipe = setting(IdsRecipe(), "stage 2", unit="section")
     generator: GeneratorRecipe = setting(GeneratorRecipe(), "stage 3", unit="section")
     evaluation: EvaluationRecipe = setting(EvaluationRecipe(), "what is measured before publication", unit="section")
-    sample_queries: tuple[str, ...] = setting((), "queries answered at the end of the job", unit="texts", operational=True)
+    sample_queries: tuple[str, ...] = setting(
+        (), "queries answered at the end of the job", unit="texts", operational=True
+    )
 
     @model_validator(mode="after")
     def _depth_below_levels(self):
@@ -278,7 +318,9 @@ class Recipe(Section):
             for problem in error.errors():
                 where = ".".join(str(part) for part in problem["loc"]) or "recipe"
                 found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"
-                hint = " (unknown key; `catid2 recipe --schema` lists all)" if problem["type"] == "extra_forbidden" else ""
+                hint = (
+                    " (unknown key; `catid2 recipe --schema` lists all)" if problem["type"] == "extra_forbidden" else ""
+                )
                 lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{found}{hint}")
             raise RecipeError("the recipe is not valid:\n  " + "\n  ".join(lines)) from None
 

@@ -33,7 +33,9 @@ class DocidSpace:
         if min(self.codes_per_level) < 1:
             raise RecipeError(f"every level needs at least one code, found {self.codes_per_level}")
         if self.capacity > 2**63 - 1:
-            raise RecipeError(f"{self.codes_per_level} spans {self.capacity} IDs, more than an int64 can hold (2^63 − 1)")
+            raise RecipeError(
+                f"{self.codes_per_level} spans {self.capacity} IDs, more than an int64 can hold (2^63 − 1)"
+            )
 
     @property
     def levels(self) -> int:
@@ -79,7 +81,9 @@ class DocidSpace:
 
     def prefix_of(self, packed_N: np.ndarray, length: int) -> np.ndarray:
         """int64 N, the first `length` codes of packed IDs as one integer."""
-        return packed_N if length == self.levels else packed_N // (self.radix_L[length - 1] if length else self.capacity)
+        return (
+            packed_N if length == self.levels else packed_N // (self.radix_L[length - 1] if length else self.capacity)
+        )
 
     def tokens(self) -> list[str]:
         """The ΣK token texts, level after level: `<a_0>` … `<a_{K_1−1}>`, `<b_0>` …"""

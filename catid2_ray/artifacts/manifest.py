@@ -100,10 +100,13 @@ class Attempt:
     def name(self, file: str) -> str:
         return f"{self.folder}/{file}"
 
-    def commit(self, files: list[dict], *, rows: int | None = None, schema: str | None = None, metrics: dict) -> Manifest:
+    def commit(
+        self, files: list[dict], *, rows: int | None = None, schema: str | None = None, metrics: dict
+    ) -> Manifest:
         """Write the manifest. Where another attempt at the same key committed first, its manifest is returned instead."""
         entries = sorted(
-            ({**entry, "name": entry["name"].removeprefix(f"{self.folder}/")} for entry in files), key=lambda e: e["name"]
+            ({**entry, "name": entry["name"].removeprefix(f"{self.folder}/")} for entry in files),
+            key=lambda e: e["name"],
         )
         manifest = Manifest(
             kind=self.kind,

@@ -120,7 +120,9 @@ def current(store: Store) -> Release:
     """The release that `current` names; ReleaseError where nothing was published yet."""
     name = _pointer(store)[1]
     if name is None:
-        raise ReleaseError(f"nothing was published to {store.uri} yet; run `catid2 reindex --recipe … --set store={store.uri}`")
+        raise ReleaseError(
+            f"nothing was published to {store.uri} yet; run `catid2 reindex --recipe … --set store={store.uri}`"
+        )
     return load(store, name)
 
 

@@ -28,6 +28,7 @@ PAIRS = pa.schema(
     ]
 )
 
+
 def products(width: int | None) -> pa.Schema:
     """PRODUCTS, with a float32 embedding column of `width` numbers where embeddings are given."""
     return PRODUCTS if width is None else PRODUCTS.append(pa.field("embedding", pa.list_(pa.float32(), width)))

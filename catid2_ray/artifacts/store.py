@@ -86,7 +86,9 @@ class Store:
             raise StorageError(f"cannot {what} {self.uri_of(name)}: it does not exist") from None
         except Exception as error:
             # botocore and aiohttp raise outside OSError; all of them mean the same to the user.
-            if not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
+            if not isinstance(error, OSError) and not type(error).__module__.startswith(
+                ("botocore", "aiobotocore", "aiohttp")
+            ):
                 raise
             hint = (
                 "; check AWS_ENDPOINT_URL, the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and that the bucket exists"
@@ -119,7 +121,11 @@ class Store:
         """Names (not paths) of the entries directly below `name`, sorted; empty where there is nothing."""
         with self._doing("list", name):
             try:
-                entries = self.fs.ls(self.path(name), detail=False, refresh=True) if self.is_s3 else self.fs.ls(self.path(name), detail=False)
+                entries = (
+                    self.fs.ls(self.path(name), detail=False, refresh=True)
+                    if self.is_s3
+                    else self.fs.ls(self.path(name), detail=False)
+                )
             except FileNotFoundError:
                 return []
             return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries} - {""})
@@ -154,7 +160,9 @@ class Store:
             except Exception as error:
                 cause = error if hasattr(error, "response") else error.__cause__
                 code = getattr(cause, "response", {}).get("Error", {}).get("Code", "")
-                if code in ("PreconditionFailed", "ConditionalRequestConflict", "412") or "PreconditionFailed" in str(error):
+                if code in ("PreconditionFailed", "ConditionalRequestConflict", "412") or "PreconditionFailed" in str(
+                    error
+                ):
                     raise conflict from None
                 if "pre-conditions" in str(error) or isinstance(error, FileExistsError):
                     raise conflict from None

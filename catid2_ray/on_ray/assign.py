@@ -46,7 +46,9 @@ def _assign(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifes
         {**shared, "embeddings": parents["embeddings"].folder, "quantizer": parents["quantizer"], "rows": recipe.encode_rows},
         specs, workers=recipe.workers, label="encoding products", unit="products",
     )  # fmt: skip
-    packed_N = np.concatenate([space.pack(matrix(_codes_of(store, attempt, spec, ["codes"])["codes"])) for spec in specs])
+    packed_N = np.concatenate(
+        [space.pack(matrix(_codes_of(store, attempt, spec, ["codes"])["codes"])) for spec in specs]
+    )
     progress.event("encoded", products=len(packed_N), distinct=len(np.unique(packed_N)))
     moves, report = _resolve(job, attempt, parents["quantizer"], specs, packed_N)
     results = map_parts(
@@ -59,7 +61,9 @@ def _assign(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifes
     before, after = len(np.unique(packed_N)), len(np.unique(space.pack(final_NL)))
     total = len(packed_N)
     if after != total:
-        raise ArtifactError(f"{total - after} of {total} IDs are still shared after de-duplication; nothing was committed")
+        raise ArtifactError(
+            f"{total - after} of {total} IDs are still shared after de-duplication; nothing was committed"
+        )
     metrics = {
         "documents": total,
         "collision_rate_before": (total - before) / total,
@@ -139,7 +143,9 @@ def _write_trie(job: Job, attempt: Attempt, catalog: Manifest, specs: list[dict]
 
 def _quality(job: Job, embeddings: Manifest, attempt: Attempt, files: list[dict]) -> dict:
     """Figures of identifiers.quality on all products, or on a seeded sample of the largest catalogues."""
-    categories = read_sample(job.store, embeddings, ["product_id", "category"], rows=_QUALITY_ROWS, seed=job.recipe.seed)
+    categories = read_sample(
+        job.store, embeddings, ["product_id", "category"], rows=_QUALITY_ROWS, seed=job.recipe.seed
+    )
     names = pa.concat_tables([job.store.read_table(entry["name"], columns=["product_id", "codes"]) for entry in files])
     rows = pa.compute.index_in(categories["product_id"], names["product_id"].combine_chunks()).to_numpy()
     codes_NL = matrix(names["codes"])[rows]

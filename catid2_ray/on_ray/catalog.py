@@ -38,7 +38,8 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
         source = Store(recipe.root)
         source.check()
         settings["source"] = {
-            table: [[name, source.fingerprint(name)] for name in source.parquet_files(table)] for table in ("products", "pairs")
+            table: [[name, source.fingerprint(name)] for name in source.parquet_files(table)]
+            for table in ("products", "pairs")
         }
     return job.produce("catalog", settings, {}, lambda attempt: _prepare(job, attempt, width))
 
@@ -65,11 +66,15 @@ def _given_width(job: Job) -> int | None:
     kind = schema.field("embedding").type
     if pa.types.is_fixed_size_list(kind):
         return kind.list_size
-    for batch in pq.ParquetFile(source.path(name), filesystem=source.arrow_fs).iter_batches(1024, columns=["embedding"]):
+    for batch in pq.ParquetFile(source.path(name), filesystem=source.arrow_fs).iter_batches(
+        1024, columns=["embedding"]
+    ):
         lengths = batch.column(0).drop_null().value_lengths()
         if len(lengths):
             return lengths[0].as_py()
-    raise InputError(f"{source.uri_of(name)}: the column 'embedding' holds no vector; set embedding.source=encoder to compute")
+    raise InputError(
+        f"{source.uri_of(name)}: the column 'embedding' holds no vector; set embedding.source=encoder to compute"
+    )
 
 
 def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
@@ -119,7 +124,8 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
 
 def _row_count(source: Store, table: str) -> int:
     return sum(
-        pq.ParquetFile(source.path(name), filesystem=source.arrow_fs).metadata.num_rows for name in source.parquet_files(table)
+        pq.ParquetFile(source.path(name), filesystem=source.arrow_fs).metadata.num_rows
+        for name in source.parquet_files(table)
     )
 
 
@@ -145,14 +151,20 @@ class _WriteProducts:
         )
         table = schemas.conform(checked.good, schemas.products(self.width), where=f"products, part {part}")
         paths = Counter(tuple(path) for path in table["category_path"].to_pylist())
-        return self._result(part, table, checked, "part", paths=[[list(path), count] for path, count in sorted(paths.items())])
+        return self._result(
+            part, table, checked, "part", paths=[[list(path), count] for path, count in sorted(paths.items())]
+        )
 
     def _result(self, part: int, table: pa.Table, checked, prefix: str, **more) -> pa.Table:
         files = []
         if table.num_rows:
             files.append({**self.store.write_table(f"{self.folder}/{prefix}-{part:05d}.parquet", table), "part": part})
         if checked.bad.num_rows:
-            files.append(self.store.write_table(f"{self.folder}/rejected/{prefix.replace('/', '-')}-{part:05d}.parquet", checked.bad))
+            files.append(
+                self.store.write_table(
+                    f"{self.folder}/rejected/{prefix.replace('/', '-')}-{part:05d}.parquet", checked.bad
+                )
+            )
         rows = checked.bad.slice(0, _NAMED_BAD_ROWS).to_pylist()
         result = {
             "part": part,
@@ -201,7 +213,9 @@ def _partition(source: Store, table: str, part_count: int, writer: type, argumen
         return write(group)
 
     dataset = dataset.map_batches(_add_part, fn_args=(part_count,), batch_format="pyarrow", batch_size=None)
-    dataset = dataset.groupby("part", num_partitions=min(part_count, 200)).map_groups(write_part, batch_format="pyarrow")
+    dataset = dataset.groupby("part", num_partitions=min(part_count, 200)).map_groups(
+        write_part, batch_format="pyarrow"
+    )
     results = []
     with progress.bar(f"reading {table}", part_count, "parts") as shown:
         for row in dataset.iter_rows():

@@ -28,7 +28,9 @@ def load(folder: Path, engine, *, rank: int, world: int) -> dict:
     """Restore in place and return state.json. TrainingError where a rank's file is missing or the world differs."""
     state_file, rank_file = folder / "state.json", folder / f"optimiser-{rank}.pt"
     if not state_file.exists() or not rank_file.exists():
-        raise TrainingError(f"the checkpoint {folder} is incomplete: {rank_file.name} or state.json is missing; delete it and rerun")
+        raise TrainingError(
+            f"the checkpoint {folder} is incomplete: {rank_file.name} or state.json is missing; delete it and rerun"
+        )
     state = json.loads(state_file.read_text())
     if state["world"] != world:
         raise TrainingError(

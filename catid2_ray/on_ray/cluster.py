@@ -37,7 +37,11 @@ def connect(cluster: ClusterRecipe, *, dashboard: bool = False) -> None:
         return
     runtime_env = {"env_vars": worker_environment(cluster)}
     # Ray's C++ side writes harmless notices (restarts of actors, number of workers) over the progress display.
-    for name, value in {**S3_ENVIRONMENT, "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_worker_maximum_startup_concurrency": "8"}.items():
+    for name, value in {
+        **S3_ENVIRONMENT,
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
+        "RAY_worker_maximum_startup_concurrency": "8",
+    }.items():
         os.environ.setdefault(name, value)
     for name in ("ray", "ray.data", "ray.train", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)

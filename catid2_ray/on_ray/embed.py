@@ -58,11 +58,21 @@ def _embed(job: Job, attempt: Attempt, catalog: Manifest) -> Manifest:
         "lsa_folder": encoder_folder,
     }
     results = map_parts(
-        _EmbedPart, arguments, part_specs(catalog), workers=recipe.workers, label="embedding products", unit="products"
+        _EmbedPart,
+        arguments,
+        part_specs(catalog),
+        workers=recipe.workers,
+        label="embedding products",
+        unit="products",
+        num_gpus=recipe.gpus_per_worker,
     )
     files += [result["file"] for result in results]
     width, depth = results[0]["width"], results[0]["depth"]
-    metrics = {"width": width, "category_depth": depth, "reached_depth": _sum([result["reached"] for result in results])}
+    metrics = {
+        "width": width,
+        "category_depth": depth,
+        "reached_depth": _sum([result["reached"] for result in results]),
+    }
     return attempt.commit(
         files,
         rows=sum(result["file"]["rows"] for result in results),
@@ -77,9 +87,14 @@ def _sum(rows: list[list[int]]) -> list[int]:
 
 def _fit_lsa(job: Job, catalog: Manifest, folder: str) -> list[dict]:
     recipe = job.recipe.embedding
-    sample = read_sample(job.store, catalog, list(schemas.PRODUCTS.names), rows=recipe.sample_rows, seed=job.recipe.seed)
+    sample = read_sample(
+        job.store, catalog, list(schemas.PRODUCTS.names), rows=recipe.sample_rows, seed=job.recipe.seed
+    )
     encoder = LsaEncoder.fit(
-        join_text(sample, recipe.text), width=recipe.width or _LSA_WIDTH, vocabulary=recipe.lsa_vocabulary, seed=job.recipe.seed
+        join_text(sample, recipe.text),
+        width=recipe.width or _LSA_WIDTH,
+        vocabulary=recipe.lsa_vocabulary,
+        seed=job.recipe.seed,
     )
     with tempfile.TemporaryDirectory() as local:
         encoder.save(local)
@@ -89,7 +104,9 @@ def _fit_lsa(job: Job, catalog: Manifest, folder: str) -> list[dict]:
 class _EmbedPart:
     """Actor: products part in, embeddings part out."""
 
-    def __init__(self, *, store: Store, catalog: str, folder: str, recipe: EmbeddingRecipe, given: bool, lsa_folder: str | None):
+    def __init__(
+        self, *, store: Store, catalog: str, folder: str, recipe: EmbeddingRecipe, given: bool, lsa_folder: str | None
+    ):
         self.store, self.catalog, self.folder, self.recipe, self.given = store, catalog, folder, recipe, given
         self.taxonomy = Taxonomy.from_json(store.read(f"{catalog}/taxonomy.json").decode())
         self.encoder = None
@@ -99,7 +116,12 @@ class _EmbedPart:
                     store.download(f"{lsa_folder}/{name}", Path(local) / name)
                 self.encoder = LsaEncoder.load(local)
         elif not given:
-            self.encoder = HuggingFaceEncoder(recipe.encoder, batch=recipe.batch, tokens=recipe.tokens)
+            self.encoder = HuggingFaceEncoder(
+                recipe.encoder,
+                batch=recipe.batch,
+                tokens=recipe.tokens,
+                device="cuda" if recipe.gpus_per_worker else "cpu",
+            )
 
     def __call__(self, spec: dict) -> dict:
         table = self.store.read_table(f"{self.catalog}/{spec['file']}")

@@ -71,17 +71,29 @@ def score(
             "bm25": (_Bm25Search, {"catalog": parts["catalog"]}, 1),
         }[method]
         specs = [
-            {"queries": queries[start : start + _QUERIES_PER_SPEC], "rows": len(queries[start : start + _QUERIES_PER_SPEC])}
+            {
+                "queries": queries[start : start + _QUERIES_PER_SPEC],
+                "rows": len(queries[start : start + _QUERIES_PER_SPEC]),
+            }
             for start in range(0, len(queries), _QUERIES_PER_SPEC)
         ]
         results = map_parts(
-            handler, {"store": store, **arguments}, specs, workers=pool, label=f"searching with {method}", unit="queries"
+            handler,
+            {"store": store, **arguments},
+            specs,
+            workers=pool,
+            label=f"searching with {method}",
+            unit="queries",
         )
         ranked[method] = [row for result in results for row in result["ranked"]]
-    return evaluate(judgements, ranked, KS) | {"sample_queries": queries[:: max(1, len(queries) // _SAMPLES)][:_SAMPLES]}
+    return evaluate(judgements, ranked, KS) | {
+        "sample_queries": queries[:: max(1, len(queries) // _SAMPLES)][:_SAMPLES]
+    }
 
 
-def _judge(store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: str, min_relevance: float) -> Judgements:
+def _judge(
+    store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: str, min_relevance: float
+) -> Judgements:
     catalog, named = parts["catalog"], pairs["product_id"].unique()
     known = pa.concat_tables(
         [
@@ -107,7 +119,8 @@ def _judge(store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: 
 def _only(judgements: Judgements, chosen: np.ndarray) -> Judgements:
     columns = ("query_ids", "queries", "relevant", "seen", "unseen")
     return Judgements(
-        **{name: [getattr(judgements, name)[i] for i in chosen] for name in columns}, dropped_pairs=judgements.dropped_pairs
+        **{name: [getattr(judgements, name)[i] for i in chosen] for name in columns},
+        dropped_pairs=judgements.dropped_pairs,
     )
 
 
@@ -116,7 +129,9 @@ class _BeamSearch:
 
     def __init__(self, *, store: Store, parts: dict[str, Manifest]):
         settings = retriever_settings(parts, release="candidate")
-        self.retriever = Retriever.open(serving_folder(store, parts["ids"], parts["generator"], default_cache(), settings))
+        self.retriever = Retriever.open(
+            serving_folder(store, parts["ids"], parts["generator"], default_cache(), settings)
+        )
 
     def __call__(self, spec: dict) -> dict:
         texts = [query[: self.retriever.max_query_chars] for query in spec["queries"]]
@@ -137,4 +152,3 @@ class _Bm25Search:
 
     def __call__(self, spec: dict) -> dict:
         return {"position": spec["position"], "ranked": self.index.retrieve(spec["queries"], k=max(KS))}
-

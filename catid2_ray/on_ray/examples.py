@@ -30,7 +30,9 @@ _DECIDING = ("model", "vocabulary", "min_relevance", "titles_per_query", "query_
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The examples artefact: part-*.parquet of schemas.examples, tokenizer/ with the ID tokens as last entries."""
     recipe = job.recipe.generator
-    settings = {name: value for name, value in recipe.identity().items() if name in _DECIDING} | {"seed": job.recipe.seed}
+    settings = {name: value for name, value in recipe.identity().items() if name in _DECIDING} | {
+        "seed": job.recipe.seed
+    }
     parents = {role: parts[role] for role in ("catalog", "ids")}
     return job.produce("examples", settings, parents, lambda attempt: _make(job, attempt, parents))
 

@@ -22,7 +22,14 @@ class _Worker:
 
 
 def map_parts(
-    handler_class: type[Callable], arguments: dict, specs: list[dict], *, workers: int, label: str, unit: str, num_gpus=0
+    handler_class: type[Callable],
+    arguments: dict,
+    specs: list[dict],
+    *,
+    workers: int,
+    label: str,
+    unit: str,
+    num_gpus=0,
 ) -> list[dict]:
     """Build `handler_class(**arguments)` in each actor and call it with every spec; returns the results in the order of specs.
 

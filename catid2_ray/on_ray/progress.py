@@ -10,7 +10,15 @@ import time
 
 import ray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _ACTOR = "catid2-progress"
 _LOG_EVERY_S = 15.0
@@ -18,7 +26,9 @@ _LOG_EVERY_S = 15.0
 
 def event(name: str, **values) -> None:
     """One log line: event=… key=value …"""
-    print(" ".join([f"event={name}", *(f"{key}={value}" for key, value in values.items())]), file=sys.stderr, flush=True)
+    print(
+        " ".join([f"event={name}", *(f"{key}={value}" for key, value in values.items())]), file=sys.stderr, flush=True
+    )
 
 
 class Bar:
@@ -43,7 +53,14 @@ class Bar:
             self._rich.update(self._task, completed=done, note=note)
         elif time.monotonic() - self._logged >= _LOG_EVERY_S:
             self._logged = time.monotonic()
-            event("progress", stage=self.label.replace(" ", "_"), done=done, total=self.total, unit=self.unit, note=note or "-")
+            event(
+                "progress",
+                stage=self.label.replace(" ", "_"),
+                done=done,
+                total=self.total,
+                unit=self.unit,
+                note=note or "-",
+            )
 
 
 @contextlib.contextmanager

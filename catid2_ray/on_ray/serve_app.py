@@ -116,7 +116,9 @@ class RetrieverReplica:
         beam, answers = self.retriever.beam_width, [None] * len(requests)
         for width in sorted({max(beam, k) for _, k in requests}):
             group = [number for number, (_, k) in enumerate(requests) if max(beam, k) == width]
-            found = self.retriever.retrieve([requests[number][0] for number in group], k=max(requests[n][1] for n in group))
+            found = self.retriever.retrieve(
+                [requests[number][0] for number in group], k=max(requests[n][1] for n in group)
+            )
             for number, hits in zip(group, found):
                 answers[number] = hits[: requests[number][1]]
         return answers

@@ -69,7 +69,9 @@ class ShardRows:
                 self._arrays[name][place] = values[mine]
             written += len(place)
         if written != span.rows:
-            raise StorageError(f"streamed {written} rows for this worker, expected {span.rows}: the artefact changed; rerun")
+            raise StorageError(
+                f"streamed {written} rows for this worker, expected {span.rows}: the artefact changed; rerun"
+            )
 
     @staticmethod
     def _allocate(folder: Path, name: str, shape: tuple, dtype) -> np.ndarray:
@@ -109,7 +111,9 @@ class StreamedRows:
         given, window = 0, None
         while given < steps:
             for block in self._blocks():
-                window = block if window is None else {name: np.concatenate([window[name], block[name]]) for name in block}
+                window = (
+                    block if window is None else {name: np.concatenate([window[name], block[name]]) for name in block}
+                )
                 size = len(next(iter(window.values())))
                 if size < _WINDOW_BATCHES * batch and size < self.rows:
                     continue

@@ -51,7 +51,12 @@ class GeneratorTask:
     columns = ["kind", "input_ids", "codes"]
 
     def __init__(
-        self, recipe: GeneratorRecipe, tokenizer: PreTrainedTokenizerFast, space: DocidSpace, counts: dict[str, int], seed: int
+        self,
+        recipe: GeneratorRecipe,
+        tokenizer: PreTrainedTokenizerFast,
+        space: DocidSpace,
+        counts: dict[str, int],
+        seed: int,
     ):
         self.recipe, self.tokenizer, self.space, self.seed = recipe, tokenizer, space, seed
         self.title_share = min(1.0, recipe.titles_per_query * counts["query"] / max(1, counts["title"]))
@@ -98,7 +103,10 @@ class GeneratorTask:
         title_B = columns["kind"] == TITLE
         if self.recipe.word_keep < 1 and title_B.any():
             input_ids_BT[title_B] = drop_words(
-                input_ids_BT[title_B], self.starts_word_V, keep=self.recipe.word_keep, generator=np.random.default_rng(seed)
+                input_ids_BT[title_B],
+                self.starts_word_V,
+                keep=self.recipe.word_keep,
+                generator=np.random.default_rng(seed),
             )
         used = int(np.flatnonzero((input_ids_BT != 0).any(0)).max(initial=0)) + 1
         return {"input_ids": input_ids_BT[:, :used], "codes": columns["codes"]}

@@ -25,14 +25,20 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The quantizer artefact: model.safetensors, quantizer.json, history.json (one record an epoch)."""
     recipe, embeddings = job.recipe.quantizer, parts["embeddings"]
     settings = {**recipe.identity(), "seed": job.recipe.seed}
-    return job.produce("quantizer", settings, {"embeddings": embeddings}, lambda attempt: _train(job, attempt, embeddings))
+    return job.produce(
+        "quantizer", settings, {"embeddings": embeddings}, lambda attempt: _train(job, attempt, embeddings)
+    )
 
 
 def _train(job: Job, attempt: Attempt, embeddings: Manifest) -> Manifest:
     recipe = job.recipe.quantizer
     sample = read_sample(job.store, embeddings, ["embedding"], rows=recipe.kmeans_sample, seed=job.recipe.seed)
     task = QuantizerTask(
-        recipe, embeddings.metrics["width"], embeddings.metrics["category_depth"], matrix(sample["embedding"]), job.recipe.seed
+        recipe,
+        embeddings.metrics["width"],
+        embeddings.metrics["category_depth"],
+        matrix(sample["embedding"]),
+        job.recipe.seed,
     )
     device = "cuda" if job.recipe.cluster.gpus_per_worker else "cpu"
     run = worker.Run(
@@ -83,7 +89,12 @@ class QuantizerTask:
     def loss(self, engine, batch: dict[str, torch.Tensor], *, gather) -> tuple[torch.Tensor, dict]:
         dtype = next(engine.module.parameters()).dtype
         result = training_loss(
-            engine, batch["embedding"].to(dtype), batch["category"].long(), weights=self.weights, gather=gather, chunk=_CHUNK_ROWS
+            engine,
+            batch["embedding"].to(dtype),
+            batch["category"].long(),
+            weights=self.weights,
+            gather=gather,
+            chunk=_CHUNK_ROWS,
         )
         return result.total, result.terms
 

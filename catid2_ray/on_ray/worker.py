@@ -136,7 +136,9 @@ def _cause(error: Exception, label: str) -> CatidError:
         if isinstance(inner, CatidError):
             return inner
     text = str(error).strip().splitlines()
-    return TrainingError(f"{label} failed: {text[-1] if text else type(error).__name__}. Rerun to resume from the last checkpoint")
+    return TrainingError(
+        f"{label} failed: {text[-1] if text else type(error).__name__}. Rerun to resume from the last checkpoint"
+    )
 
 
 class _Gather(torch.autograd.Function):
@@ -207,7 +209,9 @@ def _loop(config: dict) -> None:
     if epochs_done >= run.settings.epochs:
         _hand_in(run, engine, rank, world, epochs_done, history)
         return
-    with open_rows(iterator, span, run.task.columns, mode=getattr(run.settings, "input", "shard"), seed=seed_from(run.seed, rank)) as rows:
+    with open_rows(
+        iterator, span, run.task.columns, mode=getattr(run.settings, "input", "shard"), seed=seed_from(run.seed, rank)
+    ) as rows:
         if hasattr(rows, "seek"):
             rows.seek(epochs_done)
         for epoch in range(epochs_done, run.settings.epochs):
@@ -232,7 +236,9 @@ def _epoch(run: Run, engine, rows, epoch: int, *, batch: int, steps: int, rank: 
             group["lr"] = rate
         torch.manual_seed(seed_from(run.seed, done, rank))
         columns = run.task.prepare(columns, seed=seed_from(run.seed, done, rank))
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)).to(run.device) for name, values in columns.items()}
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(values)).to(run.device) for name, values in columns.items()
+        }
         loss, terms = run.task.loss(engine, tensors, gather=gather)
         engine.backward(loss)
         engine.step()

@@ -1,0 +1,125 @@
+"""The training loop's own pieces: gathering with gradients over real processes, equal steps on all ranks, checkpoints."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from catid2_ray.artifacts.manifest import Manifest
+from catid2_ray.artifacts.store import Store
+from catid2_ray.config import QuantizerRecipe
+from catid2_ray.errors import TrainingError
+from catid2_ray.on_ray import checkpoints
+from catid2_ray.on_ray.train_quantizer import QuantizerTask
+from catid2_ray.on_ray.worker import Run, _engine, _Gather
+
+WORLD = 2
+
+
+def join(rank: int, folder: str) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+
+
+def gather_rank(rank: int, folder: str) -> None:
+    join(rank, folder)
+    rows = torch.arange(6, dtype=torch.float64).reshape(WORLD, 3)[rank : rank + 1].clone().requires_grad_()
+    everything = _Gather.apply(rows)
+    loss = (everything[0] * everything[1]).sum()
+    loss.backward()
+    torch.save({"loss": loss.detach(), "grad": rows.grad}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_gather_gives_all_rows_and_gradients_summed_over_ranks(tmp_path):
+    mp.spawn(gather_rank, args=(str(tmp_path),), nprocs=WORLD)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    rows = torch.arange(6, dtype=torch.float64).reshape(WORLD, 3)
+    assert found[0]["loss"] == found[1]["loss"] == (rows[0] * rows[1]).sum()
+    # Each rank's loss is the same global scalar, so the sum over ranks is WORLD times its gradient.
+    torch.testing.assert_close(found[0]["grad"], WORLD * rows[1:2])
+    torch.testing.assert_close(found[1]["grad"], WORLD * rows[0:1])
+
+
+def run_of(stage: int, *, rows: int = 40, workers: int = WORLD, batch: int = 8) -> Run:
+    recipe = QuantizerRecipe(
+        codes_per_level=(4, 4), hidden=(8,), latent=4, batch=batch, epochs=3, workers=workers, zero_stage=stage
+    )
+    sample = torch.randn(32, 6, generator=torch.Generator().manual_seed(0)).numpy()
+    task = QuantizerTask(recipe, 6, 1, sample, seed=0)
+    manifest = Manifest(
+        kind="k", key="k", digest="d", folder="f", files=[], parents={}, settings={}, recipe={}, rows=rows
+    )
+    return Run(
+        task=task, settings=recipe, seed=0, threads=1, device="cpu", store=Store(tempfile.gettempdir()), rows=manifest
+    )
+
+
+@pytest.mark.parametrize("rows, workers, batch, expected", [
+    (40, 1, 8, (8, 5)), (41, 1, 8, (8, 6)), (40, 2, 8, (4, 5)), (10, 2, 4096, (5, 1)), (11, 2, 4096, (5, 2)), (3, 2, 4, (1, 2)),
+])  # fmt: skip
+def test_ranks_agree_on_batch_and_steps(rows, workers, batch, expected):
+    assert run_of(0, rows=rows, workers=workers, batch=batch).geometry(workers) == expected
+
+
+def train_rank(rank: int, folder: str, stage: int) -> None:
+    """Six steps straight through, and three, a checkpoint, a new engine, three more: the weights must be equal bit for bit."""
+    join(rank, folder)
+    run = run_of(stage)
+    rows = torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(rank + 1))
+    categories = torch.zeros(4, 1, dtype=torch.long)
+
+    def fresh():
+        torch.manual_seed(0)
+        module = run.task.build()
+        run.task.start(module)
+        return _engine(run, module, 4)
+
+    def steps(engine, numbers):
+        for number in numbers:
+            batch = {"embedding": rows[number], "category": categories}
+            loss, _ = run.task.loss(engine, batch, gather=_Gather.apply)
+            engine.backward(loss)
+            engine.step()
+
+    straight = fresh()
+    steps(straight, range(6))
+    first = fresh()
+    steps(first, range(3))
+    saved = Path(folder) / "checkpoint"
+    saved.mkdir(exist_ok=True)
+    checkpoints.save(saved, first, rank=rank, world=WORLD, epochs_done=3, history=[{"loss": 1.0}])
+    dist.barrier()
+    second = fresh()
+    state = checkpoints.load(saved, second, rank=rank, world=WORLD)
+    assert state["epochs_done"] == 3 and state["history"] == [{"loss": 1.0}]
+    steps(second, range(3, 6))
+    pairs = zip(straight.module.named_parameters(), second.module.parameters())
+    different = [name for (name, one), other in pairs if not torch.equal(one, other)]
+    try:
+        checkpoints.load(saved, second, rank=rank, world=WORLD + 1)
+        refused = ""
+    except TrainingError as error:
+        refused = str(error)
+    torch.save({"different": different, "refused": refused}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_checkpoint_continues_exactly_and_refuses_another_world(tmp_path, stage, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    mp.spawn(train_rank, args=(str(tmp_path), stage), nprocs=WORLD)
+    for rank in range(WORLD):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found["different"] == []
+        assert "written by 2 workers, this run has 3" in found["refused"]
+
+
+def test_an_incomplete_checkpoint_is_named(tmp_path):
+    with pytest.raises(TrainingError, match="incomplete: optimiser-1.pt or state.json is missing"):
+        checkpoints.load(tmp_path, None, rank=1, world=2)
