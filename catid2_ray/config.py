@@ -19,10 +19,10 @@ NOT_STATED = "not stated in the paper"
 
 
 def setting(
-    default: Any = ..., description: str = "", *, unit: str, paper: str = "", operational=False, **limits
+    default: Any = ..., description: str = "", *, unit: str, paper: str = NOT_STATED, operational=False, **limits
 ) -> Any:
-    """A recipe field: what it is, its unit, its source in the paper, its range (pydantic's ge, le, min_length …)."""
-    extra = {"unit": unit} | ({"paper": paper} if paper else {}) | ({"operational": True} if operational else {})
+    """A recipe field: what it is, unit, source (unless operational or a section), range (pydantic's ge, le, min_length …)."""
+    extra = {"unit": unit} | ({"operational": True} if operational else {} if unit == "section" else {"paper": paper})
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
@@ -50,18 +50,11 @@ class ClusterRecipe(Section):
     )  # fmt: skip
     object_store_mb: int = setting(400, "object store of a Ray started by this job", unit="MB", operational=True, ge=80)
     threads_per_worker: int = setting(
-        1,
-        "OpenMP threads of a worker; above one only on cores that nobody shares",
-        unit="threads",
-        operational=True,
+        1, "OpenMP threads of a worker; above one only on cores that nobody shares", unit="threads", operational=True,
         ge=1,
-    )
-    gpus_per_worker: float = setting(
-        0, "GPUs of a training worker; 0 trains on CPU with gloo", unit="GPUs", operational=True, ge=0
-    )
-    worker_start_timeout_s: int = setting(
-        300, "how long to wait for all training workers", unit="seconds", operational=True, ge=10
-    )
+    )  # fmt: skip
+    gpus_per_worker: float = setting(0, "of a training worker; 0 = CPU with gloo", unit="GPUs", operational=True, ge=0)
+    worker_start_timeout_s: int = setting(300, "longest wait for the workers", unit="seconds", operational=True, ge=10)
 
 
 class SyntheticRecipe(Section):
@@ -74,11 +67,9 @@ class SyntheticRecipe(Section):
 
 class CatalogRecipe(Section):
     root: str | None = setting(
-        None,
-        "folder or s3:// prefix that holds products(.parquet or /) and pairs(.parquet or /)",
-        unit="URI",
-        operational=True,
-    )
+        None, "folder or s3:// prefix with products and pairs, each a .parquet file or folder", unit="URI",
+        operational=True, min_length=1,
+    )  # fmt: skip
     synthetic: SyntheticRecipe | None = setting(None, "generate a catalogue instead of reading one", unit="section")
     rows_per_part: int = setting(
         16384, "products per part; a part is the unit of work of every later stage", unit="rows", ge=16, le=1_000_000
@@ -87,12 +78,8 @@ class CatalogRecipe(Section):
         0, "products whose path is shorter are set aside; 0 keeps products without a path", unit="levels",
         paper="4.1 keeps products of depth 3 and more", ge=0,
     )  # fmt: skip
-    max_category_depth: int = setting(
-        3, "deeper paths are cut here (H)", unit="levels", paper="4.1; section 3.1 demands H < L", ge=1
-    )
-    max_bad_fraction: float = setting(
-        0.01, "share of rows that may be set aside before the job fails", unit="share", ge=0, le=1
-    )
+    max_category_depth: int = setting(3, "H: deeper paths are cut", unit="levels", paper="4.1; 3.1 demands H < L", ge=1)
+    max_bad_fraction: float = setting(0.01, "bad rows above which the job fails", unit="share of rows", ge=0, le=1)
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -110,10 +97,9 @@ class CatalogRecipe(Section):
 
 class EmbeddingRecipe(Section):
     source: Literal["auto", "given", "encoder"] = setting(
-        "auto",
-        "given = the table's embedding column; encoder = compute; auto = given where the column exists",
+        "auto", "given = the table's embedding column; encoder = compute; auto = given where the column exists",
         unit="choice",
-    )
+    )  # fmt: skip
     encoder: str = setting(
         "lsa", "lsa (built in: TF-IDF + SVD, no download) or a Hugging Face model id or folder", unit="name",
         paper="3.2 names BERT- and T5-type encoders, no checkpoint",
@@ -131,29 +117,25 @@ class EmbeddingRecipe(Section):
     tokens: int = setting(64, "longest text that the encoder reads", unit="tokens", ge=4, le=4096)
     batch: int = setting(64, "texts per forward pass", unit="texts", operational=True, ge=1)
     workers: int = setting(2, "actors that embed", unit="actors", operational=True, ge=1)
-    gpus_per_worker: float = setting(
-        0, "GPUs of an embedding actor; 0 embeds on CPU", unit="GPUs", operational=True, ge=0
-    )
+    gpus_per_worker: float = setting(0, "of an embedding actor; 0 = CPU", unit="GPUs", operational=True, ge=0)
 
 
 class TrainingRecipe(Section):
     """What both trainings share. The global batch is split over the workers, so their number is part of the result."""
 
     workers: int = setting(1, "training workers", unit="processes", ge=1)
-    zero_stage: Literal[0, 1, 2] = setting(1, "DeepSpeed ZeRO stage", unit="stage", paper=NOT_STATED)
+    zero_stage: Literal[0, 1, 2] = setting(1, "DeepSpeed ZeRO stage", unit="stage")
     precision: Literal["fp32", "bf16"] = setting("fp32", "fp16 is not offered: T5 overflows in it", unit="choice")
-    weight_decay: float = setting(1e-4, "AdamW's decay", unit="1/step", paper=NOT_STATED, ge=0)
+    weight_decay: float = setting(1e-4, "AdamW's decay", unit="1/step", ge=0)
     warmup_share: float = setting(0.05, "share of the steps with rising learning rate", unit="share", ge=0, le=0.5)
-    clip: float = setting(1.0, "largest gradient norm", unit="norm", paper=NOT_STATED, gt=0)
+    clip: float = setting(1.0, "largest gradient norm", unit="norm", gt=0)
     checkpoint_every_epochs: int = setting(5, "epochs between checkpoints", unit="epochs", operational=True, ge=1)
     max_failures: int = setting(3, "worker deaths survived", unit="times", operational=True, ge=0)
 
     @model_validator(mode="after")
     def _batch_divides(self):
         if self.batch % self.workers:
-            raise ValueError(
-                f"batch {self.batch} does not divide by workers {self.workers}: set one a multiple of the other"
-            )
+            raise ValueError(f"batch {self.batch} does not divide by workers {self.workers}: choose a multiple")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError(
                 "precision bf16 needs zero_stage 1 or 2, which keep float32 master weights; found zero_stage 0"
@@ -168,50 +150,43 @@ class QuantizerRecipe(TrainingRecipe):
         paper="4.1: L = 4, K in {256, 512}", min_length=1, max_length=16,
     )  # fmt: skip
     hidden: tuple[Annotated[int, Field(ge=2)], ...] = setting(
-        (512, 256, 128), "widths of the encoder; the decoder mirrors it", unit="numbers", paper=NOT_STATED, min_length=1
+        (512, 256, 128), "widths of the encoder; the decoder mirrors it", unit="numbers", min_length=1
     )
-    latent: int = setting(32, "Z: width of the latent and of the codewords", unit="numbers", paper=NOT_STATED, ge=2)
+    latent: int = setting(32, "Z: width of the latent and of the codewords", unit="numbers", ge=2)
     latent_radius: float | None = setting(
-        None, "radius of the sphere that z is held on; none = free, as printed", unit="norm", paper=NOT_STATED, gt=0
+        None, "radius of the sphere that z is held on; none = free, as printed", unit="norm", gt=0
     )
     dispersion: float = setting(0.1, "α, weight of eq. 7", unit="weight", paper="4.1", ge=0)
     hierarchical: float = setting(1e-4, "β, weight of eq. 4", unit="weight", paper="4.1", ge=0)
     cluster_scale: float = setting(1.0, "γ, weight of eq. 5", unit="weight", paper="4.1", ge=0)
-    commitment: float = setting(
-        0.25, "η, weight of the commitment term in eq. 2", unit="weight", paper=NOT_STATED, ge=0
-    )
-    temperature: float = setting(0.1, "τ of the contrastive terms", unit="cosine", paper=NOT_STATED, gt=0)
+    commitment: float = setting(0.25, "η, weight of the commitment term in eq. 2", unit="weight", ge=0)
+    temperature: float = setting(0.1, "τ of the contrastive terms", unit="cosine", gt=0)
     scale_temperature: float = setting(
-        1.0,
-        "divides the squared distances of eq. 5 before the softmax",
-        unit="squared norm",
-        paper="1 as printed",
+        1.0, "divides the squared distances of eq. 5 before the softmax", unit="squared norm", paper="1 as printed",
         gt=0,
-    )
+    )  # fmt: skip
     negatives: Literal["siblings", "all"] = setting(
         "siblings", "negatives of eq. 4 from depth 2 on", unit="choice", paper="3.1"
     )
     epochs: int = setting(300, "passes over the catalogue", unit="epochs", paper="4.1", ge=1)
     batch: int = setting(4096, "global batch", unit="products", paper="4.1", ge=2)
-    learning_rate: float = setting(1e-3, "AdamW's peak, then cosine to zero", unit="1/step", paper=NOT_STATED, gt=0)
+    learning_rate: float = setting(1e-3, "AdamW's peak, then cosine to zero", unit="1/step", gt=0)
     input: Literal["shard", "stream"] = setting(
         "shard", "shard = stream once to a memory-mapped file on the node; stream = every epoch anew, where disks are small",
         unit="choice",
     )  # fmt: skip
     kmeans_sample: int = setting(
-        20_000,
-        "rows that k-means initialisation and the watch over dead codes see",
-        unit="rows",
-        paper=NOT_STATED,
-        ge=16,
+        20_000, "rows that k-means initialisation and the watch over dead codes see", unit="rows", ge=16
     )
-    revive_every_epochs: int = setting(
-        1,
-        "epochs between revivals of dead codes (never in the last quarter); 0 = never",
-        unit="epochs",
-        paper=NOT_STATED,
-        ge=0,
+    refit: bool = setting(
+        True, "k-means again after the last epoch, as codewords lag behind the encoder", unit="yes/no"
     )
+    revive_every_epochs: int = setting(1, "epochs between revivals of dead codes; 0 = never", unit="epochs", ge=0)
+
+    @model_validator(mode="after")
+    def _ids_fit(self):
+        _ = self.space
+        return self
 
     @property
     def space(self) -> DocidSpace:
@@ -236,30 +211,36 @@ class GeneratorRecipe(TrainingRecipe):
     layers: int = setting(2, "encoder layers, and as many decoder layers", unit="layers", ge=1)
     heads: int = setting(4, "attention heads", unit="heads", ge=1)
     feed_forward: int = setting(512, "d_ff", unit="numbers", ge=16)
-    dropout: float = setting(0.1, "dropout", unit="share", paper=NOT_STATED, ge=0, lt=1)
+    dropout: float = setting(0.1, "dropout", unit="share", ge=0, lt=1)
     min_relevance: float = setting(
-        2.33, "pairs of the train split with at least this relevance teach", unit="grade", paper="4.1: labels E and S"
-    )
-    titles_per_query: float = setting(
-        1.0, "title→ID examples per query→ID example; 0 = none", unit="ratio", paper=NOT_STATED, ge=0
-    )
+        2.33, "pairs of the train split with at least this relevance teach", unit="grade", paper="4.1: labels E and S",
+        ge=0,
+    )  # fmt: skip
+    titles_per_query: float = setting(1.0, "title→ID examples per query→ID example; 0 = none", unit="ratio", ge=0)
     word_keep: float = setting(
-        0.5, "share of words kept when a title serves as a pseudo-query; 1 keeps titles whole", unit="share",
-        paper=NOT_STATED, gt=0, le=1,
+        0.5, "share of words kept when a title serves as a pseudo-query; 1 keeps titles whole", unit="share", gt=0, le=1,
     )  # fmt: skip
     query_tokens: int = setting(24, "longest input", unit="tokens", ge=4, le=512)
-    level_weights: tuple[float, ...] | None = setting(None, "weight per level of the loss; none = 1", unit="weight")
+    level_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = setting(
+        None, "weight per level of the loss; none = 1", unit="weight"
+    )
     label_smoothing: float = setting(0.0, "mass spread over the codes of the level", unit="share", ge=0, lt=1)
-    epochs: int = setting(30, "passes over the query→ID examples", unit="epochs", paper=NOT_STATED, ge=1)
-    batch: int = setting(256, "global batch", unit="examples", paper=NOT_STATED, ge=1)
-    learning_rate: float = setting(1e-3, "AdamW's peak, then cosine to zero", unit="1/step", paper=NOT_STATED, gt=0)
+    epochs: int = setting(30, "passes over the query→ID examples", unit="epochs", ge=1)
+    batch: int = setting(256, "global batch", unit="examples", ge=1)
+    learning_rate: float = setting(1e-3, "AdamW's peak, then cosine to zero", unit="1/step", gt=0)
     tokenizer_rows: int = setting(200_000, "products whose text the small tokenizer sees at most", unit="rows", ge=100)
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.model == "small" and self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide by heads {self.heads}: choose a multiple")
+        return self
 
 
 class EvaluationRecipe(Section):
     split: Literal["train", "validation", "test"] = setting("test", "pairs that are scored", unit="choice", paper="4.1")
-    min_relevance: float = setting(2.67, "from here on a product counts as relevant", unit="grade", paper="4.1")
-    beam_width: int = setting(100, "beams per query", unit="beams", paper=NOT_STATED, ge=1, le=4096)
+    min_relevance: float = setting(2.67, "from here on a product counts as relevant", unit="grade", paper="4.1", ge=0)
+    beam_width: int = setting(100, "beams per query", unit="beams", ge=1, le=4096)
     methods: tuple[Literal["beam", "bm25"], ...] = setting(
         ("beam", "bm25"), "what is scored", unit="names", min_length=1
     )
@@ -278,8 +259,9 @@ class Recipe(Section):
 
     name: str = setting("reindex", "shown in reports", unit="name", operational=True, min_length=1)
     store: str = setting(
-        "catid2_store", "folder or s3:// prefix that holds artefacts and releases", unit="URI", operational=True
-    )
+        "catid2_store", "folder or s3:// prefix that holds artefacts and releases", unit="URI", operational=True,
+        min_length=1,
+    )  # fmt: skip
     seed: int = setting(0, "seed of every random choice", unit="integer", ge=0)
     cluster: ClusterRecipe = setting(ClusterRecipe(), "where it runs", unit="section", operational=True)
     catalog: CatalogRecipe = setting(description="stage 0", unit="section")
@@ -331,10 +313,10 @@ class Recipe(Section):
         Raises RecipeError for a missing file, bad YAML, a malformed override, or an invalid recipe.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text())
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
-        except yaml.YAMLError as error:
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise RecipeError(f"{path} is not YAML: {error}") from None
         if not isinstance(values, dict):
             raise RecipeError(f"{path} must be a mapping of recipe fields, found {type(values).__name__}")

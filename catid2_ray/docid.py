@@ -34,7 +34,7 @@ class DocidSpace:
             raise RecipeError(f"every level needs at least one code, found {self.codes_per_level}")
         if self.capacity > 2**63 - 1:
             raise RecipeError(
-                f"{self.codes_per_level} spans {self.capacity} IDs, more than an int64 can hold (2^63 − 1)"
+                f"codes_per_level {self.codes_per_level} spans {self.capacity} IDs, more than an int64 can hold (2^63 − 1)"
             )
 
     @property
@@ -97,7 +97,7 @@ class DocidSpace:
         """The inverse of `text`. Raises InputError for text that is no ID of this space."""
         found = _TOKEN.findall(text)
         codes = tuple(int(code) for _, code in found)
-        if self.text(codes) != text or len(codes) != self.levels:
+        if len(codes) != self.levels or self.text(codes) != text:
             raise InputError(f"{text!r} is not an ID of {self.levels} levels such as {self.text([0] * self.levels)!r}")
         self.check(np.asarray([codes]))
         return codes

@@ -15,6 +15,16 @@ import ray
 from catid2_ray.artifacts.store import S3_ENVIRONMENT
 from catid2_ray.config import ClusterRecipe
 
+# For a Ray of our own only. Workers inherit this process's environment, since a runtime_env would start every one of them
+# twice; and idle ones are kept, since on few cores starting Python anew for each short task costs more than the task.
+_PRIVATE_RAY = {
+    "RAY_idle_worker_killing_time_threshold_ms": "120000",
+    "RAY_num_workers_soft_limit": "8",
+    # Notices of Ray's C++ side (restarts of actors, number of workers) would tear the progress display.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_worker_maximum_startup_concurrency": "4",
+}
+
 
 def worker_environment(cluster: ClusterRecipe) -> dict[str, str]:
     """Environment of every worker. Holds no secrets: Ray shows it in its dashboard."""
@@ -32,23 +42,19 @@ def worker_environment(cluster: ClusterRecipe) -> dict[str, str]:
 
 
 def connect(cluster: ClusterRecipe, *, dashboard: bool = False) -> None:
-    """Idempotent. Logs of workers reach the terminal only where nobody looks at a progress display."""
+    """Idempotent. Logs of workers stay in Ray's files; what they have to say reaches the terminal as progress."""
     if ray.is_initialized():
         return
-    runtime_env = {"env_vars": worker_environment(cluster)}
-    # Ray's C++ side writes harmless notices (restarts of actors, number of workers) over the progress display.
-    for name, value in {
-        **S3_ENVIRONMENT,
-        "RAY_BACKEND_LOG_LEVEL": "fatal",
-        "RAY_worker_maximum_startup_concurrency": "8",
-    }.items():
-        os.environ.setdefault(name, value)
     for name in ("ray", "ray.data", "ray.train", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    quiet = {"runtime_env": runtime_env, "log_to_driver": False, "logging_level": logging.ERROR}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    environment = worker_environment(cluster)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **quiet)
+        ray.init(address="auto", runtime_env={"env_vars": environment}, **quiet)
     else:
+        os.environ.update(environment)
+        for name, value in _PRIVATE_RAY.items():
+            os.environ.setdefault(name, value)
         ray.init(
             address="local",
             num_cpus=max(cluster.logical_cpus, (os.cpu_count() or 1) + 2),

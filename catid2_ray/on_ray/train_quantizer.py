@@ -103,6 +103,9 @@ class QuantizerTask:
         revived = 0
         if every and (epoch + 1) % every == 0 and epoch + 1 <= _REVIVE_UNTIL * self.recipe.epochs:
             revived = revive_dead_codes(module, sample_ND, seed=self.seed, epoch=epoch)
+        refit = self.recipe.refit and epoch + 1 == self.recipe.epochs
+        if refit:
+            module.initialise_codebooks(sample_ND, seed=self.seed)
         with torch.no_grad():
             codes_SL = module.encode(sample_ND).codes_BL.cpu().numpy()
         health = level_health(codes_SL, self.recipe.codes_per_level)
@@ -113,7 +116,7 @@ class QuantizerTask:
             "revived": revived,
             "levels": [asdict(level) for level in health],
         }
-        return figures, revived > 0
+        return figures, refit or revived > 0
 
     def export(self, module: ResidualQuantizer, folder: Path, history: list[dict]) -> None:
         exported = module.float().cpu()

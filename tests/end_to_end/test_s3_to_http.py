@@ -22,7 +22,9 @@ def test_figures_have_the_promised_keys_and_ids_are_unique(released):
     assert {"release", "documents", "collision_rate_before", "duplicates_after", "codes_used", "recall", "recall_seen",
             "recall_unseen", "seconds", "peak_memory_bytes"} <= set(figures)  # fmt: skip
     assert figures["documents"] == 240 and figures["duplicates_after"] == 0 and len(figures["codes_used"]) == 4
-    assert set(figures["recall"]) == {"beam", "bm25"} and {"5", "10", "20", "50", "100"} == set(figures["recall"]["beam"])
+    assert set(figures["recall"]) == {"beam", "bm25"} and {"5", "10", "20", "50", "100"} == set(
+        figures["recall"]["beam"]
+    )
     assert figures["seconds"]["embed"] > 0 and figures["peak_memory_bytes"] > 100e6
 
 
@@ -74,7 +76,9 @@ def test_a_rerun_with_nothing_changed_says_so_and_starts_no_ray(released):
 
 
 def test_search_answers_and_refuses(released):
-    found = run("catid2_ray.cli", "search", "stainless steel hinge", "--store", released["store"], "--k", 3, env=released["env"])
+    found = run(
+        "catid2_ray.cli", "search", "stainless steel hinge", "--store", released["store"], "--k", 3, env=released["env"]
+    )
     assert found.returncode == 0 and found.stdout.count("<a_") == 3, found.stderr
     empty = run("catid2_ray.cli", "search", "  ", "--store", released["store"], env=released["env"])
     assert empty.returncode == 3 and "at least one character" in empty.stderr
@@ -92,7 +96,17 @@ def test_evaluate_scores_another_table_of_pairs(released):
     figures = json.loads(target.read_text())
     assert figures["release"] == released["figures"]["release"]
     assert set(figures["recall"]) == {"beam", "bm25"} and "recall_seen" in figures and "recall_unseen" in figures
-    wrong = run("catid2_ray.cli", "evaluate", "--store", released["store"], "--pairs", pairs, "--split", "nightly", env=released["env"])
+    wrong = run(
+        "catid2_ray.cli",
+        "evaluate",
+        "--store",
+        released["store"],
+        "--pairs",
+        pairs,
+        "--split",
+        "nightly",
+        env=released["env"],
+    )
     assert wrong.returncode == 3 and "no pair of split 'nightly'" in wrong.stderr
 
 
@@ -131,7 +145,9 @@ def test_http_answers_equal_the_command_line(released, server):
     assert set(body["products"][0]) == {"product_id", "docid", "score", "title"}
     scores = [product["score"] for product in body["products"]]
     assert scores == sorted(scores, reverse=True)
-    shown = run("catid2_ray.cli", "search", "stainless steel hinge", "--store", released["store"], "--k", 3, env=released["env"])
+    shown = run(
+        "catid2_ray.cli", "search", "stainless steel hinge", "--store", released["store"], "--k", 3, env=released["env"]
+    )
     for product in body["products"]:
         assert product["product_id"] in shown.stdout and product["docid"] in shown.stdout
     assert httpx.get(f"{server}/healthz").json() == {"status": "ok", "release": body["release"]}

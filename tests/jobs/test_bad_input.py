@@ -36,7 +36,11 @@ def job(tiny, tmp_path):
             source.write_table("products.parquet", products)
         if pairs is not None:
             source.write_table("pairs.parquet", pairs)
-        recipe = {**tiny, "store": str(tmp_path / "store"), "catalog": {"root": str(tmp_path / "source"), "rows_per_part": 50}}
+        recipe = {
+            **tiny,
+            "store": str(tmp_path / "store"),
+            "catalog": {"root": str(tmp_path / "source"), "rows_per_part": 50},
+        }
         for name, section in sections.items():
             recipe[name] = {**recipe[name], **section} if isinstance(section, dict) else section
         return Recipe.build(recipe)
@@ -66,7 +70,9 @@ def test_empty_catalogue(job):
 def test_too_many_bad_rows_names_the_first_ten(job):
     titles = pa.array(["" if row < 15 else "ok" for row in range(60)])
     products = MADE.products.set_column(MADE.products.column_names.index("title"), "title", titles)
-    with pytest.raises(InputError, match=r"15 of 60 rows of products are bad, more than catalog.max_bad_fraction 0.01") as error:
+    with pytest.raises(
+        InputError, match=r"15 of 60 rows of products are bad, more than catalog.max_bad_fraction 0.01"
+    ) as error:
         reindex(job(products=products))
     assert str(error.value).count("empty title") == 10
 
@@ -152,5 +158,9 @@ def test_given_embeddings_are_taken_as_they_are(job):
     recipe = job(products=MADE.products.append_column("embedding", vectors), embedding={"width": None})
     store, embeddings = run_verb(recipe, "embed_catalog")
     tables = [store.read_table(embeddings.file(entry["name"])) for entry in embeddings.parts()]
-    found = {name: vector for table in tables for name, vector in zip(table["product_id"].to_pylist(), table["embedding"].to_pylist())}
+    found = {
+        name: vector
+        for table in tables
+        for name, vector in zip(table["product_id"].to_pylist(), table["embedding"].to_pylist())
+    }
     assert found == {name: vector for name, vector in zip(MADE.products["product_id"].to_pylist(), vectors.to_pylist())}

@@ -107,7 +107,12 @@ def test_streaming_goes_round_when_the_rows_end_before_the_steps():
 
 
 def test_matrix_reads_chunked_fixed_size_lists():
-    column = pa.chunked_array([fixed_lists(np.ones((2, 3), np.float32), pa.float32()), fixed_lists(np.zeros((1, 3), np.float32), pa.float32())])
+    column = pa.chunked_array(
+        [
+            fixed_lists(np.ones((2, 3), np.float32), pa.float32()),
+            fixed_lists(np.zeros((1, 3), np.float32), pa.float32()),
+        ]
+    )
     assert matrix(column).tolist() == [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
     assert matrix(column.slice(1, 1)).tolist() == [[1, 1, 1]]
     assert matrix(pa.chunked_array([[1, 2]])).tolist() == [1, 2]

@@ -98,7 +98,9 @@ def test_digests_do_not_depend_on_the_process():
 def test_a_corrupt_manifest_is_an_error_not_a_rerun(local_store, make, content):
     made = make(local_store, "ids", {"f": b"x"})
     local_store.write(manifest_name(local_store), content)
-    with pytest.raises(ArtifactError, match=r"manifest\.json is not a manifest \(.*delete that folder and rerun") as caught:
+    with pytest.raises(
+        ArtifactError, match=r"manifest\.json is not a manifest \(.*delete that folder and rerun"
+    ) as caught:
         find(local_store, "ids", made.key)
     assert local_store.uri in str(caught.value)
 

@@ -12,7 +12,16 @@ import pytest
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import verify
-from catid2_ray.artifacts.release import PARTS, check_parts, current, fetch, load, publish, release_folder, serving_folder
+from catid2_ray.artifacts.release import (
+    PARTS,
+    check_parts,
+    current,
+    fetch,
+    load,
+    publish,
+    release_folder,
+    serving_folder,
+)
 from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError
 
 
@@ -194,7 +203,9 @@ def test_fetch_refuses_an_object_of_the_right_size_and_wrong_content(s3_store, c
     ids = chain(s3_store, "one")["ids"]
     s3_store.write(ids.file("trie/arrays.npy"), b"eno")
     verify(s3_store, ids)
-    with pytest.raises(ArtifactError, match=r"trie/arrays\.npy is not what its manifest says \(SHA-256 differs\)") as caught:
+    with pytest.raises(
+        ArtifactError, match=r"trie/arrays\.npy is not what its manifest says \(SHA-256 differs\)"
+    ) as caught:
         fetch(s3_store, ids, tmp_path / "cache")
     assert s3_store.uri in str(caught.value) and list((tmp_path / "cache").iterdir()) == []
 
@@ -242,7 +253,10 @@ def test_a_cache_whose_copies_were_deleted_heals(s3_store, chain, tmp_path):
 
 def test_a_generator_of_other_ids_is_not_served(local_store, chain, tmp_path):
     one, two = chain(local_store, "one"), chain(local_store, "two")
-    with pytest.raises(ReleaseError, match=f"the generator was trained on ids {one['ids'].digest[:12]}, not on {two['ids'].digest[:12]}"):
+    with pytest.raises(
+        ReleaseError,
+        match=f"the generator was trained on ids {one['ids'].digest[:12]}, not on {two['ids'].digest[:12]}",
+    ):
         serving_folder(local_store, two["ids"], one["generator"], tmp_path / "cache", {})
 
 

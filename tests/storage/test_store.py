@@ -147,7 +147,9 @@ def test_a_table_is_a_file_or_a_folder_of_files(store):
     assert store.parquet_files("products") == ["products/deep/part-0.parquet", "products/part-1.parquet"]
     store.write("empty/README.txt", b"no table")
     for name in ("empty", "absent"):
-        with pytest.raises(StorageError, match=rf"no table '{name}' in .*expected {name}\.parquet or a folder {name}/") as caught:
+        with pytest.raises(
+            StorageError, match=rf"no table '{name}' in .*expected {name}\.parquet or a folder {name}/"
+        ) as caught:
             store.parquet_files(name)
         assert store.uri in str(caught.value)
 

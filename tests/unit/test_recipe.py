@@ -1,0 +1,323 @@
+"""The recipe as a user meets it: the paper's defaults, a label on every field, and refusals that name the fields.
+
+The walk over the models is generic, so a new field without description, unit or range fails here.
+"""
+
+import json
+import typing
+from pathlib import Path
+
+import annotated_types
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from catid2_ray.config import NOT_STATED, Recipe, Section, schema
+from catid2_ray.errors import RecipeError
+
+RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
+MINIMAL = {"catalog": {"synthetic": {}}}
+
+
+def leaves_of(annotation):
+    """The scalar types inside unions and tuples, each with the constraints that Annotated puts on it."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        inner, *metadata = typing.get_args(annotation)
+        limits = [limit for item in metadata for limit in getattr(item, "metadata", [item])]
+        return [(scalar, below + limits) for scalar, below in leaves_of(inner)]
+    if typing.get_origin(annotation) is typing.Literal:
+        return [(typing.Literal, [])]
+    inside = [leaf for argument in typing.get_args(annotation) for leaf in leaves_of(argument)]
+    return inside or [(annotation, [])]
+
+
+def fields_of(model, path=""):
+    for name, field in model.model_fields.items():
+        scalars = leaves_of(field.annotation)
+        sections = [scalar for scalar, _ in scalars if isinstance(scalar, type) and issubclass(scalar, Section)]
+        yield f"{path}{name}", field, scalars
+        for section in sections:
+            yield from fields_of(section, f"{path}{name}.")
+
+
+FIELDS = {path: (field, scalars) for path, field, scalars in fields_of(Recipe)}
+
+
+def refused(values, *words):
+    """The recipe is refused and the message holds all words."""
+    with pytest.raises(RecipeError) as caught:
+        Recipe.build(values)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+def test_the_defaults_are_the_papers():
+    quantizer = Recipe.build(MINIMAL).quantizer
+    assert (quantizer.dispersion, quantizer.hierarchical, quantizer.cluster_scale) == (0.1, 1e-4, 1.0)
+    assert quantizer.codes_per_level == (256,) * 4 and quantizer.space.capacity == 256**4
+    assert (quantizer.batch, quantizer.epochs) == (4096, 300)
+    recipe = Recipe.build(MINIMAL)
+    assert recipe.catalog.max_category_depth == 3 and recipe.catalog.min_category_depth == 0
+    assert recipe.embedding.text == ("title", "category_path", "description")
+    assert (recipe.generator.min_relevance, recipe.evaluation.min_relevance) == (2.33, 2.67)
+
+
+def test_the_walk_finds_the_sections():
+    assert (
+        len(FIELDS) > 70
+        and {"catalog.synthetic.seed", "quantizer.temperature", "cluster.logical_cpus"} <= FIELDS.keys()
+    )
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_every_field_has_description_unit_range_and_source(path):
+    field, scalars = FIELDS[path]
+    extra = field.json_schema_extra
+    assert field.description and extra["unit"]
+    if not extra.get("operational") and extra["unit"] != "section":
+        assert extra["paper"], "a source, or the mark that the paper is silent"
+    bounds = (annotated_types.Ge, annotated_types.Gt)
+    for scalar, limits in scalars:
+        if scalar in (int, float):
+            assert any(isinstance(limit, bounds) for limit in [*limits, *field.metadata]), f"{path} has no lower bound"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "quantizer.temperature", "quantizer.commitment", "quantizer.hidden", "quantizer.latent", "quantizer.learning_rate",
+        "quantizer.weight_decay", "quantizer.warmup_share", "generator.epochs", "generator.batch", "generator.dropout",
+        "generator.label_smoothing", "evaluation.beam_width",
+    ],
+)  # fmt: skip
+def test_what_the_paper_leaves_out_is_marked(path):
+    assert FIELDS[path][0].json_schema_extra["paper"] == NOT_STATED == "not stated in the paper"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "quantizer.dispersion",
+        "quantizer.hierarchical",
+        "quantizer.cluster_scale",
+        "quantizer.batch",
+        "quantizer.epochs",
+    ],
+)
+def test_what_the_paper_states_names_its_section(path):
+    assert FIELDS[path][0].json_schema_extra["paper"] == "4.1"
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        ({"sed": 1}, ["sed: ", "unknown key; `catid2 recipe --schema` lists all", "found 1"]),
+        ({"quantizer": {"epoch": 3}}, ["quantizer.epoch: ", "unknown key"]),
+        ({"catalog": {"synthetic": {"product": 60}}}, ["catalog.synthetic.product: ", "unknown key"]),
+        ({"quantizer": {"epochs": 0}}, ["quantizer.epochs: ", "greater than or equal to 1", "found 0"]),
+        ({"quantizer": {"epochs": "many"}}, ["quantizer.epochs: ", "found 'many'"]),
+        ({"quantizer": {"temperature": 0}}, ["quantizer.temperature: ", "greater than 0"]),
+        ({"quantizer": {"learning_rate": float("nan")}}, ["quantizer.learning_rate: ", "finite"]),
+        ({"quantizer": {"learning_rate": float("inf")}}, ["quantizer.learning_rate: ", "finite"]),
+        ({"quantizer": {"codes_per_level": [256, 1, 256, 256]}}, ["quantizer.codes_per_level.1: ", "found 1"]),
+        ({"quantizer": {"codes_per_level": []}}, ["quantizer.codes_per_level: "]),
+        ({"quantizer": {"hidden": []}}, ["quantizer.hidden: "]),
+        ({"quantizer": {"zero_stage": 3}}, ["quantizer.zero_stage: ", "found 3"]),
+        ({"quantizer": {"precision": "fp16"}}, ["quantizer.precision: ", "'fp16'"]),
+        ({"generator": {"dropout": 1}}, ["generator.dropout: ", "less than 1"]),
+        ({"generator": {"level_weights": [1, 1, -1, 1]}}, ["generator.level_weights.2: ", "found -1"]),
+        ({"embedding": {"text": ["name"]}}, ["embedding.text.0: ", "'name'"]),
+        ({"embedding": {"text": []}}, ["embedding.text: "]),
+        ({"evaluation": {"methods": ["tiger"]}}, ["evaluation.methods.0: ", "'tiger'"]),
+        ({"evaluation": {"min_relevance": -1}}, ["evaluation.min_relevance: "]),
+        ({"catalog": {"synthetic": {"products": 3}}}, ["catalog.synthetic.products: ", "found 3"]),
+        ({"store": ""}, ["store: "]),
+        ({"catalog": {"root": ""}}, ["catalog.root: "]),
+        ({"quantizer": 5}, ["quantizer: "]),
+    ],
+)
+def test_unknown_keys_and_wrong_values_are_named(extra, words):
+    refused(MINIMAL | extra, "the recipe is not valid", *words)
+
+
+def test_all_faults_are_named_at_once():
+    refused({"seed": -1, "quantizer": {"epochs": 0}, "generator": {"who": 1}},
+            "seed: ", "quantizer.epochs: ", "generator.who: ", "catalog: Field required")  # fmt: skip
+
+
+@pytest.mark.parametrize("catalog", [{}, {"root": "somewhere", "synthetic": {}}])
+def test_a_catalogue_has_exactly_one_source(catalog):
+    refused({"catalog": catalog}, "set exactly one of catalog.root", "and catalog.synthetic")
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"catalog": {"synthetic": {}, "max_category_depth": 4}},
+         ["catalog.max_category_depth 4", "4 (quantizer.codes_per_level)", "section 3.1"]),
+        ({"catalog": {"synthetic": {}, "max_category_depth": 3}, "quantizer": {"codes_per_level": [64, 64, 64]}},
+         ["catalog.max_category_depth 3", "3 (quantizer.codes_per_level)", "degenerates to the category tree"]),
+        ({"catalog": {"synthetic": {}, "min_category_depth": 3, "max_category_depth": 2}},
+         ["catalog.min_category_depth 3 exceeds catalog.max_category_depth 2", "every product would be set aside"]),
+        (MINIMAL | {"quantizer": {"workers": 3}}, ["quantizer: ", "batch 4096 does not divide by workers 3"]),
+        (MINIMAL | {"generator": {"batch": 9, "workers": 2}}, ["generator: ", "batch 9 does not divide by workers 2"]),
+        (MINIMAL | {"generator": {"level_weights": [1, 1, 1]}},
+         ["generator.level_weights has 3 entries, quantizer.codes_per_level 4"]),
+        (MINIMAL | {"quantizer": {"precision": "bf16", "zero_stage": 0}},
+         ["quantizer: ", "precision bf16 needs zero_stage 1 or 2"]),
+        (MINIMAL | {"generator": {"precision": "bf16", "zero_stage": 0}}, ["generator: ", "found zero_stage 0"]),
+        (MINIMAL | {"generator": {"width": 100, "heads": 3}}, ["generator: ", "width 100 does not divide by heads 3"]),
+        (MINIMAL | {"quantizer": {"codes_per_level": [65535] * 4}}, ["quantizer: codes_per_level (65535, ", "more than an int64"]),
+    ],
+)  # fmt: skip
+def test_contradictions_name_both_fields(values, words):
+    refused(values, *words)
+
+
+def test_what_is_near_a_contradiction_is_fine():
+    Recipe.build({"catalog": {"synthetic": {}, "max_category_depth": 2}, "quantizer": {"codes_per_level": [64] * 3}})
+    Recipe.build(
+        MINIMAL | {"quantizer": {"precision": "bf16", "workers": 4}, "generator": {"level_weights": [2, 1, 1, 0.5]}}
+    )
+    Recipe.build(MINIMAL | {"generator": {"model": "some/t5", "width": 100, "heads": 3}})
+    Recipe.build({"catalog": {"root": "s3://bucket/catalogue", "synthetic": None}})
+
+
+def test_a_recipe_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe.build(MINIMAL).quantizer.epochs = 3
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 3\ncatalog:\n  synthetic: {products: 80}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "override, found",
+    [
+        ("seed=5", lambda r: r.seed == 5),
+        ("quantizer.learning_rate=1e-4", lambda r: r.quantizer.learning_rate == 1e-4),
+        ("quantizer.hierarchical=1.5e-05", lambda r: r.quantizer.hierarchical == 1.5e-5),
+        ("quantizer.codes_per_level=[8, 8, 8, 8]", lambda r: r.quantizer.codes_per_level == (8,) * 4),
+        ("catalog.synthetic.seed=11", lambda r: r.catalog.synthetic.seed == 11 and r.catalog.synthetic.products == 80),
+        ("catalog.synthetic={queries: 30}", lambda r: r.catalog.synthetic.queries == 30 and r.catalog.synthetic.products == 6000),
+        ("quantizer.latent_radius=null", lambda r: r.quantizer.latent_radius is None),
+        ("store=s3://bucket/a=b", lambda r: r.store == "s3://bucket/a=b"),
+        (" embedding.encoder = folder/of model", lambda r: r.embedding.encoder == "folder/of model"),
+        ("embedding.text=[title]", lambda r: r.embedding.text == ("title",)),
+    ],
+)  # fmt: skip
+def test_overrides(recipe_file, override, found):
+    recipe = Recipe.load(recipe_file, [override])
+    assert found(recipe) and (recipe.seed == 3 or override.startswith("seed"))
+
+
+def test_later_overrides_win_and_may_change_the_source(recipe_file):
+    recipe = Recipe.load(recipe_file, ["catalog.synthetic=null", "catalog.root=a", "catalog.root=b"])
+    assert recipe.catalog.root == "b" and recipe.catalog.synthetic is None
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "", ".seed=1", "quantizer..epochs=3", "quantizer.=3"])
+def test_malformed_overrides_show_the_form(recipe_file, override):
+    with pytest.raises(RecipeError, match="is not of the form a.b=value, such as quantizer.epochs=50") as caught:
+        Recipe.load(recipe_file, [override])
+    assert repr(override) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("quantizer.epochs=[1", r"--set 'quantizer.epochs=\[1': the value is not YAML"),
+        ("quantizer.epoch=1", "quantizer.epoch: .*unknown key"),
+        ("quantizer.epochs.x=1", "quantizer.epochs: "),
+        ("quantizer.epochs=", "quantizer.epochs: .*found None"),
+        ("catalog.root=here", "set exactly one of catalog.root"),
+    ],
+)
+def test_overrides_are_checked_like_the_recipe(recipe_file, override, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(recipe_file, [override])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"a: [1", "is not YAML"),
+        (b"- 1\n", "must be a mapping of recipe fields, found list"),
+        (b"", "must be a mapping of recipe fields, found NoneType"),
+        (b"name: \xff\n", "is not YAML"),
+        (b"1: 2\n", "the recipe is not valid"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, content, message):
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+def test_a_recipe_file_that_is_not_there(tmp_path):
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*gone\.yaml: No such file"):
+        Recipe.load(tmp_path / "gone.yaml")
+    with pytest.raises(RecipeError, match="cannot read the recipe .*: Is a directory"):
+        Recipe.load(tmp_path)
+
+
+def test_the_schema_is_valid_and_describes_what_is_accepted():
+    document = json.loads(schema())
+    Draft202012Validator.check_schema(document)
+    validator = Draft202012Validator(document)
+    assert validator.is_valid(json.loads(Recipe.build(MINIMAL).model_dump_json()))
+    assert not validator.is_valid(MINIMAL | {"sed": 1}) and not validator.is_valid(MINIMAL | {"seed": -1})
+    temperature = document["$defs"]["QuantizerRecipe"]["properties"]["temperature"]
+    assert (
+        temperature["unit"] == "cosine" and temperature["paper"] == NOT_STATED and temperature["exclusiveMinimum"] == 0
+    )
+
+
+def test_identity_leaves_out_what_cannot_change_the_result():
+    recipe = Recipe.build(MINIMAL)
+    identity = recipe.identity()
+    operational = [path for path, (field, _) in FIELDS.items() if field.json_schema_extra.get("operational")]
+    assert {"store", "name", "cluster", "catalog.root", "embedding.workers", "ids.workers"} <= set(operational)
+    for path in FIELDS:
+        node, inside = identity, not any(path == name or path.startswith(f"{name}.") for name in operational)
+        for key in path.split("."):
+            node = node.get(key, "absent") if isinstance(node, dict) else "absent"
+        assert (node != "absent") == inside, path
+    elsewhere = Recipe.build(
+        MINIMAL
+        | {
+            "store": "s3://b",
+            "name": "n",
+            "ids": {"workers": 9},
+            "cluster": {"logical_cpus": 8},
+            "sample_queries": ["q"],
+        }
+    )
+    assert elsewhere.identity() == identity and json.loads(json.dumps(identity)) == identity
+    assert Recipe.build(MINIMAL | {"seed": 1}).identity() != identity
+    assert Recipe.build(MINIMAL | {"quantizer": {"workers": 2}}).identity() != identity
+
+
+def test_yaml_and_back():
+    recipe = Recipe.build(MINIMAL | {"quantizer": {"learning_rate": 1e-5}, "name": "Schraubenschlüssel"})
+    assert Recipe.build(yaml.safe_load(recipe.to_yaml())) == recipe and "Schraubenschlüssel" in recipe.to_yaml()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_loads(path):
+    source = yaml.safe_load(path.read_text(encoding="utf-8"))["catalog"]
+    needs_root = "synthetic" not in source and "root" not in source
+    recipe = Recipe.load(path, ["catalog.root=elsewhere"] if needs_root else [])
+    assert recipe.catalog.max_category_depth < recipe.quantizer.space.levels
+    if needs_root:
+        with pytest.raises(RecipeError, match="catalog.root"):
+            Recipe.load(path)
+
+
+def test_the_recipes_that_the_readme_runs_are_there():
+    assert {"quickstart", "home_depot"} <= {path.stem for path in RECIPES}
