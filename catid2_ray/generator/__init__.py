@@ -10,10 +10,8 @@ from catid2_ray.generator.step import (
     FitResult,
     docid_loss,
     fit,
-    learning_rate_factor,
     level_losses,
     parameter_groups,
-    step_seed,
 )
 from catid2_ray.generator.vocabulary import load_tokenizer, starts_word, train_tokenizer, with_docid_tokens
 
@@ -27,14 +25,12 @@ __all__ = [
     "drop_words",
     "epoch_order",
     "fit",
-    "learning_rate_factor",
     "level_losses",
     "load_tokenizer",
     "parameter_groups",
     "pretrained_t5",
     "small_t5",
     "starts_word",
-    "step_seed",
     "tokenize",
     "train_tokenizer",
     "with_docid_tokens",

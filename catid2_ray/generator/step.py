@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError, TrainingError
 from catid2_ray.generator.examples import Examples
 from catid2_ray.generator.vocabulary import PAD
+from catid2_ray.schedule import learning_rate_at, seed_from
 
 
 def level_losses(
@@ -138,22 +138,6 @@ class DocidLoss(nn.Module):
         return docid_loss(self.model, input_ids_BT, codes_BL, **self.settings)
 
 
-def learning_rate_factor(step: int, *, warmup: int, total: int, schedule: str = "cosine") -> float:
-    """Factor on the peak rate in step `step` (from 0): linear warm-up, then "cosine" to 0 or "inverse_sqrt"."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "inverse_sqrt":
-        return math.sqrt(max(warmup, 1) / (step + 1))
-    if schedule != "cosine":
-        raise RecipeError(f"schedule {schedule!r} is unknown; expected 'cosine' or 'inverse_sqrt'")
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-
-def step_seed(seed: int, step: int) -> int:
-    """A torch seed that depends on (seed, step) alone, so that dropout after a resume is what it would have been."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
-
-
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
     """Two groups for AdamW: matrices decay; norms and embeddings, where rare rows would only shrink, do not."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
@@ -183,8 +167,7 @@ def fit(
     batch: int,
     learning_rate: float,
     total_steps: int | None = None,
-    warmup: int = 0,
-    schedule: str = "cosine",
+    warmup_share: float = 0.05,
     weight_decay: float = 0.01,
     clip: float = 1.0,
     level_weights: Sequence[float] | None = None,
@@ -209,10 +192,10 @@ def fit(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for step in range(resume.step if resume else 0, steps):
             rows = examples.batch(seed=seed, step=step, batch=batch)
-            factor = learning_rate_factor(step, warmup=warmup, total=total_steps or steps, schedule=schedule)
+            rate = learning_rate_at(step, total_steps or steps, peak=learning_rate, warmup_share=warmup_share)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * factor
-            torch.manual_seed(step_seed(seed, step))
+                group["lr"] = rate
+            torch.manual_seed(seed_from(seed, step))
             loss = loss_of(
                 torch.from_numpy(rows.input_ids_BT).long().to(device), torch.from_numpy(rows.codes_BL).to(device)
             )

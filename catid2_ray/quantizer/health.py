@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from catid2_ray.quantizer.kmeans import nearest, squared_error
+from catid2_ray.schedule import seed_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +48,6 @@ def level_health(codes_NL: Tensor | np.ndarray, codes_per_level: tuple[int, ...]
             )
         )
     return report
-
-
-def seed_from(*parts: int) -> int:
-    """One 63-bit seed from several numbers; unlike a sum, (1, 2) and (2, 1) give different streams."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ resumed, or spread over workers, sees what an undisturbed one sees.
 Shape letters: B, N rows, D embedding, H category depth, K codes, L levels.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from catid2_ray.errors import InputError
 from catid2_ray.quantizer.contrast import Gather
-from catid2_ray.quantizer.health import level_health, revive_dead_codes, seed_from
+from catid2_ray.quantizer.health import level_health, revive_dead_codes
 from catid2_ray.quantizer.losses import (
     cluster_scale_from_log,
     dispersion,
@@ -24,6 +23,7 @@ from catid2_ray.quantizer.losses import (
     residual_quantization_loss,
 )
 from catid2_ray.quantizer.model import Quantized, ResidualQuantizer
+from catid2_ray.schedule import learning_rate_at, seed_from
 
 # Rows that start the codebooks and show which codes are dead: 80 per code at K = 256, 0.1 s to encode on one core.
 SAMPLE_ROWS = 20_480
@@ -131,14 +131,6 @@ def parameter_groups(model: ResidualQuantizer, *, weight_decay: float) -> list[d
 def epoch_order(rows: int, *, seed: int, epoch: int) -> Tensor:
     """int64 permutation of 0 … rows − 1, a pure function of its arguments."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed_from(seed, epoch)))
-
-
-def learning_rate_at(step: int, total_steps: int, *, peak: float, warmup_share: float) -> float:
-    """Linear warm-up to `peak` over the first `warmup_share` (0…1) of the steps, then cosine to 0 at `total_steps`."""
-    warmup = math.ceil(warmup_share * total_steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
 def fit(

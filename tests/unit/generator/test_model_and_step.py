@@ -11,7 +11,7 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, RecipeError, TrainingError
 from catid2_ray.generator.examples import Examples
 from catid2_ray.generator.model import pretrained_t5, small_t5
-from catid2_ray.generator.step import docid_loss, fit, learning_rate_factor, level_losses, step_seed
+from catid2_ray.generator.step import docid_loss, fit, level_losses
 from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
 from tests.oracles.beam import step_logp
 
@@ -144,7 +144,7 @@ def examples():
 
 
 def test_a_small_model_learns_its_rows_and_resuming_is_exact():
-    run = {"space": SPACE, "batch": 6, "learning_rate": 0.01, "warmup": 4, "total_steps": 40}
+    run = {"space": SPACE, "batch": 6, "learning_rate": 0.01, "warmup_share": 0.1, "total_steps": 40}
     whole, parts = small(), small()
     seen = []
     result = fit(whole, examples(), steps=40, on_step=lambda step, loss: seen.append(step), **run)
@@ -162,16 +162,3 @@ def test_a_loss_that_is_not_finite_stops_the_training():
         model.shared.weight[30:] = torch.nan
     with pytest.raises(TrainingError, match="loss is nan at step 0"):
         fit(model, examples(), space=SPACE, steps=2, batch=6, learning_rate=0.1)
-
-
-def test_schedules_and_seeds():
-    factors = [learning_rate_factor(step, warmup=2, total=10) for step in range(11)]
-    assert (
-        factors[:3] == [0.5, 1.0, 1.0]
-        and factors[10] == pytest.approx(0.0)
-        and factors == sorted(factors[:1]) + sorted(factors[1:], reverse=True)
-    )
-    assert learning_rate_factor(15, warmup=4, total=0, schedule="inverse_sqrt") == 0.5
-    with pytest.raises(RecipeError, match="schedule 'linear' is unknown"):
-        learning_rate_factor(5, warmup=1, total=10, schedule="linear")
-    assert step_seed(1, 2) == step_seed(1, 2) != step_seed(2, 1) and 0 <= step_seed(0, 0) < 2**63
