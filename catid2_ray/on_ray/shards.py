@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 
 from catid2_ray.artifacts.manifest import Manifest
@@ -41,8 +42,12 @@ class RankRange:
         return self.high - self.low
 
     def dataset(self, store: Store, columns: list[str]) -> ray.data.Dataset:
-        paths = [store.path(name) for name in self.files]
-        return ray.data.read_parquet(paths, filesystem=store.arrow_fs, columns=[*columns, "part", "index"])
+        """One read task a part. The manifest names the files, so nothing is listed and no footer is read beforehand."""
+        files = [{"file": name} for name in self.files]
+        wanted = {"store": store, "columns": [*columns, "part", "index"]}
+        return ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
+            _read_part, batch_size=1, fn_kwargs=wanted
+        )
 
     def places(self, batch) -> tuple[np.ndarray, np.ndarray]:
         """(mask over the batch's rows that are this worker's, their places 0 … rows − 1)."""
@@ -52,6 +57,10 @@ class RankRange:
         row = offset[inverse] + batch["index"].to_numpy() - self.low
         mine = (row >= 0) & (row < self.rows)
         return mine, row[mine]
+
+
+def _read_part(batch: dict, *, store: Store, columns: list[str]) -> pa.Table:
+    return store.read_table(batch["file"][0], columns=columns)
 
 
 class ShardRows:
