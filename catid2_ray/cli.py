@@ -134,7 +134,7 @@ def evaluate(
 ) -> None:
     """Score the current release of a store on a table of pairs."""
     from catid2_ray.errors import InputError
-    from catid2_ray.evaluation.report import recall_table
+    from catid2_ray.evaluation.report import closing_table
     from catid2_ray.on_ray.reindex import evaluate_release, write_json
 
     names = tuple(name.strip() for name in methods.split(",") if name.strip())
@@ -143,7 +143,7 @@ def evaluate(
     figures = evaluate_release(store, pairs, split=split, min_relevance=min_relevance, methods=names)
     if json_file:
         write_json(json_file, figures)
-    Console().print(recall_table(figures))
+    Console().print(closing_table(figures))
 
 
 @app.command()

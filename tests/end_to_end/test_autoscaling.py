@@ -18,7 +18,7 @@ FAST = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "ups
 
 def replicas() -> int:
     deployment = serve.status().applications["catid2"].deployments["Retriever"]
-    return sum(count for state, count in deployment.replica_states.items() if str(state.value) == "RUNNING")
+    return sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
 
 
 def test_replicas_go_from_one_to_two(released):
