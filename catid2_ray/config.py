@@ -246,11 +246,11 @@ class EvaluationRecipe(Section):
     )
     max_queries: int | None = setting(None, "score a seeded sample of this many queries", unit="queries", ge=1)
     min_beam_to_bm25: float = setting(
-        0.5, "the job fails when recall@50 of the beam is under this share of BM25's", unit="ratio", ge=0
+        0.5, "FAILED when the beam's recall@50 is under this share of BM25's", unit="ratio", operational=True, ge=0
     )
     workers: int = setting(2, "actors that search", unit="actors", operational=True, ge=1)
     bm25_max_products: int = setting(
-        5_000_000, "BM25 holds its index in one process: above this it is left out", unit="products", ge=1
+        5_000_000, "BM25 is left out above this: its index is in memory", unit="products", ge=1, le=5_000_000
     )
 
 

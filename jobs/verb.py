@@ -1,4 +1,4 @@
-"""What every job shares: `--recipe`, `--set`, errors as one message and an exit code."""
+"""What every job shares: `--recipe`, `--set`, errors as one message and an exit code, the manifest's URI at the end."""
 
 from collections.abc import Callable
 
@@ -15,3 +15,14 @@ def main(work: Callable[[Recipe], str]) -> None:
         print(work(Recipe.load(recipe, overrides or [])))
 
     guarded(lambda: typer.run(command))
+
+
+def main_stage(verb: str) -> None:
+    """`main` for a verb that runs stages: prints the URI of the last stage's manifest."""
+    from catid2_ray.on_ray.reindex import run_verb
+
+    def work(recipe: Recipe) -> str:
+        store, manifest = run_verb(recipe, verb)
+        return store.uri_of(manifest.name)
+
+    main(work)

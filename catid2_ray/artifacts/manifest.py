@@ -48,6 +48,11 @@ class Manifest:
     created: str = ""
     format: int = FORMAT
 
+    @property
+    def name(self) -> str:
+        """The store name of the manifest itself."""
+        return _manifest_name(self.kind, self.key)
+
     def file(self, name: str) -> str:
         """The store name of one of the files, such as `part-00000.parquet`."""
         return f"{self.folder}/{name}"
@@ -89,12 +94,14 @@ class Attempt:
     """One try at producing an artefact: write below `folder`, then `commit`.
 
     `find` first; an attempt exists only for what is not there. Nothing below `folder` counts until `commit` returns.
+    `measure` may be set to a function whose figures join the metrics at the commit.
     """
 
     def __init__(self, store: Store, kind: str, *, settings: dict, parents: dict[str, str], recipe: dict):
         self.store, self.kind, self.settings, self.parents, self.recipe = store, kind, settings, parents, recipe
         self.key = key_of(kind, settings, parents)
         self.folder = f"artifacts/{kind}/{self.key}/attempt-{uuid.uuid4().hex[:12]}"
+        self.measure = dict
         self._started = time.monotonic()
 
     def name(self, file: str) -> str:
@@ -119,7 +126,7 @@ class Attempt:
             recipe=self.recipe,
             rows=rows,
             schema=schema,
-            metrics={**metrics, "seconds": round(time.monotonic() - self._started, 2)},
+            metrics={**metrics, "seconds": round(time.monotonic() - self._started, 2), **self.measure()},
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
         try:
@@ -131,9 +138,9 @@ class Attempt:
 
 def verify(store: Store, manifest: Manifest) -> None:
     """Every file is there with its size, or ArtifactError naming the first that is not."""
+    sizes = store.sizes(manifest.folder)
     for entry in manifest.files:
-        name = manifest.file(entry["name"])
-        size = store.size(name)
+        name, size = manifest.file(entry["name"]), sizes.get(entry["name"])
         if size is None:
             raise ArtifactError(
                 f"{store.uri_of(name)} is missing though its manifest is committed: the artefact was damaged after the "

@@ -83,7 +83,9 @@ def publish(store: Store, manifests: dict[str, Manifest]) -> tuple[Release, bool
     except CommitConflict:
         release = load(store, release.name)
     try:
-        store.create(f"current/{number + 1:010d}.json", json.dumps({"release": release.name}).encode())
+        store.create(
+            f"current/{number + 1:010d}.json", json.dumps({"release": release.name, "by": uuid.uuid4().hex}).encode()
+        )
     except CommitConflict:
         raise CommitConflict(
             f"another job published to {store.uri} while this one ran; release {release.name} is stored but not current. "
@@ -126,20 +128,22 @@ def current(store: Store) -> Release:
     return load(store, name)
 
 
-def fetch(store: Store, manifest: Manifest, cache: Path) -> Path:
+def fetch(store: Store, manifest: Manifest, cache: Path, *, below: tuple[str, ...] = ("",)) -> Path:
     """A local folder with the artefact's files. Local stores are read in place; from S3 it is copied once per node.
+
+    `below`: only files whose names begin so; serving, for one, does not need the parts.
 
     A copy is verified by SHA-256 and renamed into place whole, so concurrent readers never see half of it.
     """
     if not store.is_s3:
         verify(store, manifest)
         return Path(store.path(manifest.folder))
-    target = cache / f"{manifest.kind}-{manifest.digest[:16]}"
+    target = cache / f"{manifest.kind}-{digest_of([manifest.digest, below])[:16]}"
     if target.exists():
         return target
     partial = cache / f".{target.name}.{uuid.uuid4().hex[:8]}"
     try:
-        for entry in manifest.files:
+        for entry in (entry for entry in manifest.files if entry["name"].startswith(below)):
             store.download(manifest.file(entry["name"]), partial / entry["name"])
             if sha256_of(partial / entry["name"]) != entry["sha256"]:
                 raise ArtifactError(
@@ -169,7 +173,8 @@ def serving_folder(store: Store, ids: Manifest, generator: Manifest, cache: Path
         )
     cache = cache.absolute()
     cache.mkdir(parents=True, exist_ok=True)
-    ids_folder, generator_folder = fetch(store, ids, cache), fetch(store, generator, cache)
+    ids_folder = fetch(store, ids, cache, below=("trie/", "products.arrow"))
+    generator_folder = fetch(store, generator, cache)
     # The link targets belong to the name: a store that was deleted and built anew has equal digests in other folders.
     targets = [str(ids_folder), str(generator_folder)]
     folder = cache / f"serving-{digest_of([ids.digest, generator.digest, targets, settings])[:16]}"
@@ -203,9 +208,10 @@ def release_folder(store: Store, release: Release, cache: Path) -> Path:
     )
 
 
-def retriever_settings(manifests: dict[str, Manifest], *, release: str) -> dict:
+def retriever_settings(manifests: dict[str, Manifest], *, release: str, beam_width: int | None = None) -> dict:
+    """What retriever.json holds. A release is served with the beam that it was evaluated with."""
     return {
-        "beam_width": manifests["ids"].recipe["evaluation"]["beam_width"],
+        "beam_width": beam_width or manifests["evaluation"].settings["beam_width"],
         "query_tokens": manifests["examples"].settings["query_tokens"],
         "codes_per_level": manifests["ids"].metrics["codes_per_level"],
         "release": release,

@@ -18,7 +18,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import s3fs
 
-from catid2_ray.errors import CommitConflict, StorageError
+from catid2_ray.errors import CommitConflict, InputError, StorageError
 
 # S3-compatible servers (Ceph, rclone) answer 411 to the chunked checksums that newer clients send by default.
 S3_ENVIRONMENT = {
@@ -80,7 +80,7 @@ class Store:
     def _doing(self, what: str, name: str):
         try:
             yield
-        except StorageError:
+        except (StorageError, InputError):
             raise
         except FileNotFoundError:
             raise StorageError(f"cannot {what} {self.uri_of(name)}: it does not exist") from None
@@ -109,13 +109,11 @@ class Store:
         with self._doing("look up", name):
             return self.fs.exists(self.path(name))
 
-    def size(self, name: str) -> int | None:
-        """Bytes of an object, or None where it does not exist."""
-        with self._doing("look up", name):
-            try:
-                return self.fs.info(self.path(name))["size"]
-            except FileNotFoundError:
-                return None
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of every object below a folder, by its name relative to the folder; one listing, empty where nothing is."""
+        with self._doing("look up", folder):
+            found = self.fs.find(self.path(folder), detail=True)
+        return {path[len(self.path(folder)) + 1 :]: info["size"] for path, info in found.items()}
 
     def names(self, name: str) -> list[str]:
         """Names (not paths) of the entries directly below `name`, sorted; empty where there is nothing."""
@@ -160,6 +158,8 @@ class Store:
             except Exception as error:
                 cause = error if hasattr(error, "response") else error.__cause__
                 code = getattr(cause, "response", {}).get("Error", {}).get("Code", "")
+                if self._is_ours(name, data):
+                    return
                 if code in ("PreconditionFailed", "ConditionalRequestConflict", "412") or "PreconditionFailed" in str(
                     error
                 ):
@@ -167,6 +167,13 @@ class Store:
                 if "pre-conditions" in str(error) or isinstance(error, FileExistsError):
                     raise conflict from None
                 raise
+
+    def _is_ours(self, name: str, data: bytes) -> bool:
+        """A client that repeats a request whose reply was lost is refused by its own object; records are unique."""
+        try:
+            return self.fs.cat_file(self.path(name)) == data
+        except Exception:
+            return False
 
     @contextlib.contextmanager
     def _temporary(self, name: str):
@@ -191,7 +198,10 @@ class Store:
 
     def read_table(self, name: str, columns: list[str] | None = None, **options) -> pa.Table:
         with self._doing("read", name):
-            return pq.read_table(self.path(name), columns=columns, filesystem=self.arrow_fs, **options)
+            try:
+                return pq.read_table(self.path(name), columns=columns, filesystem=self.arrow_fs, **options)
+            except pa.ArrowInvalid as error:
+                raise InputError(f"{self.uri_of(name)} is not a whole parquet file: {error}") from None
 
     def parquet_files(self, name: str) -> list[str]:
         """The table `name`: `name.parquet`, or every .parquet below the folder `name`; StorageError where there is neither."""
@@ -205,6 +215,14 @@ class Store:
                 f"no table {name!r} in {self.uri}: expected {name}.parquet or a folder {name}/ with .parquet files"
             )
         return files
+
+    def parquet_file(self, name: str) -> pq.ParquetFile:
+        """An opened parquet file (schema, row count, batches); InputError where it is none."""
+        with self._doing("read", name):
+            try:
+                return pq.ParquetFile(self.path(name), filesystem=self.arrow_fs)
+            except pa.ArrowInvalid as error:
+                raise InputError(f"{self.uri_of(name)} is not a whole parquet file: {error}") from None
 
     def fingerprint(self, name: str) -> str:
         """What changes when a source file changes: its SHA-256 locally, size and ETag on S3 (no download)."""

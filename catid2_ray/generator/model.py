@@ -95,7 +95,7 @@ def pretrained_t5(
 
 def _load(name_or_folder: str) -> T5ForConditionalGeneration:
     try:
-        model = T5ForConditionalGeneration.from_pretrained(name_or_folder, dtype=torch.float32)
+        model = T5ForConditionalGeneration.from_pretrained(name_or_folder, dtype=torch.float32, use_safetensors=True)
     except Exception as error:
         raise EncoderError(
             f"no T5 could be loaded from {name_or_folder!r} ({type(error).__name__}: {error}); offline, or an "

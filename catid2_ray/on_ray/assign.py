@@ -109,6 +109,7 @@ def _resolve(
         _, sizes = np.unique(space.prefix_of(packed_N[collides_N], space.levels - 1), return_counts=True)
         occupied = space.unpack(packed_N[~collides_N]) if sizes.max() > space.codes_per_level[-1] else None
         names_N = np.concatenate(names).astype(str)
+        progress.event("resolve", prefixes=len(prefixes), products=len(names_N), method=job.recipe.ids.method)
         unique = assign_unique(
             np.concatenate(codes), np.concatenate(residuals), [book.detach().numpy() for book in model.codebooks], names_N,
             occupied=occupied, method=job.recipe.ids.method,
@@ -129,6 +130,7 @@ def _write_trie(job: Job, attempt: Attempt, catalog: Manifest, specs: list[dict]
     final_NL = np.concatenate(
         [matrix(store.read_table(attempt.name(spec["file"]), columns=["codes"])["codes"]) for spec in specs]
     )
+    progress.event("trie", products=len(final_NL))
     trie = Trie.build(final_NL, codes_per_level=space.codes_per_level)
     products = pa.concat_tables(
         [store.read_table(catalog.file(spec["file"]), columns=["product_id", "title"]) for spec in specs]

@@ -7,12 +7,12 @@ uniform random samples of the catalogue, which fits of bounded size use.
 
 import json
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
 from catid2_ray.artifacts import schemas
@@ -25,6 +25,7 @@ from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.config import CatalogRecipe
 from catid2_ray.errors import InputError
 from catid2_ray.on_ray import progress
+from catid2_ray.on_ray.parts import our_errors
 from catid2_ray.on_ray.pipeline import Job
 
 _NAMED_BAD_ROWS = 10
@@ -53,7 +54,8 @@ def _given_width(job: Job) -> int | None:
         return None
     source = Store(root)
     name = source.parquet_files("products")[0]
-    schema = pq.read_schema(source.path(name), filesystem=source.arrow_fs)
+    opened = source.parquet_file(name)
+    schema = opened.schema_arrow
     if "embedding" not in schema.names:
         if embedding.source == "given":
             raise InputError(
@@ -66,9 +68,7 @@ def _given_width(job: Job) -> int | None:
     kind = schema.field("embedding").type
     if pa.types.is_fixed_size_list(kind):
         return kind.list_size
-    for batch in pq.ParquetFile(source.path(name), filesystem=source.arrow_fs).iter_batches(
-        1024, columns=["embedding"]
-    ):
+    for batch in opened.iter_batches(1024, columns=["embedding"]):
         lengths = batch.column(0).drop_null().value_lengths()
         if len(lengths):
             return lengths[0].as_py()
@@ -90,15 +90,16 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
         source = Store(f"{job.store.uri}/{attempt.name('source')}")
     else:
         source = Store(recipe.root)
-    rows = _row_count(source, "products")
+    tables = {"products": _inspect(source, "products", _WriteProducts), "pairs": _inspect(source, "pairs", _WritePairs)}
+    rows = tables["products"].rows
     if rows == 0:
         raise InputError(f"the catalogue {source.uri} is empty: products has no rows")
     part_count = -(-rows // recipe.rows_per_part)
     arguments = {"store": job.store, "folder": attempt.folder, "recipe": recipe, "width": width}
-    products = _partition(source, "products", part_count, _WriteProducts, arguments)
+    products = _partition(source, tables["products"], "products", part_count, _WriteProducts, arguments)
     _refuse_bad(source, "products", rows, products, recipe)
-    pairs = _partition(source, "pairs", part_count, _WritePairs, arguments)
-    _refuse_bad(source, "pairs", _row_count(source, "pairs"), pairs, recipe)
+    pairs = _partition(source, tables["pairs"], "pairs", part_count, _WritePairs, arguments)
+    _refuse_bad(source, "pairs", tables["pairs"].rows, pairs, recipe)
 
     paths = Counter()
     for result in products:
@@ -114,6 +115,7 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
         "paths_cut": sum(result["cut_paths"] for result in products),
         "pairs": sum(result["good"] for result in pairs),
         "train_relevance_max": max((result["train_relevance_max"] for result in pairs), default=0.0),
+        "pairs_duplicate": sum(result["duplicates"] for result in pairs),
         "pairs_set_aside": sum(result["bad"] for result in pairs),
         "categories": list(taxonomy.sizes),
         "taxonomy": taxonomy.digest,
@@ -122,11 +124,35 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
     return attempt.commit(files, rows=good, schema=schemas.fingerprint(schemas.products(width)), metrics=metrics)
 
 
-def _row_count(source: Store, table: str) -> int:
-    return sum(
-        pq.ParquetFile(source.path(name), filesystem=source.arrow_fs).metadata.num_rows
-        for name in source.parquet_files(table)
-    )
+class _Source(NamedTuple):
+    """A source table before it is read: its files, their rows in all, and the columns that they share."""
+
+    files: list[str]
+    rows: int
+    columns: list[str]
+
+
+def _inspect(source: Store, table: str, writer: type) -> _Source:
+    """Read every footer. InputError where a needed column is missing, or a used one is in some files only."""
+    files, rows, columns = source.parquet_files(table), 0, None
+    for name in files:
+        opened = source.parquet_file(name)
+        rows += opened.metadata.num_rows
+        present = opened.schema_arrow.names
+        missing = sorted(set(writer.needed) - set(present))
+        if missing:
+            raise InputError(
+                f"{source.uri_of(name)}: missing column {', '.join(missing)}; found {', '.join(present)}. "
+                "Rename your columns to the house schema (see the README, 'your own data')"
+            )
+        used = [column for column in writer.wanted if column in present]
+        if columns is not None and used != columns:
+            raise InputError(
+                f"{source.uri_of(name)} has the columns {', '.join(used)}, but {source.uri_of(files[0])} has "
+                f"{', '.join(columns)}: all files of a table must agree"
+            )
+        columns = used
+    return _Source(files, rows, columns)
 
 
 def _add_part(table: pa.Table, part_count: int) -> pa.Table:
@@ -137,6 +163,7 @@ def _add_part(table: pa.Table, part_count: int) -> pa.Table:
 
 class _WriteProducts:
     wanted = ("product_id", "title", "description", "category_path", "embedding")
+    needed = ("product_id", "title")
 
     def __init__(self, *, store: Store, folder: str, recipe: CatalogRecipe, width: int | None):
         self.store, self.folder, self.recipe, self.width = store, folder, recipe, width
@@ -173,6 +200,7 @@ class _WriteProducts:
             "first_bad": [f"{row['product_id']!r}: {row['reason']}" for row in rows],
             "reasons": dict(Counter(_general(reason) for reason in checked.bad["reason"].to_pylist())),
             "cut_paths": getattr(checked, "cut_paths", 0),
+            "duplicates": getattr(checked, "duplicates", 0),
             "files": files,
             **more,
         }
@@ -180,7 +208,7 @@ class _WriteProducts:
 
 
 class _WritePairs(_WriteProducts):
-    wanted = schemas.PAIRS.names
+    wanted = needed = tuple(schemas.PAIRS.names)
 
     def __call__(self, group: pa.Table) -> pa.Table:
         part = group["part"][0].as_py()
@@ -195,18 +223,11 @@ def _general(reason: str) -> str:
     return " ".join("…" if any(c.isdigit() for c in word) else word for word in reason.split())
 
 
-def _partition(source: Store, table: str, part_count: int, writer: type, arguments: dict) -> list[dict]:
+def _partition(source: Store, found: _Source, table: str, part_count: int, writer: type, arguments: dict) -> list[dict]:
     """One Ray Data pass: read the wanted columns, group by part, check and write each part. Results in order of parts."""
-    files = source.parquet_files(table)
-    present = pq.read_schema(source.path(files[0]), filesystem=source.arrow_fs).names
-    wanted = [name for name in writer.wanted if name in present and (name != "embedding" or arguments["width"])]
-    missing = {"products": {"product_id", "title"}, "pairs": set(schemas.PAIRS.names)}[table] - set(wanted)
-    if missing:
-        raise InputError(
-            f"{source.uri_of(files[0])}: missing column {', '.join(sorted(missing))}; found {', '.join(present)}. "
-            "Rename your columns to the house schema (see the README, 'your own data')"
-        )
-    dataset = ray.data.read_parquet([source.path(name) for name in files], filesystem=source.arrow_fs, columns=wanted)
+    wanted = [name for name in found.columns if name != "embedding" or arguments["width"]]
+    paths = [source.path(name) for name in found.files]
+    dataset = ray.data.read_parquet(paths, filesystem=source.arrow_fs, columns=wanted)
     write = writer(**arguments)
 
     def write_part(group: pa.Table) -> pa.Table:
@@ -217,7 +238,7 @@ def _partition(source: Store, table: str, part_count: int, writer: type, argumen
         write_part, batch_format="pyarrow"
     )
     results = []
-    with progress.bar(f"reading {table}", part_count, "parts") as shown:
+    with our_errors(), progress.bar(f"reading {table}", part_count, "parts") as shown:
         for row in dataset.iter_rows():
             results.append(json.loads(row["result"]))
             shown.advance(1)

@@ -85,6 +85,12 @@ class PeakMemory:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
+    def lap(self) -> int:
+        """The peak since the last lap."""
+        self._sample()
+        peak, self.bytes = self.bytes, 0
+        return peak
+
     def __enter__(self):
         self._thread.start()
         return self
@@ -96,8 +102,11 @@ class PeakMemory:
     def _watch(self):
         while not self._stop.is_set():
             started = time.monotonic()
-            self.bytes = max(self.bytes, sum(_pss(process.pid) for process in _job_processes()))
+            self._sample()
             self._stop.wait(max(0.0, self._interval - (time.monotonic() - started)))
+
+    def _sample(self):
+        self.bytes = max(self.bytes, sum(_pss(process.pid) for process in _job_processes()))
 
 
 def _job_processes() -> list[psutil.Process]:

@@ -12,6 +12,7 @@ from catid2_ray.artifacts.store import Store, sha256_of
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.config import EmbeddingRecipe
+from catid2_ray.on_ray import progress
 from catid2_ray.on_ray.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.catalog import part_specs, read_sample
 from catid2_ray.on_ray.parts import map_parts
@@ -26,17 +27,17 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     if catalog.metrics["width"]:
         settings = {"given": True}
     else:
-        settings = {**recipe.identity(), "seed": job.recipe.seed, "encoder_files": _encoder_files(recipe.encoder)}
+        settings = {**recipe.identity(), "seed": job.recipe.seed, **model_identity(recipe.encoder)}
     return job.produce("embeddings", settings, {"catalog": catalog}, lambda attempt: _embed(job, attempt, catalog))
 
 
-def _encoder_files(encoder: str) -> str | None:
-    """Digest of a local model's files, so that exchanging the model under the same path is noticed."""
-    folder = Path(encoder).expanduser()
-    if encoder == "lsa" or not folder.is_dir():
-        return None
-    wanted = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".safetensors", ".txt", ".model")]
-    return digest_of([[path.relative_to(folder).as_posix(), sha256_of(path)] for path in wanted])
+def model_identity(name: str) -> dict:
+    """For a model in a local folder, the digest of its files, so that exchanging it under the same path is noticed."""
+    folder = Path(name).expanduser()
+    if name in ("lsa", "small") or not folder.is_dir():
+        return {}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {"model_files": digest_of([[path.relative_to(folder).as_posix(), sha256_of(path)] for path in files])}
 
 
 def _embed(job: Job, attempt: Attempt, catalog: Manifest) -> Manifest:
@@ -90,6 +91,7 @@ def _fit_lsa(job: Job, catalog: Manifest, folder: str) -> list[dict]:
     sample = read_sample(
         job.store, catalog, list(schemas.PRODUCTS.names), rows=recipe.sample_rows, seed=job.recipe.seed
     )
+    progress.event("fit", what="lsa", rows=sample.num_rows)
     encoder = LsaEncoder.fit(
         join_text(sample, recipe.text),
         width=recipe.width or _LSA_WIDTH,

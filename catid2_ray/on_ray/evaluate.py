@@ -31,7 +31,6 @@ _SAMPLES = 3
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The evaluation artefact: figures.json."""
     settings = {**job.recipe.evaluation.identity(), "seed": job.recipe.seed}
-    settings.pop("min_beam_to_bm25")
     parents = {role: parts[role] for role in ("catalog", "ids", "examples", "generator")}
     return job.produce("evaluation", settings, parents, lambda attempt: _evaluate(job, attempt, parents))
 
@@ -40,9 +39,18 @@ def _evaluate(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manif
     recipe = job.recipe.evaluation
     pairs = _pairs_of_split(job.store, parents["catalog"], recipe.split)
     figures = score(
-        job.store, parents, pairs, split=recipe.split, min_relevance=recipe.min_relevance, methods=recipe.methods,
-        workers=recipe.workers, max_queries=recipe.max_queries, seed=job.recipe.seed, bm25_max=recipe.bm25_max_products,
-    )  # fmt: skip
+        job.store,
+        parents,
+        pairs,
+        split=recipe.split,
+        min_relevance=recipe.min_relevance,
+        beam_width=recipe.beam_width,
+        methods=recipe.methods,
+        workers=recipe.workers,
+        max_queries=recipe.max_queries,
+        seed=job.recipe.seed,
+        bm25_max=recipe.bm25_max_products,
+    )
     entry = job.store.write_file(attempt.name("figures.json"), json.dumps(figures, indent=1).encode())
     return attempt.commit([entry], metrics=figures)
 
@@ -54,7 +62,7 @@ def _pairs_of_split(store: Store, catalog: Manifest, split: str) -> pa.Table:
 
 def score(
     store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: str, min_relevance: float, methods: tuple[str, ...],
-    workers: int, seed: int, max_queries: int | None = None, bm25_max: int = 5_000_000,
+    beam_width: int, workers: int, seed: int, max_queries: int | None = None, bm25_max: int = 5_000_000,
 ) -> dict:  # fmt: skip
     """Figures of `evaluation.protocol.evaluate` plus `sample_queries`, for any table of pairs against these parts."""
     judgements = _judge(store, parts, pairs, split=split, min_relevance=min_relevance)
@@ -67,7 +75,7 @@ def score(
             progress.event("skip", method="bm25", products=parts["catalog"].rows, limit=bm25_max)
             continue
         handler, arguments, pool = {
-            "beam": (_BeamSearch, {"parts": parts}, workers),
+            "beam": (_BeamSearch, {"parts": parts, "beam_width": beam_width}, workers),
             "bm25": (_Bm25Search, {"catalog": parts["catalog"]}, 1),
         }[method]
         specs = [
@@ -127,15 +135,16 @@ def _only(judgements: Judgements, chosen: np.ndarray) -> Judgements:
 class _BeamSearch:
     """Actor: a retriever over the candidate release, on this node's cache."""
 
-    def __init__(self, *, store: Store, parts: dict[str, Manifest]):
-        settings = retriever_settings(parts, release="candidate")
+    def __init__(self, *, store: Store, parts: dict[str, Manifest], beam_width: int):
+        settings = retriever_settings(parts, release="candidate", beam_width=beam_width)
         self.retriever = Retriever.open(
             serving_folder(store, parts["ids"], parts["generator"], default_cache(), settings)
         )
 
     def __call__(self, spec: dict) -> dict:
         texts = [query[: self.retriever.max_query_chars] for query in spec["queries"]]
-        hits = self.retriever.retrieve(texts, k=max(KS))
+        # A larger k would widen the beam beyond what is served.
+        hits = self.retriever.retrieve(texts, k=min(max(KS), self.retriever.beam_width))
         return {"position": spec["position"], "ranked": [[hit.product_id for hit in row] for row in hits]}
 
 

@@ -18,8 +18,10 @@ from catid2_ray.config import GeneratorRecipe
 from catid2_ray.errors import InputError
 from catid2_ray.generator.examples import tokenize
 from catid2_ray.generator.vocabulary import load_tokenizer, train_tokenizer, with_docid_tokens
+from catid2_ray.on_ray import progress
 from catid2_ray.on_ray.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.catalog import part_specs, read_sample
+from catid2_ray.on_ray.embed import model_identity
 from catid2_ray.on_ray.parts import map_parts
 from catid2_ray.on_ray.pipeline import Job
 
@@ -30,9 +32,8 @@ _DECIDING = ("model", "vocabulary", "min_relevance", "titles_per_query", "query_
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The examples artefact: part-*.parquet of schemas.examples, tokenizer/ with the ID tokens as last entries."""
     recipe = job.recipe.generator
-    settings = {name: value for name, value in recipe.identity().items() if name in _DECIDING} | {
-        "seed": job.recipe.seed
-    }
+    settings = {name: value for name, value in recipe.identity().items() if name in _DECIDING}
+    settings |= {**model_identity(recipe.model), "seed": job.recipe.seed}
     parents = {role: parts[role] for role in ("catalog", "ids")}
     return job.produce("examples", settings, parents, lambda attempt: _make(job, attempt, parents))
 
@@ -44,6 +45,7 @@ def training_pairs(pairs: pa.Table, min_relevance: float) -> pa.Table:
 def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     recipe, space = job.recipe.generator, job.recipe.quantizer.space
     if recipe.model == "small":
+        progress.event("fit", what="tokenizer", subwords=recipe.vocabulary)
         tokenizer = train_tokenizer(_texts(job, parents["catalog"]), size=recipe.vocabulary)
     else:
         tokenizer = load_tokenizer(recipe.model)

@@ -4,13 +4,29 @@ A part in gives a part out under the same name, so the files and their bytes do 
 their order, or on retries: a part that is done twice is written twice with the same bytes.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 
 import ray
 from ray.data import ActorPoolStrategy
 
+from catid2_ray.errors import CatidError
 from catid2_ray.on_ray import progress
+
+
+@contextlib.contextmanager
+def our_errors():
+    """Raise the error of ours that a task or actor raised, instead of what Ray wrapped around it."""
+    try:
+        yield
+    except Exception as error:
+        inner = error
+        while inner is not None and not isinstance(inner, CatidError):
+            inner = getattr(inner, "cause", None) or inner.__cause__ or inner.__context__
+        if inner is None or inner is error:
+            raise
+        raise type(inner)(*inner.args) from None
 
 
 class _Worker:
@@ -46,7 +62,7 @@ def map_parts(
         num_gpus=num_gpus or None,
     )
     results = []
-    with progress.bar(label, sum(spec["rows"] for spec in specs), unit) as shown:
+    with our_errors(), progress.bar(label, sum(spec["rows"] for spec in specs), unit) as shown:
         for row in dataset.iter_rows():
             results.append(json.loads(row["result"]))
             shown.advance(specs[results[-1]["position"]]["rows"])

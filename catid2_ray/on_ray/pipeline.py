@@ -4,6 +4,7 @@ catalog → embeddings → quantizer → ids → examples → generator → eval
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import PARTS
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError, CapacityError, InputError
+from catid2_ray.errors import ArtifactError, CapacityError, InputError, RecipeError
 from catid2_ray.on_ray import cluster, progress
 
 VERB_OF = {
@@ -31,13 +32,12 @@ class Job:
     """One run of a recipe against its store.
 
     `produce` is how every stage makes its artefact. `only` limits what may be made: a stage outside it must be committed
-    already, else an ArtifactError names the job to run first. `reused` and `made` tell what happened.
+    already, else an ArtifactError names the job to run first. `made` tells which stages ran.
     """
 
     recipe: Recipe
     store: Store
     only: frozenset[str] = frozenset(PARTS)
-    reused: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
     peak: cluster.PeakMemory | None = None
 
@@ -45,6 +45,7 @@ class Job:
     @contextlib.contextmanager
     def open(cls, recipe: Recipe, *, only=PARTS) -> Iterator["Job"]:
         """Checks the store first, so that an unreachable bucket fails before any work; shuts Ray down at the end."""
+        _refuse_relative(recipe)
         store = Store(recipe.store)
         store.check()
         try:
@@ -61,7 +62,6 @@ class Job:
         found = artifact.find(self.store, kind, artifact.key_of(kind, settings, digests))
         if found:
             artifact.verify(self.store, found)
-            self.reused.append(kind)
             progress.event("reuse", stage=kind, key=found.key)
             return found
         if kind not in self.only:
@@ -72,6 +72,8 @@ class Job:
         attempt = Attempt(
             self.store, kind, settings=settings, parents=digests, recipe=self.recipe.model_dump(mode="json")
         )
+        attempt.measure = lambda: {"peak_memory_bytes": self.peak.lap()}
+        self.peak.lap()
         progress.event("start", stage=kind, key=attempt.key)
         cluster.connect(self.recipe.cluster)
         made = work(attempt)
@@ -103,10 +105,25 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
     return parts
 
 
+def _refuse_relative(recipe: Recipe) -> None:
+    """In a submitted job the working directory is a copy that Ray deletes, and that other nodes do not see."""
+    for name, uri in (("store", recipe.store), ("catalog.root", recipe.catalog.root)):
+        if os.environ.get("RAY_ADDRESS") and uri and "://" not in uri and not os.path.isabs(uri):
+            raise RecipeError(
+                f"{name} {uri!r} is a relative path, but this job runs on a cluster, in a copy of the working directory "
+                f"that is deleted afterwards: set {name} to s3://… or to an absolute path that all nodes share"
+            )
+
+
 def _refuse_early(recipe: Recipe, catalog: Manifest) -> None:
     """What the catalogue alone shows to be hopeless, before hours of training rather than after."""
     quantizer, products = recipe.quantizer, catalog.rows
     most, space = max(quantizer.codes_per_level), quantizer.space
+    if quantizer.kmeans_sample < most:
+        raise CapacityError(
+            f"quantizer.kmeans_sample {quantizer.kmeans_sample} cannot start {most} codes of one level "
+            f"(quantizer.codes_per_level {list(quantizer.codes_per_level)}): raise the one or lower the other"
+        )
     if products < most:
         raise CapacityError(
             f"{products} products cannot fill {most} codes of one level: lower quantizer.codes_per_level "

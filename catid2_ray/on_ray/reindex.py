@@ -4,16 +4,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-
 from catid2_ray.artifacts import release as releases
-from catid2_ray.artifacts import schemas
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.pairs import check_pairs
 from catid2_ray.config import ClusterRecipe, Recipe
-from catid2_ray.errors import InputError, QualityGateError
-from catid2_ray.on_ray import cluster, evaluate
+from catid2_ray.errors import QualityGateError
+from catid2_ray.on_ray import cluster, evaluate, progress
 from catid2_ray.on_ray.pipeline import VERB_OF, Job, chain
 
 _SECONDS_OF = {"catalog": "catalog", "embeddings": "embed", "quantizer": "quantizer", "ids": "assign", "examples": "examples",
@@ -22,12 +20,11 @@ _SECONDS_OF = {"catalog": "catalog", "embeddings": "embed", "quantizer": "quanti
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """`figures` is the JSON of the job; `moved` whether `current` now names another release; `made` the stages that ran."""
+    """`figures` is the JSON of the job; `made` the stages that ran."""
 
     release: Release
     figures: dict
     parts: dict[str, Manifest]
-    moved: bool
     made: list[str]
 
 
@@ -50,15 +47,14 @@ def reindex(recipe: Recipe) -> Outcome:
     """The whole chain: continue at the first stage without a committed manifest, evaluate, publish."""
     with Job.open(recipe) as job:
         parts = chain(job)
-        figures = figures_of(parts, peak=job.peak.bytes)
+        figures = figures_of(parts)
         _gate(recipe, figures)
-        release, moved = releases.publish(job.store, parts)
-    return Outcome(
-        release=release, figures={"release": release.name, **figures}, parts=parts, moved=moved, made=job.made
-    )
+        release, _ = releases.publish(job.store, parts)
+    return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
 
 
-def figures_of(parts: dict[str, Manifest], *, peak: int) -> dict:
+def figures_of(parts: dict[str, Manifest]) -> dict:
+    """The job's JSON. Seconds and peak memory are those of the runs that made the stages, not of a rerun that found them."""
     ids, scores = parts["ids"].metrics, parts["evaluation"].metrics
     return {
         "documents": ids["documents"],
@@ -68,7 +64,7 @@ def figures_of(parts: dict[str, Manifest], *, peak: int) -> dict:
         "codes_per_level": ids["codes_per_level"],
         **{name: scores[name] for name in ("recall", "recall_seen", "recall_unseen", "queries")},
         "seconds": {name: parts[stage].metrics["seconds"] for stage, name in _SECONDS_OF.items()},
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": max(manifest.metrics["peak_memory_bytes"] for manifest in parts.values()),
     }
 
 
@@ -103,15 +99,22 @@ def evaluate_release(
     path = Path(pairs_file)
     source = Store(pairs_file.rsplit("/", 1)[0] if pairs_file.startswith("s3://") else str(path.parent))
     name = pairs_file.rsplit("/", 1)[-1] if pairs_file.startswith("s3://") else path.name
-    try:
-        pairs = source.read_table(name)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{pairs_file} is not a parquet file: {error}") from None
-    pairs = schemas.conform(pairs, schemas.PAIRS, where=pairs_file)
+    checked = check_pairs(source.read_table(name))
+    if checked.bad.num_rows:
+        progress.event("set_aside", pairs=checked.bad.num_rows, first=repr(checked.bad["reason"][0].as_py()))
+    pairs = checked.good
     cluster.connect(ClusterRecipe())
     try:
         figures = evaluate.score(
-            store, parts, pairs, split=split, min_relevance=min_relevance, methods=methods, workers=workers, seed=0
+            store,
+            parts,
+            pairs,
+            beam_width=parts["evaluation"].settings["beam_width"],
+            split=split,
+            min_relevance=min_relevance,
+            methods=methods,
+            workers=workers,
+            seed=0,
         )
     finally:
         cluster.disconnect()

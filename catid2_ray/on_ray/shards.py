@@ -87,8 +87,8 @@ class ShardRows:
         needed, free = int(np.prod(shape)) * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
         if needed > 0.9 * free:
             raise StorageError(
-                f"the shard's column {name} needs {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: set "
-                "input=stream in this section of the recipe, or use more workers"
+                f"the shard's column {name} needs {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: point TMPDIR "
+                "to a larger disk, use more workers, or, for the quantizer, set quantizer.input=stream"
             )
         return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
 
@@ -117,8 +117,10 @@ class StreamedRows:
     def epoch(self, order: np.ndarray, *, steps: int, batch: int) -> Iterator[dict[str, np.ndarray]]:
         generator = np.random.default_rng([self._seed, self._epoch])
         self._epoch += 1
-        given, window = 0, None
+        given = 0
         while given < steps:
+            # What is left of a pass is dropped: with the next pass it could put one row into a batch twice.
+            window = None
             for block in self._blocks():
                 window = (
                     block if window is None else {name: np.concatenate([window[name], block[name]]) for name in block}

@@ -17,6 +17,7 @@ from catid2_ray.generator.model import pretrained_t5, small_t5
 from catid2_ray.generator.step import DocidLoss, parameter_groups
 from catid2_ray.generator.vocabulary import load_tokenizer, starts_word
 from catid2_ray.on_ray import worker
+from catid2_ray.on_ray.embed import model_identity
 from catid2_ray.on_ray.examples import QUERY, TITLE
 from catid2_ray.on_ray.pipeline import Job
 
@@ -25,14 +26,15 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The generator artefact: a folder that `T5ForConditionalGeneration.from_pretrained` loads, with its tokenizer."""
     recipe, examples = job.recipe.generator, parts["examples"]
     parents = {"ids": parts["ids"], "examples": examples}
-    settings = {**recipe.identity(), "seed": job.recipe.seed}
+    settings = {**recipe.identity(), **model_identity(recipe.model), "seed": job.recipe.seed}
     return job.produce("generator", settings, parents, lambda attempt: _train(job, attempt, examples))
 
 
 def _train(job: Job, attempt: Attempt, examples: Manifest) -> Manifest:
     recipe = job.recipe.generator
     with tempfile.TemporaryDirectory() as cache:
-        tokenizer = load_tokenizer(str(fetch(job.store, examples, Path(cache)) / "tokenizer"))
+        folder = fetch(job.store, examples, Path(cache), below=("tokenizer/",))
+        tokenizer = load_tokenizer(str(folder / "tokenizer"))
     counts = {"query": examples.metrics["query_examples"], "title": examples.metrics["title_examples"]}
     task = GeneratorTask(recipe, tokenizer, job.recipe.quantizer.space, counts, job.recipe.seed)
     run = worker.Run(

@@ -132,8 +132,10 @@ def clean(store: Store, attempt: Attempt) -> None:
 def _cause(error: Exception, label: str) -> CatidError:
     """The error of ours inside Ray's, as it was raised, or a TrainingError that quotes the worker's last words."""
     for failure in getattr(error, "worker_failures", {}).values():
-        inner = getattr(failure, "cause", failure)
-        if isinstance(inner, CatidError):
+        inner = failure
+        while inner is not None and not isinstance(inner, CatidError):
+            inner = getattr(inner, "cause", None) or inner.__cause__
+        if inner is not None:
             return inner
     text = str(error).strip().splitlines()
     return TrainingError(
@@ -240,6 +242,10 @@ def _epoch(run: Run, engine, rows, epoch: int, *, batch: int, steps: int, rank: 
             name: torch.from_numpy(np.ascontiguousarray(values)).to(run.device) for name, values in columns.items()
         }
         loss, terms = run.task.loss(engine, tensors, gather=gather)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} in epoch {epoch + 1}, step {step + 1}: lower this stage's learning_rate"
+            )
         engine.backward(loss)
         engine.step()
         for name, value in {"loss": loss.detach(), **terms}.items():

@@ -79,7 +79,7 @@ class Retriever:
         try:
             settings = json.loads((folder / "retriever.json").read_text(encoding="utf-8"))
             products = pa.ipc.open_file(pa.memory_map(str(folder / "products.arrow"))).read_all()
-            model = T5ForConditionalGeneration.from_pretrained(folder / "generator")
+            model = T5ForConditionalGeneration.from_pretrained(folder / "generator", use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(folder / "generator")
             ids, titles = products["product_id"], products["title"] if "title" in products.column_names else None
             codes_per_level = tuple(settings["codes_per_level"])
@@ -145,7 +145,7 @@ class Retriever:
         return answers
 
     def _hits(self, result: BeamResult, k: int, allowed) -> list[list[Hit]]:
-        """Rows of each result, expanded, filtered and cut; one look-up in the product table for the whole batch."""
+        """Rows of each result, expanded, filtered and cut, with their products."""
         picked = []
         ranges, docids, scores = result.row_range_BK2.tolist(), result.docid_BKL.tolist(), result.logp_BK.tolist()
         for query, count in enumerate(result.count_B.tolist()):
@@ -156,11 +156,17 @@ class Retriever:
                 if allowed is None or allowed[row]
             )
             picked.append([entry for entry, _ in zip(found, range(k))])
-        row_N = pa.array([row for entries in picked for row, _, _ in entries], pa.int64())
-        product_ids = iter(self.product_ids.take(row_N).to_pylist())
-        titles = iter([None] * len(row_N) if self.titles is None else self.titles.take(row_N).to_pylist())
+        # Row by row: `take` on a chunked column costs time in proportion to the catalogue, an index does not.
         return [
-            [Hit(next(product_ids), self.space.text(docid), score, next(titles)) for _, docid, score in entries]
+            [
+                Hit(
+                    self.product_ids[row].as_py(),
+                    self.space.text(docid),
+                    score,
+                    None if self.titles is None else self.titles[row].as_py(),
+                )
+                for row, docid, score in entries
+            ]
             for entries in picked
         ]
 

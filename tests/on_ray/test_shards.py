@@ -82,7 +82,7 @@ def test_rows_that_do_not_arrive_are_an_error_not_a_shorter_epoch(tmp_path):
 def test_a_disk_that_is_too_small_says_what_to_set(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10})())
     span = RankRange(manifest(), rank=0, world=1)
-    with pytest.raises(StorageError, match="input=stream"):
+    with pytest.raises(StorageError, match="quantizer.input=stream"):
         ShardRows(Blocks(span, 4), span, ["value"], tmp_path)
 
 

@@ -53,9 +53,7 @@ def store(request):
 
 def commit(store, kind, files, *, parents=None, settings=None, **commit_options):
     """One artefact with the given files (name → bytes)."""
-    attempt = Attempt(
-        store, kind, settings=settings or {}, parents=parents or {}, recipe={"evaluation": {"beam_width": 50}}
-    )
+    attempt = Attempt(store, kind, settings=settings or {}, parents=parents or {}, recipe={})
     entries = [store.write_file(attempt.name(name), data) for name, data in files.items()]
     return attempt.commit(entries, **{"metrics": {}, **commit_options})
 
@@ -72,7 +70,7 @@ def commit_chain(store, word):
             kind,
             files,
             parents={role: made[role].digest for role in PARENTS_OF[kind]},
-            settings={"query_tokens": 24, "word": word},
+            settings={"query_tokens": 24, "beam_width": 50, "word": word},
             metrics={"codes_per_level": [4, 4, 4]},
         )
     return made

@@ -28,7 +28,7 @@ def parts():
     )
     with_docid_tokens(tokenizer, SPACE)
     examples = Examples({"title": tokenize(tokenizer, TITLES, length=8)}, {"title": CODES})
-    fit(model, examples, space=SPACE, steps=80, batch=6, learning_rate=0.01, warmup=5)
+    fit(model, examples, space=SPACE, steps=80, batch=6, learning_rate=0.01, warmup_share=0.05)
     trie = Trie.build(CODES, codes_per_level=(4, 4))
     return model, tokenizer, trie, [f"p{row}" for row in trie.order_N], [TITLES[row] for row in trie.order_N]
 
