@@ -6,7 +6,7 @@ import pytest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError, CapacityError, EncoderError, InputError, StorageError
+from catid2_ray.errors import ArtifactError, CapacityError, EncoderError, InputError, RecipeError, StorageError
 from catid2_ray.on_ray import cluster
 from catid2_ray.on_ray.reindex import publish, reindex, run_verb
 
@@ -55,6 +55,39 @@ def test_missing_column(job):
         reindex(job(products=MADE.products.rename_columns(["product_id", "name", *MADE.products.column_names[2:]])))
     with pytest.raises(InputError, match="missing column split"):
         reindex(job(pairs=MADE.pairs.drop_columns(["split"])))
+
+
+def test_a_column_of_another_type_is_named_though_it_is_found_in_a_worker(job):
+    numbers = pa.array([float(row) for row in range(60)])
+    with pytest.raises(InputError, match="product_id"):
+        reindex(job(products=MADE.products.set_column(0, "product_id", numbers)))
+
+
+def test_a_file_that_is_no_parquet(job, tmp_path):
+    recipe = job()
+    (tmp_path / "source" / "products.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(InputError, match="products.parquet is not a whole parquet file"):
+        reindex(recipe)
+
+
+def test_files_of_one_table_that_disagree(job, tmp_path):
+    recipe = job(products=None)
+    source = Store(tmp_path / "source")
+    source.write_table("products/a.parquet", MADE.products)
+    source.write_table("products/b.parquet", MADE.products.drop_columns(["description"]))
+    with pytest.raises(InputError, match="b.parquet has the columns .*all files of a table must agree"):
+        reindex(recipe)
+
+
+def test_a_relative_path_in_a_submitted_job(job, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    with pytest.raises(RecipeError, match="store 'catid2_store' is a relative path, but this job runs on a cluster"):
+        reindex(job(store="catid2_store"))
+
+
+def test_a_sample_too_small_to_start_the_codes(job):
+    with pytest.raises(CapacityError, match="quantizer.kmeans_sample 16 cannot start 32 codes"):
+        reindex(job(quantizer={"kmeans_sample": 16, "codes_per_level": [32, 8, 8, 8]}))
 
 
 def test_no_table_at_all(job):
