@@ -15,15 +15,20 @@ from catid2_ray.errors import CatidError
 from catid2_ray.on_ray import progress
 
 
+def our_error(error: BaseException | None) -> CatidError | None:
+    """The error of ours among the causes that Ray wrapped around it, if there is one."""
+    while error is not None and not isinstance(error, CatidError):
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return error
+
+
 @contextlib.contextmanager
 def our_errors():
     """Raise the error of ours that a task or actor raised, instead of what Ray wrapped around it."""
     try:
         yield
     except Exception as error:
-        inner = error
-        while inner is not None and not isinstance(inner, CatidError):
-            inner = getattr(inner, "cause", None) or inner.__cause__ or inner.__context__
+        inner = our_error(error)
         if inner is None or inner is error:
             raise
         raise type(inner)(*inner.args) from None

@@ -23,6 +23,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe, TrainingRecipe
 from catid2_ray.errors import CatidError, TrainingError
 from catid2_ray.on_ray import checkpoints, progress
+from catid2_ray.on_ray.parts import our_error
 from catid2_ray.on_ray.shards import RankRange, open_rows
 from catid2_ray.schedule import learning_rate_at, seed_from
 
@@ -132,10 +133,8 @@ def clean(store: Store, attempt: Attempt) -> None:
 def _cause(error: Exception, label: str) -> CatidError:
     """The error of ours inside Ray's, as it was raised, or a TrainingError that quotes the worker's last words."""
     for failure in getattr(error, "worker_failures", {}).values():
-        inner = failure
-        while inner is not None and not isinstance(inner, CatidError):
-            inner = getattr(inner, "cause", None) or inner.__cause__
-        if inner is not None:
+        # Ray Train hands over what a worker raised inside a wrapper that has no public way in.
+        if inner := our_error(getattr(failure, "_base_exc", failure)):
             return inner
     text = str(error).strip().splitlines()
     return TrainingError(

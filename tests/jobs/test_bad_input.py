@@ -6,7 +6,15 @@ import pytest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError, CapacityError, EncoderError, InputError, RecipeError, StorageError
+from catid2_ray.errors import (
+    ArtifactError,
+    CapacityError,
+    EncoderError,
+    InputError,
+    RecipeError,
+    StorageError,
+    TrainingError,
+)
 from catid2_ray.on_ray import cluster
 from catid2_ray.on_ray.reindex import publish, reindex, run_verb
 
@@ -135,6 +143,11 @@ def test_fewer_products_than_codes(job):
 def test_more_products_than_ids(job):
     with pytest.raises(CapacityError, match="60 products do not fit into 32 IDs"):
         reindex(job(quantizer={"codes_per_level": [4, 2, 2, 2], "epochs": 1}))
+
+
+def test_a_training_that_diverges_says_where(job):
+    with pytest.raises(TrainingError, match="the loss is (nan|inf) in epoch .* lower this stage's learning_rate"):
+        reindex(job(quantizer={"learning_rate": 1e30, "epochs": 3, "warmup_share": 0}))
 
 
 def test_no_training_pair(job):
