@@ -1,6 +1,7 @@
 """`ray job submit` of jobs.reindex against a Ray cluster that is already running, as a platform team does it."""
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -31,6 +32,8 @@ def head(tmp_path_factory):
     """`ray start --head --block` on ports of its own; yields the environment of a client and the dashboard's address."""
     port, dashboard, agent, client = free_ports(4)
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
+    # A token of the test's own: a fresh machine has none yet, and `ray start` then refuses.
+    environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     environment.pop("RAY_ADDRESS", None)
     log = open(tmp_path_factory.mktemp("ray") / "head.log", "w+")  # noqa: SIM115 (closed below)
     process = subprocess.Popen(
