@@ -31,7 +31,7 @@ def machine() -> str:
 def report(figures: dict, recipe: Recipe, encoder: str, notes: str) -> str:
     return (
         "# Home Depot, the whole job\n\n"
-        f"Written by `benchmarks/home_depot.py` from `jobs/recipes/home_depot.yaml`; encoder: {encoder}. "
+        f"Written by `benchmarks/home_depot.py` for `jobs/recipes/home_depot.yaml`; encoder: {encoder}. "
         f"Machine: {machine()}.\n\n"
         f"{markdown(figures)}\n"
         "Categories of this catalogue are **inferred** from titles. *Seen* products are those that a training pair names. "

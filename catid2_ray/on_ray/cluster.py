@@ -15,8 +15,8 @@ import ray
 from catid2_ray.artifacts.store import S3_ENVIRONMENT
 from catid2_ray.config import ClusterRecipe
 
-# For a Ray of our own only. Workers inherit this process's environment, since a runtime_env would start every one of them
-# twice; and idle ones are kept, since on few cores starting Python anew for each short task costs more than the task.
+# For a Ray of our own only. Workers inherit this process's environment, which spares the set-up of a runtime_env; and idle
+# ones are kept, since on few cores Python was seen starting anew, second after second, for tasks that are short.
 _PRIVATE_RAY = {
     "RAY_idle_worker_killing_time_threshold_ms": "120000",
     "RAY_num_workers_soft_limit": "8",
