@@ -7,6 +7,7 @@ of its class; anything else is a bug and keeps its traceback.
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
-from catid2_ray.config import Recipe, schema
+from catid2_ray.config import KINDS, Recipe, schema
 from catid2_ray.errors import CatidError
 
 app = typer.Typer(
@@ -101,6 +102,55 @@ def _answer(console: Console, store: Store, query: str, *, k: int) -> None:
     console.print(table)
 
 
+KindsOption = Annotated[
+    str, typer.Option("--kinds", help=f"comma-separated ways of making IDs: {', '.join(KINDS)}", metavar="A,B,…")
+]
+HtmlOption = Annotated[str | None, typer.Option("--html", metavar="FILE", help="write the page to this file")]
+
+
+@app.command("compare-ids")
+def compare_ids(
+    recipe: RecipeOption,
+    kinds: KindsOption = "tiger,cat_id2,cat_id2_shuffled",
+    seeds: Annotated[int, typer.Option(help="runs of each kind, from the recipe's seed on")] = 1,
+    overrides: SetOption = None,
+    json_file: JsonOption = None,
+    html_file: HtmlOption = None,
+) -> None:
+    """Train and assign several ways of making IDs on equal budgets, each cached, and show them side by side."""
+    from catid2_ray.evaluation.pages import compare_page, compare_table
+    from catid2_ray.on_ray.compare import compare_ids as run
+    from catid2_ray.on_ray.reindex import write_json
+
+    loaded = Recipe.load(recipe, overrides or [])
+    found = run(loaded, [kind.strip() for kind in kinds.split(",") if kind.strip()], seeds)
+    if json_file:
+        write_json(json_file, found.rows)
+    html_file = html_file or f"{loaded.name}_ids.html"
+    about = {
+        "catalogue": f"{found.catalog.rows:,} products, categories by depth {found.catalog.metrics['categories']}",
+        "embedding": f"{loaded.embedding.encoder} of {', '.join(loaded.embedding.text)}",
+        "budget": ", ".join(f"{name} {getattr(loaded.quantizer, name)}" for name in _BUDGET),
+    }
+    Path(html_file).write_text(compare_page(found.rows, title=f"IDs compared: {loaded.name}", about=about))
+    Console(width=max(100, Console().width)).print(compare_table(found.rows))
+    print(f"The page with pictures and every run: {html_file}")
+
+
+_BUDGET = ("epochs", "batch", "learning_rate", "hidden", "latent", "codes_per_level")
+
+
+@app.command("report-ids")
+def report_ids(recipe: RecipeOption, overrides: SetOption = None, html_file: HtmlOption = None) -> None:
+    """Draw the quality of a recipe's IDs, which must be assigned already, as one page."""
+    from catid2_ray.on_ray.ids_report import ids_report
+
+    loaded = Recipe.load(recipe, overrides or [])
+    html_file = html_file or f"{loaded.name}_ids.html"
+    Path(html_file).write_text(ids_report(loaded))
+    print(f"ID quality report: {html_file}")
+
+
 @app.command()
 def search(
     query: str, store: StoreOption = _DEFAULT_STORE, k: Annotated[int, typer.Option(help="products to return")] = 10
@@ -163,6 +213,11 @@ def recipe(
 
 def main() -> None:
     guarded(app)
+
+
+def run_compare_ids() -> None:
+    """Entry point of `python -m jobs.compare_ids`."""
+    guarded(lambda: typer.run(compare_ids))
 
 
 def run_reindex() -> None:

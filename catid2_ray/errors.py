@@ -13,6 +13,7 @@ Each message says what was wrong, where (URI, column, product_id), what was expe
     │   │   └── ReleaseError          5   the parts of a release do not belong together
     │   └── CommitConflict            5   another writer committed first; nothing was lost
     ├── TrainingError                 6   a training run ended without a result
+    │   └── CollapseError             8   the codes collapsed and stayed so
     └── QualityGateError              7   the job finished, but its figures are below what the recipe demands
 """
 
@@ -61,6 +62,10 @@ class CommitConflict(StorageError):
 
 class TrainingError(CatidError):
     exit_code = 6
+
+
+class CollapseError(TrainingError):
+    exit_code = 8
 
 
 class QualityGateError(CatidError):

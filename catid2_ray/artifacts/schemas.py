@@ -16,6 +16,7 @@ PRODUCTS = pa.schema(
         pa.field("title", pa.string(), nullable=False),
         pa.field("description", pa.string()),
         pa.field("category_path", pa.list_(pa.string())),
+        pa.field("value", pa.float32()),
     ]
 )
 PAIRS = pa.schema(
@@ -47,15 +48,22 @@ def embeddings(width: int, depth: int) -> pa.Schema:
     )
 
 
+def queries(width: int) -> pa.Schema:
+    """One row a product, in the order of its embeddings: the vector of one training query that asks for it, if any."""
+    return pa.schema([("product_id", pa.string()), ("query", pa.list_(pa.float32(), width)), ("has_query", pa.bool_())])
+
+
 def codes(levels: int, latent: int) -> pa.Schema:
-    """The quantizer's raw codes, before de-duplication, and the input of its last level."""
-    return pa.schema(
-        [
-            ("product_id", pa.string()),
-            ("codes", pa.list_(pa.int32(), levels)),
-            ("residual", pa.list_(pa.float32(), latent)),
-        ]
-    )
+    """The quantizer's raw codes, before de-duplication, the input of its last level, and a hash of the embedding.
+
+    A coder without levels has no codes, one without a latent no residuals; such columns are left out.
+    """
+    columns = [("product_id", pa.string()), ("twin", pa.int64())]
+    if levels:
+        columns.append(("codes", pa.list_(pa.int32(), levels)))
+    if latent:
+        columns.append(("residual", pa.list_(pa.float32(), latent)))
+    return pa.schema(columns)
 
 
 def ids(levels: int) -> pa.Schema:

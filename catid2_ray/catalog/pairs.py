@@ -70,3 +70,8 @@ def check_pairs(table: pa.Table) -> CheckedPairs:
 
 def _blank(column: pa.Array) -> pa.Array:
     return pc.equal(pc.utf8_trim_whitespace(column), "")
+
+
+def training_pairs(pairs: pa.Table, min_relevance: float) -> pa.Table:
+    """The rows of good pairs that teach: split train, relevance of at least `min_relevance`."""
+    return pairs.filter((pc.field("split") == "train") & (pc.field("relevance") >= min_relevance))

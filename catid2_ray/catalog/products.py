@@ -29,11 +29,12 @@ def check_products(table: pa.Table, *, width: int | None, min_category_depth: in
     """Split a product table of N rows into good and bad rows.
 
     `table`: product_id and title (strings; integers are taken as ids), optionally description (string), category_path
-    (list of strings, root first), embedding (list of floats). `width`: the embeddings' width D, or None where the
+    (list of strings, root first), value (number: what the business gains by the product, larger = more), embedding (list
+    of floats). `width`: the embeddings' width D, or None where the
     table's embeddings are not used. Depths count category names from the root.
 
     The good table has product_id, title, description (null where unknown), category_path (cut to
-    `max_category_depth`, empty where unknown) and, with a width, embedding (fixed_size_list<float32>[D]). Names and
+    `max_category_depth`, empty where unknown), value (float32, null where unknown) and, with a width, embedding (fixed_size_list<float32>[D]). Names and
     texts are stripped; an empty category name ends its path; product ids stay as they are. Of the rows with one
     product_id that have no other fault, the first by (title, description, category_path, embedding) stays, so neither
     result depends on the order of the rows.
@@ -52,6 +53,7 @@ def check_products(table: pa.Table, *, width: int | None, min_category_depth: in
     _mark(reason, _blank(product_id), "missing product_id")
     _mark(reason, _blank(title), "empty title")
     columns = {"product_id": product_id, "title": title, "description": description, "category_path": path}
+    columns["value"] = _value(table, reason)
     if width is not None:
         columns["embedding"] = _check_embeddings(_list_column(table, "embedding", pa.float32()), width, reason)
     shallow_N = depth_N < min_category_depth
@@ -133,6 +135,18 @@ def _description(table: pa.Table) -> pa.Array:
         return pa.nulls(table.num_rows, pa.string())
     text = pc.utf8_trim_whitespace(string_column(table, "description"))
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+
+
+def _value(table: pa.Table, reason: np.ndarray) -> pa.Array:
+    """float32, null where there is no value or it is NaN; an infinite one is a fault of the row."""
+    if "value" not in table.column_names:
+        return pa.nulls(table.num_rows, pa.float32())
+    column = _one_chunk(table["value"])
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
+        raise InputError(f"column value: expected numbers, found {column.type}; convert it")
+    value_N = pc.fill_null(column.cast(pa.float32(), safe=False), float("nan")).to_numpy(zero_copy_only=False)
+    _mark(reason, np.isinf(value_N), "value is infinite")
+    return pa.array(value_N, pa.float32(), mask=np.isnan(value_N))
 
 
 def _clean_paths(table: pa.Table, max_depth: int) -> tuple[pa.Array, np.ndarray]:

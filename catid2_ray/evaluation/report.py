@@ -1,4 +1,4 @@
-"""The closing figures of a run, for a terminal (100 columns) and for Markdown; pure formatting of the job's JSON.
+"""The figures of a run or a comparison as text, for a terminal (100 columns), Markdown and pages; a mean over seeds at most.
 
 A part whose figures are absent is left out, so the shorter JSON of an evaluation alone prints too. A missing number is
 a dash: an empty group of queries has no recall, and 0 would claim one.
@@ -7,6 +7,7 @@ a dash: an empty group of queries has no recall, and 0 would claim one.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
@@ -110,3 +111,89 @@ def _cost(figures: Mapping) -> Section:
     if figures.get("peak_memory_bytes") is not None:
         rows.append(["peak memory", f"{figures['peak_memory_bytes'] / 2**30:,.2f} GiB"])
     return Section("Time and memory", ["stage", "figure"], rows)
+
+
+class Column(NamedTuple):
+    """One figure of `compare-ids`: its key, heading, format, the better direction (0 = none) and what it counts."""
+
+    key: str
+    heading: str
+    form: str
+    better: int
+    reading: str
+
+
+COLUMNS = (
+    Column("collision_rate", "collisions", ".2%", -1, "(N − distinct IDs) / N, of N products, as the method gave them"),
+    Column("shared_rate", "shared", ".2%", -1, "share of the products whose ID another product has, too"),
+    Column("largest_shared", "largest", ",.0f", -1, "products in the fullest ID"),
+    Column("codes_used", "codes used", ",.0f", 1, "codes that any product uses, by level"),
+    Column("perplexity", "perplexity", ",.0f", 1, "exp(entropy) of the codes, by level: as many codes used evenly"),
+    Column("purity", "purity", ".3f", 1, "share of products in their prefix's commonest category, by depth"),
+    Column(
+        "ami", "AMI", ".3f", 1, "agreement of the first h tokens with the category at depth h, corrected for chance"
+    ),
+    Column("ami_null", "AMI, null", ".3f", 0, "the same against permuted categories; about 0"),
+    Column("seconds", "s", ",.0f", -1, "seconds to train and to assign"),
+)
+
+
+class Cell(NamedTuple):
+    """The numbers of one kind in one column: per place of a list (one place for a scalar) mean, ± and is-best texts."""
+
+    mean: list[str]
+    half_range: list[str]
+    best: list[bool]
+
+
+def summarise(rows: Sequence[Mapping]) -> list[dict]:
+    """One dict a kind, in the order of `rows`: `kind`, `seeds`, `verdicts` (those not healthy), `cells` key → Cell.
+
+    A figure that no run of a kind has is an empty Cell; None is left out of the mean.
+    """
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    runs = {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
+    found = [
+        {
+            "kind": kind,
+            "seeds": len(runs[kind]),
+            "verdicts": sorted({row.get("verdict") or "healthy" for row in runs[kind]} - {"healthy"}),
+            "cells": {},
+        }
+        for kind in kinds
+    ]
+    for column in COLUMNS:
+        values = [_places(runs[kind], column.key) for kind in kinds]
+        for summary, places in zip(found, values):
+            mean = [None if not numbers else float(np.mean(numbers)) for numbers in places]
+            summary["cells"][column.key] = Cell(
+                ["–" if value is None else format(value, column.form) for value in mean],
+                [format(np.ptp(numbers) / 2, column.form) if len(numbers) > 1 else "" for numbers in places],
+                [_is_best(column, values, place, value) for place, value in enumerate(mean)],
+            )
+    return found
+
+
+def _places(runs, key) -> list[list[float]]:
+    """Per place of a list, or once for a scalar, the numbers of the runs that have one."""
+    lists = [
+        value if isinstance(value, (list, tuple)) else [value] for row in runs if (value := row.get(key)) is not None
+    ]
+    width = max(map(len, lists), default=0)
+    return [
+        [found[place] for found in lists if len(found) > place and found[place] is not None] for place in range(width)
+    ]
+
+
+def _is_best(column, values, place, value) -> bool:
+    """Compared as printed, so that equal texts are best together; a kind alone is not best."""
+    means = [float(np.mean(places[place])) for places in values if len(places) > place and places[place]]
+    if value is None or not column.better or len(means) < 2:
+        return False
+    best = max(means) if column.better > 0 else min(means)
+    return format(value, column.form) == format(best, column.form)
+
+
+def used_columns(summaries: Sequence[Mapping]) -> list[Column]:
+    """The columns in which any kind has a number."""
+    return [column for column in COLUMNS if any(summary["cells"][column.key].mean for summary in summaries)]

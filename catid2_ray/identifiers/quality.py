@@ -1,16 +1,23 @@
-"""How good IDs are: collisions, use of the codes, agreement with the category tree; plain numbers, ready for JSON.
+"""How good IDs are: collisions, use of the codes, agreement with categories and embeddings; plain numbers for JSON.
 
-Purity stands beside the same figure for shuffled categories, because many small prefixes are pure for free.
+Agreement stands beside the same figure for shuffled categories or random products, because many small prefixes agree
+with anything for free. A mean over nothing is None, not 0, but for purity and AMI, which `purity_products` explains.
 
-N products, L levels, H category depth, K codes of a level.
+N products, L levels, H category depth, K codes of a level, D embedding width, P pairs, Q query products.
 """
 
-import numpy as np
+from collections import Counter
 
-from catid2_ray.docid import DocidSpace
+import numpy as np
+from sklearn.metrics import adjusted_mutual_info_score
+
+from catid2_ray.docid import LEVEL_LETTERS, DocidSpace
 from catid2_ray.errors import InputError
 
 SHUFFLE_SEED = 0
+AMI_ROWS = 50_000  # a seeded sample beyond: the chance correction costs clusters × categories, 4 s here for 3 depths
+HOURGLASS_TOLERANCE = 0.02  # normalised entropy
+_BLOCK_NUMBERS = 2**24  # float32 numbers of one block of similarities, 64 MiB
 
 
 def id_quality(codes_NL, category_NH, codes_per_level) -> dict:
@@ -26,7 +33,9 @@ def id_quality(codes_NL, category_NH, codes_per_level) -> dict:
       K = 1), `conditional_entropy` H(c_l | c_<l) in nats, `gini` over all K codes, `top_share` of the commonest code;
     - lists over depths 1 … min(H, L): `purity`, products of their prefix's commonest category / products that have a
       category at that depth, `purity_shuffled`, the same with those categories permuted, `purity_products`, how many
-      products that is (both purities are 0 when there are none).
+      products that is; `ami` and `ami_shuffled`, the adjusted mutual information of the same prefixes and categories,
+      0 = chance, 1 = equal partitions (Vinh et al. 2010, arithmetic mean; sklearn), on at most AMI_ROWS products
+      (METHODS 8.5). All are 0 when no product has a category.
 
     Raises InputError for an empty table, codes out of range, or categories of another number of rows.
     """
@@ -44,7 +53,7 @@ def id_quality(codes_NL, category_NH, codes_per_level) -> dict:
     levels = [_level(codes_NL[:, level], k) for level, k in enumerate(space.codes_per_level)]
     joint = [_entropy(np.unique(space.prefix_of(packed_N, d), return_counts=True)[1]) for d in range(space.levels + 1)]
     depths = [
-        _purity(space.prefix_of(packed_N, depth + 1), category_NH[:, depth])
+        _agreement(space.prefix_of(packed_N, depth + 1), category_NH[:, depth])
         for depth in range(min(category_NH.shape[1], space.levels))
     ]
     return {
@@ -58,9 +67,7 @@ def id_quality(codes_NL, category_NH, codes_per_level) -> dict:
         "gini_ids": _gini(bucket),
         **{name: [level[name] for level in levels] for name in levels[0]},
         "conditional_entropy": [max(b - a, 0.0) for a, b in zip(joint, joint[1:])],
-        "purity": [pure for pure, _, _ in depths],
-        "purity_shuffled": [shuffled for _, shuffled, _ in depths],
-        "purity_products": [products for _, _, products in depths],
+        **{name: [depth[name] for depth in depths] for name in _AGREEMENT},
     }
 
 
@@ -89,14 +96,25 @@ def _gini(count) -> float:
     return float((n + 1) / n - 2 * (np.arange(n, 0, -1) * rising).sum() / (n * rising.sum()))
 
 
-def _purity(prefix_N, category_N) -> tuple[float, float, int]:
-    """Purity of prefixes, the same with shuffled categories, and the number of products that have a category."""
+_AGREEMENT = ("purity", "purity_shuffled", "purity_products", "ami", "ami_shuffled")
+
+
+def _agreement(prefix_N, category_N) -> dict:
+    """Purity and AMI of prefixes, the same with shuffled categories, and the number of products with a category."""
     known = category_N >= 0
     prefix, category = prefix_N[known], category_N[known]
     if not len(prefix):
-        return 0.0, 0.0, 0
-    shuffled = np.random.default_rng(SHUFFLE_SEED).permutation(category)
-    return _purity_of(prefix, category), _purity_of(prefix, shuffled), len(prefix)
+        return dict.fromkeys(_AGREEMENT, 0.0) | {"purity_products": 0}
+    rng = np.random.default_rng(SHUFFLE_SEED)
+    shuffled = rng.permutation(category)
+    part = slice(None) if len(prefix) <= AMI_ROWS else rng.choice(len(prefix), AMI_ROWS, replace=False)
+    return {
+        "purity": _purity_of(prefix, category),
+        "purity_shuffled": _purity_of(prefix, shuffled),
+        "purity_products": len(prefix),
+        "ami": float(adjusted_mutual_info_score(category[part], prefix[part])),
+        "ami_shuffled": float(adjusted_mutual_info_score(shuffled[part], prefix[part])),
+    }
 
 
 def _purity_of(prefix, category) -> float:
@@ -105,3 +123,211 @@ def _purity_of(prefix, category) -> float:
     pair, count = np.unique(prefix * (int(category.max()) + 1) + category, return_counts=True)
     _, first = np.unique(pair // (int(category.max()) + 1), return_index=True)
     return float(np.maximum.reduceat(count, first).sum() / len(prefix))
+
+
+def prefix_agreement(codes_NL, category_NH, *, pairs=200_000, seed=0) -> dict:
+    """Mean number of tokens that two products' IDs share from the left, within a category and across (section 4.8).
+
+    `codes_NL` integers N×L; `category_NH` integers N×H, −1 = no category at that depth. At each depth `pairs` seeded
+    pairs are drawn with replacement, each pair of different products of one category (of two categories) equally
+    likely; the standard error is at most L / (2·√pairs) tokens. Returns lists over depths: `within`, `across`, in
+    tokens, None where there is no such pair. Raises InputError for tables of unequal length.
+    """
+    codes_NL, category_NH = np.asarray(codes_NL), np.asarray(category_NH)
+    if codes_NL.ndim != 2 or category_NH.ndim != 2 or len(codes_NL) != len(category_NH):
+        raise InputError(
+            f"codes N×L and categories N×H must have the same rows, found {codes_NL.shape} and {category_NH.shape}"
+        )
+    rng, within, across = np.random.default_rng(seed), [], []
+    for category_N in category_NH.T:
+        known = np.flatnonzero(category_N >= 0)
+        _, group, size = np.unique(category_N[known], return_inverse=True, return_counts=True)
+        row_N = known[np.argsort(group, kind="stable")]
+        size_N = np.repeat(size, size)
+        start_N = np.repeat(np.cumsum(size) - size, size)
+        within.append(_mean_common_prefix(codes_NL, row_N, start_N, size_N, size_N - 1, pairs, rng))
+        end_N = start_N + size_N
+        across.append(_mean_common_prefix(codes_NL, row_N, end_N, len(row_N), len(row_N) - size_N, pairs, rng))
+    return {"pairs": int(pairs), "within": within, "across": across}
+
+
+def _mean_common_prefix(codes_NL, row_N, start_N, cycle, partners_N, pairs, rng) -> float | None:
+    """Mean over drawn pairs; product n of the order `row_N` (sorted by category) has `partners_N[n]` partners.
+
+    Within a category they are the other rows of its block, counted round from its own place; across, the rows after
+    its block, counted round the whole table.
+    """
+    total_N = np.cumsum(partners_N)
+    if not len(total_N) or total_N[-1] == 0:
+        return None
+    draw_P = rng.integers(0, total_N[-1], pairs)
+    first_P = np.searchsorted(total_N, draw_P, side="right")
+    step_P = total_N[first_P] - draw_P  # 1 … partners
+    if np.ndim(cycle):  # within: count on from the product's own place in its block
+        own_P = first_P - start_N[first_P]
+        second_P = start_N[first_P] + (own_P + step_P) % cycle[first_P]
+    else:
+        second_P = (start_N[first_P] + step_P - 1) % cycle
+    equal_PL = codes_NL[row_N[first_P]] == codes_NL[row_N[second_P]]
+    return float(np.logical_and.accumulate(equal_PL, axis=1).sum(axis=1).mean())
+
+
+def neighbour_agreement(codes_NL, embedding_ND, *, neighbours=10, sample=2_000, seed=0) -> dict:
+    """Share of a product's nearest embeddings whose IDs begin with its first 1, 2, 3 tokens.
+
+    `codes_NL` integers N×L, `embedding_ND` floats. Nearest by cosine, exact, over all N products but itself; equal
+    embeddings count as neighbours; a row of zeros has cosine 0 with all. Queries are a seeded sample of `sample`
+    products. `share_random` is the same for as many products drawn at random. Returns `queries`, `neighbours` (fewer
+    in a catalogue that has fewer) and the lists `share`, `share_random` over the first min(3, L) tokens, of None when
+    there is but one product. Raises InputError for tables of unequal length.
+    """
+    codes_NL, embedding_ND = _same_rows(
+        np.asarray(codes_NL), np.asarray(embedding_ND, np.float32), "codes", "embeddings"
+    )
+    total, width = len(codes_NL), min(3, codes_NL.shape[1])
+    neighbours, rng = min(neighbours, total - 1), np.random.default_rng(seed)
+    query_Q = np.sort(rng.choice(total, min(sample, total), replace=False))
+    found = {"queries": len(query_Q), "neighbours": max(neighbours, 0)}
+    if neighbours < 1:
+        return found | {"share": [None] * width, "share_random": [None] * width}
+    norm_N = np.sqrt(np.einsum("nd,nd->n", embedding_ND, embedding_ND, dtype=np.float64)).astype(np.float32)
+    inverse_N = np.divide(1, norm_N, out=np.zeros_like(norm_N), where=norm_N > 0)
+    near_QM = np.empty((len(query_Q), neighbours), np.int64)
+    block = max(1, _BLOCK_NUMBERS // total)
+    for begin in range(0, len(query_Q), block):
+        rows_B = query_Q[begin : begin + block]
+        cosine_BN = embedding_ND[rows_B] @ embedding_ND.T
+        cosine_BN *= inverse_N  # the query's own norm changes no order
+        cosine_BN[np.arange(len(rows_B)), rows_B] = -np.inf
+        near_QM[begin : begin + block] = np.argpartition(cosine_BN, -neighbours, axis=1)[:, -neighbours:]
+    random_QM = rng.integers(0, total - 1, near_QM.shape)
+    random_QM += random_QM >= query_Q[:, None]
+    shares = {"share": near_QM, "share_random": random_QM}
+    return found | {name: _shared_tokens(codes_NL[:, :width], query_Q, other) for name, other in shares.items()}
+
+
+def _shared_tokens(codes_NL, query_Q, other_QM) -> list[float]:
+    equal_QML = codes_NL[other_QM] == codes_NL[query_Q][:, None]
+    return np.logical_and.accumulate(equal_QML, axis=2).mean(axis=(0, 1)).tolist()
+
+
+def equal_embedding_floor(embedding_ND) -> dict:
+    """Collisions that no function of the embedding can avoid: products with bit for bit equal rows get equal codes.
+
+    Returns `collision_rate`, (N − distinct rows) / N, and `shared_rate`, the share of products whose row another
+    has: the floors under the two figures of `id_quality` before de-duplication. Raises InputError for an empty table.
+    """
+    embedding_ND = np.ascontiguousarray(embedding_ND)
+    if embedding_ND.ndim != 2 or not embedding_ND.size:
+        raise InputError(f"embeddings must be an array N×D with rows, found shape {embedding_ND.shape}")
+    bits_N = embedding_ND.view(np.dtype((np.void, embedding_ND.dtype.itemsize * embedding_ND.shape[1]))).ravel()
+    count = np.unique(bits_N, return_counts=True)[1]
+    return {
+        "collision_rate": (len(bits_N) - len(count)) / len(bits_N),
+        "shared_rate": int(count[count > 1].sum()) / len(bits_N),
+    }
+
+
+def displacement(moved_N, cost_N) -> dict:
+    """What de-duplication changed: `moved_share` of all products, and the added squared distance of those moved.
+
+    `moved_N` bool, `cost_N` floats, as in `collisions.UniqueIds`. `mean_cost`, `median_cost`, `p95_cost` are None when
+    none moved, `moved_share` None for an empty table. Raises InputError for unequal lengths.
+    """
+    moved_N, cost_N = _same_rows(np.asarray(moved_N, bool), np.asarray(cost_N, np.float64), "moved", "cost")
+    cost = cost_N[moved_N]
+    return {
+        "moved_share": float(moved_N.mean()) if len(moved_N) else None,
+        "mean_cost": float(cost.mean()) if len(cost) else None,
+        "median_cost": float(np.median(cost)) if len(cost) else None,
+        "p95_cost": float(np.percentile(cost, 95)) if len(cost) else None,
+    }
+
+
+def reconstruction_error(embedding_ND, reconstruction_ND) -> dict:
+    """How far the decoded embedding lies from the true one: means over rows.
+
+    `squared_error`, ‖e − ê‖² summed over dimensions; `relative_error`, the same divided by the mean squared distance of
+    the embeddings from their mean, so that 1 = no better than a constant (None when all embeddings are equal);
+    `cosine`, of the rows where neither is zero (None without any). Raises InputError for unequal shapes or no rows.
+    """
+    true_ND, decoded_ND = np.asarray(embedding_ND, np.float64), np.asarray(reconstruction_ND, np.float64)
+    if true_ND.ndim != 2 or true_ND.shape != decoded_ND.shape or not len(true_ND):
+        raise InputError(
+            f"embeddings and reconstructions must be arrays N×D of one shape with rows, found {true_ND.shape} and "
+            f"{decoded_ND.shape}"
+        )
+    error = float(((true_ND - decoded_ND) ** 2).sum(axis=1).mean())
+    spread = float(true_ND.var(axis=0).sum())
+    norm_N = np.linalg.norm(true_ND, axis=1) * np.linalg.norm(decoded_ND, axis=1)
+    cosine = (true_ND * decoded_ND).sum(axis=1)[norm_N > 0] / norm_N[norm_N > 0]
+    return {
+        "squared_error": error,
+        "relative_error": error / spread if spread > 0 else None,
+        "cosine": float(cosine.mean()) if len(cosine) else None,
+    }
+
+
+def hourglass(normalised_entropy_L, *, tolerance=HOURGLASS_TOLERANCE) -> dict:
+    """Is an inner level used more narrowly than both its neighbours (2407.21488; METHODS 8.4)?
+
+    `normalised_entropy_L`: the list of `id_quality`, 0…1. Returns lists over levels, `dent`, by how much the lower
+    neighbour's entropy is above the level's own (0 at the first and last level, and where it is not), and `narrow`,
+    dent > tolerance; `hourglass`, whether any is; `level`, the letter of the deepest dent among the narrow, or None.
+    """
+    entropy_L = np.asarray(normalised_entropy_L, np.float64)
+    dent_L = np.zeros(len(entropy_L))
+    if len(entropy_L) > 2:
+        dent_L[1:-1] = np.maximum(np.minimum(entropy_L[:-2], entropy_L[2:]) - entropy_L[1:-1], 0.0)
+    narrow_L = dent_L > tolerance
+    return {
+        "hourglass": bool(narrow_L.any()),
+        "level": LEVEL_LETTERS[int(dent_L.argmax())] if narrow_L.any() else None,
+        "dent": dent_L.tolist(),
+        "narrow": narrow_L.tolist(),
+        "tolerance": float(tolerance),
+    }
+
+
+def prefix_words(words_N, codes_NL, *, prefixes=6, terms=8) -> list[dict]:
+    """The words that mark the fullest first-level codes, for the paper's Figure 6.
+
+    `words_N`: N sets of words, one a title. Words are ranked by the z-score of their log-odds against all other
+    products, with the whole catalogue as prior (Monroe, Colaresi and Quinn 2008, eqs. 16 and 22); those of one title
+    only are passed over where there are others. Returns at most `prefixes` dicts, the fullest first: `code`,
+    `products`, and lists of at most `terms`: `words`, `share` of the code's titles, share `elsewhere`.
+    """
+    words_N, codes_NL = _same_rows(words_N, np.asarray(codes_NL), "titles and their words", "codes")
+    code, products = np.unique(codes_NL[:, 0], return_counts=True)
+    fullest = np.argsort(-products, kind="stable")[:prefixes]
+    inside, total = {int(code[index]): Counter() for index in fullest}, Counter()
+    for words, first in zip(words_N, codes_NL[:, 0].tolist()):
+        total.update(words)
+        if first in inside:
+            inside[first].update(words)
+    found = []
+    for (first, here), size in zip(inside.items(), products[fullest].tolist()):
+        chosen, others = _characteristic(here, total, terms), max(len(words_N) - size, 1)
+        share = {"share": [here[word] / size for word in chosen]}
+        share["elsewhere"] = [(total[word] - here[word]) / others for word in chosen]
+        found.append({"code": first, "products": size, "words": chosen, **share})
+    return found
+
+
+def _characteristic(inside: Counter, total: Counter, terms: int) -> list[str]:
+    """Words with the highest z of log-odds; a word's prior is its count in the whole catalogue."""
+    words = sorted([word for word, count in inside.items() if count > 1] or inside)
+    here, prior = (np.array([counts[word] for word in words], float) for counts in (inside, total))
+    there, sum_here, sum_all = prior - here, sum(inside.values()), sum(total.values())
+    rest_here, rest_there = sum_here + sum_all - here - prior, 2 * sum_all - sum_here - there - prior
+    odds_here, odds_there = (here + prior) / rest_here.clip(1e-9), (there + prior) / rest_there.clip(1e-9)
+    score = np.log(odds_here / odds_there) / np.sqrt(1 / (here + prior) + 1 / (there + prior))
+    return [words[index] for index in np.argsort(-score, kind="stable")[:terms] if score[index] > 0]
+
+
+def _same_rows(first, second, first_name, second_name):
+    if len(first) != len(second):
+        raise InputError(
+            f"{first_name} and {second_name} must have the same rows, found {len(first)} and {len(second)}"
+        )
+    return first, second

@@ -39,10 +39,17 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
         source = Store(recipe.root)
         source.check()
         settings["source"] = {
-            table: [[name, source.fingerprint(name)] for name in source.parquet_files(table)]
+            table: [[name, source.fingerprint(name)] for name in _files(source, table)]
             for table in ("products", "pairs")
         }
     return job.produce("catalog", settings, {}, lambda attempt: _prepare(job, attempt, width))
+
+
+def _files(source: Store, table: str) -> list[str]:
+    """The table's files; pairs may be missing, since codes and IDs need none."""
+    if table == "pairs" and not (source.exists("pairs.parquet") or source.exists("pairs")):
+        return []
+    return source.parquet_files(table)
 
 
 def _given_width(job: Job) -> int | None:
@@ -98,7 +105,9 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
     arguments = {"store": job.store, "folder": attempt.folder, "recipe": recipe, "width": width}
     products = _partition(source, tables["products"], "products", part_count, _WriteProducts, arguments)
     _refuse_bad(source, "products", rows, products, recipe)
-    pairs = _partition(source, tables["pairs"], "pairs", part_count, _WritePairs, arguments)
+    pairs = []
+    if tables["pairs"].files:
+        pairs = _partition(source, tables["pairs"], "pairs", part_count, _WritePairs, arguments)
     _refuse_bad(source, "pairs", tables["pairs"].rows, pairs, recipe)
 
     paths = Counter()
@@ -113,6 +122,7 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
         "products_set_aside": sum(result["bad"] for result in products),
         "reasons": dict(sum((Counter(result["reasons"]) for result in products + pairs), Counter())),
         "paths_cut": sum(result["cut_paths"] for result in products),
+        "pairs_table": bool(tables["pairs"].files),
         "pairs": sum(result["good"] for result in pairs),
         "train_relevance_max": max((result["train_relevance_max"] for result in pairs), default=0.0),
         "pairs_duplicate": sum(result["duplicates"] for result in pairs),
@@ -134,7 +144,7 @@ class _Source(NamedTuple):
 
 def _inspect(source: Store, table: str, writer: type) -> _Source:
     """Read every footer. InputError where a needed column is missing, or a used one is in some files only."""
-    files, rows, columns = source.parquet_files(table), 0, None
+    files, rows, columns = _files(source, table), 0, None
     for name in files:
         opened = source.parquet_file(name)
         rows += opened.metadata.num_rows
@@ -162,7 +172,7 @@ def _add_part(table: pa.Table, part_count: int) -> pa.Table:
 
 
 class _WriteProducts:
-    wanted = ("product_id", "title", "description", "category_path", "embedding")
+    wanted = ("product_id", "title", "description", "category_path", "value", "embedding")
     needed = ("product_id", "title")
 
     def __init__(self, *, store: Store, folder: str, recipe: CatalogRecipe, width: int | None):

@@ -1,17 +1,23 @@
-"""Stage 0b: one vector a product, as given by the table or from the recipe's encoder, in a pool of Ray Data actors."""
+"""Stage 0b: one vector a product, as given by the table or from the recipe's encoder, in a pool of Ray Data actors.
+
+For kinds of IDs that learn from queries (CQ-SID) also one query a product, embedded by the same encoder.
+"""
 
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from catid2_ray.artifacts import schemas
 from catid2_ray.artifacts.manifest import Attempt, Manifest, digest_of
 from catid2_ray.artifacts.store import Store, sha256_of
+from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.config import EmbeddingRecipe
+from catid2_ray.errors import InputError
 from catid2_ray.on_ray import progress
 from catid2_ray.on_ray.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.catalog import part_specs, read_sample
@@ -72,6 +78,7 @@ def _embed(job: Job, attempt: Attempt, catalog: Manifest) -> Manifest:
     metrics = {
         "width": width,
         "category_depth": depth,
+        "categories": catalog.metrics["categories"],
         "reached_depth": _sum([result["reached"] for result in results]),
     }
     return attempt.commit(
@@ -103,6 +110,16 @@ def _fit_lsa(job: Job, catalog: Manifest, folder: str) -> list[dict]:
         return job.store.upload(Path(local), folder)
 
 
+def _open_encoder(store: Store, recipe: EmbeddingRecipe, lsa_folder: str | None) -> LsaEncoder | HuggingFaceEncoder:
+    if lsa_folder is None:
+        device = "cuda" if recipe.gpus_per_worker else "cpu"
+        return HuggingFaceEncoder(recipe.encoder, batch=recipe.batch, tokens=recipe.tokens, device=device)
+    with tempfile.TemporaryDirectory() as local:
+        for name in store.names(lsa_folder):
+            store.download(f"{lsa_folder}/{name}", Path(local) / name)
+        return LsaEncoder.load(local)
+
+
 class _EmbedPart:
     """Actor: products part in, embeddings part out."""
 
@@ -111,19 +128,7 @@ class _EmbedPart:
     ):
         self.store, self.catalog, self.folder, self.recipe, self.given = store, catalog, folder, recipe, given
         self.taxonomy = Taxonomy.from_json(store.read(f"{catalog}/taxonomy.json").decode())
-        self.encoder = None
-        if lsa_folder is not None:
-            with tempfile.TemporaryDirectory() as local:
-                for name in store.names(lsa_folder):
-                    store.download(f"{lsa_folder}/{name}", Path(local) / name)
-                self.encoder = LsaEncoder.load(local)
-        elif not given:
-            self.encoder = HuggingFaceEncoder(
-                recipe.encoder,
-                batch=recipe.batch,
-                tokens=recipe.tokens,
-                device="cuda" if recipe.gpus_per_worker else "cpu",
-            )
+        self.encoder = None if given else _open_encoder(store, recipe, lsa_folder)
 
     def __call__(self, spec: dict) -> dict:
         table = self.store.read_table(f"{self.catalog}/{spec['file']}")
@@ -151,3 +156,67 @@ class _EmbedPart:
             "depth": depth,
             "reached": [int(n) for n in (category_NH >= 0).sum(0)],
         }
+
+
+def run_queries(job: Job, parts: dict[str, Manifest]) -> Manifest:
+    """The queries artefact: part-*.parquet of schemas.queries, row by row beside the embeddings.
+
+    A product's query is that of its most relevant training pair (generator.min_relevance and more); of several, the first
+    by query_id. Raises InputError where the embeddings were given, so that no encoder is known.
+    """
+    catalog, embeddings = parts["catalog"], parts["embeddings"]
+    if catalog.metrics["width"]:
+        raise InputError(
+            "quantizer.query_item embeds queries, but the catalogue's embeddings are given and no encoder is known for them: "
+            "set embedding.source=encoder or quantizer.query_item=0"
+        )
+    settings = {"min_relevance": job.recipe.generator.min_relevance}
+    parents = {"catalog": catalog, "embeddings": embeddings}
+    return job.produce("queries", settings, parents, lambda attempt: _embed_queries(job, attempt, parents))
+
+
+def _embed_queries(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
+    recipe, width = job.recipe.embedding, parents["embeddings"].metrics["width"]
+    arguments = {
+        "store": job.store, "folder": attempt.folder, "catalog": parents["catalog"].folder, "recipe": recipe, "width": width,
+        "lsa_folder": parents["embeddings"].file("encoder") if recipe.encoder == "lsa" else None,
+        "min_relevance": job.recipe.generator.min_relevance,
+    }  # fmt: skip
+    results = map_parts(
+        _EmbedQueries, arguments, part_specs(parents["catalog"]), workers=recipe.workers, label="embedding queries",
+        unit="products", num_gpus=recipe.gpus_per_worker,
+    )  # fmt: skip
+    return attempt.commit(
+        [result["file"] for result in results], rows=parents["embeddings"].rows,
+        schema=schemas.fingerprint(schemas.queries(width)), metrics={"with_query": sum(r["found"] for r in results)},
+    )  # fmt: skip
+
+
+class _EmbedQueries:
+    """Actor: pairs and product ids of a part in, one query vector a product out."""
+
+    def __init__(
+        self, *, store: Store, folder: str, catalog: str, recipe: EmbeddingRecipe, width: int, lsa_folder: str | None,
+        min_relevance: float,
+    ):  # fmt: skip
+        self.store, self.folder, self.catalog, self.width = store, folder, catalog, width
+        self.min_relevance, self.encoder = min_relevance, _open_encoder(store, recipe, lsa_folder)
+
+    def __call__(self, spec: dict) -> dict:
+        names = self.store.read_table(f"{self.catalog}/{spec['file']}", columns=["product_id"])["product_id"]
+        vector_ND = np.zeros((len(names), self.width), np.float32)
+        asked_N = np.zeros(len(names), bool)
+        if spec["pairs"]:
+            pairs = training_pairs(self.store.read_table(f"{self.catalog}/{spec['pairs']}"), self.min_relevance)
+            pairs = pairs.sort_by([("product_id", "ascending"), ("relevance", "descending"), ("query_id", "ascending")])
+            ids, first = np.unique(pairs["product_id"].to_numpy().astype(str), return_index=True)
+            place = pc.index_in(pa.array(ids, pa.string()), names.combine_chunks())
+            known = place.is_valid().to_numpy(zero_copy_only=False)
+            if known.any():
+                place_Q = place.drop_null().to_numpy()
+                texts = pairs["query"].take(pa.array(first[known])).to_pylist()
+                vector_ND[place_Q], asked_N[place_Q] = self.encoder.encode(texts), True
+        out = pa.table({"product_id": names, "query": fixed_lists(vector_ND, pa.float32()), "has_query": asked_N})
+        out = schemas.conform(out, schemas.queries(self.width), where=f"queries, part {spec['part']}")
+        entry = self.store.write_table(f"{self.folder}/{spec['file']}", out)
+        return {"position": spec["position"], "file": {**entry, "part": spec["part"]}, "found": int(asked_N.sum())}

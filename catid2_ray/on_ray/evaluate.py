@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import default_cache, retriever_settings, serving_folder
 from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.text import join_text
 from catid2_ray.evaluation.baselines.bm25 import Bm25
 from catid2_ray.evaluation.protocol import Judgements, evaluate
 from catid2_ray.on_ray import progress
 from catid2_ray.on_ray.catalog import part_specs
-from catid2_ray.on_ray.examples import training_pairs
 from catid2_ray.on_ray.parts import map_parts
 from catid2_ray.on_ray.pipeline import Job
 from catid2_ray.retrieval.retriever import Retriever

@@ -14,7 +14,9 @@ import pyarrow.compute as pc
 from catid2_ray.artifacts import schemas
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.config import GeneratorRecipe
+from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.generator.examples import tokenize
 from catid2_ray.generator.vocabulary import load_tokenizer, train_tokenizer, with_docid_tokens
@@ -38,12 +40,8 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     return job.produce("examples", settings, parents, lambda attempt: _make(job, attempt, parents))
 
 
-def training_pairs(pairs: pa.Table, min_relevance: float) -> pa.Table:
-    return pairs.filter((pc.field("split") == "train") & (pc.field("relevance") >= min_relevance))
-
-
 def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
-    recipe, space = job.recipe.generator, job.recipe.quantizer.space
+    recipe, space = job.recipe.generator, DocidSpace(parents["ids"].metrics["codes_per_level"])
     if recipe.model == "small":
         progress.event("fit", what="tokenizer", subwords=recipe.vocabulary)
         tokenizer = train_tokenizer(_texts(job, parents["catalog"]), size=recipe.vocabulary)

@@ -1,6 +1,7 @@
 """The chain of stages and its cache: what is committed is found, what is not is made, and only then is Ray started.
 
-catalog → embeddings → quantizer → ids → examples → generator → evaluation → release
+catalog → embeddings (→ queries, for kinds that learn from them) → quantizer → ids → examples → generator → evaluation →
+release
 """
 
 import contextlib
@@ -10,7 +11,6 @@ from dataclasses import dataclass, field
 
 from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts.manifest import Attempt, Manifest
-from catid2_ray.artifacts.release import PARTS
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, CapacityError, InputError, RecipeError
@@ -19,6 +19,7 @@ from catid2_ray.on_ray import cluster, progress
 VERB_OF = {
     "catalog": "embed_catalog",
     "embeddings": "embed_catalog",
+    "queries": "train_quantizer",
     "quantizer": "train_quantizer",
     "ids": "assign_ids",
     "examples": "train_generator",
@@ -37,13 +38,13 @@ class Job:
 
     recipe: Recipe
     store: Store
-    only: frozenset[str] = frozenset(PARTS)
+    only: frozenset[str] = frozenset(VERB_OF)
     made: list[str] = field(default_factory=list)
     peak: cluster.PeakMemory | None = None
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, recipe: Recipe, *, only=PARTS) -> Iterator["Job"]:
+    def open(cls, recipe: Recipe, *, only=tuple(VERB_OF)) -> Iterator["Job"]:
         """Checks the store first, so that an unreachable bucket fails before any work; shuts Ray down at the end."""
         _refuse_relative(recipe)
         store = Store(recipe.store)
@@ -89,6 +90,7 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
     stages = {
         "catalog": catalog.run,
         "embeddings": embed.run,
+        **({"queries": embed.run_queries} if job.recipe.quantizer.query_item else {}),
         "quantizer": train_quantizer.run,
         "ids": assign.run,
         "examples": examples.run,
@@ -101,7 +103,9 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
         if name == last:
             break
         if name == "catalog":
-            _refuse_early(job.recipe, parts[name])
+            check_codes(job.recipe, parts[name])
+            if last in _NEED_PAIRS:
+                _refuse_without_pairs(job.recipe, parts[name])
     return parts
 
 
@@ -115,9 +119,14 @@ def _refuse_relative(recipe: Recipe) -> None:
             )
 
 
-def _refuse_early(recipe: Recipe, catalog: Manifest) -> None:
+_NEED_PAIRS = ("examples", "generator", "evaluation")
+
+
+def check_codes(recipe: Recipe, catalog: Manifest) -> None:
     """What the catalogue alone shows to be hopeless, before hours of training rather than after."""
     quantizer, products = recipe.quantizer, catalog.rows
+    if quantizer.coder == "tree":
+        return
     most, space = max(quantizer.codes_per_level), quantizer.space
     if quantizer.kmeans_sample < most:
         raise CapacityError(
@@ -129,11 +138,16 @@ def _refuse_early(recipe: Recipe, catalog: Manifest) -> None:
             f"{products} products cannot fill {most} codes of one level: lower quantizer.codes_per_level "
             f"{list(quantizer.codes_per_level)} (at most {products}) or bring more products"
         )
-    if products > space.capacity:
+    if products > space.capacity and quantizer.ids == "unique":
         raise CapacityError(
             f"{products} products do not fit into {space.capacity} IDs of {list(space.codes_per_level)}: raise "
             "quantizer.codes_per_level"
         )
+
+
+def _refuse_without_pairs(recipe: Recipe, catalog: Manifest) -> None:
+    if not catalog.metrics["pairs_table"]:
+        Store(recipe.catalog.root).parquet_files("pairs")  # says what it looked for and where
     if catalog.metrics["train_relevance_max"] < recipe.generator.min_relevance:
         raise InputError(
             f"no pair of the train split has relevance ≥ {recipe.generator.min_relevance}: the highest is "

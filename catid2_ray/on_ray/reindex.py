@@ -122,5 +122,5 @@ def evaluate_release(
     return {"release": release.name, **figures}
 
 
-def write_json(path: str, figures: dict) -> None:
+def write_json(path: str, figures: dict | list) -> None:
     Path(path).write_text(json.dumps(figures, indent=1) + "\n")

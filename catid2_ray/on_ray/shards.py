@@ -9,6 +9,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,16 @@ from catid2_ray.on_ray.arrays import matrix
 
 _STREAM_BATCH = 8192
 _WINDOW_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class PartReader:
+    """How one part becomes rows for training: these columns, and the part and index that give a row its place."""
+
+    columns: tuple[str, ...]
+
+    def __call__(self, store: Store, file: str) -> pa.Table:
+        return store.read_table(file, columns=[*self.columns, "part", "index"])
 
 
 class RankRange:
@@ -41,12 +52,11 @@ class RankRange:
     def rows(self) -> int:
         return self.high - self.low
 
-    def dataset(self, store: Store, columns: list[str]) -> ray.data.Dataset:
+    def dataset(self, store: Store, reader: PartReader) -> ray.data.Dataset:
         """One read task a part. The manifest names the files, so nothing is listed and no footer is read beforehand."""
         files = [{"file": name} for name in self.files]
-        wanted = {"store": store, "columns": [*columns, "part", "index"]}
         return ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
-            _read_part, batch_size=1, fn_kwargs=wanted
+            _read_part, batch_size=1, fn_kwargs={"store": store, "reader": reader}
         )
 
     def places(self, batch) -> tuple[np.ndarray, np.ndarray]:
@@ -59,8 +69,8 @@ class RankRange:
         return mine, row[mine]
 
 
-def _read_part(batch: dict, *, store: Store, columns: list[str]) -> pa.Table:
-    return store.read_table(batch["file"][0], columns=columns)
+def _read_part(batch: dict, *, store: Store, reader: PartReader) -> pa.Table:
+    return reader(store, batch["file"][0])
 
 
 class ShardRows:

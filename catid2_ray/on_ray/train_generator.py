@@ -20,6 +20,7 @@ from catid2_ray.on_ray import worker
 from catid2_ray.on_ray.embed import model_identity
 from catid2_ray.on_ray.examples import QUERY, TITLE
 from catid2_ray.on_ray.pipeline import Job
+from catid2_ray.on_ray.shards import PartReader
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
@@ -27,16 +28,18 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     recipe, examples = job.recipe.generator, parts["examples"]
     parents = {"ids": parts["ids"], "examples": examples}
     settings = {**recipe.identity(), **model_identity(recipe.model), "seed": job.recipe.seed}
-    return job.produce("generator", settings, parents, lambda attempt: _train(job, attempt, examples))
+    return job.produce("generator", settings, parents, lambda attempt: _train(job, attempt, parents))
 
 
-def _train(job: Job, attempt: Attempt, examples: Manifest) -> Manifest:
-    recipe = job.recipe.generator
+def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifest:
+    recipe, examples = job.recipe.generator, parts["examples"]
     with tempfile.TemporaryDirectory() as cache:
         folder = fetch(job.store, examples, Path(cache), below=("tokenizer/",))
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
     counts = {"query": examples.metrics["query_examples"], "title": examples.metrics["title_examples"]}
-    task = GeneratorTask(recipe, tokenizer, job.recipe.quantizer.space, counts, job.recipe.seed)
+    task = GeneratorTask(
+        recipe, tokenizer, DocidSpace(parts["ids"].metrics["codes_per_level"]), counts, job.recipe.seed
+    )
     run = worker.Run(
         task=task, settings=recipe, seed=job.recipe.seed, threads=job.recipe.cluster.threads_per_worker,
         device="cuda" if job.recipe.cluster.gpus_per_worker else "cpu", store=job.store, rows=examples,
@@ -51,6 +54,7 @@ class GeneratorTask:
     """Query→ID and title→ID examples; titles lose words at random, so that they look like queries."""
 
     columns = ["kind", "input_ids", "codes"]
+    reader = PartReader(tuple(columns))
 
     def __init__(
         self,
@@ -89,7 +93,7 @@ class GeneratorTask:
     def rows_per_epoch(self, rows: int) -> int:
         return max(1, round(rows * self.per_epoch / self.total))
 
-    def order(self, rows, *, seed: int, epoch: int) -> np.ndarray:
+    def order(self, rows, *, seed: int, epoch: int, batch: int, steps: int) -> np.ndarray:
         kind_N = rows.take(slice(None))["kind"]
         places = {"query": np.flatnonzero(kind_N == QUERY), "title": np.flatnonzero(kind_N == TITLE)}
         sizes = {kind: len(place) for kind, place in places.items() if len(place)}
@@ -116,7 +120,7 @@ class GeneratorTask:
     def loss(self, engine, batch: dict[str, torch.Tensor], *, gather) -> tuple[torch.Tensor, dict]:
         return engine(batch["input_ids"].long(), batch["codes"].long()), {}
 
-    def end_epoch(self, module: DocidLoss, *, epoch: int) -> tuple[dict, bool]:
+    def end_epoch(self, module: DocidLoss, *, epoch: int, means: dict, history: list[dict]) -> tuple[dict, bool]:
         return {}, False
 
     def export(self, module: DocidLoss, folder: Path, history: list[dict]) -> None:

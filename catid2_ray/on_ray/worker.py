@@ -24,7 +24,7 @@ from catid2_ray.config import ClusterRecipe, TrainingRecipe
 from catid2_ray.errors import CatidError, TrainingError
 from catid2_ray.on_ray import checkpoints, progress
 from catid2_ray.on_ray.parts import our_error
-from catid2_ray.on_ray.shards import RankRange, open_rows
+from catid2_ray.on_ray.shards import PartReader, RankRange, open_rows
 from catid2_ray.schedule import learning_rate_at, seed_from
 
 
@@ -32,7 +32,7 @@ class Task(Protocol):
     """What the loop trains. Picklable; built anew in every worker."""
 
     columns: list[str]
-    unit: str
+    reader: PartReader
 
     def build(self) -> torch.nn.Module: ...
 
@@ -43,15 +43,18 @@ class Task(Protocol):
 
     def rows_per_epoch(self, rows: int) -> int: ...
 
-    def order(self, rows, *, seed: int, epoch: int) -> np.ndarray: ...
+    def order(self, rows, *, seed: int, epoch: int, batch: int, steps: int) -> np.ndarray: ...
 
     def prepare(self, columns: dict[str, np.ndarray], *, seed: int) -> dict[str, np.ndarray]:
         """The batch as it is fed: augmentation goes here, a pure function of its arguments."""
 
     def loss(self, engine, batch: dict[str, torch.Tensor], *, gather) -> tuple[torch.Tensor, dict]: ...
 
-    def end_epoch(self, module: torch.nn.Module, *, epoch: int) -> tuple[dict, bool]:
-        """(figures for the history, whether weights were changed in place); equal on all ranks."""
+    def end_epoch(self, module: torch.nn.Module, *, epoch: int, means: dict, history: list[dict]) -> tuple[dict, bool]:
+        """(figures for the history, whether weights were changed in place); equal on all ranks.
+
+        `means`: the epoch's mean loss and terms, which go into the history too unless taken out; `history`: the records
+        of the epochs before."""
 
     def export(self, module: torch.nn.Module, folder: Path, history: list[dict]) -> None: ...
 
@@ -89,7 +92,7 @@ def train(run: Run, cluster: ClusterRecipe, attempt: Attempt, *, label: str) -> 
     if not store.is_s3:
         os.makedirs(store.path("runs"), exist_ok=True)
     spans = [RankRange(run.rows, rank=rank, world=settings.workers) for rank in range(settings.workers)]
-    datasets = {f"rows-{rank}": span.dataset(store, run.task.columns) for rank, span in enumerate(spans)}
+    datasets = {f"rows-{rank}": span.dataset(store, run.task.reader) for rank, span in enumerate(spans)}
     options = ray.data.DataContext.get_current().execution_options
     gpus = cluster.gpus_per_worker
     trainer = TorchTrainer(
@@ -216,17 +219,19 @@ def _loop(config: dict) -> None:
         if hasattr(rows, "seek"):
             rows.seek(epochs_done)
         for epoch in range(epochs_done, run.settings.epochs):
-            history.append(_epoch(run, engine, rows, epoch, batch=batch, steps=steps, rank=rank, world=world))
+            history.append(_epoch(run, engine, rows, epoch, history, batch=batch, steps=steps, rank=rank, world=world))
             last = epoch + 1 == run.settings.epochs
             if last or (epoch + 1) % run.settings.checkpoint_every_epochs == 0:
                 _hand_in(run, engine, rank, world, epoch + 1, history)
 
 
-def _epoch(run: Run, engine, rows, epoch: int, *, batch: int, steps: int, rank: int, world: int) -> dict:
+def _epoch(
+    run: Run, engine, rows, epoch: int, history: list[dict], *, batch: int, steps: int, rank: int, world: int
+) -> dict:
     settings, sums = run.settings, {}
     report = progress.reporter() if rank == 0 else None
     gather = _Gather.apply if world > 1 else None
-    order = run.task.order(rows, seed=seed_from(run.seed, rank), epoch=epoch)
+    order = run.task.order(rows, seed=seed_from(run.seed, rank), epoch=epoch, batch=batch, steps=steps)
     engine.train()
     for step, columns in enumerate(rows.epoch(order, steps=steps, batch=batch)):
         done = epoch * steps + step
@@ -252,7 +257,7 @@ def _epoch(run: Run, engine, rows, epoch: int, *, batch: int, steps: int, rank: 
         if report and (step + 1) % max(1, steps // 10) == 0:
             report(done + 1, f"epoch {epoch + 1} loss {sums['loss'] * steps / (step + 1):.3f}")
     engine.eval()
-    figures, changed = run.task.end_epoch(engine.module, epoch=epoch)
+    figures, changed = run.task.end_epoch(engine.module, epoch=epoch, means=sums, history=history)
     if changed:
         checkpoints.weights_changed(engine)
     if report:

@@ -5,25 +5,27 @@ gradients (its backward sums over ranks). Each rank passes its own rows and gets
 leaves R times the share of a rank's own rows in its parameters, so *averaging* parameter gradients over the R ranks, as
 DeepSpeed and DDP do, gives exactly the gradient of one process that holds all rows. All ranks must call the same losses
 in the same order; `gather` also meets integer tensors and tensors without gradient, and ranks may bring unequal rows.
-`chunk` bounds the anchors that are compared at a time; their intermediates are then recomputed in the backward pass.
+`chunk` bounds the anchors that are compared at a time; without it blocks fit the cache. Either way the contrastive
+terms hold no B×B array: a block's gradients are found with its loss, so nothing is stored or computed again.
 
 Shape letters: B local rows, L levels, Z latent, K codes, D embedding, H category depth, M rows of all ranks.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from catid2_ray.errors import InputError
 from catid2_ray.quantizer.contrast import (
     Gather,
+    category_layout,
+    category_nce,
     gathered,
     global_mean,
-    group_blocks,
     in_batch_nce,
-    negative_logsumexp,
-    positive_sum,
     unit_rows,
 )
 
@@ -49,16 +51,24 @@ def residual_quantization_loss(
             f"residuals and codewords must both be levels × rows × latent, "
             f"found {tuple(residual_LBZ.shape)} and {tuple(codeword_LBZ.shape)}"
         )
-    pull_codeword = (residual_LBZ.detach() - codeword_LBZ).square().sum()
-    pull_residual = (residual_LBZ - codeword_LBZ.detach()).square().sum()
-    return global_mean(pull_codeword + commitment * pull_residual, residual_LBZ.shape[1], gather)
+    pull_codeword = functional.mse_loss(codeword_LBZ, residual_LBZ.detach(), reduction="sum")
+    pull_residual = functional.mse_loss(residual_LBZ, codeword_LBZ.detach(), reduction="sum")
+    return global_mean(pull_codeword + commitment * pull_residual, residual_LBZ.shape[1], gather).mean
 
 
 def reconstruction_loss(
     reconstruction_BD: Tensor, embedding_BD: Tensor, *, gather: Gather | None = None, chunk: int | None = None
 ) -> Tensor:
     """Eq. 1: ‖d̂ − d‖², summed over dimensions, mean over the batch; TIGER's, in CAT-ID² `dispersion` replaces it."""
-    return global_mean((reconstruction_BD - embedding_BD).square().sum(), len(embedding_BD), gather)
+    total = functional.mse_loss(reconstruction_BD, embedding_BD, reduction="sum")
+    return global_mean(total, len(embedding_BD), gather).mean
+
+
+class HierarchicalTerms(NamedTuple):
+    """Eq. 4 at one level, and how many anchors of the global batch it was averaged over."""
+
+    loss: Tensor  # scalar
+    anchors: Tensor  # int64 scalar
 
 
 def hierarchical_class_constraint(
@@ -79,30 +89,35 @@ def hierarchical_class_constraint(
     (`negatives="siblings"`) or under any parent (`"all"`, the paper's random-sampling ablation). The term of a positive
     p is −log( exp(s_ap/τ) / (exp(s_ap/τ) + Σ_n exp(s_an/τ)) ): eq. 4 as printed has no positive in the denominator,
     which would be unbounded below. Averaged over the anchor's positives, then over the anchors of the global batch that
-    have at least one positive and one negative; none → exactly 0, with gradient 0.
+    have at least one positive and one negative; none → exactly 0, with gradient 0. Raises InputError for a `depth`
+    that is no column and for other `negatives`.
     """
+    return hierarchical_class_terms(
+        residual_BZ, category_BH, depth=depth, temperature=temperature, negatives=negatives, gather=gather, chunk=chunk
+    ).loss
+
+
+def hierarchical_class_terms(
+    residual_BZ: Tensor,
+    category_BH: Tensor,
+    *,
+    depth: int,
+    temperature: float,
+    negatives: str = "siblings",
+    gather: Gather | None = None,
+    chunk: int | None = None,
+) -> HierarchicalTerms:
+    """`hierarchical_class_constraint`, and the number of anchors that counted; few of them mean little signal."""
     if not 0 <= depth < category_BH.shape[1]:
         raise InputError(f"depth {depth} is not a column of the categories, which have {category_BH.shape[1]} (from 0)")
     if negatives not in ("siblings", "all"):
         raise InputError(f'negatives must be "siblings" or "all", found {negatives!r}')
     parent_B, child_B = _parent_and_child(category_BH, depth, negatives)
     unit_BZ = unit_rows(residual_BZ)
-    unit_MZ, parent_M, child_M = unit_BZ, parent_B, child_B
-    if gather is not None:
-        unit_MZ, parent_M, child_M = (gather(rows.contiguous()) for rows in (unit_BZ, parent_B, child_B))
-
-    siblings_B, same_B = _group_sizes(parent_B, parent_M), _group_sizes(child_B, child_M)
-    counted_B = (child_B >= 0) & (same_B > 1) & (siblings_B > same_B)
-    query_BZ = unit_BZ / temperature
-    blocks = group_blocks(torch.where(counted_B, parent_B, -1), parent_M, chunk=chunk)
-    negative_B = negative_logsumexp(query_BZ, unit_MZ, child_B, child_M, blocks, chunk=chunk)
-    blocks = group_blocks(torch.where(counted_B, child_B, -1), child_M, chunk=chunk)
-    with_self_B = positive_sum(query_BZ, unit_MZ, negative_B, blocks, chunk=chunk)
-    self_B = torch.nn.functional.softplus(negative_B - (query_BZ * unit_BZ).sum(1))
-    term_B = torch.where(counted_B, (with_self_B - self_B) / (same_B - 1).clamp_min(1), 0.0)
-    # The empty slice ties the gathered rows to the loss on ranks without an anchor too, or their backward would never
-    # join the collective that the other ranks wait for.
-    return global_mean(term_B.sum() + unit_MZ[:0].sum(), counted_B.sum(), gather)
+    unit_MZ, parent_M, child_M = (gathered(rows, gather) for rows in (unit_BZ, parent_B, child_B))
+    layout = category_layout(parent_B, child_B, parent_M, child_M)
+    total = category_nce(unit_BZ, unit_MZ, layout, temperature=temperature, chunk=chunk)
+    return HierarchicalTerms(*global_mean(total, len(layout.anchor_A), gather))
 
 
 def cluster_scale_constraint(
@@ -135,10 +150,37 @@ def dispersion(
     chunk: int | None = None,
 ) -> Tensor:
     """Eq. 7: −mean_i log( exp(⟨d̂_i, d_i⟩/τ) / Σ_j exp(⟨d̂_i, d_j⟩/τ) ), cosine, j over the global batch with j = i."""
-    query_BD, key_BD = unit_rows(reconstruction_BD) / temperature, unit_rows(embedding_BD)
-    key_MD = gathered(key_BD, gather)
-    term_B = in_batch_nce(query_BD, key_BD, key_MD, chunk=chunk)
-    return global_mean(term_B.sum() + key_MD[:0].sum(), len(term_B), gather)
+    unit_BD, key_BD = unit_rows(reconstruction_BD), unit_rows(embedding_BD)
+    total = in_batch_nce(unit_BD, key_BD, gathered(key_BD, gather), temperature=temperature, chunk=chunk)
+    return global_mean(total, len(key_BD), gather).mean
+
+
+def query_item_contrast(
+    item_BZ: Tensor,
+    query_BZ: Tensor,
+    has_query_B: Tensor,
+    *,
+    temperature: float,
+    gather: Gather | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """CQ-SID's bidirectional InfoNCE (arXiv 2605.14434, L_bi; METHODS 2.4), cosine, over items that have a query.
+
+    −½ · mean_i [ log softmax_q(⟨i, q⟩/τ) at the own query + log softmax_j(⟨q_i, j⟩/τ) at the own item ], i, q and j
+    over the rows of the global batch where `has_query_B` (bool) holds. The other rows are neither anchors nor
+    negatives, whatever their `query_BZ` holds. No such row → exactly 0, with gradient 0. Raises InputError when the
+    shapes differ or `has_query_B` is not boolean.
+    """
+    if item_BZ.shape != query_BZ.shape or has_query_B.shape != item_BZ.shape[:1] or has_query_B.dtype != torch.bool:
+        raise InputError(
+            f"items and queries must both be rows × latent and has_query_B one bool per row, found "
+            f"{tuple(item_BZ.shape)}, {tuple(query_BZ.shape)} and {has_query_B.dtype} {tuple(has_query_B.shape)}"
+        )
+    item_AZ, query_AZ = unit_rows(item_BZ[has_query_B]), unit_rows(query_BZ[has_query_B])
+    item_MZ, query_MZ = gathered(item_AZ, gather), gathered(query_AZ, gather)
+    to_query = in_batch_nce(item_AZ, query_AZ, query_MZ, temperature=temperature, chunk=chunk)
+    to_item = in_batch_nce(query_AZ, item_AZ, item_MZ, temperature=temperature, chunk=chunk)
+    return 0.5 * global_mean(to_query + to_item, len(item_AZ), gather).mean
 
 
 def _parent_and_child(category_BH: Tensor, depth: int, negatives: str) -> tuple[Tensor, Tensor]:
@@ -149,14 +191,6 @@ def _parent_and_child(category_BH: Tensor, depth: int, negatives: str) -> tuple[
     parent_B = category_BH[:, depth - 1]
     takes_part_B = (child_B >= 0) & (parent_B >= 0)
     return torch.where(takes_part_B, parent_B, -1), torch.where(takes_part_B, child_B, -1)
-
-
-def _group_sizes(group_B: Tensor, group_M: Tensor) -> Tensor:
-    """int64 B: how many of the rows `group_M` are in the group of each local row."""
-    if not len(group_M):
-        return torch.zeros_like(group_B)
-    groups, count = torch.unique(group_M, return_counts=True)
-    return count[torch.searchsorted(groups, group_B)]
 
 
 def _two_way_divergence(log_usage_K: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 Unusual: `latent_radius` holds z on a sphere. The dispersion loss does not feel the scale of z, so eq. 2 shrinks a free
 z until softmax(−‖r − e‖²) is flat and the usage term stops acting; a fixed radius gives the temperature of p a meaning.
 Codes are also deterministic: `encode_padded` works in one fixed batch shape, so a row's codes and residual are the same
-bits whatever rows travel with it.
+bits whatever rows travel with it. Without hidden layers it is plain residual k-means on the embedding.
 
-Shape letters: B, N rows, D embedding, Z latent, L levels, K codes.
+Shape letters: B, N rows, D embedding, Z latent, L levels, K codes, H category depth.
 """
 
 import json
@@ -19,9 +19,10 @@ from torch.nn import functional
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, InputError, RecipeError
-from catid2_ray.quantizer.kmeans import nearest, residual_kmeans
+from catid2_ray.quantizer.kmeans import balanced_residual_kmeans, nearest, residual_kmeans
 
 SETTINGS_FILE, WEIGHTS_FILE = "quantizer.json", "model.safetensors"
+_LEAST_SHARE = 1e-12  # a code's share of the rows under which its average is no number worth dividing by
 
 
 class Quantized(NamedTuple):
@@ -52,8 +53,13 @@ def _mlp(widths: tuple[int, ...]) -> nn.Sequential:
 class ResidualQuantizer(nn.Module):
     """RQ-VAE over embeddings of `width`.
 
-    `hidden`: widths of the encoder's hidden layers, mirrored in the decoder (not stated in the paper); `latent`: Z;
-    `latent_radius`: norm of z in the unit of the codewords, None = free (not stated in the paper).
+    `hidden`: widths of the encoder's hidden layers, mirrored in the decoder (not stated in the paper); None = no encoder
+    at all, z is the embedding (RQ-KMeans, METHODS 0.3). `latent`: Z. `latent_radius`: norm of z in the unit of the
+    codewords, None = free (not stated in the paper). `category_column`: the first code is the row's category id in this
+    column, the nearest codeword where it has none (CQ-SID, arXiv 2605.14434). `ema`: decay per step of codebooks that
+    follow their rows by moving averages instead of gradients (METHODS 0.6). `balanced`: codes carry prices that make
+    their clusters near-equal in size.
+
     Raises RecipeError for widths or a radius that are not positive, and what `DocidSpace` raises.
     """
 
@@ -61,31 +67,58 @@ class ResidualQuantizer(nn.Module):
         self,
         *,
         width: int,
-        hidden: tuple[int, ...],
+        hidden: tuple[int, ...] | None,
         latent: int,
         codes_per_level: tuple[int, ...],
         latent_radius: float | None = None,
+        category_column: int | None = None,
+        ema: float | None = None,
+        balanced: bool = False,
     ):
         super().__init__()
-        self.width, self.hidden, self.latent = int(width), tuple(int(h) for h in hidden), int(latent)
+        self.width, self.latent = int(width), int(latent)
+        self.hidden = None if hidden is None else tuple(int(h) for h in hidden)
         self.codes_per_level = DocidSpace(tuple(codes_per_level)).codes_per_level
-        self.latent_radius = latent_radius
-        if min(self.width, self.latent, *self.hidden) < 1 or (latent_radius is not None and not latent_radius > 0):
+        self.latent_radius, self.category_column, self.ema, self.balanced = (
+            latent_radius,
+            category_column,
+            ema,
+            balanced,
+        )
+        if min(self.width, self.latent, *(self.hidden or ())) < 1 or (
+            latent_radius is not None and not latent_radius > 0
+        ):
             raise RecipeError(
                 f"width, hidden, latent and latent_radius must be positive, "
                 f"found {width}, {self.hidden}, {latent} and {latent_radius}"
             )
-        self.encoder = _mlp((self.width, *self.hidden, self.latent))
-        self.decoder = _mlp((self.latent, *self.hidden[::-1], self.width))
+        if self.hidden is None:
+            if self.latent != self.width:
+                raise RecipeError(f"without hidden layers z is the embedding: latent {latent} must be width {width}")
+            self.encoder = self.decoder = nn.Identity()
+        else:
+            self.encoder = _mlp((self.width, *self.hidden, self.latent))
+            self.decoder = _mlp((self.latent, *self.hidden[::-1], self.width))
         scale = (latent_radius or 1.0) / self.latent**0.5
         for level, codes in enumerate(self.codes_per_level):
             start_KZ = torch.randn(codes, self.latent) * (scale / 2**level)
-            self.register_parameter(f"codebook_{level}", nn.Parameter(start_KZ))
+            if ema is None:
+                self.register_parameter(f"codebook_{level}", nn.Parameter(start_KZ))
+            else:
+                self.register_buffer(f"codebook_{level}", start_KZ)
+                self.register_buffer(f"share_{level}", torch.full((codes,), 1 / codes))
+            if balanced:
+                self.register_buffer(f"price_{level}", torch.zeros(codes))
 
     @property
-    def codebooks(self) -> list[nn.Parameter]:
-        """One K_l×Z parameter per level."""
+    def codebooks(self) -> list[Tensor]:
+        """One K_l×Z parameter (a buffer with `ema`) per level."""
         return [getattr(self, f"codebook_{level}") for level in range(len(self.codes_per_level))]
+
+    @property
+    def prices(self) -> list[Tensor | None]:
+        """Per level what is taken off the squared distances, K_l, or None."""
+        return [getattr(self, f"price_{level}", None) for level in range(len(self.codes_per_level))]
 
     def latents(self, embedding_BD: Tensor) -> Tensor:
         """z, B×Z. Raises InputError when the embeddings have another width."""
@@ -96,16 +129,16 @@ class ResidualQuantizer(nn.Module):
             return latent_BZ
         return self.latent_radius * functional.normalize(latent_BZ, dim=1)
 
-    def forward(self, embedding_BD: Tensor) -> Quantized:
+    def forward(self, embedding_BD: Tensor, category_BH: Tensor | None = None) -> Quantized:
         """Quantize with straight-through gradients: the decoder sees z + sg[ẑ − z] (section 3).
 
         r_{l+1} = r_l − sg[e_l]: a codeword learns from its own level only, while terms on deeper residuals (eq. 4)
-        reach the encoder.
+        reach the encoder. `category_BH` matters with `category_column` only.
         """
         latent_BZ = residual_BZ = self.latents(embedding_BD)
         residuals, codewords, codes = [], [], []
-        for codebook_KZ in self.codebooks:
-            codes_B = nearest(residual_BZ.detach(), codebook_KZ.detach())
+        for level, codebook_KZ in enumerate(self.codebooks):
+            codes_B = self.codes_of(level, residual_BZ.detach(), category_BH)
             codeword_BZ = functional.embedding(codes_B, codebook_KZ)
             residuals.append(residual_BZ)
             codewords.append(codeword_BZ)
@@ -117,50 +150,122 @@ class ResidualQuantizer(nn.Module):
         )
 
     @torch.no_grad()
-    def encode(self, embedding_BD: Tensor) -> Encoded:
-        """Codes and last-level residuals; the nearest codeword at each level, ties to the lowest code."""
+    def codes_of(self, level: int, residual_BZ: Tensor, category_BH: Tensor | None = None) -> Tensor:
+        """int64 B, the codes of one level: nearest codeword, ties to the lowest, or the category where it decides."""
+        codes_B = nearest(residual_BZ, self.codebooks[level].detach(), self.prices[level])
+        if level or self.category_column is None or category_BH is None:
+            return codes_B
+        forced_B = category_BH[:, self.category_column].long()
+        return torch.where(forced_B >= 0, forced_B, codes_B)
+
+    @torch.no_grad()
+    def encode(self, embedding_BD: Tensor, category_BH: Tensor | None = None) -> Encoded:
+        """Codes and last-level residuals; see `codes_of`."""
         residual_BZ, codes = self.latents(embedding_BD), []
         for level, codebook_KZ in enumerate(self.codebooks):
-            codes.append(nearest(residual_BZ, codebook_KZ))
+            codes.append(self.codes_of(level, residual_BZ, category_BH))
             if level < len(self.codes_per_level) - 1:
                 residual_BZ = residual_BZ - codebook_KZ[codes[-1]]
         return Encoded(torch.stack(codes, 1), residual_BZ)
 
     @torch.no_grad()
-    def encode_padded(self, embedding_ND: Tensor, *, rows: int) -> Encoded:
+    def encode_padded(self, embedding_ND: Tensor, category_NH: Tensor | None = None, *, rows: int) -> Encoded:
         """`encode` in batches of exactly `rows` (the last one padded), so that no result depends on its neighbours.
 
         Matrix products round differently for different batch shapes; in one shape a row comes out the same bit for bit
         in any order and any blocking of the table.
         """
         batch_RD = embedding_ND.new_zeros((rows, self.width))
+        batch_RH = None if category_NH is None else category_NH.new_full((rows, category_NH.shape[1]), -1)
         parts = []
-        for block_bD in embedding_ND.split(rows):
+        for start in range(0, len(embedding_ND), rows):
+            block_bD = embedding_ND[start : start + rows]
             batch_RD[: len(block_bD)] = block_bD
-            parts.append([part[: len(block_bD)] for part in self.encode(batch_RD)])
+            if batch_RH is not None:
+                batch_RH[: len(block_bD)] = category_NH[start : start + rows]
+            parts.append([part[: len(block_bD)] for part in self.encode(batch_RD, batch_RH)])
         if not parts:
-            return self.encode(embedding_ND)
+            return self.encode(embedding_ND, category_NH)
         codes, residuals = zip(*parts, strict=True)
         return Encoded(torch.cat(codes), torch.cat(residuals))
 
     @torch.no_grad()
-    def initialise_codebooks(self, sample_ND: Tensor, *, seed: int) -> None:
+    def decode(self, embedding_ND: Tensor, category_NH: Tensor | None = None) -> Tensor:
+        """d̂, N×D: what the codes alone give back."""
+        return self(embedding_ND, category_NH).reconstruction_BD
+
+    @torch.no_grad()
+    def initialise_codebooks(self, sample_ND: Tensor, category_NH: Tensor | None = None, *, seed: int) -> None:
         """Residual k-means on the latents of a sample: at the start, and once more at the end (see `step.fit`).
 
-        Raises CapacityError when there are fewer rows than codes.
+        With `category_column` a first codeword starts as the mean of its category, and those of no category in the
+        sample as rows of it. Raises CapacityError when there are fewer rows than codes.
         """
-        found = residual_kmeans(self.latents(sample_ND), codes_per_level=self.codes_per_level, seed=seed)
-        for parameter_KZ, codebook_KZ in zip(self.codebooks, found, strict=True):
-            parameter_KZ.copy_(codebook_KZ)
+        latent_NZ, levels = self.latents(sample_ND), self.codes_per_level
+        if self.balanced:
+            found = balanced_residual_kmeans(latent_NZ, codes_per_level=levels, seed=seed)
+            for level, fitted in enumerate(found):
+                self.codebooks[level].copy_(fitted.codebook_KZ)
+                self.prices[level].copy_(fitted.price_K)
+        elif self.category_column is None or category_NH is None:
+            for parameter_KZ, codebook_KZ in zip(
+                self.codebooks, residual_kmeans(latent_NZ, codes_per_level=levels, seed=seed), strict=True
+            ):
+                parameter_KZ.copy_(codebook_KZ)
+        else:
+            first_KZ = _category_means(latent_NZ, category_NH[:, self.category_column].long(), levels[0], seed)
+            self.codebooks[0].copy_(first_KZ)
+            rest_NZ = latent_NZ - first_KZ[self.codes_of(0, latent_NZ, category_NH)]
+            if levels[1:]:
+                found = residual_kmeans(rest_NZ, codes_per_level=levels[1:], seed=seed)
+                for parameter_KZ, codebook_KZ in zip(self.codebooks[1:], found, strict=True):
+                    parameter_KZ.copy_(codebook_KZ)
+        self.restart_averages(sample_ND, category_NH)
+
+    @torch.no_grad()
+    def restart_averages(self, sample_ND: Tensor, category_NH: Tensor | None = None) -> None:
+        """With `ema`: each code's share of the sample's rows, after codewords were set; else nothing."""
+        if self.ema is None:
+            return
+        codes_NL = self.encode(sample_ND, category_NH).codes_BL
+        for level, codes in enumerate(self.codes_per_level):
+            count_K = torch.bincount(codes_NL[:, level], minlength=codes)
+            getattr(self, f"share_{level}").copy_(count_K / len(sample_ND))
+
+    @torch.no_grad()
+    def follow(self, quantized: Quantized, gather=None) -> None:
+        """One step of moving averages over the rows of all ranks (METHODS 0.6); codes without rows stay where they are.
+
+        share ← λ·share + (1 − λ)·rows of the code / rows; its sum share·e likewise; e = sum / share.
+        """
+        for level, codebook_KZ in enumerate(self.codebooks):
+            codes_B, residual_BZ = quantized.codes_BL[:, level], quantized.residual_LBZ[level].detach()
+            seen_KZ = residual_BZ.new_zeros(len(codebook_KZ), self.latent + 1)
+            rows_BZ = torch.cat((residual_BZ, residual_BZ.new_ones(len(codes_B), 1)), 1)
+            seen_KZ.index_add_(0, codes_B, rows_BZ)
+            if gather is not None:
+                seen_KZ = gather(seen_KZ[None]).sum(0)
+            rows = seen_KZ[:, -1].sum().clamp_min(1)
+            share_K, keep = getattr(self, f"share_{level}"), self.ema
+            new_K = keep * share_K + (1 - keep) * seen_KZ[:, -1] / rows
+            sum_KZ = keep * share_K[:, None] * codebook_KZ + (1 - keep) * seen_KZ[:, :-1] / rows
+            alive_K = new_K > _LEAST_SHARE
+            codebook_KZ.copy_(
+                torch.where(alive_K[:, None], sum_KZ / new_K.clamp_min(_LEAST_SHARE)[:, None], codebook_KZ)
+            )
+            share_K.copy_(new_K)
 
     def settings(self) -> dict:
         """The keyword arguments that build this model again."""
         return {
             "width": self.width,
-            "hidden": list(self.hidden),
+            "hidden": None if self.hidden is None else list(self.hidden),
             "latent": self.latent,
             "codes_per_level": list(self.codes_per_level),
             "latent_radius": self.latent_radius,
+            "category_column": self.category_column,
+            "ema": self.ema,
+            "balanced": self.balanced,
         }
 
     def save(self, folder: str | Path) -> None:
@@ -184,3 +289,13 @@ class ResidualQuantizer(nn.Module):
         except (RuntimeError, OSError) as error:
             raise ArtifactError(f"{folder / WEIGHTS_FILE} does not fit {SETTINGS_FILE}: {error}") from error
         return model
+
+
+def _category_means(latent_NZ: Tensor, category_N: Tensor, codes: int, seed: int) -> Tensor:
+    """K×Z: the mean latent of each category; codes of no category in the sample get a drawn row each."""
+    known_N = category_N >= 0
+    count_K = torch.bincount(category_N[known_N], minlength=codes)
+    sum_KZ = latent_NZ.new_zeros(codes, latent_NZ.shape[1]).index_add_(0, category_N[known_N], latent_NZ[known_N])
+    drawn_K = torch.randint(len(latent_NZ), (codes,), generator=torch.Generator().manual_seed(seed))
+    mean_KZ = sum_KZ / count_K.clamp_min(1)[:, None]
+    return torch.where(count_K[:, None] > 0, mean_KZ, latent_NZ[drawn_K.to(latent_NZ.device)])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from catid2_ray.errors import InputError
 from catid2_ray.quantizer.contrast import Gather
@@ -18,11 +18,12 @@ from catid2_ray.quantizer.health import level_health, revive_dead_codes
 from catid2_ray.quantizer.losses import (
     cluster_scale_from_log,
     dispersion,
-    hierarchical_class_constraint,
+    hierarchical_class_terms,
+    query_item_contrast,
     reconstruction_loss,
     residual_quantization_loss,
 )
-from catid2_ray.quantizer.model import Quantized, ResidualQuantizer
+from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.schedule import learning_rate_at, seed_from
 
 # Rows that start the codebooks and show which codes are dead: 80 per code at K = 256, 0.1 s to encode on one core.
@@ -42,6 +43,9 @@ class LossWeights:
     negatives           "siblings" (section 3.3.1, hard negatives) or "all" (the random-negatives ablation)
     category_depth      H, depths that eq. 4 acts on; 3 at L = 4 (section 4.1.1), fewer than the levels
     reconstruction      weight of ‖d̂ − d‖² (eq. 1); 0 in eq. 8, 1 with the three weights above at 0 is TIGER
+    level_power         eq. 4 of level l is weighted by (mean ‖r_l‖ / mean ‖r_1‖) to this power; 0 = as printed. A cosine's
+                        gradient grows as 1/‖r‖, so that otherwise the deeper levels outweigh the first and undo it
+    query_item          weight of the query–item term of CQ-SID (arXiv 2605.14434), which uses `temperature` too
     """
 
     dispersion: float = 0.1
@@ -53,13 +57,32 @@ class LossWeights:
     negatives: str = "siblings"
     category_depth: int = 3
     reconstruction: float = 0.0
+    level_power: float = 0.0
+    query_item: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What some batches bring beside embeddings and categories.
+
+    uniform          rows at the head of the batch that were drawn uniformly; the rest only eq. 4 sees. None = all
+    query_BD         embedding of a query that asks for the row's product (any numbers where there is none)
+    has_query_B      bool, whether there is one
+    """
+
+    uniform: int | None = None
+    query_BD: Tensor | None = None
+    has_query_B: Tensor | None = None
 
 
 class StepLoss(NamedTuple):
-    """`total` carries gradient; `terms` are the unweighted parts, detached. A part of weight 0 is absent."""
+    """`total` carries gradient, and so do the `weighted` terms that it is the sum of; `terms` are the unweighted parts,
+    detached. A part of weight 0 is absent. `anchors`: int64 per depth, rows of the global batch that counted in eq. 4."""
 
     total: Tensor
     terms: dict[str, Tensor]
+    weighted: dict[str, Tensor]
+    anchors: list[Tensor]
 
 
 def training_loss(
@@ -68,57 +91,70 @@ def training_loss(
     category_BH: Tensor,
     *,
     weights: LossWeights,
+    extras: Extras | None = None,
     gather: Gather | None = None,
     chunk: int | None = None,
 ) -> StepLoss:
     """Eq. 8 over the global batch: L_rq + α·Dis + β·Σ_l HCC + γ·Σ_l CSC; see `losses` for `gather` and `chunk`.
 
     `category_BH`: int64, −1 = none; HCC acts on the first min(category_depth, H, L) levels. Call `model` wrapped
-    (DeepSpeed) or plain: anything whose call gives `Quantized` and that leads to `codebooks`.
+    (DeepSpeed) or plain: anything whose call gives `Quantized` and that leads to `codebooks`. A model with moving
+    averages is updated in place while it trains.
     """
-    quantized = model(embedding_BD)
-    shared = {"gather": gather, "chunk": chunk}
+    extras, shared = extras or Extras(), {"gather": gather, "chunk": chunk}
+    quantized = model(embedding_BD, category_BH)
+    head, plain = slice(extras.uniform), getattr(model, "module", model)
+    residual_LBZ, codeword_LBZ = quantized.residual_LBZ[:, head], quantized.codeword_LBZ[:, head]
+    reconstruction_BD, target_BD = quantized.reconstruction_BD[head], embedding_BD[head]
     terms = {
         "residual_quantization": residual_quantization_loss(
-            quantized.residual_LBZ, quantized.codeword_LBZ, commitment=weights.commitment, **shared
+            residual_LBZ, codeword_LBZ, commitment=weights.commitment, **shared
         )
     }
-    factors = {"residual_quantization": 1.0}
+    anchors = []
     if weights.reconstruction:
-        terms["reconstruction"] = reconstruction_loss(quantized.reconstruction_BD, embedding_BD, **shared)
-        factors["reconstruction"] = weights.reconstruction
+        terms["reconstruction"] = reconstruction_loss(reconstruction_BD, target_BD, **shared)
     if weights.dispersion:
-        terms["dispersion"] = dispersion(
-            quantized.reconstruction_BD, embedding_BD, temperature=weights.temperature, **shared
-        )
-        factors["dispersion"] = weights.dispersion
-    depths = min(weights.category_depth, category_BH.shape[1], len(quantized.residual_LBZ))
+        terms["dispersion"] = dispersion(reconstruction_BD, target_BD, temperature=weights.temperature, **shared)
+    depths = min(weights.category_depth, category_BH.shape[1], len(residual_LBZ))
     if weights.hierarchical and depths:
         settings = {"temperature": weights.temperature, "negatives": weights.negatives, **shared}
-        terms["hierarchical"] = sum(
-            hierarchical_class_constraint(quantized.residual_LBZ[depth], category_BH, depth=depth, **settings)
+        levels = [
+            hierarchical_class_terms(quantized.residual_LBZ[depth], category_BH, depth=depth, **settings)
             for depth in range(depths)
-        )
-        factors["hierarchical"] = weights.hierarchical
+        ]
+        factor_L = _level_factors(quantized.residual_LBZ, weights.level_power, gather)
+        terms["hierarchical"] = sum(factor * level.loss for factor, level in zip(factor_L, levels))
+        anchors = [level.anchors for level in levels]
     if weights.cluster_scale:
-        terms["cluster_scale"] = _cluster_scale(model, quantized, weights.scale_temperature, shared)
-        factors["cluster_scale"] = weights.cluster_scale
-    total = sum(factors[name] * term for name, term in terms.items())
-    return StepLoss(total, {name: term.detach() for name, term in terms.items()})
+        terms["cluster_scale"] = _cluster_scale(plain, residual_LBZ, weights.scale_temperature, shared)
+    if weights.query_item and extras.query_BD is not None:
+        # ẑ with straight-through gradient, against the query's own latent.
+        item_BZ = quantized.latent_BZ + (quantized.codeword_LBZ.sum(0) - quantized.latent_BZ).detach()
+        terms["query_item"] = query_item_contrast(
+            item_BZ, plain.latents(extras.query_BD), extras.has_query_B, temperature=weights.temperature, **shared
+        )
+    weighted = {name: getattr(weights, name, 1.0) * term for name, term in terms.items()}
+    if plain.ema is not None and plain.training:
+        plain.follow(quantized, gather)
+    return StepLoss(sum(weighted.values()), {name: term.detach() for name, term in terms.items()}, weighted, anchors)
 
 
-def _cluster_scale(model, quantized: Quantized, scale_temperature: float, shared: dict) -> Tensor:
+def _level_factors(residual_LBZ: Tensor, power: float, gather: Gather | None) -> Tensor:
+    """L factors of eq. 4, without gradient: mean norm of the residuals over that of the latents, to a power."""
+    norm_L = residual_LBZ.detach().norm(dim=2).mean(1)
+    if gather is not None:
+        norm_L = gather(norm_L[None]).mean(0)
+    return (norm_L / norm_L[0].clamp_min(1e-12)) ** power
+
+
+def _cluster_scale(model: ResidualQuantizer, residual_LBZ: Tensor, scale_temperature: float, shared: dict) -> Tensor:
     """Σ_l of eq. 5 with log p_l = log softmax(−‖r_l − e_l‖² / scale_temperature); ‖r‖² cancels in the softmax."""
     total = 0.0
-    for residual_BZ, codebook_KZ in zip(quantized.residual_LBZ, codebooks_of(model), strict=True):
+    for residual_BZ, codebook_KZ in zip(residual_LBZ, model.codebooks, strict=True):
         closeness_BK = torch.addmm(-codebook_KZ.square().sum(1), residual_BZ, codebook_KZ.T, alpha=2)
         total = total + cluster_scale_from_log((closeness_BK / scale_temperature).log_softmax(1), **shared)
     return total
-
-
-def codebooks_of(model) -> list[nn.Parameter]:
-    """The codebooks of a quantizer, also when an engine wraps it as `.module`."""
-    return getattr(model, "module", model).codebooks
 
 
 def parameter_groups(model: ResidualQuantizer, *, weight_decay: float) -> list[dict]:
@@ -163,6 +199,7 @@ def fit(
         )
     sample_SD = embedding_ND[epoch_order(rows, seed=seed, epoch=-1 % 2**32)[:SAMPLE_ROWS]]
     model.initialise_codebooks(sample_SD, seed=seed)
+    model.train()
     optimiser = torch.optim.AdamW(parameter_groups(model, weight_decay=weight_decay), lr=learning_rate)
     batch = min(batch, rows)
     steps = rows // batch

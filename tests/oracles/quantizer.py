@@ -79,3 +79,27 @@ def codes(latent_BZ, codebooks):
         all_codes.append(row)
         residuals.append(residual_Z)
     return np.array(all_codes), np.array(residuals)
+
+
+def hierarchical_anchors(category_BH, *, depth, negatives="siblings") -> int:
+    """How many rows have at least one positive and one negative."""
+    count = 0
+    for a, own in enumerate(category_BH):
+        others = [row for j, row in enumerate(category_BH) if j != a and row[depth] >= 0]
+        positives = [row for row in others if row[depth] == own[depth]]
+        against = [row for row in others if row[depth] != own[depth]]
+        if depth > 0 and negatives == "siblings":
+            against = [row for row in against if row[depth - 1] == own[depth - 1]]
+        count += own[depth] >= 0 and bool(positives) and bool(against)
+    return count
+
+
+def query_item(item_BZ, query_BZ, has_query_B, *, temperature) -> float:
+    rows = [b for b in range(len(item_BZ)) if has_query_B[b]]
+    total = 0.0
+    for b in rows:
+        own = math.exp(cosine(item_BZ[b], query_BZ[b]) / temperature)
+        over_queries = sum(math.exp(cosine(item_BZ[b], query_BZ[j]) / temperature) for j in rows)
+        over_items = sum(math.exp(cosine(item_BZ[j], query_BZ[b]) / temperature) for j in rows)
+        total -= 0.5 * (math.log(own / over_queries) + math.log(own / over_items))
+    return total / len(rows) if rows else 0.0

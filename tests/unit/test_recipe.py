@@ -53,7 +53,7 @@ def refused(values, *words):
 
 
 def test_the_defaults_are_the_papers():
-    quantizer = Recipe.build(MINIMAL).quantizer
+    quantizer = Recipe.build(MINIMAL | {"quantizer": {"kind": "cat_id2_paper"}}).quantizer
     assert (quantizer.dispersion, quantizer.hierarchical, quantizer.cluster_scale) == (0.1, 1e-4, 1.0)
     assert quantizer.codes_per_level == (256,) * 4 and quantizer.space.capacity == 256**4
     assert (quantizer.batch, quantizer.epochs) == (4096, 300)

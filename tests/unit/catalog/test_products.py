@@ -36,9 +36,9 @@ def test_good_rows_come_out_in_the_house_schema_and_sorted():
         **DEPTHS,
     )
     assert checked.good.to_pylist() == [
-        {"product_id": "a", "title": "Lock", "description": "x", "category_path": []},
-        {"product_id": "b", "title": "Hinge", "description": None, "category_path": ["Tools", "A", "B"]},
-        {"product_id": "c", "title": "Knob", "description": None, "category_path": ["Tools"]},
+        {"product_id": "a", "title": "Lock", "description": "x", "category_path": [], "value": None},
+        {"product_id": "b", "title": "Hinge", "description": None, "category_path": ["Tools", "A", "B"], "value": None},
+        {"product_id": "c", "title": "Knob", "description": None, "category_path": ["Tools"], "value": None},
     ]
     assert checked.cut_paths == 1
     assert checked.bad.num_rows == 0
@@ -81,6 +81,16 @@ def test_a_faulty_row_does_not_push_out_its_sound_duplicate():
     checked = check_products(table(rows), width=None, **DEPTHS)
     assert checked.good["title"].to_pylist() == ["Hinge"]
     assert sorted(checked.bad["reason"].to_pylist()) == ["duplicate product_id", "empty title"]
+
+
+def test_values_are_numbers_or_unknown():
+    rows = [{"product_id": name, "title": "x"} for name in "abcd"]
+    value = pa.array([2, float("nan"), None, float("inf")], pa.float64())
+    checked = check_products(table(rows, value=value), width=None, **DEPTHS)
+    assert checked.good["value"].to_pylist() == [2.0, None, None]
+    assert reasons(checked) == {"d": "value is infinite"}
+    with pytest.raises(InputError, match="column value: expected numbers, found string"):
+        check_products(table(rows, value=pa.array(["1"] * 4)), width=None, **DEPTHS)
 
 
 row = st.fixed_dictionaries(

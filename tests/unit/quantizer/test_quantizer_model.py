@@ -115,3 +115,65 @@ def test_kmeans_lowers_the_error_level_by_level_and_leaves_no_cluster_empty():
 def test_kmeans_survives_equal_rows():
     first, second = residual_kmeans(torch.ones(10, 3), codes_per_level=(4, 4), seed=0)
     assert torch.isfinite(first).all() and torch.isfinite(second).all()
+
+
+def forced(**more) -> ResidualQuantizer:
+    torch.manual_seed(0)
+    return ResidualQuantizer(width=6, hidden=(8,), latent=3, codes_per_level=(4, 5), category_column=1, **more)
+
+
+def test_the_category_is_the_first_code_and_unknown_ones_take_the_nearest():
+    model, embedding_BD = forced(), torch.randn(5, 6)
+    category_BH = torch.tensor([[0, 3], [0, 2], [1, -1], [-1, -1], [1, 0]])
+    free_BL = model.encode(embedding_BD).codes_BL
+    codes_BL = model.encode(embedding_BD, category_BH).codes_BL
+    assert codes_BL[[0, 1, 4], 0].tolist() == [3, 2, 0]
+    assert codes_BL[[2, 3], 0].tolist() == free_BL[[2, 3], 0].tolist()
+    assert torch.equal(model(embedding_BD, category_BH).codes_BL, codes_BL)
+    padded = model.encode_padded(embedding_BD, category_BH, rows=4)
+    assert torch.equal(padded.codes_BL, codes_BL)
+
+
+def test_forced_codewords_start_as_their_categories_means():
+    model, sample_ND = forced(), torch.randn(40, 6)
+    category_NH = torch.stack((torch.zeros(40, dtype=torch.int64), torch.arange(40) % 3), 1)
+    model.initialise_codebooks(sample_ND, category_NH, seed=0)
+    latent_NZ = model.latents(sample_ND).detach()
+    for category in range(3):
+        torch.testing.assert_close(model.codebooks[0][category].detach(), latent_NZ[category::3].mean(0))
+
+
+def test_moving_averages_are_those_of_the_loop():
+    torch.manual_seed(1)
+    model = ResidualQuantizer(width=4, hidden=(4,), latent=2, codes_per_level=(3, 3), ema=0.75)
+    assert not [name for name, _ in model.named_parameters() if "codebook" in name]
+    sample_ND = torch.randn(30, 4)
+    model.initialise_codebooks(sample_ND, seed=0)
+    expected = []
+    with torch.no_grad():
+        quantized = model(sample_ND[:12])
+    for level in range(2):
+        share_K, codebook_KZ = getattr(model, f"share_{level}").clone(), model.codebooks[level].clone()
+        for code in range(3):
+            rows_BZ = quantized.residual_LBZ[level][quantized.codes_BL[:, level] == code]
+            new = 0.75 * share_K[code] + 0.25 * len(rows_BZ) / 12
+            total_Z = 0.75 * share_K[code] * codebook_KZ[code] + 0.25 * rows_BZ.sum(0) / 12
+            codebook_KZ[code] = total_Z / new
+        expected.append(codebook_KZ)
+    model.follow(quantized)
+    for level in range(2):
+        torch.testing.assert_close(model.codebooks[level], expected[level])
+
+
+def test_without_an_encoder_the_latent_is_the_embedding(tmp_path):
+    model = ResidualQuantizer(width=4, hidden=None, latent=4, codes_per_level=(5, 5), balanced=True)
+    sample_ND = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    model.initialise_codebooks(sample_ND, seed=0)
+    assert torch.equal(model.latents(sample_ND), sample_ND)
+    count_K = torch.bincount(model.encode(sample_ND).codes_BL[:, 0], minlength=5)
+    assert count_K.min() >= 36 and count_K.max() <= 44
+    model.save(tmp_path)
+    again = ResidualQuantizer.load(tmp_path)
+    assert torch.equal(again.encode(sample_ND).codes_BL, model.encode(sample_ND).codes_BL)
+    with pytest.raises(RecipeError, match="latent 3 must be width 4"):
+        ResidualQuantizer(width=4, hidden=None, latent=3, codes_per_level=(5,))

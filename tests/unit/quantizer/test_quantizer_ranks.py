@@ -86,6 +86,12 @@ CASES = {
     "dispersion": lambda rows, category, gather: losses.dispersion(
         rows, rows.detach().flip(1), temperature=0.3, gather=gather
     ),
+    "both sides of dispersion": lambda rows, category, gather: losses.dispersion(
+        rows, rows.flip(1), temperature=0.3, gather=gather
+    ),
+    "query item": lambda rows, category, gather: losses.query_item_contrast(
+        rows, rows.flip(1) ** 3, category[:, 1] > 0, temperature=0.3, gather=gather
+    ),
     "usage": lambda rows, category, gather: losses.cluster_scale_constraint(rows.softmax(1), gather=gather),
     "usage from log": lambda rows, category, gather: losses.cluster_scale_from_log(rows.log_softmax(1), gather=gather),
     "quantization": lambda rows, category, gather: losses.residual_quantization_loss(
@@ -94,7 +100,7 @@ CASES = {
 }
 
 
-def run_threads(name, shards):
+def run_threads(term, shards):
     """Each rank's loss, ranks being threads whose gather is a plain concatenation of what all of them bring."""
     barrier, brought, found = threading.Barrier(len(shards), timeout=20), [None] * len(shards), [None] * len(shards)
 
@@ -106,7 +112,7 @@ def run_threads(name, shards):
             barrier.wait()
             return everything
 
-        found[rank] = CASES[name](*shards[rank], gather)
+        found[rank] = term(*shards[rank], gather)
 
     threads = [threading.Thread(target=rank_loop, args=(rank,)) for rank in range(len(shards))]
     for thread in threads:
@@ -124,7 +130,20 @@ def test_simulated_ranks_see_the_global_loss_and_gradient(name, split):
     whole = CASES[name](rows_BZ, category_BH, None)
     (expected,) = torch.autograd.grad(whole, rows_BZ)
     shards = [(rows_BZ[:split], category_BH[:split]), (rows_BZ[split:], category_BH[split:])]
-    first, second = run_threads(name, shards)
+    first, second = run_threads(CASES[name], shards)
     torch.testing.assert_close((first, second), (whole, whole), rtol=0, atol=1e-10)
     (gradient,) = torch.autograd.grad((first + second) / 2, rows_BZ)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("split", [0, 1, 7])
+def test_simulated_ranks_count_the_global_anchors(split):
+    rows_BZ = torch.randn(14, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    category_BH = torch.stack((torch.arange(14) % 2, torch.arange(14) % 4), 1)
+    category_BH[:3] = -1
+
+    def anchors(rows, category, gather):
+        return losses.hierarchical_class_terms(rows, category, depth=1, temperature=0.3, gather=gather).anchors
+
+    found = run_threads(anchors, [(rows_BZ[:split], category_BH[:split]), (rows_BZ[split:], category_BH[split:])])
+    assert [int(count) for count in found] == [int(anchors(rows_BZ, category_BH, None))] * 2 == [11, 11]

@@ -1,0 +1,30 @@
+"""The recipe: everything that decides what a job computes, as frozen pydantic models, one file a group of sections.
+
+Every field carries a description, a unit, its range and the section of the CAT-ID² paper it comes from; where the paper
+is silent the field says "not stated in the paper". Fields marked operational change where and how fast the work is done,
+never its result, and so stay out of the keys of artefacts.
+"""
+
+from catid2_ray.config.base import NOT_STATED, Section
+from catid2_ray.config.data import CatalogRecipe, ClusterRecipe, EmbeddingRecipe
+from catid2_ray.config.generator import EvaluationRecipe, GeneratorRecipe, IdsRecipe
+from catid2_ray.config.kinds import KINDS
+from catid2_ray.config.quantizer import QuantizerRecipe
+from catid2_ray.config.recipe import Recipe, schema
+from catid2_ray.config.training import TrainingRecipe
+
+__all__ = [
+    "KINDS",
+    "NOT_STATED",
+    "CatalogRecipe",
+    "ClusterRecipe",
+    "EmbeddingRecipe",
+    "EvaluationRecipe",
+    "GeneratorRecipe",
+    "IdsRecipe",
+    "QuantizerRecipe",
+    "Recipe",
+    "Section",
+    "TrainingRecipe",
+    "schema",
+]

@@ -1,0 +1,86 @@
+"""Recipe sections: where the job runs, which catalogue it reads, and how products become vectors."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from catid2_ray.config.base import Section, setting
+
+
+class ClusterRecipe(Section):
+    """Where the job runs. Ignored, but for the memory of one task, when the job joins a running cluster."""
+
+    logical_cpus: int = setting(
+        4, "CPUs that a Ray started by this job offers; more than the cores, so that data tasks fit beside training",
+        unit="CPUs", operational=True, ge=2,
+    )  # fmt: skip
+    object_store_mb: int = setting(400, "object store of a Ray started by this job", unit="MB", operational=True, ge=80)
+    threads_per_worker: int = setting(
+        1, "OpenMP threads of a worker; above one only on cores that nobody shares", unit="threads", operational=True,
+        ge=1,
+    )  # fmt: skip
+    gpus_per_worker: float = setting(0, "of a training worker; 0 = CPU with gloo", unit="GPUs", operational=True, ge=0)
+    worker_start_timeout_s: int = setting(300, "longest wait for the workers", unit="seconds", operational=True, ge=10)
+
+
+class SyntheticRecipe(Section):
+    """A generated catalogue, for people without data."""
+
+    products: int = setting(6000, "products to generate", unit="products", ge=50)
+    queries: int = setting(2500, "queries to generate", unit="queries", ge=20)
+    seed: int = setting(7, "seed of the generator", unit="integer", ge=0)
+
+
+class CatalogRecipe(Section):
+    root: str | None = setting(
+        None, "folder or s3:// prefix with products and pairs, each a .parquet file or folder", unit="URI",
+        operational=True, min_length=1,
+    )  # fmt: skip
+    synthetic: SyntheticRecipe | None = setting(None, "generate a catalogue instead of reading one", unit="section")
+    rows_per_part: int = setting(
+        16384, "products per part; a part is the unit of work of every later stage", unit="rows", ge=16, le=1_000_000
+    )
+    min_category_depth: int = setting(
+        0, "products whose path is shorter are set aside; 0 keeps products without a path", unit="levels",
+        paper="4.1 keeps products of depth 3 and more", ge=0,
+    )  # fmt: skip
+    max_category_depth: int = setting(3, "H: deeper paths are cut", unit="levels", paper="4.1; 3.1 demands H < L", ge=1)
+    max_bad_fraction: float = setting(0.01, "bad rows above which the job fails", unit="share of rows", ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.root is None) == (self.synthetic is None):
+            raise ValueError(
+                "set exactly one of catalog.root (a folder or s3:// prefix with products and pairs) and catalog.synthetic"
+            )
+        if self.min_category_depth > self.max_category_depth:
+            raise ValueError(
+                f"catalog.min_category_depth {self.min_category_depth} exceeds catalog.max_category_depth "
+                f"{self.max_category_depth}: every product would be set aside"
+            )
+        return self
+
+
+class EmbeddingRecipe(Section):
+    source: Literal["auto", "given", "encoder"] = setting(
+        "auto", "given = the table's embedding column; encoder = compute; auto = given where the column exists",
+        unit="choice",
+    )  # fmt: skip
+    encoder: str = setting(
+        "lsa", "lsa (built in: TF-IDF + SVD, no download) or a Hugging Face model id or folder", unit="name",
+        paper="3.2 names BERT- and T5-type encoders, no checkpoint",
+    )  # fmt: skip
+    text: tuple[Literal["title", "category_path", "description"], ...] = setting(
+        ("title", "category_path", "description"), "columns joined to the embedded text, in this order", unit="columns",
+        paper="3.2; Table 4 leaves category_path out", min_length=1,
+    )  # fmt: skip
+    width: int | None = setting(
+        None, "D: width of given embeddings (checked at the door) or of lsa; none = as the first row or the encoder has it",
+        unit="numbers", ge=2, le=8192,
+    )  # fmt: skip
+    lsa_vocabulary: int = setting(50_000, "terms that lsa keeps at most", unit="terms", ge=10)
+    sample_rows: int = setting(50_000, "rows that lsa is fitted on at most", unit="rows", ge=100)
+    tokens: int = setting(64, "longest text that the encoder reads", unit="tokens", ge=4, le=4096)
+    batch: int = setting(64, "texts per forward pass", unit="texts", operational=True, ge=1)
+    workers: int = setting(2, "actors that embed", unit="actors", operational=True, ge=1)
+    gpus_per_worker: float = setting(0, "of an embedding actor; 0 = CPU", unit="GPUs", operational=True, ge=0)

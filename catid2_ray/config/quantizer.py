@@ -1,0 +1,144 @@
+"""The recipe's quantizer section: how products get codes, and how that is trained or fitted."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from catid2_ray.config.base import setting
+from catid2_ray.config.kinds import KINDS, as_kind, preset
+from catid2_ray.config.training import TrainingRecipe
+from catid2_ray.docid import DocidSpace
+
+
+class QuantizerRecipe(TrainingRecipe):
+    kind: Literal[KINDS] = setting(
+        "cat_id2", "how IDs are learned; fills the fields that define the kind where the recipe does not set them",
+        unit="choice", paper="3, 4.1.3, tables 3 and 5",
+    )  # fmt: skip
+    coder: Literal["rq_vae", "kmeans", "tree"] = setting(
+        "rq_vae", "trained encoder with residual codebooks, residual k-means on the embedding, or k-means tree; set by kind",
+        unit="choice", paper="3",
+    )  # fmt: skip
+    ids: Literal["unique", "suffix", "digits", "cluster"] = setting(
+        "unique", "unique = collisions resolved; suffix = one ordinal token more; digits = the ordinal as decimal digits; "
+        "cluster = products share IDs", unit="choice", paper="3.4: unique",
+    )  # fmt: skip
+    codes_per_level: tuple[Annotated[int, Field(ge=2, le=65535)], ...] = setting(
+        (256, 256, 256, 256), "K of each level; their number is L", unit="codes",
+        paper="4.1: L = 4, K in {256, 512}", min_length=1, max_length=15,
+    )  # fmt: skip
+    hidden: tuple[Annotated[int, Field(ge=2)], ...] = setting(
+        (512, 256, 128), "widths of the encoder; the decoder mirrors it", unit="numbers", min_length=1
+    )
+    latent: int = setting(32, "Z: width of the latent and of the codewords", unit="numbers", ge=2)
+    latent_radius: float | None = setting(
+        None, "radius of the sphere that z is held on; none = free, as printed", unit="norm", gt=0
+    )
+    reconstruction: float = setting(0.0, "weight of eq. 1", unit="weight", paper="eq. 8 has none; TIGER's is 1", ge=0)
+    dispersion: float = setting(0.1, "α, weight of eq. 7", unit="weight", paper="4.1", ge=0)
+    hierarchical: float = setting(1e-4, "β, weight of eq. 4", unit="weight", paper="4.1", ge=0)
+    level_power: float = setting(
+        0.0, "eq. 4 of a level is weighted by its mean residual norm relative to the first level's, to this power",
+        unit="exponent", paper="none as printed", ge=0,
+    )  # fmt: skip
+    cluster_scale: float = setting(1.0, "γ, weight of eq. 5", unit="weight", paper="4.1", ge=0)
+    commitment: float = setting(0.25, "η, weight of the commitment term in eq. 2", unit="weight", ge=0)
+    temperature: float = setting(0.1, "τ of the contrastive terms", unit="cosine", gt=0)
+    scale_temperature: float = setting(
+        1.0, "divides the squared distances of eq. 5 before the softmax", unit="squared norm", paper="1 as printed",
+        gt=0,
+    )  # fmt: skip
+    negatives: Literal["siblings", "all"] = setting(
+        "siblings", "negatives of eq. 4 from depth 2 on", unit="choice", paper="3.1, table 5"
+    )
+    category_depth: int | None = setting(
+        None, "depths that eq. 4 acts on; none = catalog.max_category_depth", unit="levels", paper="table 5", ge=1
+    )
+    category_masked: float = setting(
+        0.0, "share of the deepest categories that training does not see", unit="share", paper="table 5, 2&3 level",
+        ge=0, le=1,
+    )  # fmt: skip
+    category_noise: float = setting(
+        0.0, "share of products whose category paths are exchanged before training; 1 = the shuffled control",
+        unit="share", ge=0, le=1,
+    )  # fmt: skip
+    allow_deep_categories: bool = setting(
+        False, "train although every level is tied to a category (H ≥ L)", unit="yes/no", paper="3.1 forbids it"
+    )
+    sampler: Literal["uniform", "category_balanced"] = setting(
+        "uniform", "category_balanced draws part of each batch as small subtrees, which only eq. 4 sees", unit="choice"
+    )
+    uniform_share: float = setting(
+        0.5, "share of a category_balanced batch that is drawn uniformly", unit="share", gt=0, lt=1
+    )
+    epochs: int = setting(300, "passes over the catalogue", unit="epochs", paper="4.1", ge=1)
+    batch: int = setting(4096, "global batch", unit="products", paper="4.1", ge=2)
+    learning_rate: float = setting(1e-3, "AdamW's peak, then cosine to zero", unit="1/step", gt=0)
+    input: Literal["shard", "stream"] = setting(
+        "shard", "shard = stream once to a memory-mapped file on the node; stream = every epoch anew, where disks are small",
+        unit="choice",
+    )  # fmt: skip
+    kmeans_sample: int = setting(
+        20_000, "rows that k-means, trees and the watch over the codes see", unit="rows", ge=16
+    )
+    refit: bool = setting(
+        True, "k-means again after the last epoch, as codewords lag behind the encoder", unit="yes/no"
+    )
+    revive_every_epochs: int = setting(1, "epochs between revivals of dead codes; 0 = never", unit="epochs", ge=0)
+    collapse_patience: int = setting(
+        3, "epochs in a row with a collapsed level after which the job stops; 0 = never", unit="epochs",
+        operational=True, ge=0,
+    )  # fmt: skip
+    balanced: bool = setting(False, "k-means with clusters of near-equal size (coder kmeans)", unit="yes/no")
+    branch: int = setting(10, "children of a tree's node (coder tree); 0 = no tree", unit="nodes", ge=0, le=4096)
+    leaf: int = setting(100, "products above which a node is split", unit="products", ge=1)
+    tree_categories: bool = setting(False, "the tree's first levels are the category path (Hi-Gen)", unit="yes/no")
+    force_category: bool = setting(
+        False, "the first code is the index of the product's category, the nearest one where it has none (CQ-SID)",
+        unit="yes/no",
+    )  # fmt: skip
+    ema: float | None = setting(
+        None, "decay of codebooks that follow their rows by moving averages; none = learned by gradient",
+        unit="share a step", gt=0, lt=1,
+    )  # fmt: skip
+    query_item: float = setting(
+        0.0, "weight of the query–item term, which sees one training query a product (CQ-SID)", unit="weight", ge=0
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_kind(cls, values):
+        if isinstance(values, dict) and (kind := values.get("kind", "cat_id2")) in KINDS:
+            return preset(kind) | values
+        return values
+
+    @model_validator(mode="after")
+    def _ids_fit(self):
+        _ = self.space
+        if self.branch == 1:
+            raise ValueError("branch 1 splits nothing: choose 2 or more, or 0 for no tree")
+        if self.coder == "tree" and self.ids in ("unique", "cluster"):
+            raise ValueError(
+                f"ids {self.ids!r} does not fit coder 'tree', whose leaves hold many products: choose suffix or digits"
+            )
+        if self.ema is not None and self.precision != "fp32":
+            raise ValueError(
+                f"ema {self.ema} needs precision fp32, found {self.precision}: averages would be rounded away"
+            )
+        if self.sampler == "category_balanced" and self.input == "stream":
+            raise ValueError("sampler 'category_balanced' draws rows by index and needs input 'shard', found 'stream'")
+        return self
+
+    @property
+    def space(self) -> DocidSpace:
+        return DocidSpace(self.codes_per_level)
+
+    @property
+    def explicit(self) -> set[str]:
+        """The fields in which this section departs from its kind's preset and the defaults."""
+        plain = QuantizerRecipe(kind=self.kind)
+        return {name for name in type(self).model_fields if getattr(self, name) != getattr(plain, name)}
+
+    def as_kind(self, kind: str) -> "QuantizerRecipe":
+        """The same budgets with another way of making IDs."""
+        return QuantizerRecipe.model_validate(as_kind(self.model_dump(), self.explicit, kind))

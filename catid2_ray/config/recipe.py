@@ -1,0 +1,121 @@
+"""The recipe: all sections together, read from YAML with overrides, and checked across sections."""
+
+import json
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from catid2_ray.config.base import Section, setting
+from catid2_ray.config.data import CatalogRecipe, ClusterRecipe, EmbeddingRecipe
+from catid2_ray.config.generator import EvaluationRecipe, GeneratorRecipe, IdsRecipe
+from catid2_ray.config.quantizer import QuantizerRecipe
+from catid2_ray.errors import RecipeError
+
+
+class Recipe(Section):
+    """One job: a catalogue, a store, and the settings of every stage."""
+
+    name: str = setting("reindex", "shown in reports", unit="name", operational=True, min_length=1)
+    store: str = setting(
+        "catid2_store", "folder or s3:// prefix that holds artefacts and releases", unit="URI", operational=True,
+        min_length=1,
+    )  # fmt: skip
+    seed: int = setting(0, "seed of every random choice", unit="integer", ge=0)
+    cluster: ClusterRecipe = setting(ClusterRecipe(), "where it runs", unit="section", operational=True)
+    catalog: CatalogRecipe = setting(description="stage 0", unit="section")
+    embedding: EmbeddingRecipe = setting(EmbeddingRecipe(), "stage 0", unit="section")
+    quantizer: QuantizerRecipe = setting(QuantizerRecipe(), "stage 1", unit="section")
+    ids: IdsRecipe = setting(IdsRecipe(), "stage 2", unit="section")
+    generator: GeneratorRecipe = setting(GeneratorRecipe(), "stage 3", unit="section")
+    evaluation: EvaluationRecipe = setting(EvaluationRecipe(), "what is measured before publication", unit="section")
+    sample_queries: tuple[str, ...] = setting(
+        (), "queries answered at the end of the job", unit="texts", operational=True
+    )
+
+    @model_validator(mode="after")
+    def _depth_below_levels(self):
+        quantizer, levels = self.quantizer, len(self.quantizer.codes_per_level)
+        depth, deepest = quantizer.category_depth, self.catalog.max_category_depth
+        if depth is not None and depth > deepest:
+            raise ValueError(
+                f"quantizer.category_depth {depth} exceeds catalog.max_category_depth {deepest}: no product has such a category"
+            )
+        tied = quantizer.coder == "rq_vae" and quantizer.hierarchical > 0 and (depth or deepest) >= levels
+        if tied and not quantizer.allow_deep_categories:
+            raise ValueError(
+                f"catalog.max_category_depth {depth or deepest} must be smaller than the number of levels, {levels} "
+                "(quantizer.codes_per_level): with H ≥ L every level is tied to a category and the ID degenerates to the "
+                "category tree (CAT-ID², section 3.1). Lower the one, add a level to the other, or, to measure it all the "
+                "same, set quantizer.allow_deep_categories"
+            )
+        if quantizer.query_item and self.embedding.source == "given":
+            raise ValueError(
+                "quantizer.query_item needs an encoder for the queries, but embedding.source is 'given': set quantizer.query_item=0"
+            )
+        weights = self.generator.level_weights
+        fixed = quantizer.coder != "tree" and quantizer.ids in ("unique", "cluster")
+        if weights is not None and fixed and len(weights) != levels:
+            raise ValueError(
+                f"generator.level_weights has {len(weights)} entries, quantizer.codes_per_level {levels}: give one per level"
+            )
+        return self
+
+    @classmethod
+    def build(cls, values: dict) -> "Recipe":
+        """Validate; a contradiction or an unknown key raises RecipeError that names every field at fault."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = []
+            for problem in error.errors():
+                where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+                found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"
+                hint = (
+                    " (unknown key; `catid2 recipe --schema` lists all)" if problem["type"] == "extra_forbidden" else ""
+                )
+                lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{found}{hint}")
+            raise RecipeError("the recipe is not valid:\n  " + "\n  ".join(lines)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> "Recipe":
+        """Read a YAML recipe and apply `--set a.b=c` overrides, whose right-hand sides are YAML too.
+
+        Raises RecipeError for a missing file, bad YAML, a malformed override, or an invalid recipe.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RecipeError(f"{path} is not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path} must be a mapping of recipe fields, found {type(values).__name__}")
+        for override in overrides:
+            _apply(values, override)
+        return cls.build(values)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(values: dict, override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {override!r} is not of the form a.b=value, such as quantizer.epochs=50")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: the value is not YAML: {error}") from None
+    node = values
+    for key in keys[:-1]:
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+        node = node[key]
+    node[keys[-1]] = value
+
+
+def schema() -> str:
+    """The JSON schema of a recipe, with unit, range and paper section of every field."""
+    return json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False)

@@ -1,0 +1,89 @@
+"""Several ways of making IDs side by side: each kind and seed is trained and assigned (or found) on one catalogue.
+
+Budgets are shared: a kind changes only the fields that define it (`config.kinds`). Labels that training sees may be masked,
+exchanged or cut; scores are always against the catalogue's own.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from catid2_ray.artifacts.manifest import Manifest
+from catid2_ray.config import KINDS, Recipe
+from catid2_ray.errors import RecipeError
+from catid2_ray.on_ray import assign, embed, progress, train_quantizer
+from catid2_ray.on_ray.pipeline import Job, chain, check_codes
+
+
+class Comparison(NamedTuple):
+    """`rows`: one dict a run, ready for JSON; `catalog`: the products that all runs describe."""
+
+    rows: list[dict]
+    catalog: Manifest
+
+
+def variant(recipe: Recipe, kind: str, seed: int) -> Recipe:
+    """The recipe with another kind of IDs and seed, checked anew; a collapse is measured rather than stopped."""
+    quantizer = recipe.quantizer.as_kind(kind).model_dump(mode="json") | {"collapse_patience": 0}
+    return Recipe.build(recipe.model_dump(mode="json") | {"quantizer": quantizer, "seed": seed})
+
+
+def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
+    """Train and assign every kind with the seeds recipe.seed, recipe.seed + 1, …; what is committed is found, not made.
+
+    RecipeError for an unknown kind or a seed count under 1. Every run's artefacts are those that a job of its recipe would
+    make, except that all share the embeddings of `recipe.seed`.
+    """
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown or not kinds or seeds < 1:
+        raise RecipeError(
+            f"--kinds {','.join(kinds)!r}, --seeds {seeds}: "
+            + (f"unknown {', '.join(unknown)}; " if unknown else "at least one kind and one seed are needed; ")
+            + f"kinds are {', '.join(KINDS)}"
+        )
+    variants = [variant(recipe, kind, recipe.seed + number) for kind in kinds for number in range(seeds)]
+    rows = []
+    with Job.open(recipe) as job:
+        parts = chain(job, "embeddings")
+        for each in variants:
+            check_codes(each, parts["catalog"])
+        for number, each in enumerate(variants):
+            progress.event("compare", kind=each.quantizer.kind, seed=each.seed, run=f"{number + 1}/{len(variants)}")
+            rows.append(_run(dataclasses.replace(job, recipe=each), dict(parts)))
+    return Comparison(rows, parts["catalog"])
+
+
+def _run(job: Job, parts: dict[str, Manifest]) -> dict:
+    if job.recipe.quantizer.query_item:
+        parts["queries"] = embed.run_queries(job, parts)
+    parts["quantizer"] = train_quantizer.run(job, parts)
+    ids = assign.run(job, parts)
+    return row_of(job.recipe, parts["quantizer"], ids)
+
+
+def row_of(recipe: Recipe, quantizer: Manifest, ids: Manifest) -> dict:
+    """One run's figures. Collisions and use of codes are those of the codes before de-duplication, purity and AMI those of
+    the published IDs; `seconds` is making the quantizer and assigning."""
+    quality, figures = ids.metrics["quality"], quantizer.metrics
+    raw, final = quality["raw"], quality["final"]
+    return {
+        "kind": recipe.quantizer.kind,
+        "seed": recipe.seed,
+        "ids": ids.metrics["ids"],
+        "collision_rate": raw["collision_rate"],
+        "shared_rate": raw["shared_rate"],
+        "largest_shared": raw["largest_bucket"],
+        "floor": quality["floor"],
+        "codes_per_level": ids.metrics["codes_per_level"],
+        "codes_used": raw["codes_used"],
+        "perplexity": raw["perplexity"],
+        "purity": final["purity"],
+        "purity_null": final["purity_shuffled"],
+        "ami": final["ami"],
+        "ami_null": final["ami_shuffled"],
+        "neighbours": quality["neighbour_agreement"]["share"],
+        "duplicates_after": ids.metrics["duplicates_after"],
+        "verdict": figures.get("verdict"),
+        "codes_used_in_training": figures.get("codes_used"),
+        "seconds": round(figures["seconds"] + ids.metrics["seconds"], 2),
+        "seconds_resolving": ids.metrics["seconds_resolving"],
+    }

@@ -1,0 +1,74 @@
+"""`quantizer.kind`: one word is a whole method, explicit settings win, and a comparison changes nothing but the kind."""
+
+import pytest
+
+from catid2_ray.config import KINDS, Recipe
+from catid2_ray.config.kinds import GOVERNED, lineage, preset
+from catid2_ray.config.quantizer import QuantizerRecipe
+
+
+def quantizer(**values) -> QuantizerRecipe:
+    return Recipe.build({"catalog": {"synthetic": {}}, "quantizer": values}).quantizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_one_word(kind):
+    built = quantizer(kind=kind)
+    assert all(getattr(built, name) == value for name, value in preset(kind).items())
+    assert built.explicit == set()
+    assert Recipe.build({"catalog": {"synthetic": {}}, "quantizer": built.model_dump()}).quantizer == built
+
+
+def test_the_papers_kinds_are_as_printed():
+    paper = quantizer(kind="cat_id2_paper")
+    assert (paper.dispersion, paper.hierarchical, paper.cluster_scale, paper.reconstruction) == (0.1, 1e-4, 1.0, 0.0)
+    assert paper.latent_radius is None and paper.level_power == 0 and not paper.refit and not paper.revive_every_epochs
+    tiger = quantizer(kind="tiger")
+    assert (tiger.dispersion, tiger.hierarchical, tiger.cluster_scale, tiger.reconstruction) == (0, 0, 0, 1)
+
+
+def test_an_explicit_setting_beats_the_preset():
+    assert quantizer(kind="tiger", reconstruction=0.5).reconstruction == 0.5
+    assert quantizer(kind="tiger", reconstruction=0.5).explicit == {"reconstruction"}
+
+
+def test_another_kind_keeps_the_budget_and_takes_its_own_definition():
+    recipe = quantizer(kind="cat_id2", epochs=7, latent=9, hierarchical=0.7)
+    tiger = recipe.as_kind("tiger")
+    assert (tiger.epochs, tiger.latent) == (7, 9) and tiger.explicit == {"epochs", "latent"}
+    shuffled = recipe.as_kind("cat_id2_shuffled")
+    assert shuffled.category_noise == 1.0
+    assert shuffled.hierarchical == 0.7, "the control follows the kind that it controls"
+    assert recipe.as_kind("dis").hierarchical == 0, "an ablation drops what it is about"
+    assert recipe.as_kind("cat_id2") == recipe
+
+
+def test_lineage_ends_and_stays_inside():
+    for kind in KINDS:
+        assert lineage(kind)[0] == kind and set(lineage(kind)) <= set(KINDS)
+    assert {"hierarchical", "reconstruction", "latent_radius", "category_noise"} <= GOVERNED
+    assert not {"epochs", "batch", "latent", "hidden", "codes_per_level", "learning_rate"} & GOVERNED
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"kind": "rqvae"}, "kind"),
+        ({"kind": "dsi_semantic", "ids": "unique"}, "does not fit coder 'tree'"),
+        ({"kind": "nci", "branch": 1}, "branch 1 splits nothing"),
+        ({"kind": "cq_sid", "precision": "bf16"}, "ema 0.99 needs precision fp32"),
+        ({"sampler": "category_balanced", "input": "stream"}, "needs input 'shard'"),
+    ],
+)
+def test_contradictions_are_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        quantizer(**values)
+
+
+def test_deep_categories_are_refused_unless_forced_or_unused():
+    deep = {"catalog": {"synthetic": {}}, "quantizer": {"codes_per_level": [8, 8, 8]}}
+    with pytest.raises(ValueError, match="allow_deep_categories"):
+        Recipe.build(deep)
+    Recipe.build({**deep, "quantizer": {**deep["quantizer"], "allow_deep_categories": True}})
+    Recipe.build({**deep, "quantizer": {**deep["quantizer"], "kind": "tiger"}})
+    Recipe.build({**deep, "quantizer": {**deep["quantizer"], "category_depth": 2}})
