@@ -207,7 +207,7 @@ def memory(contender: str, threads: int, **case) -> list[float]:
 
 
 def measure(batch: int, width: int, codes: int, device: str, threads: int, budget: float) -> list[dict]:
-    """Both modes of one width and K, all contenders in turns until `budget` seconds per mode are spent."""
+    """Both modes of one width and K, all contenders of a mode in turns until `budget` seconds are spent."""
     case = {"batch": batch, "width": width, "codes": codes, "device": device}
     runs = {(mode, who): stepper(who, mode, **case) for mode in WEIGHTS for who in CONTENDERS}
     for mode in WEIGHTS:
@@ -218,24 +218,23 @@ def measure(batch: int, width: int, codes: int, device: str, threads: int, budge
     square = torch.randn(side, side, device=device)
     out = torch.empty_like(square)
     runs["rate"] = lambda: torch.mm(square, square, out=out)
-    taken = {name: [] for name in runs}
     for run in runs.values():
         run()
-    start, rounds = time.perf_counter(), 0
-    while rounds < 5 or time.perf_counter() - start < budget * len(WEIGHTS):
-        for name, run in runs.items():
-            taken[name].append(seconds_of(run, device))
-        rounds += 1
-    seconds = {name: statistics.median(times) for name, times in taken.items()}
-    rate = 2 * side**3 / seconds["rate"]
     results = []
     for mode in WEIGHTS:
+        names = dict.fromkeys([*((mode, who) for who in CONTENDERS), ("tiger", "ours"), "rate"])
+        taken, start = {name: [] for name in names}, time.perf_counter()
+        while len(taken["rate"]) < 5 or time.perf_counter() - start < budget:
+            for name in names:
+                taken[name].append(seconds_of(runs[name], device))
+        seconds = {name: statistics.median(times) for name, times in taken.items()}
+        rate = 2 * side**3 / seconds["rate"]
         times = {who: seconds[mode, who] for who in CONTENDERS}
         flop = sum(2 * m * k * n for m, k, n in shapes(mode, batch, width, codes, categories(batch)))
         peaks = {who: memory(who, threads, mode=mode, **case) for who in CONTENDERS}
         results.append(
             {
-                "mode": mode, "batch": batch, "width": width, "codes": codes, "turns": rounds,
+                "mode": mode, "batch": batch, "width": width, "codes": codes, "turns": len(taken["rate"]),
                 "seconds": times,
                 "steps_per_s": {who: 1 / taken for who, taken in times.items()},
                 "peak_memory_mib": {**{who: peak for who, (peak, _) in peaks.items()}, "idle": peaks["ours"][1]},

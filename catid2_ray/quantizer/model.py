@@ -249,11 +249,11 @@ class ResidualQuantizer(nn.Module):
             share_K, keep = getattr(self, f"share_{level}"), self.ema
             new_K = keep * share_K + (1 - keep) * seen_KZ[:, -1] / rows
             sum_KZ = keep * share_K[:, None] * codebook_KZ + (1 - keep) * seen_KZ[:, :-1] / rows
-            alive_K = new_K > _LEAST_SHARE
-            codebook_KZ.copy_(
-                torch.where(alive_K[:, None], sum_KZ / new_K.clamp_min(_LEAST_SHARE)[:, None], codebook_KZ)
-            )
-            share_K.copy_(new_K)
+            alive_K1 = new_K[:, None] > _LEAST_SHARE
+            mean_KZ = sum_KZ / new_K.clamp_min(_LEAST_SHARE)[:, None]
+            # New tensors, since the backward pass of this step may still need the old ones.
+            setattr(self, f"codebook_{level}", torch.where(alive_K1, mean_KZ, codebook_KZ))
+            setattr(self, f"share_{level}", new_K)
 
     def settings(self) -> dict:
         """The keyword arguments that build this model again."""
