@@ -66,7 +66,7 @@ def nearest(residual_NZ: Tensor, codebook_KZ: Tensor, price_K: Tensor | None = N
     offset_K = codebook_KZ.square().sum(1)
     if price_K is not None:
         offset_K = offset_K - price_K
-    return torch.addmm(offset_K, residual_NZ, codebook_KZ.T, alpha=-2).argmin(1)
+    return torch.addmm(offset_K, residual_NZ, codebook_KZ.T, alpha=-2).min(1).indices
 
 
 def squared_error(residual_NZ: Tensor, codebook_KZ: Tensor, codes_N: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def _balanced_lloyd(points_NZ: Tensor, codebook_KZ: Tensor, iterations: int) -> 
     for _ in range(iterations):
         distance_NK = _squared_distances(points_NZ, codebook_KZ)
         price_K = _balancing_prices(distance_NK, price_K, tolerance=0.3)
-        codes_N = (distance_NK - price_K).argmin(1)
+        codes_N = (distance_NK - price_K).min(1).indices
         error = float(distance_NK.gather(1, codes_N[:, None]).mean())
         if error > 0.999 * last:
             break
@@ -192,7 +192,7 @@ def _balancing_prices(distance_NK: Tensor, price_K: Tensor, *, tolerance: float)
             if float((soft.share_NK.sum(0) - even).abs().max()) < 0.02 * even:
                 break
             price_K, soft = _newton_step(distance_NK, price_K, width, soft)
-        size_K = torch.bincount((distance_NK - price_K).argmin(1), minlength=codes)
+        size_K = torch.bincount((distance_NK - price_K).min(1).indices, minlength=codes)
         off = float((size_K - even).abs().max())
         if off < least:
             best_K, least = price_K, off

@@ -176,8 +176,12 @@ def query_item_contrast(
             f"items and queries must both be rows × latent and has_query_B one bool per row, found "
             f"{tuple(item_BZ.shape)}, {tuple(query_BZ.shape)} and {has_query_B.dtype} {tuple(has_query_B.shape)}"
         )
-    item_AZ, query_AZ = unit_rows(item_BZ[has_query_B]), unit_rows(query_BZ[has_query_B])
-    item_MZ, query_MZ = gathered(item_AZ, gather), gathered(query_AZ, gather)
+    unit_item_BZ, unit_query_BZ = unit_rows(item_BZ), unit_rows(query_BZ)
+    item_AZ, query_AZ = unit_item_BZ[has_query_B], unit_query_BZ[has_query_B]
+    # All rows are gathered and then chosen: ranks may differ in how many have a query, a collective may not.
+    has_query_M = gathered(has_query_B.to(torch.uint8), gather).bool()
+    item_MZ = gathered(unit_item_BZ, gather)[has_query_M]
+    query_MZ = gathered(unit_query_BZ, gather)[has_query_M]
     to_query = in_batch_nce(item_AZ, query_AZ, query_MZ, temperature=temperature, chunk=chunk)
     to_item = in_batch_nce(query_AZ, item_AZ, item_MZ, temperature=temperature, chunk=chunk)
     return 0.5 * global_mean(to_query + to_item, len(item_AZ), gather).mean

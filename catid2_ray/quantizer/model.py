@@ -46,7 +46,7 @@ def _mlp(widths: tuple[int, ...]) -> nn.Sequential:
     """Linear layers through `widths`, ReLU between them, none after the last."""
     layers = []
     for before, after in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(before, after), nn.ReLU()]
+        layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 

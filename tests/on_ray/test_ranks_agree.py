@@ -36,7 +36,8 @@ CODES = (8, 8, 8)
 EXACT = {
     "all terms": ({}, {}, BATCH),
     "half of the rows for eq. 4 alone": ({}, {}, BATCH // 2),
-    "moving averages": ({"cluster_scale": 0.0}, {"ema": 0.9}, BATCH),
+    "moving averages": ({}, {"ema": 0.9}, BATCH),
+    "queries of some rows": ({"query_item": 0.3}, {}, BATCH),
 }
 
 
@@ -67,8 +68,12 @@ def train_exactly(rank: int, world: int, changes: dict, settings: dict, uniform:
     weights, losses = LossWeights(**WEIGHTS | changes, level_power=1.0), []
     for step in range(STEPS):
         mine = rows_of(step, rank, world, uniform)
+        # The two ranks differ in how many of their rows have a query.
+        extras = Extras(
+            uniform=uniform // world, query_BD=embedding_ND[mine].flip(1), has_query_B=mine % BATCH < BATCH // 3
+        )
         loss = training_loss(
-            model, embedding_ND[mine], category_NH[mine], weights=weights, extras=Extras(uniform=uniform // world),
+            model, embedding_ND[mine], category_NH[mine], weights=weights, extras=extras,
             gather=_Gather.apply if world > 1 else None,
         )  # fmt: skip
         assert set(loss.terms) >= TERMS - set(changes)
