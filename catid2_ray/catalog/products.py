@@ -34,8 +34,9 @@ def check_products(table: pa.Table, *, width: int | None, min_category_depth: in
     table's embeddings are not used. Depths count category names from the root.
 
     The good table has product_id, title, description (null where unknown), category_path (cut to
-    `max_category_depth`, empty where unknown), value (float32, null where unknown) and, with a width, embedding (fixed_size_list<float32>[D]). Names and
-    texts are stripped; an empty category name ends its path; product ids stay as they are. Of the rows with one
+    `max_category_depth`, empty where unknown), value (float32, null where unknown) and, with a width, embedding
+    (fixed_size_list<float32>[D]). Names and texts are stripped; an empty category name ends its path; product ids stay
+    as they are. Of the rows with one
     product_id that have no other fault, the first by (title, description, category_path, embedding) stays, so neither
     result depends on the order of the rows.
 

@@ -70,7 +70,7 @@ def describe(
     }
     if isinstance(coder, ResidualQuantizer):
         with torch.no_grad():
-            decoded = coder.decode(torch.from_numpy(embedding_ND.copy()), torch.from_numpy(matrix(sample["category"])))
+            decoded = coder.decode(torch.from_numpy(embedding_ND.copy()), torch.from_numpy(matrix(sample["category"]).copy()))
         figures["reconstruction"] = reconstruction_error(embedding_ND, decoded.numpy())
     return figures
 
