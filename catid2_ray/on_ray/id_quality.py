@@ -70,7 +70,9 @@ def describe(
     }
     if isinstance(coder, ResidualQuantizer):
         with torch.no_grad():
-            decoded = coder.decode(torch.from_numpy(embedding_ND.copy()), torch.from_numpy(matrix(sample["category"]).copy()))
+            decoded = coder.decode(
+                torch.from_numpy(embedding_ND.copy()), torch.from_numpy(matrix(sample["category"]).copy())
+            )
         figures["reconstruction"] = reconstruction_error(embedding_ND, decoded.numpy())
     return figures
 
