@@ -23,7 +23,7 @@ def test_killed_jobs_end_in_the_same_digests(tiny, tmp_path):
     # Other numbers of actors, too: what they make does not depend on them.
     job = ["jobs.reindex", "--recipe", undisturbed, "--set", f"store={tmp_path}/b", "--set", "ids.workers=2",
            "--set", "embedding.workers=2"]  # fmt: skip
-    run_until("stage=training_the_quantizer epochs_done=3", *job)
+    run_until("stage=training_the_quantizer_(cat_id2) epochs_done=3", *job)
     run_until("event=encoded", *job)
     run_until("stage=training_the_generator epochs_done=2", *job)
     last = run(*job)
