@@ -105,7 +105,9 @@ def _answer(console: Console, store: Store, query: str, *, k: int) -> None:
 KindsOption = Annotated[
     str, typer.Option("--kinds", help=f"comma-separated ways of making IDs: {', '.join(KINDS)}", metavar="A,B,…")
 ]
-HtmlOption = Annotated[str | None, typer.Option("--html", metavar="FILE", help="write the page to this file")]
+HtmlOption = Annotated[
+    str | None, typer.Option("--html", metavar="FILE", help="write the page here, not into the store")
+]
 
 
 @app.command("compare-ids")
@@ -126,29 +128,44 @@ def compare_ids(
     found = run(loaded, [kind.strip() for kind in kinds.split(",") if kind.strip()], seeds)
     if json_file:
         write_json(json_file, found.rows)
-    html_file = html_file or f"{loaded.name}_ids.html"
     about = {
         "catalogue": f"{found.catalog.rows:,} products, categories by depth {found.catalog.metrics['categories']}",
         "embedding": f"{loaded.embedding.encoder} of {', '.join(loaded.embedding.text)}",
         "budget": ", ".join(f"{name} {getattr(loaded.quantizer, name)}" for name in _BUDGET),
     }
-    Path(html_file).write_text(compare_page(found.rows, title=f"IDs compared: {loaded.name}", about=about))
+    page = compare_page(found.rows, title=f"IDs compared: {loaded.name}", about=about)
     Console(width=max(100, Console().width)).print(compare_table(found.rows))
-    print(f"The page with pictures and every run: {html_file}")
+    print(f"The page with pictures and every run: {_keep_page(page, html_file, loaded, 'compare_ids.html')}")
 
 
 _BUDGET = ("epochs", "batch", "learning_rate", "hidden", "latent", "codes_per_level")
 
 
+def _keep_page(page: str, html_file: str | None, recipe: Recipe, name: str) -> str:
+    """Write the page where asked, else into the store, which a job on a cluster leaves behind; returns where it is."""
+    if html_file:
+        Path(html_file).write_text(page, encoding="utf-8")
+        return html_file
+    store = Store(recipe.store)
+    store.write(f"reports/{name}", page.encode())
+    return store.uri_of(f"reports/{name}")
+
+
 @app.command("report-ids")
-def report_ids(recipe: RecipeOption, overrides: SetOption = None, html_file: HtmlOption = None) -> None:
+def report_ids(
+    recipe: RecipeOption,
+    overrides: SetOption = None,
+    beside: Annotated[
+        str | None, typer.Option(help="a kind whose IDs, made by compare-ids, stand beside in the table of titles")
+    ] = None,
+    html_file: HtmlOption = None,
+) -> None:
     """Draw the quality of a recipe's IDs, which must be assigned already, as one page."""
     from catid2_ray.on_ray.ids_report import ids_report
 
     loaded = Recipe.load(recipe, overrides or [])
-    html_file = html_file or f"{loaded.name}_ids.html"
-    Path(html_file).write_text(ids_report(loaded))
-    print(f"ID quality report: {html_file}")
+    page = ids_report(loaded, beside=beside)
+    print(f"ID quality report: {_keep_page(page, html_file, loaded, f'ids_{loaded.quantizer.kind}.html')}")
 
 
 @app.command()

@@ -6,7 +6,7 @@ epochs, batch) is a budget that all kinds share, so that a comparison is on equa
 
 _PRINTED = {"refit": False, "revive_every_epochs": 0}  # the paper names no such devices
 _TIGER = {"reconstruction": 1.0, "dispersion": 0.0, "hierarchical": 0.0, "cluster_scale": 0.0}
-# What works, on products alone: benchmarks/results/quantizer_sweep.md shows the runs behind each number.
+# What works, on products alone: benchmarks/results/quantizer.md shows the runs behind each number.
 _OURS = {"latent_radius": 1.0, "hierarchical": 0.3, "level_power": 2.0}
 _TREE = {"coder": "tree"}
 
@@ -49,7 +49,11 @@ _VARIANTS: dict[str, tuple[str | None, dict]] = {
     ),
 }
 KINDS = tuple(_VARIANTS)
-GOVERNED = frozenset().union(*(fields for _, fields in _VARIANTS.values()), {"latent_radius", "scale_temperature"})
+# What a method *is*. A recipe's own value of these says something about its own kind, nothing about another.
+DEFINING = frozenset(
+    {"coder", "balanced", "tree_categories", "force_category", "ema", "query_item", "reconstruction", "dispersion",
+     "hierarchical", "cluster_scale", "latent_radius", "level_power", "scale_temperature"}
+)  # fmt: skip
 
 
 def preset(kind: str) -> dict:
@@ -65,13 +69,13 @@ def lineage(kind: str) -> tuple[str, ...]:
 
 
 def as_kind(settings: dict, explicit: set[str], kind: str) -> dict:
-    """The quantizer section for another kind: budgets stay, defining fields are its preset's.
+    """The quantizer section for another kind: budgets and labels stay, what defines the kind is its preset's.
 
-    `settings`: the section as a mapping; `explicit`: the fields in which it departs from its own kind's preset. Those
-    also hold for variants of that kind, unless the variant is about them.
+    `settings`: the section as a mapping; `explicit`: the fields in which it departs from its own kind's preset. They
+    hold for the other kind too, unless that kind sets them itself, or they are DEFINING and it is no variant of the own.
     """
-    own = settings.get("kind", "cat_id2")
-    line = lineage(kind)
-    about = set().union(*(_VARIANTS[name][1] for name in line[: line.index(own)])) if own in line else GOVERNED
-    kept = {name: settings[name] for name in explicit if name != "kind" and not (name in GOVERNED and name in about)}
-    return kept | {"kind": kind}
+    own, line = settings.get("kind", "cat_id2"), lineage(kind)
+    about = set(preset(kind)) | DEFINING
+    if own in line:
+        about = set().union(*(_VARIANTS[name][1] for name in line[: line.index(own)]))
+    return {name: settings[name] for name in explicit - about - {"kind"}} | {"kind": kind}

@@ -121,9 +121,15 @@ class QuantizerRecipe(TrainingRecipe):
             raise ValueError(
                 f"ids {self.ids!r} does not fit coder 'tree', whose leaves hold many products: choose suffix or digits"
             )
-        if self.ema is not None and self.precision != "fp32":
+        if self.precision != "fp32":
             raise ValueError(
-                f"ema {self.ema} needs precision fp32, found {self.precision}: averages would be rounded away"
+                f"precision {self.precision} is not offered for the quantizer: codewords change between steps, and each time "
+                "all weights would be rounded; it is small enough for fp32"
+            )
+        if (self.category_noise or self.category_masked) and (self.force_category or self.tree_categories):
+            raise ValueError(
+                f"category_noise {self.category_noise} and category_masked {self.category_masked} change what training sees, "
+                f"but kind {self.kind!r} reads the true category whenever it encodes: set them to 0"
             )
         if self.sampler == "category_balanced" and self.input == "stream":
             raise ValueError("sampler 'category_balanced' draws rows by index and needs input 'shard', found 'stream'")
@@ -139,6 +145,6 @@ class QuantizerRecipe(TrainingRecipe):
         plain = QuantizerRecipe(kind=self.kind)
         return {name for name in type(self).model_fields if getattr(self, name) != getattr(plain, name)}
 
-    def as_kind(self, kind: str) -> "QuantizerRecipe":
-        """The same budgets with another way of making IDs."""
-        return QuantizerRecipe.model_validate(as_kind(self.model_dump(), self.explicit, kind))
+    def as_kind(self, kind: str) -> dict:
+        """The settings of the same budgets with another way of making IDs, to be checked with the rest of a recipe."""
+        return as_kind(self.model_dump(mode="json"), self.explicit, kind)

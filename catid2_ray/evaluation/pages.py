@@ -25,7 +25,7 @@ _TOKEN = re.compile(r"<[^<>]*>")
 HOW_TO_READ = (
     "Collisions are counted in two ways. The collision rate is (N − distinct IDs) / N: how many products would need "
     "another ID. The shared rate is the share of products that do not have an ID for themselves: two products in one ID "
-    "are one collision, but two sharing. Equal embeddings set a floor under both, for every method.",
+    "are one collision, but two sharing. Equal embeddings set a floor under both, for every method that sees nothing else.",
     "Purity rises by itself when prefixes are many and small: a prefix of one product is always pure. So compare it "
     "only between kinds with as many prefixes, and beside the purity of permuted categories in a kind's own report.",
     "AMI, the adjusted mutual information, takes that away: about 0 is what permuted categories give (the null), 1 is "

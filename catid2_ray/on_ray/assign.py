@@ -2,7 +2,8 @@
 
 Three passes over the parts. Encode: actors write codes and last residuals. Resolve: the driver holds one packed integer a
 product to see which prefixes collide; only the products of those come together. Write: actors put the final IDs into parts.
-The trie and the product table in ID order are what serving maps into memory.
+The trie and the product table in ID order are what serving maps into memory; while they and the report are made, the driver
+holds the codes of the whole catalogue, and with ordinals all product ids.
 
 What makes IDs of codes is the quantizer's `ids`: "unique" resolves collisions, "suffix" and "digits" append an ordinal
 among the products of equal codes, "cluster" lets products share an ID.
@@ -38,7 +39,8 @@ from catid2_ray.retrieval.trie import Trie
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The ids artefact: part-*.parquet of schemas.ids, trie/, products.arrow in ID order."""
     parents = {role: parts[role] for role in ("catalog", "embeddings", "quantizer")}
-    settings = {**job.recipe.ids.identity(), "ids": job.recipe.quantizer.ids}
+    quantizer = job.recipe.quantizer
+    settings = {**job.recipe.ids.identity(), "ids": quantizer.ids, "by_value": quantizer.tree_categories}
     return job.produce("ids", settings, parents, lambda attempt: _assign(job, attempt, parents))
 
 
@@ -144,7 +146,8 @@ def _append_ordinals(job: Job, catalog: Manifest, coder: Coder, specs: list[dict
         base=10 if job.recipe.quantizer.ids == "digits" else None,
     )  # fmt: skip
     space = DocidSpace((*coder.codes_per_level, *suffix.codes_per_level))
-    report = {"groups": int(len(np.unique(prefix_N))), "largest_group": int(np.prod(suffix.codes_per_level))}
+    size = np.unique(prefix_N, return_counts=True)[1]
+    report = {"groups": len(size), "largest_group": int(size.max())}
     return _Made(space, _no_moves(len(coder.codes_per_level)), suffix.codes_NS.astype(np.int32), report)
 
 

@@ -18,7 +18,7 @@ def save(folder: Path, engine, *, rank: int, world: int, epochs_done: int, histo
     torch.save(_optimiser_state(engine), folder / f"optimiser-{rank}.pt")
     if rank == 0:
         # ZeRO keeps parameters as views of one flat buffer, which safetensors refuses: hence the copies.
-        weights = {name: weight.detach().cpu().clone() for name, weight in _tensors(engine.module)}
+        weights = {name: weight.detach().cpu().clone() for name, weight in tensors(engine.module)}
         save_file(weights, folder / "model.safetensors")
         state = {"epochs_done": epochs_done, "world": world, "history": history}
         (folder / "state.json").write_text(json.dumps(state))
@@ -39,13 +39,13 @@ def load(folder: Path, engine, *, rank: int, world: int) -> dict:
         )
     weights = load_file(folder / "model.safetensors")
     with torch.no_grad():
-        for name, weight in _tensors(engine.module):
+        for name, weight in tensors(engine.module):
             weight.copy_(weights[name])
     _restore_optimiser(engine, torch.load(rank_file, weights_only=True))
     return state
 
 
-def _tensors(module):
+def tensors(module):
     """Parameters, and the buffers in which moving averages live."""
     yield from module.named_parameters()
     yield from module.named_buffers()

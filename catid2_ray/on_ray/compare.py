@@ -23,15 +23,16 @@ class Comparison(NamedTuple):
 
 def variant(recipe: Recipe, kind: str, seed: int) -> Recipe:
     """The recipe with another kind of IDs and seed, checked anew; a collapse is measured rather than stopped."""
-    quantizer = recipe.quantizer.as_kind(kind).model_dump(mode="json") | {"collapse_patience": 0}
+    quantizer = recipe.quantizer.as_kind(kind) | {"collapse_patience": 0}
     return Recipe.build(recipe.model_dump(mode="json") | {"quantizer": quantizer, "seed": seed})
 
 
 def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
     """Train and assign every kind with the seeds recipe.seed, recipe.seed + 1, …; what is committed is found, not made.
 
-    RecipeError for an unknown kind or a seed count under 1. Every run's artefacts are those that a job of its recipe would
-    make, except that all share the embeddings of `recipe.seed`.
+    RecipeError for an unknown kind or a seed count under 1; what the catalogue cannot be given is said before any run.
+    Every run's artefacts are those that a job of its recipe would make, except that all share the embeddings of
+    `recipe.seed`.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown or not kinds or seeds < 1:
@@ -53,16 +54,18 @@ def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
 
 
 def _run(job: Job, parts: dict[str, Manifest]) -> dict:
+    queries = 0.0
     if job.recipe.quantizer.query_item:
         parts["queries"] = embed.run_queries(job, parts)
+        queries = parts["queries"].metrics["seconds"]
     parts["quantizer"] = train_quantizer.run(job, parts)
     ids = assign.run(job, parts)
-    return row_of(job.recipe, parts["quantizer"], ids)
+    return row_of(job.recipe, parts["quantizer"], ids, seconds_before=queries)
 
 
-def row_of(recipe: Recipe, quantizer: Manifest, ids: Manifest) -> dict:
+def row_of(recipe: Recipe, quantizer: Manifest, ids: Manifest, *, seconds_before: float = 0.0) -> dict:
     """One run's figures. Collisions and use of codes are those of the codes before de-duplication, purity and AMI those of
-    the published IDs; `seconds` is making the quantizer and assigning."""
+    the published IDs; `seconds` is making the quantizer, its queries included, and assigning."""
     quality, figures = ids.metrics["quality"], quantizer.metrics
     raw, final = quality["raw"], quality["final"]
     return {
@@ -84,6 +87,7 @@ def row_of(recipe: Recipe, quantizer: Manifest, ids: Manifest) -> dict:
         "duplicates_after": ids.metrics["duplicates_after"],
         "verdict": figures.get("verdict"),
         "codes_used_in_training": figures.get("codes_used"),
-        "seconds": round(figures["seconds"] + ids.metrics["seconds"], 2),
+        "with_query": figures.get("with_query"),
+        "seconds": round(seconds_before + figures["seconds"] + ids.metrics["seconds"], 2),
         "seconds_resolving": ids.metrics["seconds_resolving"],
     }

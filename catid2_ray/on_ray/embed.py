@@ -17,7 +17,6 @@ from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.config import EmbeddingRecipe
-from catid2_ray.errors import InputError
 from catid2_ray.on_ray import progress
 from catid2_ray.on_ray.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.catalog import part_specs, read_sample
@@ -162,14 +161,9 @@ def run_queries(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The queries artefact: part-*.parquet of schemas.queries, row by row beside the embeddings.
 
     A product's query is that of its most relevant training pair (generator.min_relevance and more); of several, the first
-    by query_id. Raises InputError where the embeddings were given, so that no encoder is known.
+    by query_id. A catalogue without pairs has none, and the query–item term is then 0.
     """
     catalog, embeddings = parts["catalog"], parts["embeddings"]
-    if catalog.metrics["width"]:
-        raise InputError(
-            "quantizer.query_item embeds queries, but the catalogue's embeddings are given and no encoder is known for them: "
-            "set embedding.source=encoder or quantizer.query_item=0"
-        )
     settings = {"min_relevance": job.recipe.generator.min_relevance}
     parents = {"catalog": catalog, "embeddings": embeddings}
     return job.produce("queries", settings, parents, lambda attempt: _embed_queries(job, attempt, parents))
@@ -186,9 +180,12 @@ def _embed_queries(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> 
         _EmbedQueries, arguments, part_specs(parents["catalog"]), workers=recipe.workers, label="embedding queries",
         unit="products", num_gpus=recipe.gpus_per_worker,
     )  # fmt: skip
+    found = sum(result["found"] for result in results)
+    if not found:
+        progress.event("without_queries", products=parents["embeddings"].rows, note="the query-item term will be 0")
     return attempt.commit(
         [result["file"] for result in results], rows=parents["embeddings"].rows,
-        schema=schemas.fingerprint(schemas.queries(width)), metrics={"with_query": sum(r["found"] for r in results)},
+        schema=schemas.fingerprint(schemas.queries(width)), metrics={"with_query": found},
     )  # fmt: skip
 
 

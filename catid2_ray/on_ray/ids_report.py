@@ -4,6 +4,7 @@ Unusual: the parts of catalogue, embeddings and IDs hold the same products in th
 each is the same products, and nothing has to be joined.
 """
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -16,10 +17,12 @@ from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.release import fetch
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.config import Recipe
+from catid2_ray.errors import ArtifactError
 from catid2_ray.evaluation import figures
 from catid2_ray.evaluation.pages import ids_page
 from catid2_ray.on_ray.arrays import matrix
 from catid2_ray.on_ray.catalog import read_sample
+from catid2_ray.on_ray.compare import variant
 from catid2_ray.on_ray.pipeline import Job, chain
 from catid2_ray.quantizer.coder import load_coder
 from catid2_ray.quantizer.model import ResidualQuantizer
@@ -28,19 +31,25 @@ _ROWS = 20_000  # products that the pictures show
 _EXAMPLE_CATEGORIES, _EXAMPLES_EACH = 5, 4
 
 
-def ids_report(recipe: Recipe) -> str:
-    """One HTML page. Raises ArtifactError that names the job to run where IDs are not assigned yet."""
+def ids_report(recipe: Recipe, *, beside: str | None = None) -> str:
+    """One HTML page. `beside`: another kind, whose IDs stand beside these in the table of titles (the paper's Table 8).
+
+    Raises ArtifactError that names the job to run where IDs are not assigned yet.
+    """
     with Job.open(recipe, only=()) as job:
         parts = chain(job, "ids")
         quality = parts["ids"].metrics["quality"]
         numbers = {**quality["raw"], **{name: value for name, value in quality.items() if name not in ("raw", "final")}}
         # On the published IDs, as the rest of the page; the raw codes are what collides and what is in use.
         numbers |= {name: value for name, value in quality["final"].items() if name.startswith(("purity", "ami"))}
-        sample = _sample(job, parts)
+        sample, other = _sample(job, parts), None
+        if beside:
+            of_kind = dataclasses.replace(job, recipe=variant(recipe, beside, recipe.seed))
+            other = _docids(of_kind, chain(of_kind, "ids"))
         return ids_page(
             numbers,
             _images(job, parts, sample),
-            _examples(sample),
+            _examples(sample, other),
             title=f"IDs of {recipe.name}: {recipe.quantizer.kind}",
         )
 
@@ -51,7 +60,8 @@ def _sample(job: Job, parts: dict[str, Manifest]) -> dict:
 
     products, ids = of("catalog", ["product_id", "title", "category_path"]), of("ids", ["product_id", "codes", "docid"])
     vectors = of("embeddings", ["product_id", "embedding", "category"])
-    assert products["product_id"].equals(ids["product_id"]) and ids["product_id"].equals(vectors["product_id"])
+    if not products["product_id"].equals(ids["product_id"]) or not ids["product_id"].equals(vectors["product_id"]):
+        raise ArtifactError("parts of catalog, embeddings and ids do not hold the same products; rerun jobs.assign_ids")
     return {
         "title": products["title"].to_pylist(),
         "path": products["category_path"].to_pylist(),
@@ -60,6 +70,11 @@ def _sample(job: Job, parts: dict[str, Manifest]) -> dict:
         "embedding_ND": matrix(vectors["embedding"]),
         "category_NH": matrix(vectors["category"]),
     }
+
+
+def _docids(job: Job, parts: dict[str, Manifest]) -> list[str]:
+    table = read_sample(job.store, parts["ids"], ["docid"], rows=_ROWS, seed=job.recipe.seed)
+    return table["docid"].to_pylist()
 
 
 def _images(job: Job, parts: dict[str, Manifest], sample: dict) -> dict:
@@ -88,10 +103,14 @@ def _images(job: Job, parts: dict[str, Manifest], sample: dict) -> dict:
     return images
 
 
-def _examples(sample: dict) -> list[dict]:
+def _examples(sample: dict, other: list[str] | None) -> list[dict]:
     """A few products of the categories that have most (Table 8)."""
     joined = np.array([" > ".join(path or ["no category"]) for path in sample["path"]])
     names, count_C = np.unique(joined, return_counts=True)
     chosen = names[np.argsort(-count_C, kind="stable")[:_EXAMPLE_CATEGORIES]]
     rows = [row for name in chosen for row in np.flatnonzero(joined == name)[:_EXAMPLES_EACH]]
-    return [{"title": sample["title"][r], "category": str(joined[r]), "docid": sample["docid"][r]} for r in rows]
+    return [
+        {"title": sample["title"][row], "category": str(joined[row]), "docid": sample["docid"][row]}
+        | ({"other_docid": other[row]} if other else {})
+        for row in rows
+    ]

@@ -125,6 +125,17 @@ _NEED_PAIRS = ("examples", "generator", "evaluation")
 def check_codes(recipe: Recipe, catalog: Manifest) -> None:
     """What the catalogue alone shows to be hopeless, before hours of training rather than after."""
     quantizer, products = recipe.quantizer, catalog.rows
+    if quantizer.query_item and catalog.metrics["width"]:
+        raise InputError(
+            "quantizer.query_item embeds queries, but the catalogue's embeddings are given and no encoder is known for them: "
+            "set embedding.source=encoder or quantizer.query_item=0"
+        )
+    if quantizer.force_category and catalog.metrics["categories"][0] > quantizer.codes_per_level[0]:
+        raise CapacityError(
+            f"quantizer.force_category needs a code for each category, but the first depth alone has "
+            f"{catalog.metrics['categories'][0]} and quantizer.codes_per_level starts with {quantizer.codes_per_level[0]}: "
+            "raise its first entry"
+        )
     if quantizer.coder == "tree":
         return
     most, space = max(quantizer.codes_per_level), quantizer.space

@@ -16,7 +16,6 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.config import QuantizerRecipe
-from catid2_ray.errors import CapacityError, CollapseError
 from catid2_ray.on_ray import progress, worker
 from catid2_ray.on_ray.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.catalog import read_sample
@@ -48,10 +47,24 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     parents = {"embeddings": parts["embeddings"]}
     if recipe.query_item:
         parents["queries"] = parts["queries"]
-    settings = {**recipe.identity(), "seed": job.recipe.seed}
+    settings = {**_deciding(recipe), "seed": job.recipe.seed}
     if recipe.coder == "rq_vae":
         return job.produce("quantizer", settings, parents, lambda attempt: _train(job, attempt, parents))
     return job.produce("quantizer", settings, parents, lambda attempt: _fit(job, attempt, parents, parts["catalog"]))
+
+
+_TREE_FIELDS = ("branch", "leaf", "tree_categories")
+_KMEANS_FIELDS = ("codes_per_level", "balanced")
+_FITTED_FIELDS = ("coder", "kmeans_sample", "category_depth", "category_masked", "category_noise")
+
+
+def _deciding(recipe: QuantizerRecipe) -> dict:
+    """The settings that decide what this coder becomes: kinds that come to the same are one artefact."""
+    values = recipe.identity()
+    if recipe.coder != "rq_vae":
+        names = {*_FITTED_FIELDS, *(_TREE_FIELDS if recipe.coder == "tree" else _KMEANS_FIELDS)}
+        return {name: values[name] for name in names}
+    return {name: value for name, value in values.items() if name not in ("kind", "ids", "balanced", *_TREE_FIELDS)}
 
 
 def _sample(job: Job, embeddings: Manifest) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +94,9 @@ def _train(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest
         store=job.store, rows=embeddings,
     )  # fmt: skip
     files, figures = worker.train(run, job.recipe.cluster, attempt, label=f"training the quantizer ({recipe.kind})")
-    manifest = attempt.commit(files, rows=None, metrics={"kind": recipe.kind, **figures})
+    if queries := parents.get("queries"):
+        figures |= {"with_query": queries.metrics["with_query"]}
+    manifest = attempt.commit(files, rows=None, metrics=figures)
     worker.clean(job.store, attempt)
     return manifest
 
@@ -93,7 +108,7 @@ def _fit(job: Job, attempt: Attempt, parents: dict[str, Manifest], catalog: Mani
     progress.event("fit", what=recipe.kind, rows=len(sample_ND))
     taxonomy = Taxonomy.from_json(job.store.read(catalog.file("taxonomy.json")).decode())
     coder = fit_coder(recipe, sample_ND, category_NH, taxonomy, rows=embeddings.rows, seed=job.recipe.seed)
-    figures = {"kind": recipe.kind, "codes_per_level": list(coder.codes_per_level)}
+    figures = {"codes_per_level": list(coder.codes_per_level)}
     if coder.codes_per_level:
         codes_NL = encode(coder, torch.from_numpy(sample_ND), torch.from_numpy(category_NH).long(), rows=1024).codes_BL
         figures |= _figures_of(level_health(codes_NL, coder.codes_per_level))
@@ -112,8 +127,9 @@ def fit_coder(
     if recipe.coder == "tree":
         if not recipe.branch:
             return TreeCoder.empty()
-        depth = category.shape[1] if recipe.tree_categories else 0
-        paths_CH = torch.tensor([taxonomy.path_ids(path)[:depth] for level in taxonomy.levels for path in level])
+        paths = [path for level in taxonomy.levels for path in level]
+        depth = category.shape[1] if recipe.tree_categories and paths else 0
+        paths_CH = torch.tensor([taxonomy.path_ids(path)[:depth] for path in paths])
         return TreeCoder.fit(
             sample, category, branch=recipe.branch, leaf=recipe.leaf, category_depth=depth,
             paths_CH=paths_CH if depth else None, total_rows=rows, seed=seed,
@@ -127,16 +143,12 @@ def fit_coder(
 
 
 def forced_column(recipe: QuantizerRecipe, categories: tuple[int, ...]) -> int | None:
-    """The deepest category column whose ids fit the first level, for kinds that force the first code; else None."""
+    """The deepest category column whose ids fit the first level, for kinds that force the first code; else None.
+
+    That the first column fits was checked with the catalogue."""
     if not recipe.force_category:
         return None
-    fits = [column for column, count in enumerate(categories) if count <= recipe.codes_per_level[0]]
-    if not fits:
-        raise CapacityError(
-            f"quantizer.force_category needs a code for each category, but even the first depth has {categories[:1]} and "
-            f"quantizer.codes_per_level starts with {recipe.codes_per_level[0]}: raise its first entry"
-        )
-    return fits[-1]
+    return max(column for column, count in enumerate(categories) if count <= recipe.codes_per_level[0])
 
 
 @dataclass(frozen=True)
@@ -192,7 +204,7 @@ class QuantizerTask:
     ):  # fmt: skip
         self.recipe, self.width, self.seed = recipe, width, seed
         self.sample_ND, self.category_NH = sample_ND, category_NH
-        self.column = forced_column(recipe, categories)
+        self.column = forced_column(recipe, categories[: recipe.category_depth])
         self.columns = ["embedding", "category", *(["query", "has_query"] if queries else [])]
         self.reader = _LabelledParts(tuple(self.columns), _Labels.of(recipe, seed), queries)
         self.weights = LossWeights(
@@ -259,11 +271,12 @@ class QuantizerTask:
         with torch.no_grad():
             codes_SL = module.encode(sample_ND, category_NH).codes_BL.cpu().numpy()
         collisions = 1 - len(np.unique(recipe.space.pack(codes_SL))) / len(codes_SL)
-        found = verdict(health.levels, collisions)
+        # Where products share IDs on purpose, collisions are no fault.
+        found = verdict(health.levels, collisions if recipe.ids == "unique" else None)
         figures = {
             **_figures_of(health.levels),
             "collision_rate_sample": collisions,
-            "latent_norm": health.latent_norm,
+            "latent_norm": float(f"{health.latent_norm:.4g}"),
             "gradient_norm": norms,
             "anchors": [round(means.pop(name), 1) for name in sorted(means) if name.startswith("anchors_")],
             "revived": revived,
@@ -272,7 +285,7 @@ class QuantizerTask:
         }
         states = [record["verdict"] for record in history] + [found.state]
         if recipe.collapse_patience and persistent(states, recipe.collapse_patience):
-            raise CollapseError(
+            figures["stop"] = (
                 f"the codes collapsed and stayed so for {recipe.collapse_patience} epochs (quantizer.collapse_patience), the "
                 f"last being {epoch + 1} of {recipe.epochs}: {found.reason}. Codes used per level {figures['codes_used']} of "
                 f"{list(recipe.codes_per_level)}, perplexity {figures['perplexity']}, mean norm of z {health.latent_norm:.3g}, "
@@ -282,7 +295,7 @@ class QuantizerTask:
         return figures, refit or revived > 0
 
     def _gradient_norms(self, module: ResidualQuantizer, sample_ND: torch.Tensor, category_NH: torch.Tensor) -> dict:
-        """Of each weighted term, on a few rows of the sample; says which term moves the weights."""
+        """Of each weighted term, on a few rows of the sample, which has no queries; says which term moves the weights."""
         was, _ = module.training, module.eval()
         loss = training_loss(module, sample_ND[:_PROBE_ROWS], category_NH[:_PROBE_ROWS], weights=self.weights)
         norms = gradient_norms(loss.weighted, [p for p in module.parameters() if p.requires_grad])

@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe, TrainingRecipe
-from catid2_ray.errors import CatidError, TrainingError
+from catid2_ray.errors import CatidError, CollapseError, TrainingError
 from catid2_ray.on_ray import checkpoints, progress
 from catid2_ray.on_ray.parts import our_error
 from catid2_ray.on_ray.shards import PartReader, RankRange, open_rows
@@ -39,7 +39,7 @@ class Task(Protocol):
     def parameter_groups(self, module: torch.nn.Module, *, weight_decay: float) -> list[dict]: ...
 
     def start(self, module: torch.nn.Module) -> None:
-        """Before the first epoch of a run that is not resumed; equal on all ranks."""
+        """Before the first epoch of a run that is not resumed; on rank 0, the others get its weights."""
 
     def rows_per_epoch(self, rows: int) -> int: ...
 
@@ -51,10 +51,11 @@ class Task(Protocol):
     def loss(self, engine, batch: dict[str, torch.Tensor], *, gather) -> tuple[torch.Tensor, dict]: ...
 
     def end_epoch(self, module: torch.nn.Module, *, epoch: int, means: dict, history: list[dict]) -> tuple[dict, bool]:
-        """(figures for the history, whether weights were changed in place); equal on all ranks.
+        """(figures for the history, whether weights were changed in place); on rank 0, the others get both.
 
-        `means`: the epoch's mean loss and terms, which go into the history too unless taken out; `history`: the records
-        of the epochs before."""
+        A figure `stop` ends the training with a CollapseError of that text. `means`: the epoch's mean loss and terms, which
+        go into the history too unless taken out; `history`: the records of the epochs before.
+        """
 
     def export(self, module: torch.nn.Module, folder: Path, history: list[dict]) -> None: ...
 
@@ -120,6 +121,8 @@ def train(run: Run, cluster: ClusterRecipe, attempt: Attempt, *, label: str) -> 
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause(error, label) from error
+    if result.metrics and result.metrics.get("stop"):
+        raise CollapseError(result.metrics["stop"])
     if result.checkpoint is None:
         raise TrainingError(f"{label} ended without a checkpoint; see the logs of the workers")
     with tempfile.TemporaryDirectory() as local:
@@ -199,7 +202,9 @@ def _loop(config: dict) -> None:
     module = run.task.build().to(run.device)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        run.task.start(module)
+        if rank == 0:
+            run.task.start(module)
+        _share_weights(module, world)
     batch, steps = run.geometry(world)
     engine = _engine(run, module, batch)
     epochs_done, history = 0, []
@@ -220,9 +225,19 @@ def _loop(config: dict) -> None:
             rows.seek(epochs_done)
         for epoch in range(epochs_done, run.settings.epochs):
             history.append(_epoch(run, engine, rows, epoch, history, batch=batch, steps=steps, rank=rank, world=world))
-            last = epoch + 1 == run.settings.epochs
+            # A figure that asks to stop is the same on all ranks; raised by a worker, Ray would try it all again.
+            last = epoch + 1 == run.settings.epochs or "stop" in history[-1]
             if last or (epoch + 1) % run.settings.checkpoint_every_epochs == 0:
                 _hand_in(run, engine, rank, world, epoch + 1, history)
+            if last:
+                return
+
+
+def _share_weights(module: torch.nn.Module, world: int) -> None:
+    """All ranks get rank 0's parameters and buffers: what is computed in place need not round alike everywhere."""
+    if world > 1:
+        for _, tensor in checkpoints.tensors(module):
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def _epoch(
@@ -257,8 +272,14 @@ def _epoch(
         if report and (step + 1) % max(1, steps // 10) == 0:
             report(done + 1, f"epoch {epoch + 1} loss {sums['loss'] * steps / (step + 1):.3f}")
     engine.eval()
-    figures, changed = run.task.end_epoch(engine.module, epoch=epoch, means=sums, history=history)
+    shared = [None, None, None]
+    if rank == 0:
+        shared = [*run.task.end_epoch(engine.module, epoch=epoch, means=sums, history=history), sums]
+    if world > 1:
+        dist.broadcast_object_list(shared, src=0, device=torch.device(run.device))
+    figures, changed, sums = shared
     if changed:
+        _share_weights(engine.module, world)
         checkpoints.weights_changed(engine)
     if report:
         report((epoch + 1) * steps, f"epoch {epoch + 1} loss {sums['loss']:.3f}")

@@ -171,7 +171,7 @@ def _level_verdict(level: int, figures: LevelHealth, levels: int) -> Verdict:
 
 def _collision_verdict(levels: Sequence[LevelHealth], collision_rate: float) -> Verdict:
     rows = levels[0].rows
-    capacity = math.prod(figures.codes_used + figures.dead for figures in levels)
+    capacity = math.prod(figures.codes_used + (0 if figures.forced else figures.dead) for figures in levels)
     distinct, expected = (1 - collision_rate) * rows, expected_distinct(capacity, rows)
     lost = 1 - distinct / expected
     text = f"{rows} rows share {distinct:.0f} IDs ({collision_rate:.1%} collide), even codes would give {expected:.0f}"

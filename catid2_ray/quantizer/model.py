@@ -233,13 +233,13 @@ class ResidualQuantizer(nn.Module):
             getattr(self, f"share_{level}").copy_(count_K / len(sample_ND))
 
     @torch.no_grad()
-    def follow(self, quantized: Quantized, gather=None) -> None:
+    def follow(self, residual_LBZ: Tensor, codes_BL: Tensor, gather=None) -> None:
         """One step of moving averages over the rows of all ranks (METHODS 0.6); codes without rows stay where they are.
 
         share ← λ·share + (1 − λ)·rows of the code / rows; its sum share·e likewise; e = sum / share.
         """
         for level, codebook_KZ in enumerate(self.codebooks):
-            codes_B, residual_BZ = quantized.codes_BL[:, level], quantized.residual_LBZ[level].detach()
+            codes_B, residual_BZ = codes_BL[:, level], residual_LBZ[level].detach()
             seen_KZ = residual_BZ.new_zeros(len(codebook_KZ), self.latent + 1)
             rows_BZ = torch.cat((residual_BZ, residual_BZ.new_ones(len(codes_B), 1)), 1)
             seen_KZ.index_add_(0, codes_B, rows_BZ)

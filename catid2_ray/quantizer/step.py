@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from catid2_ray.errors import InputError
-from catid2_ray.quantizer.contrast import Gather
+from catid2_ray.quantizer.contrast import Gather, gathered
 from catid2_ray.quantizer.health import level_health, revive_dead_codes
 from catid2_ray.quantizer.losses import (
     cluster_scale_from_log,
@@ -123,28 +123,33 @@ def training_loss(
             hierarchical_class_terms(quantized.residual_LBZ[depth], category_BH, depth=depth, **settings)
             for depth in range(depths)
         ]
-        factor_L = _level_factors(quantized.residual_LBZ, weights.level_power, gather)
+        factor_L = [1.0] * depths
+        if weights.level_power:
+            factor_L = _level_factors(quantized.residual_LBZ, weights.level_power, gather)
         terms["hierarchical"] = sum(factor * level.loss for factor, level in zip(factor_L, levels))
         anchors = [level.anchors for level in levels]
     if weights.cluster_scale:
         terms["cluster_scale"] = _cluster_scale(plain, residual_LBZ, weights.scale_temperature, shared)
     if weights.query_item and extras.query_BD is not None:
         # ẑ with straight-through gradient, against the query's own latent.
-        item_BZ = quantized.latent_BZ + (quantized.codeword_LBZ.sum(0) - quantized.latent_BZ).detach()
+        latent_BZ = quantized.latent_BZ[head]
+        item_BZ = latent_BZ + (codeword_LBZ.sum(0) - latent_BZ).detach()
         terms["query_item"] = query_item_contrast(
-            item_BZ, plain.latents(extras.query_BD), extras.has_query_B, temperature=weights.temperature, **shared
+            item_BZ,
+            plain.latents(extras.query_BD[head]),
+            extras.has_query_B[head],
+            temperature=weights.temperature,
+            **shared,
         )
     weighted = {name: getattr(weights, name, 1.0) * term for name, term in terms.items()}
     if plain.ema is not None and plain.training:
-        plain.follow(quantized, gather)
+        plain.follow(residual_LBZ, quantized.codes_BL[head], gather)
     return StepLoss(sum(weighted.values()), {name: term.detach() for name, term in terms.items()}, weighted, anchors)
 
 
 def _level_factors(residual_LBZ: Tensor, power: float, gather: Gather | None) -> Tensor:
     """L factors of eq. 4, without gradient: mean norm of the residuals over that of the latents, to a power."""
-    norm_L = residual_LBZ.detach().norm(dim=2).mean(1)
-    if gather is not None:
-        norm_L = gather(norm_L[None]).mean(0)
+    norm_L = gathered(residual_LBZ.detach().norm(dim=2).sum(1)[None], gather).sum(0)
     return (norm_L / norm_L[0].clamp_min(1e-12)) ** power
 
 
@@ -197,8 +202,9 @@ def fit(
         raise InputError(
             f"{rows} embeddings but {len(category_NH)} category rows: they must describe the same products"
         )
-    sample_SD = embedding_ND[epoch_order(rows, seed=seed, epoch=-1 % 2**32)[:SAMPLE_ROWS]]
-    model.initialise_codebooks(sample_SD, seed=seed)
+    sample = epoch_order(rows, seed=seed, epoch=-1 % 2**32)[:SAMPLE_ROWS]
+    sample_SD, labels_SH = embedding_ND[sample], category_NH[sample]
+    model.initialise_codebooks(sample_SD, labels_SH, seed=seed)
     model.train()
     optimiser = torch.optim.AdamW(parameter_groups(model, weight_decay=weight_decay), lr=learning_rate)
     batch = min(batch, rows)
@@ -216,10 +222,12 @@ def fit(
             optimiser.step()
             for name, term in {"loss": loss.total.detach(), **loss.terms}.items():
                 sums[name] = sums.get(name, 0.0) + float(term) / steps
-        moved = revive_dead_codes(model, sample_SD, seed=seed, epoch=epoch) if revive and epoch < 0.75 * epochs else 0
+        moved = 0
+        if revive and epoch < 0.75 * epochs:
+            moved = revive_dead_codes(model, sample_SD, labels_SH, seed=seed, epoch=epoch)
         if refit and epoch == epochs - 1:
-            model.initialise_codebooks(sample_SD, seed=seed)
-        health = level_health(model.encode(sample_SD).codes_BL, model.codes_per_level)
+            model.initialise_codebooks(sample_SD, labels_SH, seed=seed)
+        health = level_health(model.encode(sample_SD, labels_SH).codes_BL, model.codes_per_level)
         used, perplexity = [level.codes_used for level in health], [level.perplexity for level in health]
         history.append({"epoch": epoch, **sums, "codes_used": used, "perplexity": perplexity, "revived": moved})
     return history

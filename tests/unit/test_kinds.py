@@ -3,7 +3,7 @@
 import pytest
 
 from catid2_ray.config import KINDS, Recipe
-from catid2_ray.config.kinds import GOVERNED, lineage, preset
+from catid2_ray.config.kinds import DEFINING, lineage, preset
 from catid2_ray.config.quantizer import QuantizerRecipe
 
 
@@ -34,20 +34,29 @@ def test_an_explicit_setting_beats_the_preset():
 
 def test_another_kind_keeps_the_budget_and_takes_its_own_definition():
     recipe = quantizer(kind="cat_id2", epochs=7, latent=9, hierarchical=0.7)
-    tiger = recipe.as_kind("tiger")
+    tiger = quantizer(**recipe.as_kind("tiger"))
     assert (tiger.epochs, tiger.latent) == (7, 9) and tiger.explicit == {"epochs", "latent"}
-    shuffled = recipe.as_kind("cat_id2_shuffled")
+    shuffled = quantizer(**recipe.as_kind("cat_id2_shuffled"))
     assert shuffled.category_noise == 1.0
     assert shuffled.hierarchical == 0.7, "the control follows the kind that it controls"
-    assert recipe.as_kind("dis").hierarchical == 0, "an ablation drops what it is about"
-    assert recipe.as_kind("cat_id2") == recipe
+    assert quantizer(**recipe.as_kind("dis")).hierarchical == 0, "an ablation drops what it is about"
+    assert quantizer(**recipe.as_kind("cat_id2")) == recipe
 
 
 def test_lineage_ends_and_stays_inside():
     for kind in KINDS:
         assert lineage(kind)[0] == kind and set(lineage(kind)) <= set(KINDS)
-    assert {"hierarchical", "reconstruction", "latent_radius", "category_noise"} <= GOVERNED
-    assert not {"epochs", "batch", "latent", "hidden", "codes_per_level", "learning_rate"} & GOVERNED
+    assert set(QuantizerRecipe.model_fields) >= DEFINING
+
+
+def test_labels_and_devices_that_the_recipe_sets_hold_for_every_kind_that_does_not_set_them():
+    recipe = quantizer(kind="cat_id2", category_noise=0.2, commitment=0.5, refit=False, negatives="all", ids="suffix")
+    for kind in ("tiger", "cat_id2_paper", "hcc"):
+        other = quantizer(**recipe.as_kind(kind))
+        assert (other.category_noise, other.commitment, other.refit, other.ids) == (0.2, 0.5, False, "suffix")
+    assert quantizer(**recipe.as_kind("cat_id2_shuffled")).category_noise == 1.0
+    with pytest.raises(ValueError, match="reads the true category whenever it encodes"):
+        quantizer(**recipe.as_kind("hi_gen"))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +65,7 @@ def test_lineage_ends_and_stays_inside():
         ({"kind": "rqvae"}, "kind"),
         ({"kind": "dsi_semantic", "ids": "unique"}, "does not fit coder 'tree'"),
         ({"kind": "nci", "branch": 1}, "branch 1 splits nothing"),
-        ({"kind": "cq_sid", "precision": "bf16"}, "ema 0.99 needs precision fp32"),
+        ({"kind": "cq_sid", "precision": "bf16"}, "precision bf16 is not offered for the quantizer"),
         ({"sampler": "category_balanced", "input": "stream"}, "needs input 'shard'"),
     ],
 )

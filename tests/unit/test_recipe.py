@@ -164,8 +164,7 @@ def test_a_catalogue_has_exactly_one_source(catalog):
         (MINIMAL | {"generator": {"batch": 9, "workers": 2}}, ["generator: ", "batch 9 does not divide by workers 2"]),
         (MINIMAL | {"generator": {"level_weights": [1, 1, 1]}},
          ["generator.level_weights has 3 entries, quantizer.codes_per_level 4"]),
-        (MINIMAL | {"quantizer": {"precision": "bf16", "zero_stage": 0}},
-         ["quantizer: ", "precision bf16 needs zero_stage 1 or 2"]),
+        (MINIMAL | {"quantizer": {"precision": "bf16"}}, ["quantizer: ", "precision bf16 is not offered for the quantizer"]),
         (MINIMAL | {"generator": {"precision": "bf16", "zero_stage": 0}}, ["generator: ", "found zero_stage 0"]),
         (MINIMAL | {"generator": {"width": 100, "heads": 3}}, ["generator: ", "width 100 does not divide by heads 3"]),
         (MINIMAL | {"quantizer": {"codes_per_level": [65535] * 4}}, ["quantizer: codes_per_level (65535, ", "more than an int64"]),
@@ -178,7 +177,7 @@ def test_contradictions_name_both_fields(values, words):
 def test_what_is_near_a_contradiction_is_fine():
     Recipe.build({"catalog": {"synthetic": {}, "max_category_depth": 2}, "quantizer": {"codes_per_level": [64] * 3}})
     Recipe.build(
-        MINIMAL | {"quantizer": {"precision": "bf16", "workers": 4}, "generator": {"level_weights": [2, 1, 1, 0.5]}}
+        MINIMAL | {"quantizer": {"workers": 4}, "generator": {"precision": "bf16", "level_weights": [2, 1, 1, 0.5]}}
     )
     Recipe.build(MINIMAL | {"generator": {"model": "some/t5", "width": 100, "heads": 3}})
     Recipe.build({"catalog": {"root": "s3://bucket/catalogue", "synthetic": None}})

@@ -160,7 +160,7 @@ def test_moving_averages_are_those_of_the_loop():
             total_Z = 0.75 * share_K[code] * codebook_KZ[code] + 0.25 * rows_BZ.sum(0) / 12
             codebook_KZ[code] = total_Z / new
         expected.append(codebook_KZ)
-    model.follow(quantized)
+    model.follow(quantized.residual_LBZ, quantized.codes_BL)
     for level in range(2):
         torch.testing.assert_close(model.codebooks[level], expected[level])
 
