@@ -42,6 +42,8 @@ ONLY_IN = {
     "botocore": set(),
     "ot": {"identifiers", "quantizer"},
     "bm25s": {"evaluation"},
+    "matplotlib": {"evaluation"},
+    "jinja2": {"evaluation"},
     "pytest": set(),
     "tests": set(),
 }
