@@ -9,6 +9,7 @@ from catid2_ray.config import Recipe
 from catid2_ray.errors import (
     ArtifactError,
     CapacityError,
+    CollapseError,
     EncoderError,
     InputError,
     RecipeError,
@@ -148,6 +149,15 @@ def test_more_products_than_ids(job):
 def test_a_training_that_diverges_says_where(job):
     with pytest.raises(TrainingError, match="the loss is (nan|inf) in epoch .* lower this stage's learning_rate"):
         reindex(job(quantizer={"learning_rate": 1e30, "epochs": 3, "warmup_share": 0}))
+
+
+def test_codes_that_collapse_stop_the_job_with_the_numbers(job, capfd):
+    alike = pa.array([[1.0, 2.0, 3.0, 4.0]] * MADE.products.num_rows, pa.list_(pa.float32()))
+    settings = {"collapse_patience": 2, "max_failures": 3, "checkpoint_every_epochs": 50}
+    with pytest.raises(CollapseError, match=r"stayed so for 2 epochs.*the last being 2 of 6.*per level \[1, 1, 1, 1\]"):
+        reindex(job(products=MADE.products.append_column("embedding", alike), quantizer=settings,
+                    embedding={"width": None}))  # fmt: skip
+    assert capfd.readouterr().err.count("epochs_done=2") == 1, "a collapse is not tried again"
 
 
 def test_no_training_pair(job):
