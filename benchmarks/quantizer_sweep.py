@@ -62,9 +62,16 @@ SETTINGS = {
     "no refit, no revival": {**OURS, "refit": False, "revive": False},
     "seed 1": {**OURS, "seed": 1},
 }
+# Table 3's terms on top of a reconstruction loss, without the devices that keep codes alive
+BARE = {**OURS, "dispersion": 0.0, "reconstruction": 1.0, "refit": False, "revive": False}
 QUESTIONS = {
     "tiger": TIGER,
     "cat_id2": OURS,
+    "HCC alone, no revival, no refit": {**BARE, "cluster_scale": 0.0},
+    "HCC and CSC, no revival, no refit": BARE,
+    "CSC alone, no revival, no refit": {**BARE, "hierarchical": 0.0},
+    "neither, no revival, no refit": {**BARE, "hierarchical": 0.0, "cluster_scale": 0.0},
+    "all three, no revival, no refit": {**OURS, "refit": False, "revive": False},
     "labels exchanged: 5 %": {**OURS, "labels": "noise", "share": 0.05},
     "labels exchanged: 20 %": {**OURS, "labels": "noise", "share": 0.2},
     "labels exchanged: 50 %": {**OURS, "labels": "noise", "share": 0.5},
