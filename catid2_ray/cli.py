@@ -134,7 +134,7 @@ def compare_ids(
         "budget": ", ".join(f"{name} {getattr(loaded.quantizer, name)}" for name in _BUDGET),
     }
     page = compare_page(found.rows, title=f"IDs compared: {loaded.name}", about=about)
-    Console(width=max(100, Console().width)).print(compare_table(found.rows))
+    Console(width=max(112, Console().width)).print(compare_table(found.rows))
     print(f"The page with pictures and every run: {_keep_page(page, html_file, loaded, 'compare_ids.html')}")
 
 

@@ -44,7 +44,7 @@ def compare_table(rows: Sequence[Mapping]) -> Table:
     columns = [column for column in used_columns(summaries) if column.key not in ("perplexity", "ami_null")]
     caption = "mean over seeds, ± half their range (of a list: the widest), null: AMI with permuted categories"
     table = Table(box=SIMPLE_HEAD, caption=caption, padding=0)
-    table.add_column("kind", overflow="fold")
+    table.add_column("kind", overflow="fold", min_width=18)
     for column in columns:
         table.add_column(column.heading, justify="right", no_wrap=True)
     for summary in summaries:
