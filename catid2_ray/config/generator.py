@@ -12,6 +12,14 @@ class IdsRecipe(Section):
     method: Literal["sinkhorn", "exact", "greedy"] = setting(
         "sinkhorn", "how products of a colliding prefix get distinct last codes", unit="choice", paper="3.4: Sinkhorn"
     )
+    cluster_max: int | None = setting(
+        50, "products that may share an ID where quantizer.ids is 'cluster'; larger clusters split into groups, one token more",
+        unit="products", paper="T_max = 50 of CQ-SID (2605.14434)", ge=1,
+    )  # fmt: skip
+    cluster_split: Literal["kmeans", "value", "random"] = setting(
+        "kmeans", "who shares a group: products of near residuals, of near business value, or a seeded draw",
+        unit="choice", paper="random in CQ-SID (2605.14434)",
+    )  # fmt: skip
     encode_rows: int = setting(1024, "rows of one padded forward pass", unit="rows", ge=1)
     workers: int = setting(2, "actors that encode", unit="actors", operational=True, ge=1)
 

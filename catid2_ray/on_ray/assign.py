@@ -24,6 +24,7 @@ from catid2_ray.artifacts.release import fetch
 from catid2_ray.artifacts.store import Store
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError
+from catid2_ray.identifiers.clusters import split_clusters
 from catid2_ray.identifiers.collisions import UniqueIds, assign_unique, colliding_prefixes
 from catid2_ray.identifiers.suffix import ordinal_suffix
 from catid2_ray.on_ray import progress
@@ -41,6 +42,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     parents = {role: parts[role] for role in ("catalog", "embeddings", "quantizer")}
     quantizer = job.recipe.quantizer
     settings = {**job.recipe.ids.identity(), "ids": quantizer.ids, "by_value": quantizer.tree_categories}
+    settings |= {"seed": job.recipe.seed} if quantizer.ids == "cluster" else {}
     return job.produce("ids", settings, parents, lambda attempt: _assign(job, attempt, parents))
 
 
@@ -72,7 +74,7 @@ def _assign(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifes
     if mode == "unique":
         made = _resolve(job, attempt, coder, specs, prefix_N)
     elif mode == "cluster":
-        made = _Made(DocidSpace(coder.codes_per_level), _no_moves(levels), raw_NL[:, :0], {})
+        made = _split_clusters(job, attempt, parents["catalog"], coder, specs, prefix_N)
     else:
         made = _append_ordinals(job, parents["catalog"], coder, specs, prefix_N)
     resolved = time.monotonic()
@@ -133,6 +135,37 @@ def _no_moves(levels: int) -> dict[str, np.ndarray]:
         "product_id": np.empty(0, dtype=str), "codes": np.empty((0, levels), np.int32), "moved": np.empty(0, bool),
         "cost": np.empty(0, np.float32),
     }  # fmt: skip
+
+
+def _split_clusters(
+    job: Job, attempt: Attempt, catalog: Manifest, coder: Coder, specs: list[dict], prefix_N: np.ndarray
+) -> _Made:
+    """Products share IDs, but at most ids.cluster_max of them: one more token for the groups of the larger clusters."""
+    recipe, space = job.recipe.ids, DocidSpace(coder.codes_per_level)
+    made = _Made(space, _no_moves(space.levels), np.empty((len(prefix_N), 0), np.int32), {"groups": 1})
+    _, of_N, size = np.unique(prefix_N, return_inverse=True, return_counts=True)
+    large_N = size[of_N] > (recipe.cluster_max or len(prefix_N))
+    if not large_N.any():
+        return made
+    residuals, names, values = [], [], []
+    for spec in specs:
+        mask_N = large_N[spec["start"] : spec["start"] + spec["rows"]]
+        if mask_N.any():
+            mask = pa.array(mask_N)
+            table = _codes_of(job.store, attempt, spec, ["product_id", "residual"]).filter(mask)
+            residuals.append(matrix(table["residual"]))
+            names.append(table["product_id"].to_numpy().astype(str))
+            value = job.store.read_table(catalog.file(spec["file"]), columns=["value"])["value"]
+            values.append(value.filter(mask).to_numpy())
+    groups = split_clusters(
+        prefix_N[large_N], np.concatenate(residuals), np.concatenate(names), t_max=recipe.cluster_max,
+        method=recipe.cluster_split, value_N=np.concatenate(values) if recipe.cluster_split == "value" else None,
+        seed=job.recipe.seed,
+    )  # fmt: skip
+    suffix_NS = np.zeros((len(prefix_N), 1), np.int32)
+    suffix_NS[large_N, 0] = groups.group_N
+    space = DocidSpace((*coder.codes_per_level, groups.groups))
+    return made._replace(space=space, suffix_NS=suffix_NS, report=groups.report)
 
 
 def _append_ordinals(job: Job, catalog: Manifest, coder: Coder, specs: list[dict], prefix_N: np.ndarray) -> _Made:

@@ -76,7 +76,7 @@ def row_of(recipe: Recipe, quantizer: Manifest, ids: Manifest, *, seconds_before
         "shared_rate": raw["shared_rate"],
         "largest_shared": raw["largest_bucket"],
         "floor": quality["floor"],
-        "codes_per_level": ids.metrics["codes_per_level"],
+        "codes_per_level": ids.metrics["codes_per_level"][: len(raw["codes_used"])],
         "codes_used": raw["codes_used"],
         "perplexity": raw["perplexity"],
         "purity": final["purity"],

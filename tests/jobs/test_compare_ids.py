@@ -32,7 +32,7 @@ def compared(tmp_path_factory):
     quantizer = {**TINY["quantizer"], "epochs": 2, "codes_per_level": [64, 8, 8, 8], "leaf": 20}
     recipe = {
         **TINY, "catalog": {"root": str(folder / "source"), "rows_per_part": 100}, "store": str(folder / "store"),
-        "quantizer": quantizer,
+        "quantizer": quantizer, "ids": {**TINY["ids"], "cluster_max": 3},
     }  # fmt: skip
     command = ["catid2_ray.cli", "compare-ids", "--recipe", write_recipe(folder, recipe), "--kinds", ",".join(KINDS),
                "--json", folder / "runs.json", "--html", folder / "runs.html"]  # fmt: skip
@@ -53,7 +53,10 @@ def test_every_kind_has_its_row_with_the_promised_keys(compared):
 def test_ids_are_unique_but_where_sharing_is_the_design(compared):
     rows = compared["rows"]
     assert all(rows[kind]["duplicates_after"] == 0 for kind in KINDS if kind != "cq_sid")
-    assert rows["cq_sid"]["duplicates_after"] == round(rows["cq_sid"]["collision_rate"] * 240) > 0
+    assert 0 < rows["cq_sid"]["duplicates_after"] < round(rows["cq_sid"]["collision_rate"] * 240), (
+        "large ones were split"
+    )
+    assert rows["cq_sid"]["largest_shared"] > 3 and rows["cq_sid"]["codes_per_level"] == [64, 8, 8, 8]
     for kind in ("dsi_semantic", "dsi_naive", "hi_gen"):
         assert rows[kind]["collision_rate"] == 0 and rows[kind]["ids"] in ("suffix", "digits")
     assert rows["dsi_naive"]["codes_per_level"] == [10, 10, 10], "240 products are 000 … 239"
@@ -66,14 +69,22 @@ def test_category_tokens_follow_the_tree(compared):
     assert abs(rows["dsi_naive"]["ami"][0]) < 0.1
 
 
-def test_hi_gen_counts_up_from_the_most_valuable(compared):
+def ids_of(compared, kind) -> tuple[Store, pa.Table]:
     store = Store(str(compared["folder"] / "store"))
-    found = {}
     for key in store.names("artifacts/ids"):
         manifest = Manifest(**json.loads(store.read(f"artifacts/ids/{key}/manifest.json")))
-        if manifest.recipe["quantizer"]["kind"] == "hi_gen":
-            found = manifest
-    ids = pa.concat_tables([store.read_table(found.file(part["name"])) for part in found.parts()])
+        if manifest.recipe["quantizer"]["kind"] == kind:
+            return store, pa.concat_tables([store.read_table(manifest.file(part["name"])) for part in manifest.parts()])
+    raise AssertionError(f"no IDs of {kind}")
+
+
+def test_no_cluster_is_larger_than_the_recipe_allows(compared):
+    _, ids = ids_of(compared, "cq_sid")
+    assert max(np.unique(ids["docid"].to_numpy(), return_counts=True)[1]) == 3
+
+
+def test_hi_gen_counts_up_from_the_most_valuable(compared):
+    store, ids = ids_of(compared, "hi_gen")
     catalog = next(key for key in store.names("artifacts/catalog"))
     catalog = Manifest(**json.loads(store.read(f"artifacts/catalog/{catalog}/manifest.json")))
     value = {}
