@@ -65,7 +65,7 @@ def test_ids_are_unique_but_where_sharing_is_the_design(compared):
 def test_category_tokens_follow_the_tree(compared):
     rows = compared["rows"]
     assert rows["hi_gen"]["purity"] == [1, 1, 1] and rows["hi_gen"]["ami"][0] == pytest.approx(1)
-    assert rows["cq_sid"]["purity"][0] == 1, "64 codes hold every category of some depth"
+    assert rows["cq_sid"]["purity"][0] > 0.9, "only products without the forced category take the nearest"
     assert abs(rows["dsi_naive"]["ami"][0]) < 0.1
 
 
