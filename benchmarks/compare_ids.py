@@ -27,8 +27,6 @@ BUDGET = ("epochs", "batch", "learning_rate", "hidden", "latent", "codes_per_lev
 
 def report(rows: list[dict], recipe: Recipe, name: str, encoder: str, notes: str) -> str:
     budget = ", ".join(f"{field} {getattr(recipe.quantizer, field)}" for field in BUDGET)
-    claims = [row for row in rows if row["kind"] in CLAIMS]
-    others = [row for row in rows if row["kind"] not in CLAIMS]
     return (
         f"# Ways of making IDs on {name}\n\n"
         f"Written by `benchmarks/compare_ids.py` with `jobs/recipes/compare_ids.yaml`: {budget}. Embedding: {encoder} of "
@@ -37,7 +35,7 @@ def report(rows: list[dict], recipe: Recipe, name: str, encoder: str, notes: str
         "Collisions (both definitions), codes used and perplexity are those of the codes before de-duplication; purity and AMI "
         "compare the first h tokens of the published IDs with the category at depth h, on true labels, `null` on permuted "
         "ones. All these products were in training, labels included. Mean over the seeds, ± half their range.\n\n"
-        f"## Three seeds\n\n{compare_markdown(claims)}\n## One seed\n\n{compare_markdown(others)}\n{notes}"
+        f"{compare_markdown(rows)}\n{notes}"
     )
 
 
