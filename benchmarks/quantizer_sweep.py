@@ -69,9 +69,13 @@ QUESTIONS = {
     "cat_id2": OURS,
     "HCC alone, no revival, no refit": {**BARE, "cluster_scale": 0.0},
     "HCC and CSC, no revival, no refit": BARE,
+    "HCC and CSC at temperature 0.05, no revival, no refit": {**BARE, "scale_temperature": 0.05},
     "CSC alone, no revival, no refit": {**BARE, "hierarchical": 0.0},
     "neither, no revival, no refit": {**BARE, "hierarchical": 0.0, "cluster_scale": 0.0},
     "all three, no revival, no refit": {**OURS, "refit": False, "revive": False},
+    "all three at temperature 0.05, no revival, no refit": {
+        **OURS, "scale_temperature": 0.05, "refit": False, "revive": False,
+    },
     "labels exchanged: 5 %": {**OURS, "labels": "noise", "share": 0.05},
     "labels exchanged: 20 %": {**OURS, "labels": "noise", "share": 0.2},
     "labels exchanged: 50 %": {**OURS, "labels": "noise", "share": 0.5},
