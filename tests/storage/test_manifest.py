@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from catid2_ray.artifacts.manifest import Attempt, Manifest, digest_of, find, key_of, verify
+from catid2_ray.artifacts.manifest import FORMAT, Attempt, Manifest, digest_of, find, key_of, verify
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, StorageError
 
@@ -108,7 +108,7 @@ def test_a_corrupt_manifest_is_an_error_not_a_rerun(local_store, make, content):
 def test_a_manifest_of_another_format_is_refused(local_store, make):
     made = make(local_store, "ids", {"f": b"x"})
     local_store.write(manifest_name(local_store), json.dumps(asdict(made) | {"format": 99}).encode())
-    with pytest.raises(ArtifactError, match="has format 99, this version reads 1; delete that folder and rerun"):
+    with pytest.raises(ArtifactError, match=f"has format 99, this version reads {FORMAT}; delete that folder and rerun"):
         find(local_store, "ids", made.key)
 
 
