@@ -41,8 +41,12 @@ def worker_environment(cluster: ClusterRecipe) -> dict[str, str]:
     return environment
 
 
-def connect(cluster: ClusterRecipe, *, dashboard: bool = False) -> None:
-    """Idempotent. Logs of workers stay in Ray's files; what they have to say reaches the terminal as progress."""
+def connect(cluster: ClusterRecipe, *, workers: int = 0, dashboard: bool = False) -> None:
+    """Idempotent. Logs of workers stay in Ray's files; what they have to say reaches the terminal as progress.
+
+    `workers`: the largest training. A Ray started here offers two CPUs more, or the data tasks that feed the workers would
+    wait for CPUs that the workers hold, for ever.
+    """
     if ray.is_initialized():
         return
     for name in ("ray", "ray.data", "ray.train", "ray._private.authentication"):
@@ -57,7 +61,7 @@ def connect(cluster: ClusterRecipe, *, dashboard: bool = False) -> None:
             os.environ.setdefault(name, value)
         ray.init(
             address="local",
-            num_cpus=max(cluster.logical_cpus, (os.cpu_count() or 1) + 2),
+            num_cpus=max(cluster.logical_cpus, (os.cpu_count() or 1) + 2, workers + 2),
             object_store_memory=cluster.object_store_mb * 1_000_000,
             include_dashboard=dashboard,
             **quiet,

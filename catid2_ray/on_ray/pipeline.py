@@ -76,7 +76,8 @@ class Job:
         attempt.measure = lambda: {"peak_memory_bytes": self.peak.lap()}
         self.peak.lap()
         progress.event("start", stage=kind, key=attempt.key)
-        cluster.connect(self.recipe.cluster)
+        recipe = self.recipe
+        cluster.connect(recipe.cluster, workers=max(recipe.quantizer.workers, recipe.generator.workers))
         made = work(attempt)
         self.made.append(kind)
         progress.event("commit", stage=kind, key=made.key, digest=made.digest[:12], seconds=made.metrics["seconds"])
