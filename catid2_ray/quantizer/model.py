@@ -50,6 +50,15 @@ def _mlp(widths: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def complete_folder(folder: str | Path) -> Path:
+    """`folder`, which holds both files of a coder, or ArtifactError naming the one that is missing."""
+    folder = Path(folder)
+    for name in (SETTINGS_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder} holds no {name}, so it is no complete quantizer: train it again")
+    return folder
+
+
 class ResidualQuantizer(nn.Module):
     """RQ-VAE over embeddings of `width`.
 
@@ -279,10 +288,7 @@ class ResidualQuantizer(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """The model that `save` wrote, on CPU. Raises ArtifactError naming the file that is missing or does not fit."""
-        folder = Path(folder)
-        for name in (SETTINGS_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise ArtifactError(f"{folder} holds no {name}, so it is no complete quantizer: train it again")
+        folder = complete_folder(folder)
         model = cls(**json.loads((folder / SETTINGS_FILE).read_text()))
         try:
             model.load_state_dict(load_file(folder / WEIGHTS_FILE))

@@ -21,17 +21,6 @@ LEAST_LEAF_ROWS = 2
 _ROUNDS = 4
 
 
-def uniform_order(rows: int, *, batch: int, steps: int, seed: int) -> np.ndarray:
-    """int64 steps·batch row indices, step s owning [s·batch, (s+1)·batch): consecutive slices of seeded permutations.
-
-    Every row occurs equally often, or once more; none twice in a batch. Raises InputError when a batch is larger than
-    the table.
-    """
-    _check_batch(rows, batch, batch)
-    slices = _permutation_slices(rows, batch, steps, np.random.default_rng(seed))
-    return np.concatenate([np.empty(0, np.int64), *slices])
-
-
 def category_balanced_order(
     category_NH: np.ndarray,
     *,
@@ -44,8 +33,8 @@ def category_balanced_order(
 ) -> np.ndarray:
     """int64 steps·batch row indices of int `category_NH` (−1 = none); step s owns the slice [s·batch, (s+1)·batch).
 
-    The first `uniform` rows of a step are drawn like `uniform_order`: the usage and dispersion terms should see these
-    only. The others come as subtrees: a root, under each node `fan_out` children, … and `rows_per_leaf` distinct rows
+    The first `uniform` rows of a step are consecutive slices of seeded permutations: the usage and dispersion terms
+    should see these only. The others come as subtrees: a root, under each node `fan_out` children, … and `rows_per_leaf` distinct rows
     of each leaf, fewer where there are fewer, all drawn uniformly among the nodes that lead to a leaf of two rows or
     more. So positives and negatives under the same parent exist at every depth. The leaf of a row is its deepest
     category; paths of unequal depth stand side by side under their common parent. No row is twice in a batch, where it

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from catid2_ray.errors import ArtifactError, InputError, RecipeError
 from catid2_ray.quantizer.kmeans import many_kmeans
+from catid2_ray.quantizer.model import SETTINGS_FILE, WEIGHTS_FILE, complete_folder
 
-SETTINGS_FILE, WEIGHTS_FILE = "quantizer.json", "model.safetensors"
 BATCH_ROWS = 1024  # the one batch shape of `encode`
 BLOCK_NUMBERS = 2**25  # float32 numbers of the points in one block of nodes while fitting, 128 MiB
 ENDED = -1  # state of a row whose path is complete: it takes the reserved code from here on
@@ -200,10 +200,7 @@ class TreeCoder:
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """The coder that `save` wrote. Raises ArtifactError naming the file that is missing or does not fit."""
-        folder = Path(folder)
-        for name in (SETTINGS_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise ArtifactError(f"{folder} holds no {name}, so it is no complete quantizer: train it again")
+        folder = complete_folder(folder)
         try:
             settings = json.loads((folder / SETTINGS_FILE).read_text())
             if settings["class"] != "tree":
