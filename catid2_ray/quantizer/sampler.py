@@ -35,12 +35,12 @@ def category_balanced_order(
 
     The first `uniform` rows of a step are consecutive slices of seeded permutations: the usage and dispersion terms
     should see these only. The others come as subtrees: a root, under each node `fan_out` children, … and
-    `rows_per_leaf` distinct rows of each leaf, fewer where there are fewer, all drawn uniformly among the nodes that lead to a leaf of two rows or
-    more. So positives and negatives under the same parent exist at every depth. The leaf of a row is its deepest
-    category; paths of unequal depth stand side by side under their common parent. No row is twice in a batch, where it
-    would be its own positive: duplicates, and what a small tree cannot fill, are replaced by rows drawn uniformly; a
-    catalogue without such leaves is drawn uniformly altogether. Raises InputError when a batch is larger than the table
-    or `uniform` larger than a batch.
+    `rows_per_leaf` distinct rows of each leaf, fewer where there are fewer, all drawn uniformly among the nodes
+    that lead to a leaf of two rows or more. So positives and negatives under the same parent exist at every depth.
+    The leaf of a row is its deepest category; paths of unequal depth stand side by side under their common parent.
+    No row is twice in a batch, where it would be its own positive: duplicates, and what a small tree cannot fill,
+    are replaced by rows drawn uniformly; a catalogue without such leaves is drawn uniformly altogether. Raises
+    InputError when a batch is larger than the table or `uniform` larger than a batch.
     """
     rows = len(category_NH)
     _check_batch(rows, batch, uniform)
