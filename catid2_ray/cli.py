@@ -48,11 +48,24 @@ def guarded(call: Callable[[], None]) -> None:
 @app.command()
 def reindex(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOption = None) -> None:
     """The main job: embed, train, assign unique IDs, train the generator, evaluate, publish. Continues where it was left."""
-    from catid2_ray.evaluation.report import closing_table
-    from catid2_ray.on_ray.reindex import GateFailed, write_json
     from catid2_ray.on_ray.reindex import reindex as run
 
-    loaded = Recipe.load(recipe, overrides or [])
+    _run_and_show(run, Recipe.load(recipe, overrides or []), json_file)
+
+
+@app.command()
+def append(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOption = None) -> None:
+    """Today's catalogue under the published quantizer and generator: new products get free IDs, no published ID moves."""
+    from catid2_ray.on_ray.reindex import append_items as run
+
+    _run_and_show(run, Recipe.load(recipe, overrides or []), json_file)
+
+
+def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
+    """Run to a published release, show its figures and a few answers from it."""
+    from catid2_ray.evaluation.report import closing_table
+    from catid2_ray.on_ray.reindex import GateFailed, write_json
+
     console = Console()
     try:
         outcome = run(loaded)
@@ -240,6 +253,11 @@ def run_compare_ids() -> None:
 def run_reindex() -> None:
     """Entry point of `python -m jobs.reindex`."""
     guarded(lambda: typer.run(reindex))
+
+
+def run_append() -> None:
+    """Entry point of `python -m jobs.append_items`."""
+    guarded(lambda: typer.run(append))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Each message says what was wrong, where (URI, column, product_id), what was expe
     ├── EncoderError                  4   the text encoder or the pretrained model cannot be had
     ├── StorageError                  5   the store cannot be reached, read or written
     │   ├── ArtifactError             5   an artefact is missing, half-written or not what its manifest says
+    │   │   ├── FormatError           5   an artefact was written by another version of this software
     │   │   └── ReleaseError          5   the parts of a release do not belong together
     │   └── CommitConflict            5   another writer committed first; nothing was lost
     ├── TrainingError                 6   a training run ended without a result
@@ -49,6 +50,10 @@ class StorageError(CatidError):
 
 
 class ArtifactError(StorageError):
+    pass
+
+
+class FormatError(ArtifactError):
     pass
 
 

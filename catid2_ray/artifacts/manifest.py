@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 
 import catid2_ray
 from catid2_ray.artifacts.store import Store
-from catid2_ray.errors import ArtifactError, CommitConflict
+from catid2_ray.errors import ArtifactError, CommitConflict, FormatError
 
 # Part of every key: raise it when what a stage writes changes, and no artefact of older code is found any more.
-FORMAT = 2
+FORMAT = 3
 
 
 def digest_of(value) -> str:
@@ -30,7 +30,8 @@ class Manifest:
 
     `digest` covers the content alone (names and SHA-256 of the files): equal digests mean equal results. `parents` maps a
     role to the digest of the artefact used. `files` are dicts with name (relative to `folder`), bytes, sha256 and, for
-    tables, rows. `settings` is the recipe section that took part in the key, `recipe` the whole resolved recipe.
+    tables, rows. `extends` maps roles to digests of earlier artefacts of which this one keeps every ID: what was made from
+    those serves this one as well. `settings` is the recipe section that took part in the key, `recipe` the whole resolved recipe.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Manifest:
     rows: int | None = None
     schema: str | None = None
     metrics: dict = field(default_factory=dict)
+    extends: dict[str, list[str]] = field(default_factory=dict)
     code_version: str = catid2_ray.__version__
     created: str = ""
     format: int = FORMAT
@@ -80,11 +82,12 @@ def find(store: Store, kind: str, key: str) -> Manifest | None:
     if not store.exists(name):
         return None
     try:
-        manifest = Manifest(**json.loads(store.read(name)))
+        fields = json.loads(store.read(name))
+        manifest = Manifest(**fields)
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{store.uri_of(name)} is not a manifest ({error}); delete that folder and rerun") from None
     if manifest.format != FORMAT:
-        raise ArtifactError(
+        raise FormatError(
             f"{store.uri_of(name)} has format {manifest.format}, this version reads {FORMAT}; delete that folder and rerun"
         )
     return manifest
@@ -108,8 +111,9 @@ class Attempt:
         return f"{self.folder}/{file}"
 
     def commit(
-        self, files: list[dict], *, rows: int | None = None, schema: str | None = None, metrics: dict
-    ) -> Manifest:
+        self, files: list[dict], *, rows: int | None = None, schema: str | None = None, metrics: dict,
+        extends: dict[str, list[str]] | None = None,
+    ) -> Manifest:  # fmt: skip
         """Write the manifest. Where another attempt at the same key committed first, its manifest is returned instead."""
         entries = sorted(
             ({**entry, "name": entry["name"].removeprefix(f"{self.folder}/")} for entry in files),
@@ -126,6 +130,7 @@ class Attempt:
             recipe=self.recipe,
             rows=rows,
             schema=schema,
+            extends=extends or {},
             metrics={**metrics, "seconds": round(time.monotonic() - self._started, 2), **self.measure()},
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )

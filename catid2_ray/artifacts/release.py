@@ -49,21 +49,30 @@ class Release:
         return found
 
 
+_CARRIED = ("quantizer", "examples", "generator", "evaluation")  # an append takes them over from the release before
+
+
 def check_parts(manifests: dict[str, Manifest]) -> None:
-    """Raise ReleaseError unless every part was made from exactly the other parts given."""
+    """Raise ReleaseError unless every part was made from exactly the other parts given.
+
+    Where the IDs keep those of earlier releases (append), what was trained on the earlier ones serves these as well.
+    """
+    kept = manifests["ids"].extends if "ids" in manifests else {}
     for part, manifest in manifests.items():
         for role, digest in manifest.parents.items():
-            if role in manifests and manifests[role].digest != digest:
+            fits = role not in manifests or manifests[role].digest == digest
+            if not fits and not (part in _CARRIED and digest in kept.get(role, ())):
                 raise ReleaseError(
                     f"parts do not match: {part} was made from {role} {digest[:12]}, but the release holds {role} "
                     f"{manifests[role].digest[:12]}. Rerun the job so that {part} is made anew"
                 )
 
 
-def publish(store: Store, manifests: dict[str, Manifest]) -> tuple[Release, bool]:
+def publish(store: Store, manifests: dict[str, Manifest], *, after: int | None = None) -> tuple[Release, bool]:
     """Make these parts the current release. Returns it and whether `current` moved (False: it was current already).
 
-    Raises ReleaseError for a mixture, CommitConflict when another job published in the meantime.
+    `after`: the number in `pointer` when the work began. Raises ReleaseError for a mixture, CommitConflict when another job
+    published since.
     """
     missing = [part for part in PARTS if part not in manifests]
     if missing:
@@ -75,7 +84,7 @@ def publish(store: Store, manifests: dict[str, Manifest]) -> tuple[Release, bool
     release = Release(
         name=f"r-{digest_of(parts)[:12]}", parts=parts, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     )
-    number, current = _pointer(store)
+    number, current = pointer(store)
     if current == release.name:
         return load(store, current), False
     try:
@@ -83,18 +92,21 @@ def publish(store: Store, manifests: dict[str, Manifest]) -> tuple[Release, bool
     except CommitConflict:
         release = load(store, release.name)
     try:
+        if after is not None and number != after:
+            raise CommitConflict
         store.create(
             f"current/{number + 1:010d}.json", json.dumps({"release": release.name, "by": uuid.uuid4().hex}).encode()
         )
     except CommitConflict:
         raise CommitConflict(
-            f"another job published to {store.uri} while this one ran; release {release.name} is stored but not current. "
-            "Look at what is current, and rerun to publish on top of it"
+            f"another job published to {store.uri} while this one ran; release {release.name} is stored but not current, and "
+            "nothing was lost. Look at what is current, and rerun to build on top of it"
         ) from None
     return release, True
 
 
-def _pointer(store: Store) -> tuple[int, str | None]:
+def pointer(store: Store) -> tuple[int, str | None]:
+    """How often something was published, and the name of the release that is current."""
     names = [name for name in store.names("current") if name.endswith(".json") and name[:-5].isdigit()]
     if not names:
         return 0, None
@@ -120,7 +132,7 @@ def load(store: Store, name: str) -> Release:
 
 def current(store: Store) -> Release:
     """The release that `current` names; ReleaseError where nothing was published yet."""
-    name = _pointer(store)[1]
+    name = pointer(store)[1]
     if name is None:
         raise ReleaseError(
             f"nothing was published to {store.uri} yet; run `catid2 reindex --recipe … --set store={store.uri}`"
@@ -166,7 +178,7 @@ def serving_folder(store: Store, ids: Manifest, generator: Manifest, cache: Path
     The parts are links to what `fetch` gives, so opening a second replica on a node copies nothing. `settings` goes to
     retriever.json (beam_width, query_tokens, codes_per_level, release).
     """
-    if generator.parents.get("ids") != ids.digest:
+    if generator.parents.get("ids") not in (ids.digest, *ids.extends.get("ids", ())):
         raise ReleaseError(
             f"parts do not match: the generator was trained on ids {generator.parents.get('ids', 'unknown')[:12]}, not on "
             f"{ids.digest[:12]}. Rerun the job so that the generator is trained anew"

@@ -53,21 +53,9 @@ def queries(width: int) -> pa.Schema:
     return pa.schema([("product_id", pa.string()), ("query", pa.list_(pa.float32(), width)), ("has_query", pa.bool_())])
 
 
-def codes(levels: int, latent: int) -> pa.Schema:
-    """The quantizer's raw codes, before de-duplication, the input of its last level, and a hash of the embedding.
-
-    A coder without levels has no codes, one without a latent no residuals; such columns are left out.
-    """
-    columns = [("product_id", pa.string()), ("twin", pa.int64())]
-    if levels:
-        columns.append(("codes", pa.list_(pa.int32(), levels)))
-    if latent:
-        columns.append(("residual", pa.list_(pa.float32(), latent)))
-    return pa.schema(columns)
-
-
 def ids(levels: int) -> pa.Schema:
-    """The unique IDs: `moved` tells whether de-duplication changed the codes, `cost` by how much squared distance."""
+    """The IDs: `moved` tells whether de-duplication changed the codes in this run, `cost` how much squared distance that added
+    when the product got its ID. ledger/part-*.parquet beside them has the schema of `identifiers.ledger`."""
     return pa.schema(
         [
             ("product_id", pa.string()),

@@ -203,6 +203,14 @@ class Store:
             except pa.ArrowInvalid as error:
                 raise InputError(f"{self.uri_of(name)} is not a whole parquet file: {error}") from None
 
+    @contextlib.contextmanager
+    def open(self, name: str):
+        """An Arrow file for reading at random; a local one is mapped into memory, not read."""
+        with self._doing("read", name):
+            opened = self.arrow_fs.open_input_file(self.path(name)) if self.is_s3 else pa.memory_map(self.path(name))
+            with opened:
+                yield opened
+
     def parquet_files(self, name: str) -> list[str]:
         """The table `name`: `name.parquet`, or every .parquet below the folder `name`; StorageError where there is neither."""
         if self.exists(f"{name}.parquet"):

@@ -51,9 +51,15 @@ class Taxonomy:
     def _ids(self) -> dict[Path, int]:
         return {path: i for level in self.levels for i, path in enumerate(level)}
 
-    def path_ids(self, path: Path) -> list[int]:
-        """`depth` ids of one path, −1 below its end; names below `depth` are ignored. Raises InputError."""
+    def path_ids(self, path: Path, *, grown: bool = False) -> list[int]:
+        """`depth` ids of one path, −1 below its end; names below `depth` are ignored.
+
+        A category that the tree does not hold raises InputError, or, where the catalogue has `grown` since, gets −1 as all
+        below it.
+        """
         path = tuple(path)[: self.depth]
+        if grown:
+            path = next(path[:d] for d in range(len(path), -1, -1) if d == 0 or path[:d] in self._ids)
         try:
             ids = [self._ids[path[: d + 1]] for d in range(len(path))]
         except KeyError as error:
@@ -63,10 +69,10 @@ class Taxonomy:
             ) from error
         return ids + [-1] * (self.depth - len(path))
 
-    def category_ids(self, category_path_column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    def category_ids(self, category_path_column: pa.ChunkedArray | pa.Array, *, grown: bool = False) -> np.ndarray:
         """int32 N×depth for a list<string> column of N rows, −1 where a path is shorter or null.
 
-        Raises InputError for a path that the taxonomy does not hold.
+        Raises InputError for a path that the taxonomy does not hold, unless `grown`: see `path_ids`.
         """
         column = category_path_column
         if isinstance(column, pa.ChunkedArray):
@@ -75,7 +81,9 @@ class Taxonomy:
             raise InputError("column category_path holds a null category name; run the product check first")
         joined = pc.fill_null(pc.binary_join(column, PATH_SEPARATOR), "").dictionary_encode()
         paths = [tuple(text.split(PATH_SEPARATOR)) if text else () for text in joined.dictionary.to_pylist()]
-        table_PH = np.array([self.path_ids(path) for path in paths], np.int32).reshape(len(paths), self.depth)
+        table_PH = np.array([self.path_ids(path, grown=grown) for path in paths], np.int32).reshape(
+            len(paths), self.depth
+        )
         return table_PH[joined.indices.to_numpy(zero_copy_only=False)]
 
     def to_json(self) -> str:

@@ -10,7 +10,11 @@ from catid2_ray.config.training import TrainingRecipe
 
 class IdsRecipe(Section):
     method: Literal["sinkhorn", "exact", "greedy"] = setting(
-        "sinkhorn", "how products of a colliding prefix get distinct last codes", unit="choice", paper="3.4: Sinkhorn"
+        "exact",
+        "how products of a colliding prefix get distinct last codes: the optimum by Sinkhorn (proved) or by linear "
+        "assignment, which was faster at equal quality; or greedily",
+        unit="choice",
+        paper="3.4: Sinkhorn",
     )
     cluster_max: int | None = setting(
         50, "products that may share an ID where quantizer.ids is 'cluster'; larger clusters split into groups, one token more",
@@ -21,6 +25,21 @@ class IdsRecipe(Section):
         unit="choice", paper="random in CQ-SID (2605.14434)",
     )  # fmt: skip
     encode_rows: int = setting(1024, "rows of one padded forward pass", unit="rows", ge=1)
+    bucket_rows: int = setting(
+        1_000_000, "products that one worker holds at a time while collisions are resolved, which bounds its memory",
+        unit="products", operational=True, ge=1000,
+    )  # fmt: skip
+    id_quarantine: int = setting(
+        2, "releases for which the ID of a product that left is given to nobody else", unit="releases", ge=0
+    )
+    realign: bool = setting(
+        True, "name the codes of a new quantizer after those of the current release, so that tokens keep their meaning",
+        unit="yes/no",
+    )  # fmt: skip
+    max_churn: float | None = setting(
+        None, "share of the products of both releases whose ID changes, above which a full re-ID is not published",
+        unit="share", operational=True, ge=0, le=1,
+    )  # fmt: skip
     workers: int = setting(2, "actors that encode", unit="actors", operational=True, ge=1)
 
 

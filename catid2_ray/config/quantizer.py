@@ -84,6 +84,10 @@ class QuantizerRecipe(TrainingRecipe):
     refit: bool = setting(
         True, "k-means again after the last epoch, as codewords lag behind the encoder", unit="yes/no"
     )
+    warm_start: bool = setting(
+        False, "start from the quantizer of the current release, where there is one of the same shape, so that fewer IDs change",
+        unit="yes/no",
+    )  # fmt: skip
     revive_every_epochs: int = setting(1, "epochs between revivals of dead codes; 0 = never", unit="epochs", ge=0)
     collapse_patience: int = setting(
         3, "epochs in a row with a collapsed level after which the job stops; 0 = never", unit="epochs",
@@ -121,6 +125,8 @@ class QuantizerRecipe(TrainingRecipe):
             raise ValueError(
                 f"ids {self.ids!r} does not fit coder 'tree', whose leaves hold many products: choose suffix or digits"
             )
+        if self.coder == "tree" and self.warm_start:
+            raise ValueError("warm_start does not fit coder 'tree', which is grown anew: set it to false")
         if self.precision != "fp32":
             raise ValueError(
                 f"precision {self.precision} is not offered for the quantizer: codewords change between steps, and each time "

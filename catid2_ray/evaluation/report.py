@@ -27,13 +27,13 @@ class Section(NamedTuple):
 
 
 def sections(figures: Mapping) -> list[Section]:
-    """The report's tables, in order: the catalogue, the codes, recall, time and memory.
+    """The report's tables, in order: the catalogue, what changed since the release before, the codes, recall, time and memory.
 
-    `figures`: the job's JSON; keys release, documents, collision_rate_before (0 to 1),
+    `figures`: the job's JSON; keys release, documents, number, base, ledger, churn, collision_rate_before (0 to 1),
     duplicates_after, codes_used, codes_per_level, recall, recall_seen, recall_unseen, seconds (stage → s),
     peak_memory_bytes; all optional.
     """
-    parts = [_catalogue(figures), _codes(figures), _recall(figures), _cost(figures)]
+    parts = [_catalogue(figures), _churn(figures), _codes(figures), _recall(figures), _cost(figures)]
     return [part for part in parts if part.rows]
 
 
@@ -78,6 +78,23 @@ def _catalogue(figures: Mapping) -> Section:
     )
     rows = [[label, _number(figures[key], form)] for label, key, form in lines if key in figures]
     return Section("Catalogue and IDs", ["", "figure"], rows)
+
+
+def _churn(figures: Mapping) -> Section:
+    """Against the release that was built on: products by status, and how many lost their first 1, 2, … L tokens."""
+    churn, base = figures.get("churn"), figures.get("base")
+    if not base:
+        return Section("", [], [])
+    counts = ", ".join(f"{name} {figures['ledger'][name]:,}" for name in ("kept", "new", "moved", "retired"))
+    title = f"Since release {base} (products: {counts})"
+    if not churn:
+        return Section(title, ["", "figure"], [["IDs of another kind or geometry: nothing to compare", ""]])
+    after, before = churn["after"], churn.get("before")
+    rows = [["first tokens changed", *(_number(share, ".1%") for share in after["prefix_churn"])]]
+    if before:
+        rows.append(["… without realignment", *(_number(share, ".1%") for share in before["prefix_churn"])])
+    rows.append(["IDs that name another product", _number(after["addresses_reused"], ",d"), *[""] * (len(rows[0]) - 2)])
+    return Section(title, ["of products in both", *(str(m + 1) for m in range(len(after["prefix_churn"])))], rows)
 
 
 def _codes(figures: Mapping) -> Section:

@@ -1,8 +1,9 @@
 """Unique IDs: products that share an ID are spread over the free codes of their prefix at the least total distance.
 
-A Sinkhorn plan is rounded to one code per product and then *proved*: its prices bound the optimum from below, and a
-prefix whose bound does not close to 0.5 % is solved exactly. Everything runs in product_id order, and every number of a
-prefix is computed from that prefix alone, so neither row order nor block size can change an ID.
+A Sinkhorn plan is rounded to one code per product and then *proved*: its prices bound the optimum from below. Where
+that bound does not close to 0.1 % the next, sharper plan is tried, and at last the prefix is solved exactly. Everything
+runs in product_id order, and every number of a prefix is computed from that prefix alone, so neither row order nor block
+size can change an ID.
 
 N products, M occupied IDs, L levels, K codes, Z latent width; P rows in question; B prefixes of one batch, G products
 in each, C candidate codes.
@@ -11,18 +12,21 @@ in each, C candidate codes.
 from typing import NamedTuple
 
 import numpy as np
-from ot.batch import solve_batch
+import pyarrow.compute as pc
+from ot.batch import bregman_projection_batch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CapacityError, InputError
-from catid2_ray.identifiers.overflow import codeword_sum, is_member, spill, taken_codes
+from catid2_ray.identifiers.ledger import id_column
+from catid2_ray.identifiers.overflow import codeword_sum, is_member, spill, squared, taken_codes
 
 BLOCK_NUMBERS = 2**21  # float64 numbers of one block of costs, 16 MiB
+PLAN_NUMBERS = 2**17  # of one block of plans; 1 MiB stays in the processor's cache
 SINKHORN_REGS = (0.1, 0.03, 0.01, 0.003, 0.001)  # entropy weights, in units of a prefix's mean extra distance
 SINKHORN_ITERATIONS = 20  # at each weight
-PROOF_TOLERANCE = 0.005  # a rounded plan is kept when cost <= (1 + this) * its lower bound
+PROOF_TOLERANCE = 0.001  # a rounded plan is kept when cost <= (1 + this) * its lower bound
 FAR = 1e4  # normalised cost of a column that no product may take
 
 
@@ -42,10 +46,12 @@ def assign_unique(
     """Give every product an ID of its own, touching only prefixes of L − 1 codes in which some ID is shared.
 
     `codes_NL`: integers. `residual_NZ`: the input of the last level, latent minus the codewords of the first L − 1.
-    `codebook_LKZ`: an array, or one array K_l×Z per level. `product_ids`: N different strings. `occupied`: integers
-    M×L, IDs that never move and are never given. `method`: "sinkhorn" (POT, log domain), "exact" (linear assignment),
-    both within 1 % of the least summed squared distance in every prefix, or "greedy" (nearest free code, in
-    product_id order). In a touched prefix all products take part, also those whose own ID was not shared.
+    `codebook_LKZ`: an array, or one array K_l×Z per level. `product_ids`: N different strings, a list,
+    numpy or Arrow array. `occupied`: integers M×L, IDs that never move and are never given. `method`: "sinkhorn" (POT),
+    at most 0.1 % above the least summed squared distance of every prefix, "exact" (linear assignment), that least sum,
+    or "greedy" (nearest free code, in product_id order). In a touched prefix all products take part, also those whose
+    own ID was not shared. Of products at one point the lower product_id gets the nearer code, of equally near codes the
+    lower; all other ties are settled by the prefix's rows alone, in product_id order.
 
     A prefix with more products than free codes sends the rest away, over all prefixes in the order of (added cost,
     product_id), each to the nearest sibling prefix with room, level by level upwards; who receives is solved again.
@@ -76,16 +82,16 @@ def assign_unique(
 
     new_N, cost_N = old_N.copy(), np.zeros(len(old_N))
     rows_P = np.flatnonzero(is_member(np.union1d(touched, spilled.home_P), home_N))
-    last = space.codes_per_level[-1]
-    point_PZ = residual_NZ[rows_P].astype(np.float64)
-    away = np.searchsorted(rows_P, spilled.row_P)
-    latent_PZ = residual_NZ[spilled.row_P] + codeword_sum(books[:-1], codes_NL[spilled.row_P])
-    point_PZ[away] = latent_PZ - codeword_sum(books[:-1], space.unpack(spilled.home_P * last))
-    code_P, repaired = _assign(home_N[rows_P], point_PZ, books[-1], taken_M, SOLVERS[method])
-    new_N[rows_P] = home_N[rows_P] * last + code_P
-
-    before_P = _squared(residual_NZ[rows_P] - books[-1][codes_NL[rows_P, -1]])
-    cost_N[rows_P] = _squared(point_PZ - books[-1][code_P]) - before_P
+    repaired, last = 0, space.codes_per_level[-1]
+    for rows_BG in _blocks(rows_P, home_N, last):
+        rows_Q = rows_BG.ravel()
+        point_QZ = _points(space, books, codes_NL[rows_Q], residual_NZ[rows_Q], home_N[rows_Q])
+        taken_BK = taken_codes(taken_M, home_N[rows_BG[:, 0]], last)
+        code_BG, failed = _assign(point_QZ.reshape(*rows_BG.shape, -1), books[-1], taken_BK, SOLVERS[method])
+        code_Q, repaired = code_BG.ravel(), repaired + failed
+        new_N[rows_Q] = home_N[rows_Q] * last + code_Q
+        before_Q = squared(residual_NZ[rows_Q] - books[-1][codes_NL[rows_Q, -1]])
+        cost_N[rows_Q] = squared(point_QZ - books[-1][code_Q]) - before_Q
     moved_N = new_N != old_N
     cost_N[~moved_N] = 0.0
     report = _report(space, old_N, new_N, taken_M, touched, len(spilled.row_P))
@@ -110,24 +116,25 @@ def _checked(space, books, codes_NL, residual_NZ, product_ids, occupied):
     width = books[0].shape[-1]
     if any(book.ndim != 2 or book.shape[1] != width or not np.isfinite(book).all() for book in books):
         raise InputError(f"codebooks must be finite arrays K_l×Z of one width, found {[book.shape for book in books]}")
-    codes_NL, product_ids = space.check(np.asarray(codes_NL)), np.asarray(product_ids, dtype=str)
+    codes_NL, product_ids = space.check(np.asarray(codes_NL)), id_column(product_ids)
     residual_NZ = np.asarray(residual_NZ)
-    if residual_NZ.shape != (len(codes_NL), width) or product_ids.shape != (len(codes_NL),):
+    if residual_NZ.shape != (len(codes_NL), width) or len(product_ids) != len(codes_NL):
         raise InputError(
             f"{len(codes_NL)} rows of codes need residuals of shape ({len(codes_NL)}, {width}) and as many "
-            f"product_ids, found {residual_NZ.shape} and {product_ids.shape}"
+            f"product_ids, found {residual_NZ.shape} and {len(product_ids)}"
         )
-    order_N = np.argsort(product_ids, kind="stable")
-    ids_N = product_ids[order_N]
-    twins = np.flatnonzero(ids_N[1:] == ids_N[:-1])
+    order_N = pc.sort_indices(product_ids).to_numpy().astype(np.int64)
+    sorted_ids = product_ids.take(order_N)
+    twins = np.flatnonzero(pc.equal(sorted_ids[1:], sorted_ids[:-1]).to_numpy(zero_copy_only=False))
     if len(twins):
         raise InputError(
-            f"product_id {str(ids_N[twins[0]])!r} occurs twice ({len(twins)} repeats in all); drop the repeats"
+            f"product_id {sorted_ids[int(twins[0])].as_py()!r} occurs twice ({len(twins)} repeats in all); "
+            f"drop the repeats"
         )
     wrong = np.flatnonzero(~np.isfinite(residual_NZ).all(axis=1))
     if len(wrong):
         raise InputError(
-            f"the residual of product_id {str(product_ids[wrong[0]])!r} (row {wrong[0]}) is not finite, "
+            f"the residual of product_id {product_ids[int(wrong[0])].as_py()!r} (row {wrong[0]}) is not finite, "
             f"one of {len(wrong)}; encode the catalogue again"
         )
     taken_M = np.empty(0, np.int64)
@@ -140,36 +147,68 @@ def _checked(space, books, codes_NL, residual_NZ, product_ids, occupied):
     if len(again):
         text = space.text(space.unpack(taken_M[again[:1]])[0])
         raise InputError(f"occupied IDs: {text} occurs twice ({len(again)} repeats in all); the ledger is damaged")
-    return codes_NL[order_N], residual_NZ[order_N], order_N, taken_M
+    return codes_NL[order_N], np.ascontiguousarray(residual_NZ[order_N]), order_N, taken_M
 
 
-def _assign(home_P, point_PZ, book_KZ, taken_M, solver):
-    """Last codes int64 P, all different inside one prefix `home_P`, and how many prefixes the solver gave up on."""
-    code_P, repaired, codes = np.empty(len(home_P), np.int64), 0, len(book_KZ)
-    by_home = np.argsort(home_P, kind="stable")
-    homes, first, size = np.unique(home_P[by_home], return_index=True, return_counts=True)
-    for members in np.unique(size):
+def _blocks(rows_P, home_N, codes):
+    """`rows_P` prefix by prefix, as arrays B×G of B prefixes with G products each, in product_id order."""
+    rows_P = rows_P[np.argsort(home_N[rows_P], kind="stable")]
+    first = np.flatnonzero(np.diff(home_N[rows_P], prepend=-1))
+    size = np.diff(first, append=len(rows_P))
+    for members in np.flatnonzero(np.bincount(size)).tolist():
         groups = np.flatnonzero(size == members)
         for block in np.array_split(groups, min(len(groups), -(-len(groups) * members * codes // BLOCK_NUMBERS))):
-            rows_BG = by_home[first[block][:, None] + np.arange(members)]
-            cost_BGK = cdist(point_PZ[rows_BG.ravel()], book_KZ, "sqeuclidean").reshape(*rows_BG.shape, codes)
-            np.copyto(cost_BGK, np.inf, where=taken_codes(taken_M, homes[block], codes)[:, None])
-            code_P[rows_BG], failed = _solve(cost_BGK, solver)
-            repaired += failed
-    return code_P, repaired
+            yield rows_P[first[block][:, None] + np.arange(members)]
+
+
+def _points(space, books, codes_QL, residual_QZ, home_Q):
+    """float64 Q×Z, what the last codeword has to meet: the residual, worked out anew where `home_Q` is not its own."""
+    point_QZ = residual_QZ.astype(np.float64)
+    away = np.flatnonzero(space.prefix_of(space.pack(codes_QL), space.levels - 1) != home_Q)
+    latent_QZ = point_QZ[away] + codeword_sum(books[:-1], codes_QL[away])
+    target_QL = space.unpack(home_Q[away] * space.codes_per_level[-1])
+    point_QZ[away] = latent_QZ - codeword_sum(books[:-1], target_QL)
+    return point_QZ
+
+
+def _assign(point_BGZ, book_KZ, taken_BK, solver):
+    """Last codes int64 B×G, all different inside one prefix, and how many prefixes the solver gave up on."""
+    count, members, width = point_BGZ.shape
+    cost_BGK = cdist(point_BGZ.reshape(-1, width), book_KZ, "sqeuclidean").reshape(count, members, -1)
+    np.copyto(cost_BGK, np.inf, where=taken_BK[:, None])
+    code_BG, failed = _solve(cost_BGK, solver)
+    return _order_twins(code_BG, cost_BGK, point_BGZ), failed
+
+
+def _order_twins(code_BG, cost_BGK, point_BGZ):
+    """Among products at one point, the lower product_id takes the nearer of their codes."""
+    count, members, width = point_BGZ.shape
+    # A sum with weights of no common measure brings equal points together; what lies between is found by comparing.
+    key_BG = (point_BGZ * np.sqrt(2.0 + np.arange(width))).sum(axis=2)
+    order_BG = np.argsort(key_BG, axis=1, kind="stable")
+    point_BGZ = np.take_along_axis(point_BGZ, order_BG[..., None], axis=1)
+    new_BG = np.ones((count, members), bool)
+    new_BG[:, 1:] = (point_BGZ[:, 1:] != point_BGZ[:, :-1]).any(axis=2)
+    if new_BG.all():
+        return code_BG
+    own_BG = np.take_along_axis(cost_BGK, code_BG[..., None], axis=2)[..., 0]
+    own_BG, sorted_BG = (np.take_along_axis(array, order_BG, axis=1) for array in (own_BG, code_BG))
+    near = np.lexsort((sorted_BG.ravel(), own_BG.ravel(), np.cumsum(new_BG)))
+    np.put_along_axis(code_BG, order_BG, sorted_BG.ravel()[near].reshape(count, members), axis=1)
+    return code_BG
 
 
 def _solve(cost_BGK, solver):
     """Codes int64 B×G. The G nearest free codes of each of G products hold an optimum, so all others are left out."""
     count, members, codes = cost_BGK.shape
-    near_BGG = np.argpartition(cost_BGK, members - 1, axis=2)[..., :members]
-    wanted_BK = np.zeros((count, codes), bool)
-    wanted_BK[np.arange(count)[:, None], near_BGG.reshape(count, -1)] = True
+    reach_BG = np.partition(cost_BGK, members - 1, axis=2)[..., members - 1]
+    wanted_BK = (cost_BGK <= reach_BG[..., None]).any(axis=1)
     column_BK = np.argsort(~wanted_BK, axis=1, kind="stable")
     # One column more than products, in powers of two: few shapes, and each a function of its own prefix alone.
     width_B = 2 ** np.ceil(np.log2(np.maximum(wanted_BK.sum(axis=1), members + 1))).astype(np.int64)
+    width_B = np.minimum(width_B, codes + 1)
     code_BG, repaired = np.empty((count, members), np.int64), 0
-    for width in np.unique(width_B):
+    for width in np.flatnonzero(np.bincount(width_B)):
         part = np.flatnonzero(width_B == width)
         column_BC = column_BK[part, :width]
         cost_BGC = np.full((len(part), members, width), np.inf)
@@ -194,49 +233,72 @@ def _greedy(cost_BGC):
 
 def _exact(cost_BGC):
     """The optimum, prefix by prefix."""
+    usable_BC = np.isfinite(cost_BGC[:, 0])
+    full = np.flatnonzero(usable_BC.sum(axis=1) == cost_BGC.shape[1])
+    if len(full):
+        # Every code will be used, so what it costs all products alike cannot matter, and without it the search is short.
+        alike_BC = np.where(usable_BC[full], cost_BGC[full].mean(axis=1), 0.0)
+        cost_BGC = cost_BGC.copy()
+        cost_BGC[full] -= alike_BC[:, None]
     return np.array([linear_sum_assignment(cost_GC)[1] for cost_GC in cost_BGC], np.int64), 0
 
 
 def _sinkhorn(cost_BGC):
-    """Entropic plans, rounded, each proved by the lower bound of its own prices or else replaced by the optimum.
+    """Plans, block by block; see `_plan`."""
+    step = max(1, PLAN_NUMBERS // cost_BGC[0].size)
+    pick, failed = zip(*(_plan(cost_BGC[start : start + step]) for start in range(0, len(cost_BGC), step)))
+    return np.concatenate(pick), sum(failed)
+
+
+def _plan(cost_BGC):
+    """Entropic plans of falling entropy, each rounded and kept where its prices prove it, or at last the optimum.
 
     A last row of no cost takes the columns that the products leave, which makes the rectangular problem balanced.
     """
     count, members, width = cost_BGC.shape
-    usable_BC = np.isfinite(cost_BGC[:, 0])
-    base_BG = cost_BGC.min(axis=2)
+    usable_BC, base_BG = np.isfinite(cost_BGC[:, 0]), cost_BGC.min(axis=2)
     extra_BGC = np.where(usable_BC[:, None], cost_BGC - base_BG[..., None], 0.0)
     unit_B = extra_BGC.sum(axis=(1, 2)) / (members * usable_BC.sum(axis=1))
     unit_B[unit_B == 0] = 1.0
-    scaled_BGC = np.where(usable_BC[:, None], extra_BGC / unit_B[:, None, None], FAR)
-    rows_BG = np.ones((count, members + 1))
-    rows_BG[:, -1] = width - members
-    problem = np.concatenate([scaled_BGC, np.zeros((count, 1, width))], axis=1)
-    price_BC = np.zeros((count, width))
+    problem = np.zeros((count, members + 1, width))
+    problem[:, :-1] = np.where(usable_BC[:, None], extra_BGC / unit_B[:, None, None], FAR)
+    mass_BR = np.ones((count, members + 1))
+    mass_BR[:, -1] = width - members
+    floor_B = base_BG.sum(axis=1) / unit_B
+    gain_BR, price_BC = np.zeros((count, members + 1)), np.zeros((count, width))
+    pick_BG, left = np.empty((count, members), np.int64), np.arange(count)
     for reg in SINKHORN_REGS:
-        # Prices so far go into the costs, which leaves the optimum as it is and starts the sharper pass from them.
-        result = solve_batch(
-            problem - price_BC[:, None],
-            reg=reg,
-            a=rows_BG,
-            b=np.ones((count, width)),
-            max_iter=SINKHORN_ITERATIONS,
-            tol=0.0,
-            method="log_sinkhorn",
-            grad="detach",
+        # Prices so far go into the exponent: no overflow, no logarithms inside, and the sharper plan starts from them.
+        with np.errstate(all="ignore"):
+            result = bregman_projection_batch(
+                np.exp((gain_BR[..., None] + price_BC[:, None] - problem) / reg),
+                mass_BR,
+                np.ones_like(price_BC),
+                max_iter=SINKHORN_ITERATIONS,
+                tol=0.0,
+            )
+            gain_BR += reg * np.log(result["potentials"][0])
+            price_BC += reg * np.log(result["potentials"][1]) + gain_BR[:, -1:]
+            gain_BR -= gain_BR[:, -1:]
+        pick_BG[left] = _round(np.where(usable_BC[:, None], result["T"][:, :members], -0.5))
+        spent_B, bound_B = _proof(problem[:, :-1], usable_BC, pick_BG[left], price_BC)
+        open_B = ~(floor_B + spent_B <= (1 + PROOF_TOLERANCE) * (floor_B + bound_B))
+        if not open_B.any():
+            return pick_BG, 0
+        left, problem, usable_BC, floor_B, mass_BR, gain_BR, price_BC = (
+            array[open_B] for array in (left, problem, usable_BC, floor_B, mass_BR, gain_BR, price_BC)
         )
-        price_BC += reg * (result.potentials[1] + result.potentials[0][:, -1:])
-    pick_BG = _round(np.where(usable_BC[:, None], result.plan[:, :members], -0.5))
+    pick_BG[left], _ = _exact(cost_BGC[left])
+    return pick_BG, len(left)
+
+
+def _proof(cost_BGC, usable_BC, pick_BG, price_BC):
+    """The cost of each rounded plan, and a lower bound of the least one."""
     price_BC = np.where(usable_BC, np.minimum(price_BC, 0.0), 0.0)
-    taken_BC = np.zeros((count, width), bool)
+    taken_BC = np.zeros(usable_BC.shape, bool)
     np.put_along_axis(taken_BC, pick_BG, True, axis=1)
-    bound_B = np.maximum(_dual(scaled_BGC, price_BC), _dual(scaled_BGC, np.where(taken_BC, price_BC, 0.0)))
-    least_B = base_BG.sum(axis=1) + bound_B * unit_B
-    spent_B = np.take_along_axis(cost_BGC, pick_BG[..., None], axis=2).sum(axis=(1, 2))
-    unproved = np.flatnonzero(~(spent_B <= (1 + PROOF_TOLERANCE) * least_B))
-    if len(unproved):
-        pick_BG[unproved], _ = _exact(cost_BGC[unproved])
-    return pick_BG, len(unproved)
+    bound_B = np.maximum(_dual(cost_BGC, price_BC), _dual(cost_BGC, np.where(taken_BC, price_BC, 0.0)))
+    return np.take_along_axis(cost_BGC, pick_BG[..., None], axis=2).sum(axis=(1, 2)), bound_B
 
 
 def _dual(cost_BGC, price_BC):
@@ -261,24 +323,21 @@ def _round(plan_BGC):
     return pick_BG
 
 
-def _squared(difference_PZ):
-    return (difference_PZ**2).sum(axis=1)
-
-
 def _report(space, old_N, new_N, taken_M, touched, overflowed):
     """Counts by name; a collision is a product beyond the first of its ID, or one whose ID is occupied."""
     home_N = space.prefix_of(old_N, space.levels - 1)
     size = np.unique(home_N[is_member(touched, home_N)], return_counts=True)[1]
 
     def surplus(packed_N):
-        everyone = np.concatenate([packed_N, taken_M])
-        return len(everyone) - len(np.unique(everyone))
+        everyone = np.sort(np.concatenate([packed_N, taken_M]))
+        return int((everyone[1:] == everyone[:-1]).sum())
 
+    before = surplus(old_N)
     return {
         "products": len(old_N),
         "occupied": len(taken_M),
-        "collisions_before": surplus(old_N),
-        "collision_rate_before": surplus(old_N) / max(len(old_N), 1),
+        "collisions_before": before,
+        "collision_rate_before": before / max(len(old_N), 1),
         "duplicates_after": surplus(new_N),
         "colliding_prefixes": len(touched),
         "products_in_colliding_prefixes": int(size.sum()),

@@ -114,15 +114,35 @@ def occupied(ledger, *, number: int, quarantine: int, shared: bool = False) -> n
     """int32 M×L, sorted, no duplicates: the IDs that release `number` must not give to a product without one.
 
     These are the IDs of live products and of tombstones younger than `quarantine` releases: an ID that was gone in
-    release r is free again in release r + quarantine. Raises InputError for a number that does not follow, a negative
-    quarantine, an ID that two live products hold (unless `shared`), and a damaged ledger.
+    release r is free again in release r + quarantine. For an append, where products that stay keep their IDs.
+
+    A product that is live in `ledger` and leaves in release `number` still occupies its ID in that release, whatever
+    the quarantine: it goes to nobody else before release number + 1. So quarantine 0 and 1 are the same here; in
+    `withheld` they are not. Raises InputError for a number that does not follow, a negative quarantine, an ID that two
+    live products hold (unless `shared`), and a damaged ledger.
     """
-    rows = _opened(ledger)
-    if not shared:
-        _refuse_shared(rows.ids.filter(pa.array(rows.live_M)), rows.codes_ML[rows.live_M])
-    codes_ML = rows.codes_ML[_reserved(rows, number, quarantine)]
-    order_M, first_M = _id_order(codes_ML)
-    return codes_ML[order_M[first_M]]
+    rows = _live_once(_opened(ledger), shared)
+    return _different(rows.codes_ML[_reserved(rows, number, quarantine)])
+
+
+def withheld(ledger, product_ids, *, number: int, quarantine: int) -> np.ndarray:
+    """int32 M×L, sorted, no duplicates: the IDs that release `number` must not give to anyone when it gives every
+    product of `product_ids` an ID anew (a full re-ID).
+
+    These are the IDs in quarantine of products that are not in `product_ids`: of tombstones younger than `quarantine`
+    releases, and of products live in `ledger`, whose tombstone begins with release `number`; with quarantine 0 there
+    are none. A product that stays or returns withholds nothing: its old ID may go to any product at once, unless the
+    tombstone of another withholds it.
+
+    Holds by product, so the IDs of a whole catalogue are those of its parts by a hash of product_id together. Raises
+    InputError for repeated product_ids, and as `occupied` does: IDs that products share (clusters) are not for it.
+    """
+    rows, ids = _live_once(_opened(ledger)), id_column(product_ids)
+    refuse_repeats(ids.take(pc.sort_indices(ids)), "the release")
+    _follows(rows, number)
+    gone_M = ~pc.is_in(rows.ids, value_set=ids).to_numpy(zero_copy_only=False)
+    since_M = np.where(rows.live_M, operator.index(number), rows.since_M)
+    return _different(rows.codes_ML[gone_M & (operator.index(number) - since_M < _natural("quarantine", quarantine))])
 
 
 def held(ledger, product_ids, *, number: int, quarantine: int) -> Held:
@@ -272,6 +292,19 @@ def _id_order(codes_ML):
     first_M = np.ones(len(order_M), bool)
     first_M[1:] = (sorted_ML[1:] != sorted_ML[:-1]).any(axis=1)
     return order_M, first_M
+
+
+def _different(codes_ML):
+    """The IDs in ascending order, each once."""
+    order_M, first_M = _id_order(codes_ML)
+    return codes_ML[order_M[first_M]]
+
+
+def _live_once(rows, shared=False):
+    """`rows`, or InputError for an ID that two live products hold (unless `shared`)."""
+    if not shared:
+        _refuse_shared(rows.ids.filter(pa.array(rows.live_M)), rows.codes_ML[rows.live_M])
+    return rows
 
 
 def _refuse_shared(ids, codes_ML):

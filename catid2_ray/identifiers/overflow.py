@@ -1,20 +1,21 @@
-"""Prefixes with more products than free codes: who leaves, and for which prefix.
+"""Prefixes with more products than free codes: who leaves, for which prefix, and how far such moves can reach.
 
-Moves are taken one by one in the order of (added cost, product_id) over all prefixes, from a heap; an offer changes
-only when the prefix it names fills up, so only then is it made again. Few products overflow, so this loop is short.
+Moves are taken one by one in the order of (added cost, product_id) over all prefixes. An offer changes only when the
+prefix it names fills up, so products wait in one sorted queue per prefix, and only a full prefix's queue is made anew.
 
-N products, P products in question, L levels, K codes of a level, Z latent width. A node of depth d is a prefix of d
-codes as one integer; depth L − 1 are the homes, in which products share all codes but the last.
+N products, P products in question, H prefixes with too many, L levels, K codes of a level, Z latent width. A node of
+depth d is a prefix of d codes as one integer; depth L − 1 are the homes, in which products share all codes but the last.
 """
 
 import heapq
-from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
-BLOCK_NUMBERS = 2**20  # products × siblings looked at together
+from catid2_ray.errors import CapacityError
+
+BLOCK_NUMBERS = 2**17  # products × codes looked at together
+BLAS_SLACK = 1e-12  # more than the rounding of a matrix product, in units of the squared lengths
 
 
 class Moves(NamedTuple):
@@ -34,97 +35,203 @@ def spill(space, books, codes_NL, residual_NZ, home_N, taken_M, touched) -> Move
     """
     last = space.codes_per_level[-1]
     homes, members = np.unique(home_N[is_member(touched, home_N)], return_counts=True)
-    surplus = members - (last - taken_codes(taken_M, homes, last).sum(axis=1))
-    excess = {int(home): int(more) for home, more in zip(homes, surplus) if more > 0}
-    row_P = np.flatnonzero(is_member(np.array(sorted(excess), np.int64), home_N))
-    if not excess:
+    surplus = members - (last - np.diff(np.searchsorted(taken_M, [homes * last, (homes + 1) * last]), axis=0)[0])
+    homes, excess_H = homes[surplus > 0], surplus[surplus > 0]
+    row_P = np.flatnonzero(is_member(homes, home_N))
+    if not len(row_P):
         return Moves(row_P, row_P)
-    offers = _Offers(space, books, codes_NL[row_P], residual_NZ[row_P], home_N, taken_M)
-    cost_P, target_P = offers.make(np.arange(len(row_P)))
-    heap = [(cost, p, target) for p, (cost, target) in enumerate(zip(cost_P.tolist(), target_P.tolist()))]
-    heapq.heapify(heap)
-    waiting = defaultdict(list)
-    for _, p, target in heap:
-        waiting[target].append(p)
-    left: dict[int, int] = {}
-    while excess:
-        _, p, target = heapq.heappop(heap)
-        source = int(home_N[row_P[p]])
-        if source not in excess or offers.is_full(space.levels - 1, np.array([target]))[0]:
+    source_P = np.searchsorted(homes, home_N[row_P])
+    rooms = _Rooms(space, home_N, taken_M)
+    offers = _Offers(space, books, codes_NL, residual_NZ, row_P, taken_M, rooms)
+    waiting = _Queues()
+    waiting.add(np.arange(len(row_P)), *offers.make(np.arange(len(row_P))))
+    went_P, open_sources = np.full(len(row_P), -1, np.int64), len(homes)
+    while open_sources:
+        p, target = waiting.pop()
+        source = source_P[p]
+        if not excess_H[source]:
+            waiting.keep(target, lambda p_Q: excess_H[source_P[p_Q]] > 0)
             continue
-        left[p] = target
-        excess[source] -= 1
-        if not excess[source]:
-            del excess[source]
-        if offers.settle(target):
-            again = [q for q in waiting.pop(target) if q not in left and int(home_N[row_P[q]]) in excess]
-            if not again:
-                continue
-            cost_P, target_P = offers.make(np.array(again))
-            for q, cost, target in zip(again, cost_P.tolist(), target_P.tolist()):
-                heapq.heappush(heap, (cost, q, target))
-                waiting[target].append(q)
-    moved = sorted(left)
-    return Moves(row_P[moved], np.array([left[p] for p in moved], np.int64))
+        went_P[p] = target
+        excess_H[source] -= 1
+        open_sources -= not excess_H[source]
+        if rooms.settle(target):
+            again = waiting.close(target)
+            again = again[excess_H[source_P[again]] > 0]
+            if len(again):
+                waiting.add(again, *offers.make(again))
+    moved = np.flatnonzero(went_P >= 0)
+    return Moves(row_P[moved], went_P[moved])
 
 
-class _Offers:
-    """Which nodes are full, and so to which prefix each of P products would move, at what added cost."""
+class _Queues:
+    """Products p waiting for target homes, each queue sorted by (cost, p); a heap of their first entries."""
 
-    def __init__(self, space, books, codes_PL, residual_PZ, home_N, taken_M):
-        self.space, self.books, self.codes_PL, self.taken_M = space, books, codes_PL, taken_M
-        residual_PZ = residual_PZ.astype(np.float64)
-        self.latent_PZ = residual_PZ + codeword_sum(books[:-1], codes_PL)
-        self.own_cost_P = ((residual_PZ - books[-1][codes_PL[:, -1]]) ** 2).sum(axis=1)
-        self.size = [space.capacity, *space.radix_L.tolist()]
+    def __init__(self):
+        self.queue: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}  # costs, products, how many of them are gone
+        self.heap: list[tuple[float, int, int]] = []
+
+    def add(self, p_Q, cost_Q, target_Q):
+        order = np.argsort(target_Q, kind="stable")
+        targets, first = np.unique(target_Q[order], return_index=True)
+        for target, part in zip(targets.tolist(), np.split(order, first[1:])):
+            cost, p, gone = self.queue.get(target, (cost_Q[:0], p_Q[:0], 0))
+            cost, p = np.concatenate([cost[gone:], cost_Q[part]]), np.concatenate([p[gone:], p_Q[part]])
+            sort = np.lexsort((p, cost))
+            self._store(target, cost[sort], p[sort], 0)
+
+    def pop(self) -> tuple[int, int]:
+        """The first product of all queues and its target; it leaves its queue."""
+        while True:
+            _, p, target = heapq.heappop(self.heap)
+            cost_Q, p_Q, gone = self.queue.get(target, ((), (), 0))
+            # An entry is stale when its queue has a new first entry or is no more.
+            if gone < len(p_Q) and p_Q[gone] == p:
+                self._store(target, cost_Q, p_Q, gone + 1)
+                return p, target
+
+    def keep(self, target: int, wanted):
+        """Drop from one queue the products for which `wanted` is false."""
+        cost, p, gone = self.queue[target]
+        mask = wanted(p[gone:])
+        self._store(target, cost[gone:][mask], p[gone:][mask], 0)
+
+    def close(self, target: int) -> np.ndarray:
+        """Remove a queue and return who still waited in it."""
+        _, p, gone = self.queue.pop(target)
+        return p[gone:]
+
+    def _store(self, target, cost, p, gone):
+        self.queue[target] = cost, p, gone
+        if gone < len(p):
+            heapq.heappush(self.heap, (cost[gone].item(), p[gone].item(), target))
+
+
+class _Rooms:
+    """How many IDs are free below nodes, and which nodes are full."""
+
+    def __init__(self, space, home_N, taken_M):
+        self.size = [node_size(space, depth) for depth in range(space.levels)]
         # What overflows has no place yet, so a home counts at most all its codes as used.
-        homes, used = np.unique(np.concatenate([home_N, taken_M // self.size[-2]]), return_counts=True)
-        used = np.minimum(used, self.size[-2])
-        self.used, self.full = [], []
-        for depth in range(space.levels):
-            node, which = np.unique(homes // (self.size[depth] // self.size[-2]), return_inverse=True)
-            count = np.bincount(which, weights=used).astype(np.int64)
-            self.used.append(Counter(dict(zip(node.tolist(), count.tolist()))))
-            self.full.append(node[count >= self.size[depth]])
+        homes, used = np.unique(np.concatenate([home_N, taken_M // self.size[-1]]), return_counts=True)
+        used = np.minimum(used, self.size[-1])
+        self.node, self.used, self.full, self.free = [], [], [], [{} for _ in self.size]
+        for size in self.size:
+            node_H = homes // (size // self.size[-1])
+            first = np.flatnonzero(np.diff(node_H, prepend=-1))
+            self.node.append(node_H[first])
+            self.used.append(np.add.reduceat(used, first))
+            self.full.append(self.node[-1][self.used[-1] >= size])
 
     def is_full(self, depth: int, nodes: np.ndarray) -> np.ndarray:
         return is_member(self.full[depth], nodes)
 
     def settle(self, home: int) -> bool:
         """One more product lives in `home`; true when that was its last free ID."""
-        for depth in range(self.space.levels):
-            node = home // (self.size[depth] // self.size[-2])
-            self.used[depth][node] += 1
-            if self.used[depth][node] == self.size[depth]:
+        for depth, size in enumerate(self.size):
+            node, free = home // (size // self.size[-1]), self.free[depth]
+            if node not in free:
+                place = np.searchsorted(self.node[depth], node)
+                known = place < len(self.node[depth]) and self.node[depth][place] == node
+                free[node] = size - (int(self.used[depth][place]) if known else 0)
+            free[node] -= 1
+            if not free[node]:
                 self.full[depth] = np.insert(self.full[depth], np.searchsorted(self.full[depth], node), node)
-        return bool(self.is_full(self.space.levels - 1, np.array([home]))[0])
+        return not self.free[-1][home]
 
-    def make(self, who_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Added cost float64 and target home int64 of the products `who_P`."""
+
+class _Offers:
+    """To which prefix each of P products would move, at what added cost, as the rooms are now."""
+
+    def __init__(self, space, books, codes_NL, residual_NZ, row_P, taken_M, rooms):
+        self.space, self.books, self.codes_NL, self.residual_NZ = space, books, codes_NL, residual_NZ
+        self.row_P, self.taken_M, self.rooms = row_P, taken_M, rooms
+
+    def make(self, who_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Added cost float64 and target home int64 of the products `who_Q`."""
         step = max(1, BLOCK_NUMBERS // max(self.space.codes_per_level))
-        blocks = np.split(who_P, range(step, len(who_P), step))
-        cost, target = zip(*(self._make(block) for block in blocks))
+        blocks = np.split(self.row_P[who_Q], range(step, len(who_Q), step))
+        cost, target = zip(*(self._make(self.codes_NL[rows], self.residual_NZ[rows]) for rows in blocks))
         return np.concatenate(cost), np.concatenate(target)
 
-    def _make(self, who_P):
-        levels, last = self.space.levels, self.space.codes_per_level[-1]
-        target_P = np.full(len(who_P), -1, np.int64)
-        point_PZ = self.latent_PZ[who_P]
+    def _make(self, codes_QL, residual_QZ):
+        levels, books, codes_per_level = self.space.levels, self.books, self.space.codes_per_level
+        residual_QZ = residual_QZ.astype(np.float64)
+        own_cost_Q = squared(residual_QZ - books[-1][codes_QL[:, -1]])
+        latent_QZ, point_QZ = residual_QZ + codeword_sum(books[:-1], codes_QL), np.empty_like(residual_QZ)
+        home_Q, target_Q = self.space.pack(codes_QL) // codes_per_level[-1], np.full(len(codes_QL), -1, np.int64)
         for depth in range(levels - 2, -1, -1):
-            node_P = self.space.pack(self.codes_PL[who_P]) // self.size[depth]
-            chosen = np.flatnonzero((target_P < 0) & ~self.is_full(depth, node_P))
-            node, point = node_P[chosen], self.latent_PZ[who_P[chosen]]
-            point = point - codeword_sum(self.books[:depth], self.codes_PL[who_P[chosen]])
+            node_Q = home_Q // (self.rooms.size[depth] // codes_per_level[-1])
+            chosen = np.flatnonzero((target_Q < 0) & ~self.rooms.is_full(depth, node_Q))
+            if not len(chosen):
+                continue
+            node, point = node_Q[chosen], latent_QZ[chosen] - codeword_sum(books[:depth], codes_QL[chosen])
             for level in range(depth, levels - 1):
-                child = node[:, None] * self.space.codes_per_level[level] + np.arange(self.space.codes_per_level[level])
-                distance = cdist(point, self.books[level], "sqeuclidean")
-                distance[self.is_full(level + 1, child)] = np.inf
-                code = distance.argmin(axis=1)
-                node, point = child[np.arange(len(code)), code], point - self.books[level][code]
-            target_P[chosen], point_PZ[chosen] = node, point
-        cost_PK = cdist(point_PZ, self.books[-1], "sqeuclidean")
-        cost_PK[taken_codes(self.taken_M, target_P, last)] = np.inf
-        return cost_PK.min(axis=1) - self.own_cost_P[who_P], target_P
+                parent, which = np.unique(node, return_inverse=True)
+                child_UK = parent[:, None] * codes_per_level[level] + np.arange(codes_per_level[level])
+                code, _ = nearest(point, books[level], self.rooms.is_full(level + 1, child_UK)[which])
+                node, point = child_UK[which, code], point - books[level][code]
+            target_Q[chosen], point_QZ[chosen] = node, point
+        targets, which = np.unique(target_Q, return_inverse=True)
+        taken_QK = taken_codes(self.taken_M, targets, codes_per_level[-1])[which]
+        return nearest(point_QZ, books[-1], taken_QK)[1] - own_cost_Q, target_Q
+
+
+def closed_regions(overfull_H, count, space) -> list[tuple[int, int]]:
+    """The nodes that moves out of overfull prefixes cannot leave: (depth, node), sorted, none inside another.
+
+    `overfull_H`: int64, the prefixes of L − 1 codes with more products than free codes. `count(depth, nodes_M)`: int64
+    M, products plus occupied IDs below each of the sorted nodes of one depth; called at most once per depth. The region
+    of a prefix is its smallest ancestor whose count is at most its number of IDs: there every surplus product finds
+    room before it would look further up. `assign_unique` on the rows and occupied IDs of one region, or of one prefix
+    outside all regions, therefore gives what a call on everything gives them.
+
+    Raises CapacityError when even the root holds more than there are IDs.
+    """
+    pending, regions = np.unique(np.asarray(overfull_H, np.int64)), []
+    for depth in range(max(space.levels - 2, 0), -1, -1):
+        if not len(pending):
+            break
+        pending = np.unique(pending // space.codes_per_level[depth])
+        held, size = np.asarray(count(depth, pending)), node_size(space, depth)
+        closed = pending[held <= size]
+        below = [node_size(space, inner) for inner, _ in regions]
+        regions = [
+            region for region, small in zip(regions, below) if not is_member(closed, region[1] // (size // small))
+        ] + [(depth, node) for node in closed.tolist()]
+        pending = pending[held > size]
+    if len(pending):
+        raise CapacityError(
+            f"{int(held[0])} products and occupied IDs need as many IDs, but codes_per_level "
+            f"{list(space.codes_per_level)} has only {space.capacity}; train a quantizer with more levels or codes"
+        )
+    return sorted(regions)
+
+
+def node_size(space, depth: int) -> int:
+    """Number of IDs below a node of `depth` codes."""
+    return int(space.radix_L[depth - 1]) if depth else space.capacity
+
+
+def nearest(point_PZ, book_KZ, barred_PK) -> tuple[np.ndarray, np.ndarray]:
+    """Code of the nearest codeword that is not barred, the lower one of equals, and its squared distance, float64 P.
+
+    A matrix product leaves one or few candidates a row. Its rounding depends on the block's size, so the distances that
+    decide are summed row by row.
+    """
+    length_K = squared(book_KZ)
+    about_PK = point_PZ @ (-2 * book_KZ.T)
+    about_PK += length_K
+    np.copyto(about_PK, np.inf, where=barred_PK)
+    slack_P = BLAS_SLACK * (squared(point_PZ) + length_K.max())
+    row_C, code_C = np.divmod(np.flatnonzero(about_PK <= (about_PK.min(axis=1) + slack_P)[:, None]), len(book_KZ))
+    distance_C = squared(point_PZ[row_C] - book_KZ[code_C])
+    first_P = np.lexsort((distance_C, row_C))[np.searchsorted(row_C, np.arange(len(point_PZ)))]
+    return code_C[first_P], distance_C[first_P]
+
+
+def squared(difference_PZ: np.ndarray) -> np.ndarray:
+    return (difference_PZ**2).sum(axis=1)
 
 
 def codeword_sum(books, codes_PL) -> np.ndarray:

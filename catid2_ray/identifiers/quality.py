@@ -49,13 +49,19 @@ def id_quality(codes_NL, category_NH, codes_per_level) -> dict:
             f"{category_NH.shape}"
         )
     packed_N = space.pack(codes_NL)
-    bucket = np.unique(packed_N, return_counts=True)[1]
-    levels = [_level(codes_NL[:, level], k) for level, k in enumerate(space.codes_per_level)]
-    joint = [_entropy(np.unique(space.prefix_of(packed_N, d), return_counts=True)[1]) for d in range(space.levels + 1)]
     depths = [
         _agreement(space.prefix_of(packed_N, depth + 1), category_NH[:, depth])
         for depth in range(min(category_NH.shape[1], space.levels))
     ]
+    return code_figures(packed_N, space) | {name: [depth[name] for depth in depths] for name in _AGREEMENT}
+
+
+def code_figures(packed_N, space: DocidSpace) -> dict:
+    """The figures of `id_quality` that need no categories, from packed IDs alone: about 32 bytes a product."""
+    sorted_N = np.sort(packed_N)
+    bucket = _runs(sorted_N)
+    levels = [_level(sorted_N // radix % k, k) for radix, k in zip(space.radix_L, space.codes_per_level)]
+    joint = [_entropy(_runs(space.prefix_of(sorted_N, depth))) for depth in range(space.levels + 1)]
     return {
         "products": len(packed_N),
         "ids": len(bucket),
@@ -67,8 +73,13 @@ def id_quality(codes_NL, category_NH, codes_per_level) -> dict:
         "gini_ids": _gini(bucket),
         **{name: [level[name] for level in levels] for name in levels[0]},
         "conditional_entropy": [max(b - a, 0.0) for a, b in zip(joint, joint[1:])],
-        **{name: [depth[name] for depth in depths] for name in _AGREEMENT},
     }
+
+
+def _runs(sorted_N) -> np.ndarray:
+    """How often each value of a sorted array occurs, in order."""
+    first = np.flatnonzero(np.concatenate(([True], sorted_N[1:] != sorted_N[:-1])))
+    return np.diff(np.append(first, len(sorted_N)))
 
 
 def _level(code_N, k) -> dict:
@@ -235,9 +246,13 @@ def displacement(moved_N, cost_N) -> dict:
     none moved, `moved_share` None for an empty table. Raises InputError for unequal lengths.
     """
     moved_N, cost_N = _same_rows(np.asarray(moved_N, bool), np.asarray(cost_N, np.float64), "moved", "cost")
-    cost = cost_N[moved_N]
+    return displacement_of(cost_N[moved_N], len(moved_N))
+
+
+def displacement_of(cost, products: int) -> dict:
+    """`displacement` from the costs of the moved products alone."""
     return {
-        "moved_share": float(moved_N.mean()) if len(moved_N) else None,
+        "moved_share": len(cost) / products if products else None,
         "mean_cost": float(cost.mean()) if len(cost) else None,
         "median_cost": float(np.median(cost)) if len(cost) else None,
         "p95_cost": float(np.percentile(cost, 95)) if len(cost) else None,

@@ -81,17 +81,17 @@ def apply(codes_NL, rename_LK) -> np.ndarray:
 
     Raises InputError for a renaming that is no permutation of 0 … K_l − 1 and for codes out of range.
     """
-    rename_LK = [np.asarray(rename_K) for rename_K in rename_LK]
-    for level, rename_K in enumerate(rename_LK):
-        if rename_K.ndim != 1 or not np.array_equal(np.sort(rename_K), np.arange(len(rename_K))):
-            raise InputError(
-                f"the renaming of level {level} is no permutation of 0…{len(rename_K) - 1}: some code would be lost "
-                f"or shared; use the one that realign returned"
-            )
+    rename_LK = _permutations(rename_LK)
     codes_NL = DocidSpace(tuple(len(rename_K) for rename_K in rename_LK)).check(codes_NL)
     return np.stack(
         [rename_K[codes_N] for rename_K, codes_N in zip(rename_LK, codes_NL.T, strict=True)], axis=1, dtype=np.int64
     )
+
+
+def inverse(rename_LK) -> list:
+    """The renaming undone, an int64 permutation K_l for each level: `apply(apply(codes, rename), inverse(rename))` is
+    `codes`. Raises InputError for a renaming that is no permutation of 0 … K_l − 1."""
+    return [np.argsort(rename_K) for rename_K in _permutations(rename_LK)]
 
 
 def churn(old_ids, old_codes_NL, new_ids, new_codes_NL, codes_per_level) -> dict:
@@ -101,38 +101,98 @@ def churn(old_ids, old_codes_NL, new_ids, new_codes_NL, codes_per_level) -> dict
     `retired`: products in both releases, in the new one only, in the old one only; `prefix_churn`: for m = 1 … L the
     share of common products whose first m tokens are not the same; `addresses`: different old IDs;
     `addresses_reused`: those of them that now name a product which they did not name before; `address_reuse`: their
-    share. A share of nothing is 0.0.
+    share. A share of nothing is 0.0. For a catalogue in parts there are `churn_counts`, `arrived` and `churn_of`.
 
     Raises InputError for repeated product_ids, codes out of range and tables of different lengths.
 
     Source: METHODS 8.9 (full and prefix churn, address reuse).
     """
     space = DocidSpace(tuple(codes_per_level))
-    sides = []
-    for ids, codes_NL, name in ((old_ids, old_codes_NL, "old"), (new_ids, new_codes_NL, "new")):
-        codes_NL = _checked(space, codes_NL, name)
-        if len(codes_NL) != len(ids):
-            raise InputError(f"{len(ids)} {name} product_ids need as many rows of codes, found {len(codes_NL)}")
-        sides.append(codes_NL)
-    old_NL, new_NL = sides
-    common = common_products(old_ids, new_ids)
-    differs_NL = old_NL[common.old_N] != new_NL[common.new_N]
-    arrived_N = np.ones(len(new_NL), bool)  # products that their ID did not name before
-    arrived_N[common.new_N] = differs_NL.any(axis=1)
-    addresses = np.unique(space.pack(old_NL))
-    reused = len(np.intersect1d(addresses, space.pack(new_NL[arrived_N])))
+    counts = churn_counts(old_ids, old_codes_NL, new_ids, new_codes_NL, space.codes_per_level)
+    arrived_N = arrived(old_ids, old_codes_NL, new_ids, new_codes_NL)
+    addresses = np.unique(space.pack(old_codes_NL))
+    reused = len(np.intersect1d(addresses, space.pack(np.asarray(new_codes_NL)[arrived_N])))
+    return churn_of([counts], addresses=len(addresses), addresses_reused=reused)
+
+
+def churn_counts(old_ids, old_codes_NL, new_ids, new_codes_NL, codes_per_level) -> dict:
+    """What `churn` counts by product, in numbers that add up over parts of a catalogue; plain integers.
+
+    A part holds the old and the new row of each of its products (parts by a hash of product_id do). Either side may
+    have no rows, with codes 0×L. Returns `common`, `new`, `retired` as `churn` does, and `changed`: for m = 1 … L the
+    common products whose first m tokens are not the same. Errors as for `churn`.
+    """
+    space = DocidSpace(tuple(codes_per_level))
+    old_NL, new_NL = _checked(space, old_codes_NL, "old"), _checked(space, new_codes_NL, "new")
+    common, differs_NL = _compared(old_ids, old_NL, new_ids, new_NL)
     return {
         "common": len(common.old_N),
         "new": len(new_NL) - len(common.new_N),
         "retired": len(old_NL) - len(common.old_N),
-        "prefix_churn": [
-            float(differs_NL[:, :length].any(axis=1).mean()) if len(differs_NL) else 0.0
-            for length in range(1, space.levels + 1)
-        ],
-        "addresses": len(addresses),
-        "addresses_reused": reused,
-        "address_reuse": reused / len(addresses) if len(addresses) else 0.0,
+        "changed": np.logical_or.accumulate(differs_NL, axis=1).sum(axis=0).tolist(),
     }
+
+
+def churn_of(counts: list[dict], *, addresses: int, addresses_reused: int) -> dict:
+    """`churn` of a whole catalogue from the `churn_counts` of its parts.
+
+    `addresses`: different old IDs; `addresses_reused`: those of them that are also the ID of an `arrived` row. Both
+    are counted by ID over all parts, since the products of one ID may lie in different parts. Raises InputError for
+    no part at all and for parts of different numbers of levels.
+    """
+    if len({len(part["changed"]) for part in counts}) != 1:
+        raise InputError(
+            f"churn needs the counts of at least one part, all of the same number of levels, found "
+            f"{[len(part['changed']) for part in counts]} levels: hand over what churn_counts returned for one release"
+        )
+    total = {name: sum(int(part[name]) for part in counts) for name in ("common", "new", "retired")}
+    changed_L = [sum(level) for level in zip(*(part["changed"] for part in counts), strict=True)]
+    return total | {
+        "prefix_churn": [changed / total["common"] if total["common"] else 0.0 for changed in changed_L],
+        "addresses": addresses,
+        "addresses_reused": addresses_reused,
+        "address_reuse": addresses_reused / addresses if addresses else 0.0,
+    }
+
+
+def arrived(old_ids, old_codes_NL, new_ids, new_codes_NL) -> np.ndarray:
+    """bool N, the new rows whose product did not have that ID before: it is new, or its ID has changed.
+
+    Holds by product alone, so also for a part of a catalogue (`churn_counts`). Raises InputError for repeated
+    product_ids, codes that are no integers N×L with the L of the other side, and tables of different lengths.
+    """
+    old_NL, new_NL = np.asarray(old_codes_NL), np.asarray(new_codes_NL)
+    for codes_NL, name in ((old_NL, "old"), (new_NL, "new")):
+        if codes_NL.ndim != 2 or codes_NL.shape[1:] != old_NL.shape[1:] or codes_NL.dtype.kind not in "iu":
+            raise InputError(
+                f"{name} codes must be an integer array N×L, with one L on both sides, found {codes_NL.dtype} of shape "
+                f"{codes_NL.shape}; a side without products has shape (0, L)"
+            )
+    common, differs_NL = _compared(old_ids, old_NL, new_ids, new_NL)
+    arrived_N = np.ones(len(new_NL), bool)
+    arrived_N[common.new_N] = differs_NL.any(axis=1)
+    return arrived_N
+
+
+def _compared(old_ids, old_NL, new_ids, new_NL):
+    """The common products, and bool N×L in their order: the code of that level is another one."""
+    for ids, codes_NL, name in ((old_ids, old_NL, "old"), (new_ids, new_NL, "new")):
+        if len(codes_NL) != len(ids):
+            raise InputError(f"{len(ids)} {name} product_ids need as many rows of codes, found {len(codes_NL)}")
+    common = common_products(old_ids, new_ids)
+    return common, old_NL[common.old_N] != new_NL[common.new_N]
+
+
+def _permutations(rename_LK):
+    """The levels of a renaming as arrays, or InputError."""
+    rename_LK = [np.asarray(rename_K) for rename_K in rename_LK]
+    for level, rename_K in enumerate(rename_LK):
+        if rename_K.ndim != 1 or not np.array_equal(np.sort(rename_K), np.arange(len(rename_K))):
+            raise InputError(
+                f"the renaming of level {level} is no permutation of 0…{len(rename_K) - 1}: some code would be lost "
+                f"or shared; use the one that realign returned"
+            )
+    return rename_LK
 
 
 def _best_renaming(old_N, new_N, codes):

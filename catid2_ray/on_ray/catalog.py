@@ -119,6 +119,7 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
     good = sum(result["good"] for result in products)
     metrics = {
         "products": good,
+        "parts": part_count,
         "products_set_aside": sum(result["bad"] for result in products),
         "reasons": dict(sum((Counter(result["reasons"]) for result in products + pairs), Counter())),
         "paths_cut": sum(result["cut_paths"] for result in products),
@@ -165,10 +166,14 @@ def _inspect(source: Store, table: str, writer: type) -> _Source:
     return _Source(files, rows, columns)
 
 
+def part_of(product_ids: pa.ChunkedArray, parts: int) -> np.ndarray:
+    """int32 N, the part that each product belongs to."""
+    keys = product_ids.cast(pa.string()).fill_null("").to_pandas().to_numpy(dtype=object)
+    return (pd.util.hash_array(keys, categorize=False) % np.uint64(parts)).astype(np.int32)
+
+
 def _add_part(table: pa.Table, part_count: int) -> pa.Table:
-    keys = table["product_id"].cast(pa.string()).fill_null("").to_pandas().to_numpy(dtype=object)
-    part = (pd.util.hash_array(keys, categorize=False) % np.uint64(part_count)).astype(np.int32)
-    return table.append_column("part", pa.array(part))
+    return table.append_column("part", pa.array(part_of(table["product_id"], part_count)))
 
 
 class _WriteProducts:

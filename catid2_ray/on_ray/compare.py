@@ -10,7 +10,8 @@ from typing import NamedTuple
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.config import KINDS, Recipe
 from catid2_ray.errors import RecipeError
-from catid2_ray.on_ray import assign, embed, progress, train_quantizer
+from catid2_ray.on_ray import embed, progress, train_quantizer
+from catid2_ray.on_ray.assign import stage as assign
 from catid2_ray.on_ray.pipeline import Job, chain, check_codes
 
 
@@ -89,5 +90,5 @@ def row_of(recipe: Recipe, quantizer: Manifest, ids: Manifest, *, seconds_before
         "codes_used_in_training": figures.get("codes_used"),
         "with_query": figures.get("with_query"),
         "seconds": round(seconds_before + figures["seconds"] + ids.metrics["seconds"], 2),
-        "seconds_resolving": ids.metrics["seconds_resolving"],
+        "seconds_resolving": ids.metrics["seconds_of_passes"]["resolving"],
     }

@@ -17,6 +17,7 @@ from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.config import EmbeddingRecipe
+from catid2_ray.errors import InputError
 from catid2_ray.on_ray import progress
 from catid2_ray.on_ray.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.catalog import part_specs, read_sample
@@ -26,14 +27,28 @@ from catid2_ray.on_ray.pipeline import Job
 _LSA_WIDTH = 128
 
 
-def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
-    """The embeddings artefact: part-*.parquet of schemas.embeddings; for lsa the fitted encoder in encoder/."""
+def run(job: Job, parts: dict[str, Manifest], *, frozen: dict[str, Manifest] | None = None) -> Manifest:
+    """The embeddings artefact: part-*.parquet of schemas.embeddings; for lsa the fitted encoder in encoder/.
+
+    `frozen`: parts of a release whose fitted encoder and category tree are used instead of new ones (append); the tree
+    then lies beside the vectors. A warm start of the quantizer keeps the encoder too: it would not know another's vectors.
+    """
     recipe, catalog = job.recipe.embedding, parts["catalog"]
+    parents = {"catalog": catalog}
     if catalog.metrics["width"]:
         settings = {"given": True}
     else:
         settings = {**recipe.identity(), "seed": job.recipe.seed, **model_identity(recipe.encoder)}
-    return job.produce("embeddings", settings, {"catalog": catalog}, lambda attempt: _embed(job, attempt, catalog))
+        if recipe.encoder == "lsa" and not frozen and job.base and job.recipe.quantizer.warm_start:
+            parents["encoder"] = job.base.parts["embeddings"]
+    if frozen:
+        parents |= {"encoder": frozen["embeddings"], "tree": frozen["catalog"]}
+        if catalog.metrics["width"] not in (None, frozen["embeddings"].metrics["width"]):
+            raise InputError(
+                f"the catalogue's embeddings have width {catalog.metrics['width']}, those of the release "
+                f"{frozen['embeddings'].metrics['width']}: they come from another encoder. Run `catid2 reindex`"
+            )
+    return job.produce("embeddings", settings, parents, lambda attempt: _embed(job, attempt, parents))
 
 
 def model_identity(name: str) -> dict:
@@ -45,13 +60,19 @@ def model_identity(name: str) -> dict:
     return {"model_files": digest_of([[path.relative_to(folder).as_posix(), sha256_of(path)] for path in files])}
 
 
-def _embed(job: Job, attempt: Attempt, catalog: Manifest) -> Manifest:
-    recipe, files = job.recipe.embedding, []
-    encoder_folder = None
+def _embed(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
+    recipe, files, catalog = job.recipe.embedding, [], parents["catalog"]
+    encoder_folder, tree = None, catalog.file("taxonomy.json")
+    if "tree" in parents:
+        tree = tree_of(parents["encoder"], parents["tree"])
+        files.append(job.store.write_file(attempt.name("taxonomy.json"), job.store.read(tree)))
     if not catalog.metrics["width"]:
         if recipe.encoder == "lsa":
             encoder_folder = attempt.name("encoder")
-            files += _fit_lsa(job, catalog, encoder_folder)
+            if "encoder" in parents:
+                files += _copy(job.store, parents["encoder"], "encoder/", attempt)
+            else:
+                files += _fit_lsa(job, catalog, encoder_folder)
         else:
             # Loaded here once, so that an unknown encoder fails at once and by name, not in an actor far away.
             HuggingFaceEncoder(recipe.encoder, batch=recipe.batch, tokens=recipe.tokens)
@@ -62,6 +83,8 @@ def _embed(job: Job, attempt: Attempt, catalog: Manifest) -> Manifest:
         "recipe": recipe,
         "given": bool(catalog.metrics["width"]),
         "lsa_folder": encoder_folder,
+        "tree": tree,
+        "grown": "tree" in parents,
     }
     results = map_parts(
         _EmbedPart,
@@ -77,8 +100,9 @@ def _embed(job: Job, attempt: Attempt, catalog: Manifest) -> Manifest:
     metrics = {
         "width": width,
         "category_depth": depth,
-        "categories": catalog.metrics["categories"],
+        "categories": parents["encoder"].metrics["categories"] if "tree" in parents else catalog.metrics["categories"],
         "reached_depth": _sum([result["reached"] for result in results]),
+        "unknown_categories": sum(result["unknown"] for result in results),
     }
     return attempt.commit(
         files,
@@ -90,6 +114,18 @@ def _embed(job: Job, attempt: Attempt, catalog: Manifest) -> Manifest:
 
 def _sum(rows: list[list[int]]) -> list[int]:
     return [int(total) for total in np.sum(rows, axis=0)]
+
+
+def tree_of(embeddings: Manifest, catalog: Manifest) -> str:
+    """Where the category tree lies whose ids the embeddings' rows carry: beside them after an append."""
+    return (embeddings if embeddings.named("taxonomy.json") else catalog).file("taxonomy.json")
+
+
+def _copy(store: Store, source: Manifest, below: str, attempt: Attempt) -> list[dict]:
+    return [
+        store.write_file(attempt.name(entry["name"]), store.read(source.file(entry["name"])))
+        for entry in source.named(below)
+    ]
 
 
 def _fit_lsa(job: Job, catalog: Manifest, folder: str) -> list[dict]:
@@ -123,10 +159,11 @@ class _EmbedPart:
     """Actor: products part in, embeddings part out."""
 
     def __init__(
-        self, *, store: Store, catalog: str, folder: str, recipe: EmbeddingRecipe, given: bool, lsa_folder: str | None
-    ):
+        self, *, store: Store, catalog: str, folder: str, recipe: EmbeddingRecipe, given: bool, lsa_folder: str | None,
+        tree: str, grown: bool,
+    ):  # fmt: skip
         self.store, self.catalog, self.folder, self.recipe, self.given = store, catalog, folder, recipe, given
-        self.taxonomy = Taxonomy.from_json(store.read(f"{catalog}/taxonomy.json").decode())
+        self.taxonomy, self.grown = Taxonomy.from_json(store.read(tree).decode()), grown
         self.encoder = None if given else _open_encoder(store, recipe, lsa_folder)
 
     def __call__(self, spec: dict) -> dict:
@@ -135,7 +172,9 @@ class _EmbedPart:
             embedding_ND = matrix(table["embedding"])
         else:
             embedding_ND = np.asarray(self.encoder.encode(join_text(table, self.recipe.text)), dtype=np.float32)
-        category_NH = self.taxonomy.category_ids(table["category_path"])
+        category_NH = self.taxonomy.category_ids(table["category_path"], grown=self.grown)
+        depth_N = pc.fill_null(pc.list_value_length(table["category_path"]), 0).to_numpy()
+        unknown_N = (category_NH >= 0).sum(1) < np.minimum(depth_N, self.taxonomy.depth)
         out = pa.table(
             {
                 "product_id": table["product_id"],
@@ -154,6 +193,7 @@ class _EmbedPart:
             "width": width,
             "depth": depth,
             "reached": [int(n) for n in (category_NH >= 0).sum(0)],
+            "unknown": int(unknown_N.sum()),
         }
 
 

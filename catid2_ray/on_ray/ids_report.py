@@ -23,6 +23,7 @@ from catid2_ray.evaluation.pages import ids_page
 from catid2_ray.on_ray.arrays import matrix
 from catid2_ray.on_ray.catalog import read_sample
 from catid2_ray.on_ray.compare import variant
+from catid2_ray.on_ray.embed import tree_of
 from catid2_ray.on_ray.pipeline import Job, chain
 from catid2_ray.quantizer.coder import load_coder
 from catid2_ray.quantizer.model import ResidualQuantizer
@@ -78,7 +79,7 @@ def _docids(job: Job, parts: dict[str, Manifest]) -> list[str]:
 
 
 def _images(job: Job, parts: dict[str, Manifest], sample: dict) -> dict:
-    taxonomy = Taxonomy.from_json(job.store.read(parts["catalog"].file("taxonomy.json")).decode())
+    taxonomy = Taxonomy.from_json(job.store.read(tree_of(parts["embeddings"], parts["catalog"])).decode())
     names = [[path[-1] for path in level] for level in taxonomy.levels]
     codes_NL, category_NH = sample["codes_NL"], sample["category_NH"]
     images = {

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from catid2_ray.artifacts import manifest as artifact
+from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError, CapacityError, InputError, RecipeError
+from catid2_ray.errors import ArtifactError, CapacityError, InputError, QualityGateError, RecipeError
 from catid2_ray.on_ray import cluster, progress
+from catid2_ray.on_ray.base import Base, base_of
 
 VERB_OF = {
     "catalog": "embed_catalog",
@@ -33,7 +35,8 @@ class Job:
     """One run of a recipe against its store.
 
     `produce` is how every stage makes its artefact. `only` limits what may be made: a stage outside it must be committed
-    already, else an ArtifactError names the job to run first. `made` tells which stages ran.
+    already, else an ArtifactError names the job to run first. `made` tells which stages ran. `base`: the release that is built
+    on; `pointer`: how often something had been published when the work began.
     """
 
     recipe: Recipe
@@ -41,6 +44,8 @@ class Job:
     only: frozenset[str] = frozenset(VERB_OF)
     made: list[str] = field(default_factory=list)
     peak: cluster.PeakMemory | None = None
+    base: Base | None = None
+    pointer: int | None = None
 
     @classmethod
     @contextlib.contextmanager
@@ -86,13 +91,17 @@ class Job:
 
 def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
     """Run or find every stage up to `last`; returns their manifests by name."""
-    from catid2_ray.on_ray import assign, catalog, embed, evaluate, examples, train_generator, train_quantizer
+    from catid2_ray.on_ray import catalog, embed, evaluate, examples, realign, train_generator, train_quantizer
+    from catid2_ray.on_ray.assign import stage as assign
+
+    def quantizer(job: Job, parts: dict[str, Manifest]) -> Manifest:
+        return realign.run(job, {**parts, "quantizer": train_quantizer.run(job, parts)})
 
     stages = {
         "catalog": catalog.run,
         "embeddings": embed.run,
         **({"queries": embed.run_queries} if job.recipe.quantizer.query_item else {}),
-        "quantizer": train_quantizer.run,
+        "quantizer": quantizer,
         "ids": assign.run,
         "examples": examples.run,
         "generator": train_generator.run,
@@ -101,9 +110,13 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
     parts: dict[str, Manifest] = {}
     for name, run in stages.items():
         parts[name] = run(job, parts)
+        if name == "ids":
+            _gate_churn(job.recipe, parts[name])
         if name == last:
             break
         if name == "catalog":
+            job.pointer = releases.pointer(job.store)[0]
+            job.base = base_of(job.store, job.recipe, parts[name])
             check_codes(job.recipe, parts[name])
             if last in _NEED_PAIRS:
                 _refuse_without_pairs(job.recipe, parts[name])
@@ -118,6 +131,30 @@ def _refuse_relative(recipe: Recipe) -> None:
                 f"{name} {uri!r} is a relative path, but this job runs on a cluster, in a copy of the working directory "
                 f"that is deleted afterwards: set {name} to s3://… or to an absolute path that all nodes share"
             )
+
+
+def _gate_churn(recipe: Recipe, ids: Manifest) -> None:
+    """Stops before a generator is trained on IDs that will not be published."""
+    limit, churn = recipe.ids.max_churn, ids.metrics["churn"]
+    if limit is None or not ids.metrics["base"] or "append" in ids.settings:
+        return
+    share = churn["after"]["prefix_churn"][-1] if churn else 1.0
+    if share > limit:
+        raise QualityGateError(
+            f"against release {ids.metrics['base']}, {_churn_text(churn)}: above ids.max_churn {limit}. Nothing was published. "
+            "Use `catid2 append`, which moves no ID, set quantizer.warm_start, or raise ids.max_churn"
+        )
+
+
+def _churn_text(churn: dict | None) -> str:
+    if churn is None:
+        return "every ID changes, since these are of another kind or have other levels"
+    after = churn["after"]
+    tokens = ", ".join(f"{share:.1%}" for share in after["prefix_churn"])
+    return (
+        f"{after['prefix_churn'][-1]:.1%} of the {after['common']:,} products of both releases get another ID (the first 1, 2, … "
+        f"tokens change for {tokens}), and {after['addresses_reused']:,} IDs name another product"
+    )
 
 
 _NEED_PAIRS = ("examples", "generator", "evaluation")

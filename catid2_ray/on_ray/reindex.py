@@ -12,6 +12,7 @@ from catid2_ray.catalog.pairs import check_pairs
 from catid2_ray.config import ClusterRecipe, Recipe
 from catid2_ray.errors import QualityGateError
 from catid2_ray.on_ray import cluster, evaluate, progress
+from catid2_ray.on_ray.append import append
 from catid2_ray.on_ray.pipeline import VERB_OF, Job, chain
 
 _SECONDS_OF = {"catalog": "catalog", "embeddings": "embed", "quantizer": "quantizer", "ids": "assign", "examples": "examples",
@@ -40,7 +41,7 @@ def publish(recipe: Recipe) -> tuple[Store, Release]:
     with Job.open(recipe, only=()) as job:
         parts = chain(job)
         _gate(recipe, parts["evaluation"].metrics)
-        return job.store, releases.publish(job.store, parts)[0]
+        return job.store, releases.publish(job.store, parts, after=job.pointer)[0]
 
 
 def reindex(recipe: Recipe) -> Outcome:
@@ -49,7 +50,17 @@ def reindex(recipe: Recipe) -> Outcome:
         parts = chain(job)
         figures = figures_of(parts)
         _gate(recipe, figures)
-        release, _ = releases.publish(job.store, parts)
+        release, _ = releases.publish(job.store, parts, after=job.pointer)
+    return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
+
+
+def append_items(recipe: Recipe) -> Outcome:
+    """Today's catalogue under the current release's quantizer and generator: see `on_ray.append`; evaluate, publish."""
+    parts, job = append(recipe)
+    figures = figures_of(parts)
+    if "evaluation" in job.made:
+        _gate(recipe, figures)
+    release, _ = releases.publish(job.store, parts, after=job.pointer)
     return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
 
 
@@ -62,10 +73,15 @@ def figures_of(parts: dict[str, Manifest]) -> dict:
         "duplicates_after": ids["duplicates_after"],
         "codes_used": ids["codes_used"],
         "codes_per_level": ids["codes_per_level"],
+        **{name: ids[name] for name in ("number", "base", "ledger", "churn")},
         **{name: scores[name] for name in ("recall", "recall_seen", "recall_unseen", "queries")},
-        "seconds": {name: parts[stage].metrics["seconds"] for stage, name in _SECONDS_OF.items()},
+        "seconds": {name: _seconds(parts[stage]) for stage, name in _SECONDS_OF.items()},
         "peak_memory_bytes": max(manifest.metrics["peak_memory_bytes"] for manifest in parts.values()),
     }
+
+
+def _seconds(manifest: Manifest) -> float:
+    return manifest.metrics["seconds"] + manifest.metrics.get("seconds_training", 0.0)
 
 
 def _gate(recipe: Recipe, figures: dict) -> None:

@@ -19,9 +19,10 @@ from catid2_ray.config import QuantizerRecipe
 from catid2_ray.on_ray import progress, worker
 from catid2_ray.on_ray.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.catalog import read_sample
+from catid2_ray.on_ray.fit_quantizer import fit_coder, take_over, warm_start
 from catid2_ray.on_ray.pipeline import Job
 from catid2_ray.on_ray.shards import PartReader
-from catid2_ray.quantizer.coder import Coder, encode
+from catid2_ray.quantizer.coder import encode
 from catid2_ray.quantizer.health import (
     codebook_health,
     gradient_norms,
@@ -34,7 +35,6 @@ from catid2_ray.quantizer.labels import exchange_paths, mask_categories
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.quantizer.sampler import category_balanced_order
 from catid2_ray.quantizer.step import Extras, LossWeights, epoch_order, parameter_groups, training_loss
-from catid2_ray.quantizer.tree import TreeCoder
 from catid2_ray.schedule import seed_from
 
 _REVIVE_UNTIL = 0.75
@@ -47,6 +47,8 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     parents = {"embeddings": parts["embeddings"]}
     if recipe.query_item:
         parents["queries"] = parts["queries"]
+    if recipe.warm_start and job.base:
+        parents["warm"] = job.base.parts["quantizer"]
     settings = {**_deciding(recipe), "seed": job.recipe.seed}
     if recipe.coder == "rq_vae":
         return job.produce("quantizer", settings, parents, lambda attempt: _train(job, attempt, parents))
@@ -87,6 +89,7 @@ def _train(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest
         category_NH=category_NH,
         seed=job.recipe.seed,
         queries=parents.get("queries"),
+        warm=warm_start(job, parents),
     )
     device = "cuda" if job.recipe.cluster.gpus_per_worker else "cpu"
     run = worker.Run(
@@ -107,7 +110,9 @@ def _fit(job: Job, attempt: Attempt, parents: dict[str, Manifest], catalog: Mani
     sample_ND, category_NH = _sample(job, embeddings)
     progress.event("fit", what=recipe.kind, rows=len(sample_ND))
     taxonomy = Taxonomy.from_json(job.store.read(catalog.file("taxonomy.json")).decode())
-    coder = fit_coder(recipe, sample_ND, category_NH, taxonomy, rows=embeddings.rows, seed=job.recipe.seed)
+    coder = fit_coder(
+        recipe, sample_ND, category_NH, taxonomy, rows=embeddings.rows, seed=job.recipe.seed, warm=warm_start(job, parents)
+    )  # fmt: skip
     figures = {"codes_per_level": list(coder.codes_per_level)}
     if coder.codes_per_level:
         codes_NL = encode(coder, torch.from_numpy(sample_ND), torch.from_numpy(category_NH).long(), rows=1024).codes_BL
@@ -116,30 +121,6 @@ def _fit(job: Job, attempt: Attempt, parents: dict[str, Manifest], catalog: Mani
         coder.save(local)
         (Path(local) / "history.json").write_text(json.dumps([{"epoch": 0, **figures}], indent=1))
         return attempt.commit(job.store.upload(Path(local), attempt.folder), metrics=figures)
-
-
-def fit_coder(
-    recipe: QuantizerRecipe, sample_ND: np.ndarray, category_NH: np.ndarray, taxonomy: Taxonomy, *, rows: int, seed: int
-) -> Coder:
-    """A kind that is fitted at once. `rows`: products of the whole catalogue, of which the sample is a uniform part;
-    `taxonomy`: all its categories, also those that the sample lacks."""
-    sample, category = torch.from_numpy(sample_ND), torch.from_numpy(category_NH).long()
-    if recipe.coder == "tree":
-        if not recipe.branch:
-            return TreeCoder.empty()
-        paths = [path for level in taxonomy.levels for path in level]
-        depth = category.shape[1] if recipe.tree_categories and paths else 0
-        paths_CH = torch.tensor([taxonomy.path_ids(path)[:depth] for path in paths])
-        return TreeCoder.fit(
-            sample, category, branch=recipe.branch, leaf=recipe.leaf, category_depth=depth,
-            paths_CH=paths_CH if depth else None, total_rows=rows, seed=seed,
-        )  # fmt: skip
-    width = sample_ND.shape[1]
-    model = ResidualQuantizer(
-        width=width, hidden=None, latent=width, codes_per_level=recipe.codes_per_level, balanced=recipe.balanced
-    )
-    model.initialise_codebooks(sample, seed=seed)
-    return model.eval()
 
 
 def forced_column(recipe: QuantizerRecipe, categories: tuple[int, ...]) -> int | None:
@@ -200,9 +181,9 @@ class QuantizerTask:
 
     def __init__(
         self, recipe: QuantizerRecipe, *, width: int, categories: tuple[int, ...], sample_ND: np.ndarray,
-        category_NH: np.ndarray, seed: int, queries: Manifest | None = None,
+        category_NH: np.ndarray, seed: int, queries: Manifest | None = None, warm: ResidualQuantizer | None = None,
     ):  # fmt: skip
-        self.recipe, self.width, self.seed = recipe, width, seed
+        self.recipe, self.width, self.seed, self.warm = recipe, width, seed, warm
         self.sample_ND, self.category_NH = sample_ND, category_NH
         self.column = forced_column(recipe, categories[: recipe.category_depth])
         self.columns = ["embedding", "category", *(["query", "has_query"] if queries else [])]
@@ -223,7 +204,10 @@ class QuantizerTask:
         return parameter_groups(module, weight_decay=weight_decay)
 
     def start(self, module: ResidualQuantizer) -> None:
-        module.initialise_codebooks(*self._sample(module), seed=self.seed)
+        if self.warm is not None:
+            take_over(module, self.warm)
+        else:
+            module.initialise_codebooks(*self._sample(module), seed=self.seed)
 
     def rows_per_epoch(self, rows: int) -> int:
         return rows
@@ -266,7 +250,7 @@ class QuantizerTask:
             revived = revive_dead_codes(module, sample_ND, category_NH, seed=self.seed, epoch=epoch)
         refit = recipe.refit and epoch + 1 == recipe.epochs
         if refit:
-            module.initialise_codebooks(sample_ND, category_NH, seed=self.seed)
+            module.initialise_codebooks(sample_ND, category_NH, seed=self.seed, warm=self.warm is not None)
         health = codebook_health(module, sample_ND, category_NH)
         with torch.no_grad():
             codes_SL = module.encode(sample_ND, category_NH).codes_BL.cpu().numpy()

@@ -3,6 +3,7 @@
 Unusual: full k-means++ seeding, which costs K passes over the sample (0.3 s for 20,000 × 32 and K = 256 on one core),
 because a start from random rows leaves a tenth of the codes dead. Deterministic on CPU for a seed. The balanced form
 keeps one price per code instead of an assignment, so a row outside the sample is coded without knowing any other row.
+Given codebooks to start from (`start`), nothing is drawn and a code stays near where it was.
 
 Shape letters: N rows, Z latent, K codes; G groups of S rows × D.
 """
@@ -12,18 +13,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from catid2_ray.errors import CapacityError
+from catid2_ray.errors import CapacityError, InputError
 
 
 def residual_kmeans(
-    latent_NZ: Tensor, *, codes_per_level: tuple[int, ...], seed: int, iterations: int = 20
+    latent_NZ: Tensor,
+    *,
+    codes_per_level: tuple[int, ...],
+    seed: int,
+    iterations: int = 20,
+    start: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """One K_l×Z codebook per level. Raises CapacityError when there are fewer rows than codes of some level."""
+    """One K_l×Z codebook per level.
+
+    `start`: a K_l×Z codebook per level, from which Lloyd's iterations start on the residuals of the new levels before;
+    None = k-means++ seeds, drawn by `seed`. From a start, code k stays near where it was, but for a code without rows,
+    which restarts on a far row. Raises CapacityError when there are fewer rows than codes of some level, InputError
+    for a start of other shapes.
+    """
     _check_rows(len(latent_NZ), codes_per_level)
     generator = torch.Generator().manual_seed(seed)
     residual_NZ, codebooks = latent_NZ.detach(), []
-    for codes in codes_per_level:
-        codebook_KZ = _lloyd(residual_NZ, _plus_plus(residual_NZ, codes, generator), iterations)
+    for codes, start_KZ in zip(codes_per_level, _checked_start(start, codes_per_level, latent_NZ), strict=True):
+        if start_KZ is None:
+            start_KZ = _plus_plus(residual_NZ, codes, generator)
+        codebook_KZ = _lloyd(residual_NZ, start_KZ, iterations)
         codebooks.append(codebook_KZ)
         residual_NZ = residual_NZ - codebook_KZ[nearest(residual_NZ, codebook_KZ)]
     return codebooks
@@ -37,25 +51,61 @@ class BalancedLevel(NamedTuple):
 
 
 def balanced_residual_kmeans(
-    latent_NZ: Tensor, *, codes_per_level: tuple[int, ...], seed: int, iterations: int = 20
+    latent_NZ: Tensor,
+    *,
+    codes_per_level: tuple[int, ...],
+    seed: int,
+    iterations: int = 20,
+    start: list[Tensor] | None = None,
 ) -> list[BalancedLevel]:
     """Residual k-means with near-equal clusters: argmin_k ‖r − e_k‖² − price_k puts about N/K of the rows on each code.
 
     The prices are the dual variables of the balanced assignment (METHODS 0.3, MiniOneRec's bounded cluster sizes; 0.4
     for the entropic form). Sizes come within 5 % of N/K, or as near as the rows allow: equal rows share a code, for
     a code depends on the row alone, so a cluster is at least as large as its most frequent row. Needs about 5 matrices
-    N×K at once: hand in a sample of some 100 rows per code. Raises CapacityError when there are fewer rows than codes
-    of some level.
+    N×K at once: hand in a sample of some 100 rows per code. `start` and errors as for `residual_kmeans`; the balanced
+    iterations start from it directly, with prices of 0. Prices balance to a tolerance, so even on the sample that the
+    start was fitted to some rows between two clusters change sides.
     """
     _check_rows(len(latent_NZ), codes_per_level)
     generator = torch.Generator().manual_seed(seed)
     residual_NZ, levels = latent_NZ.detach(), []
-    for codes in codes_per_level:
-        start_KZ = _lloyd(residual_NZ, _plus_plus(residual_NZ, codes, generator), iterations)
+    for codes, start_KZ in zip(codes_per_level, _checked_start(start, codes_per_level, latent_NZ), strict=True):
+        if start_KZ is None:
+            start_KZ = _lloyd(residual_NZ, _plus_plus(residual_NZ, codes, generator), iterations)
         codebook_KZ, price_K = _balanced_lloyd(residual_NZ, start_KZ, iterations)
         levels.append(BalancedLevel(codebook_KZ, price_K))
         residual_NZ = residual_NZ - codebook_KZ[nearest(residual_NZ, codebook_KZ, price_K)]
     return levels
+
+
+def category_residual_kmeans(
+    latent_NZ: Tensor,
+    category_N: Tensor,
+    *,
+    codes_per_level: tuple[int, ...],
+    seed: int,
+    start: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """Residual k-means whose first code is the row's category id, the nearest codeword where it is −1 (CQ-SID).
+
+    The first codewords are the mean latents of their categories; those of no category in the sample are rows of it, or
+    those of `start`. The levels below, `start` and errors are as for `residual_kmeans`.
+    """
+    latent_NZ, (codes, *rest) = latent_NZ.detach(), codes_per_level
+    first_start_KZ, *_ = _checked_start(start, codes_per_level, latent_NZ)
+    if first_start_KZ is None:
+        drawn_K = torch.randint(len(latent_NZ), (codes,), generator=torch.Generator().manual_seed(seed))
+        first_start_KZ = latent_NZ[drawn_K.to(latent_NZ.device)]
+    known_N = category_N >= 0
+    count_K = torch.bincount(category_N[known_N], minlength=codes)
+    sum_KZ = latent_NZ.new_zeros(codes, latent_NZ.shape[1]).index_add_(0, category_N[known_N], latent_NZ[known_N])
+    first_KZ = torch.where(count_K[:, None] > 0, sum_KZ / count_K.clamp_min(1)[:, None], first_start_KZ)
+    if not rest:
+        return [first_KZ]
+    rest_NZ = latent_NZ - first_KZ[torch.where(known_N, category_N, nearest(latent_NZ, first_KZ))]
+    rest_start = None if start is None else start[1:]
+    return [first_KZ, *residual_kmeans(rest_NZ, codes_per_level=tuple(rest), seed=seed, start=rest_start)]
 
 
 def nearest(residual_NZ: Tensor, codebook_KZ: Tensor, price_K: Tensor | None = None) -> Tensor:
@@ -94,6 +144,20 @@ def _check_rows(rows: int, codes_per_level: tuple[int, ...]) -> None:
             f"{rows} rows cannot start a level of {most} codes (codes per level {tuple(codes_per_level)}): "
             f"lower quantizer.codes_per_level to at most {rows}, or give more products"
         )
+
+
+def _checked_start(start, codes_per_level, latent_NZ):
+    """A starting codebook per level in the latents' type and on their device, or None per level without a start."""
+    if start is None:
+        return [None] * len(codes_per_level)
+    expected = [(codes, latent_NZ.shape[1]) for codes in codes_per_level]
+    found = [tuple(codebook_KZ.shape) for codebook_KZ in start]
+    if found != expected:
+        raise InputError(
+            f"k-means cannot start from codebooks of shapes {found}, expected {expected}: give one K_l×Z codebook per "
+            f"level, or none"
+        )
+    return [codebook_KZ.detach().to(latent_NZ) for codebook_KZ in start]
 
 
 def _lloyd(points_NZ: Tensor, codebook_KZ: Tensor, iterations: int) -> Tensor:

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,7 +20,12 @@ from torch.nn import functional
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, InputError, RecipeError
-from catid2_ray.quantizer.kmeans import balanced_residual_kmeans, nearest, residual_kmeans
+from catid2_ray.quantizer.kmeans import (
+    balanced_residual_kmeans,
+    category_residual_kmeans,
+    nearest,
+    residual_kmeans,
+)
 
 SETTINGS_FILE, WEIGHTS_FILE = "quantizer.json", "model.safetensors"
 _LEAST_SHARE = 1e-12  # a code's share of the rows under which its average is no number worth dividing by
@@ -204,32 +210,67 @@ class ResidualQuantizer(nn.Module):
         return self(embedding_ND, category_NH).reconstruction_BD
 
     @torch.no_grad()
-    def initialise_codebooks(self, sample_ND: Tensor, category_NH: Tensor | None = None, *, seed: int) -> None:
+    def initialise_codebooks(
+        self, sample_ND: Tensor, category_NH: Tensor | None = None, *, seed: int, warm: bool = False
+    ) -> None:
         """Residual k-means on the latents of a sample: at the start, and once more at the end (see `step.fit`).
 
-        With `category_column` a first codeword starts as the mean of its category, and those of no category in the
-        sample as rows of it. Raises CapacityError when there are fewer rows than codes.
+        `warm`: k-means starts from the codebooks that the model has instead of seeds from the sample, so that codes
+        keep their meaning. With `category_column` a first codeword starts as the mean of its category, and those of no
+        category in the sample as rows of it (`warm`: stay as they are). Raises CapacityError when there are fewer rows
+        than codes.
         """
         latent_NZ, levels = self.latents(sample_ND), self.codes_per_level
+        start = self.codebooks if warm else None
         if self.balanced:
-            found = balanced_residual_kmeans(latent_NZ, codes_per_level=levels, seed=seed)
-            for level, fitted in enumerate(found):
-                self.codebooks[level].copy_(fitted.codebook_KZ)
-                self.prices[level].copy_(fitted.price_K)
+            balanced = balanced_residual_kmeans(latent_NZ, codes_per_level=levels, seed=seed, start=start)
+            found = [level.codebook_KZ for level in balanced]
+            for price_K, level in zip(self.prices, balanced, strict=True):
+                price_K.copy_(level.price_K)
         elif self.category_column is None or category_NH is None:
-            for parameter_KZ, codebook_KZ in zip(
-                self.codebooks, residual_kmeans(latent_NZ, codes_per_level=levels, seed=seed), strict=True
-            ):
-                parameter_KZ.copy_(codebook_KZ)
+            found = residual_kmeans(latent_NZ, codes_per_level=levels, seed=seed, start=start)
         else:
-            first_KZ = _category_means(latent_NZ, category_NH[:, self.category_column].long(), levels[0], seed)
-            self.codebooks[0].copy_(first_KZ)
-            rest_NZ = latent_NZ - first_KZ[self.codes_of(0, latent_NZ, category_NH)]
-            if levels[1:]:
-                found = residual_kmeans(rest_NZ, codes_per_level=levels[1:], seed=seed)
-                for parameter_KZ, codebook_KZ in zip(self.codebooks[1:], found, strict=True):
-                    parameter_KZ.copy_(codebook_KZ)
+            category_N = category_NH[:, self.category_column].long()
+            found = category_residual_kmeans(latent_NZ, category_N, codes_per_level=levels, seed=seed, start=start)
+        for parameter_KZ, codebook_KZ in zip(self.codebooks, found, strict=True):
+            parameter_KZ.copy_(codebook_KZ)
         self.restart_averages(sample_ND, category_NH)
+
+    @torch.no_grad()
+    def renamed(self, rename_LK) -> Self:
+        """This model, changed in place: code k of level l is code `rename_LK[l][k]` from now on.
+
+        `rename_LK`: a permutation of 0 … K_l − 1 for each level. Codebooks, shares and prices follow, so `encode` gives
+        the renamed codes and the same residuals, bit for bit; only a row equally near to two codewords, to rounding, may
+        take the other one, for ties go to the lowest code. An optimiser's state does not follow.
+
+        Raises InputError for another number of levels, for what is no permutation of a level's codes, and when the
+        first level of a model with `category_column` would be renamed.
+        """
+        if len(rename_LK) != len(self.codes_per_level):
+            raise InputError(
+                f"the renaming has {len(rename_LK)} levels, the quantizer {len(self.codes_per_level)}: hand over one "
+                f"permutation for each level"
+            )
+        rename_LK = [np.array(rename_K) for rename_K in rename_LK]
+        for level, (rename_K, codes) in enumerate(zip(rename_LK, self.codes_per_level, strict=True)):
+            if rename_K.ndim != 1 or not np.array_equal(np.sort(rename_K), np.arange(codes)):
+                raise InputError(
+                    f"the renaming of level {level} is no permutation of 0…{codes - 1}: some code would be lost or "
+                    f"shared; use the one that was found for this quantizer"
+                )
+        if self.category_column is not None and not np.array_equal(rename_LK[0], np.arange(self.codes_per_level[0])):
+            raise InputError(
+                "level 0 cannot be renamed: with category_column the first code is the category's index; leave that "
+                "level as it is"
+            )
+        for level, rename_K in enumerate(rename_LK):
+            old_K = torch.from_numpy(np.argsort(rename_K))
+            for name in ("codebook", "share", "price"):
+                tensor = getattr(self, f"{name}_{level}", None)
+                if tensor is not None:
+                    tensor.copy_(tensor[old_K.to(tensor.device)])
+        return self
 
     @torch.no_grad()
     def restart_averages(self, sample_ND: Tensor, category_NH: Tensor | None = None) -> None:
@@ -295,13 +336,3 @@ class ResidualQuantizer(nn.Module):
         except (RuntimeError, OSError) as error:
             raise ArtifactError(f"{folder / WEIGHTS_FILE} does not fit {SETTINGS_FILE}: {error}") from error
         return model
-
-
-def _category_means(latent_NZ: Tensor, category_N: Tensor, codes: int, seed: int) -> Tensor:
-    """K×Z: the mean latent of each category; codes of no category in the sample get a drawn row each."""
-    known_N = category_N >= 0
-    count_K = torch.bincount(category_N[known_N], minlength=codes)
-    sum_KZ = latent_NZ.new_zeros(codes, latent_NZ.shape[1]).index_add_(0, category_N[known_N], latent_NZ[known_N])
-    drawn_K = torch.randint(len(latent_NZ), (codes,), generator=torch.Generator().manual_seed(seed))
-    mean_KZ = sum_KZ / count_K.clamp_min(1)[:, None]
-    return torch.where(count_K[:, None] > 0, mean_KZ, latent_NZ[drawn_K.to(latent_NZ.device)])

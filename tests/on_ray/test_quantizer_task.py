@@ -7,7 +7,8 @@ import torch
 
 from catid2_ray.config import QuantizerRecipe
 from catid2_ray.on_ray.arrays import fixed_lists, matrix
-from catid2_ray.on_ray.train_quantizer import QuantizerTask, _LabelledParts, _Labels, fit_coder, forced_column
+from catid2_ray.on_ray.fit_quantizer import fit_coder
+from catid2_ray.on_ray.train_quantizer import QuantizerTask, _LabelledParts, _Labels, forced_column
 
 
 def task(**settings) -> QuantizerTask:

@@ -70,8 +70,29 @@ def final_homes(codes, residual, books, product_ids, occupied):
 
 def least_cost(prefix, points, book, occupied):
     """Least total squared distance of `points` to different free codes of `prefix`, over all permutations."""
-    free = [code for code in range(len(book)) if (*prefix, code) not in {tuple(docid) for docid in occupied}]
-    return min(
-        sum(squared(point, book[code]) for point, code in zip(points, chosen))
-        for chosen in permutations(free, len(points))
-    )
+    taken = {tuple(docid) for docid in occupied}
+    free = [code for code in range(len(book)) if (*prefix, code) not in taken]
+    table = [{code: squared(point, book[code]) for code in free} for point in points]
+    return min(sum(row[code] for row, code in zip(table, chosen)) for chosen in permutations(free, len(points)))
+
+
+def smallest_regions(ids, codes_per_level):
+    """(depth, prefix) of the outermost of the smallest prefixes that hold what the overfull prefixes below them hold.
+
+    `ids`: those of all products and all occupied IDs, as tuples.
+    """
+
+    def fits(node):
+        size = 1
+        for codes in codes_per_level[len(node) :]:
+            size *= codes
+        return sum(docid[: len(node)] == node for docid in ids) <= size
+
+    regions = set()
+    for home in {docid[:-1] for docid in ids}:
+        node = home
+        while not fits(node):
+            node = node[:-1]
+        if node != home:
+            regions.add(node)
+    return {node for node in regions if not any(node[:depth] in regions for depth in range(len(node)))}

@@ -34,6 +34,15 @@ def occupied(ledger, number, quarantine):
     return sorted({row[0] for row in ledger.values() if reserved(row, number, quarantine)})
 
 
+def withheld(ledger, product_ids, number, quarantine):
+    found = set()
+    for product_id, (codes, status, since, _) in ledger.items():
+        gone_since = since if status == "retired" else number
+        if product_id not in product_ids and number - gone_since < quarantine:
+            found.add(codes)
+    return sorted(found)
+
+
 def held(ledger, product_ids, number, quarantine):
     """[codes or None], one for each product_id."""
     return [

@@ -14,6 +14,17 @@ def best_worth(old, new, codes):
     return max(worth(old, new, rename) for rename in permutations(range(codes)))
 
 
+def changed(old, new):
+    """[common products whose first m tokens are not the same, m = 1 … L], L of any row."""
+    levels = len(next(iter([*old.values(), *new.values()]), ()))
+    return [sum(old[p][:m] != new[p][:m] for p in old if p in new) for m in range(1, levels + 1)]
+
+
+def arrived(old, new):
+    """{product_id of the new release: it did not have that ID before}."""
+    return {p: p not in old or old[p] != new[p] for p in new}
+
+
 def churn(old, new):
     """`old`, `new`: {product_id: tuple of codes}. The same keys as the fast one."""
     common = sorted(set(old) & set(new))

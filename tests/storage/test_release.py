@@ -134,10 +134,10 @@ def test_a_corrupt_record_is_an_artefact_error_that_names_it(local_store, chain,
 
 def test_a_publisher_that_was_overtaken_loses_and_nothing_is_lost(store, chain, monkeypatch):
     one, two = chain(store, "one"), chain(store, "two")
-    stale = releases._pointer(store)
+    stale = releases.pointer(store)
     first = publish(store, one)[0]
     with monkeypatch.context() as patched:
-        patched.setattr(releases, "_pointer", lambda store: stale)
+        patched.setattr(releases, "pointer", lambda store: stale)
         with pytest.raises(CommitConflict, match=r"another job published to .*release r-\w+ is stored but not current"):
             publish(store, two)
     assert current(store) == first and len(store.names("releases")) == 2
@@ -146,7 +146,7 @@ def test_a_publisher_that_was_overtaken_loses_and_nothing_is_lost(store, chain, 
 
 def test_of_two_publishers_at_once_one_wins(store, chain, monkeypatch):
     chains = [chain(store, "one"), chain(store, "two")]
-    barrier, read, won, lost = threading.Barrier(2), releases._pointer, [], []
+    barrier, read, won, lost = threading.Barrier(2), releases.pointer, [], []
 
     def both_read_first(store):
         pointer = read(store)
@@ -160,7 +160,7 @@ def test_of_two_publishers_at_once_one_wins(store, chain, monkeypatch):
             lost.append(error)
 
     with monkeypatch.context() as patched:
-        patched.setattr(releases, "_pointer", both_read_first)
+        patched.setattr(releases, "pointer", both_read_first)
         threads = [threading.Thread(target=work, args=(parts,)) for parts in chains]
         for thread in threads:
             thread.start()
@@ -269,3 +269,33 @@ def test_the_cache_of_a_node(monkeypatch, tmp_path):
     assert releases.default_cache() == tmp_path / "elsewhere"
     monkeypatch.delenv("CATID2_CACHE")
     assert releases.default_cache() == Path.home() / ".cache" / "catid2"
+
+
+def test_work_that_began_before_another_publication_is_not_published(store, chain):
+    one, two = chain(store, "one"), chain(store, "two")
+    first = publish(store, one, after=0)[0]
+    with pytest.raises(CommitConflict, match="another job published .* rerun to build on top of it"):
+        publish(store, two, after=0)
+    assert current(store) == first
+    assert publish(store, one, after=0) == (first, False)
+    assert publish(store, two, after=1)[1]
+
+
+def test_ids_that_keep_earlier_ones_go_with_what_was_trained_on_those(local_store, chain, make):
+    one = chain(local_store, "one")
+    fresh = {
+        role: make(local_store, role, {"f": b"grown"}, settings={"word": "grown"}) for role in ("catalog", "embeddings")
+    }
+    parents = {role: fresh[role].digest for role in fresh} | {"quantizer": one["quantizer"].digest}
+    files = {"trie/arrays.npy": b"grown", "products.arrow": b"grown"}
+    settings = {"metrics": {"codes_per_level": [4, 4, 4]}, "parents": parents}
+    stranger = make(local_store, "ids", files, settings={"word": "stranger"}, **settings)
+    with pytest.raises(ReleaseError, match="parts do not match: quantizer was made from embeddings"):
+        check_parts(one | fresh | {"ids": stranger})
+    keeps = {role: [one[role].digest] for role in ("catalog", "embeddings", "ids")}
+    grown = make(local_store, "ids", files, settings={"word": "grown"}, extends=keeps, **settings)
+    release = publish(local_store, one | fresh | {"ids": grown})[0]
+    assert release.manifests(local_store)["generator"] == one["generator"]
+    serving_folder(local_store, grown, one["generator"], Path(local_store.path("cache")), {})
+    with pytest.raises(ReleaseError, match="the generator was trained on ids"):
+        serving_folder(local_store, stranger, one["generator"], Path(local_store.path("cache")), {})

@@ -110,7 +110,7 @@ def test_imports_stay_inside_the_rules(path):
         ("catid2_ray/artifacts/release.py", "from catid2_ray.catalog.products import check_products"),
         ("catid2_ray/on_ray/catalog.py", "import s3fs"),
         ("catid2_ray/on_ray/reindex.py", "from catid2_ray.cli import app"),
-        ("catid2_ray/on_ray/assign.py", "from ot.batch import solve_batch"),
+        ("catid2_ray/on_ray/assign/stage.py", "from ot.batch import solve_batch"),
         ("catid2_ray/evaluation/report.py", "from catid2_ray.on_ray import progress"),
         ("catid2_ray/cli.py", "import ray"),
         ("catid2_ray/cli.py", "from jobs.reindex import run"),

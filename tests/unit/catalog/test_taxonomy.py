@@ -67,3 +67,13 @@ def test_no_categories_at_all():
     assert taxonomy.sizes == (0, 0, 0)
     assert taxonomy.category_ids(column([(), ()])).tolist() == [[-1] * 3] * 2
     assert taxonomy.category_ids(column([])).shape == (0, 3)
+
+
+def test_a_tree_that_is_kept_cuts_paths_that_came_later():
+    tree = Taxonomy.build([("home", "tools", "saws"), ("garden",)], depth=3)
+    column = pa.array([["home", "tools", "drills"], ["home", "tools", "saws"], ["toys"], ["garden", "pots"], None])
+    assert tree.category_ids(column, grown=True).tolist() == [
+        [1, 0, -1], [1, 0, 0], [-1, -1, -1], [0, -1, -1], [-1, -1, -1],
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="home > tools > drills"):
+        tree.category_ids(column)

@@ -1,88 +1,28 @@
-"""Unique IDs against brute force: every prefix's total, every overflow move, and independence of order and blocks.
+"""Unique IDs on known catalogues: quality beside the optimum, blocks, overflow, occupied IDs, and bad input.
 
-Coordinates of the small cases are whole numbers, so sums are exact and ties are real ties.
+Brute force and random cases: test_collision_properties.py.
 """
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CapacityError, InputError
 from catid2_ray.identifiers import collisions
 from catid2_ray.identifiers.collisions import assign_unique, colliding_prefixes
-from tests.oracles.collisions import final_homes, latent, least_cost, path, squared
+from catid2_ray.identifiers.overflow import nearest
 
 
-@st.composite
-def crowded_catalogues(draw):
-    """Up to 9 products in a space of at most 36 IDs, crowded into few codes, some IDs occupied."""
-    codes_per_level = draw(st.lists(st.integers(1, 3), min_size=0, max_size=2)) + [draw(st.integers(1, 4))]
-    capacity = int(np.prod(codes_per_level))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    count = draw(st.integers(1, min(9, capacity)))
-    occupied = rng.permutation(capacity)[: draw(st.integers(0, min(6, capacity - count)))]
-    space = DocidSpace(tuple(codes_per_level))
-    crowd = rng.integers(0, np.array(codes_per_level), (draw(st.integers(1, 3)), len(codes_per_level)))
-    return {
-        "codes": crowd[rng.integers(0, len(crowd), count)],
-        "residual": rng.integers(-2, 3, (count, 2)).astype(float),
-        "books": [rng.integers(-3, 4, (k, 2)).astype(float) for k in codes_per_level],
-        "product_ids": [f"p{number}" for number in rng.permutation(20)[:count]],
-        "occupied": space.unpack(occupied),
-    }
-
-
-def resolve(case, method="sinkhorn", rows=None):
-    rows = np.arange(len(case["codes"])) if rows is None else rows
+def resolve(case, method="sinkhorn", rows=slice(None)):
     return assign_unique(
         case["codes"][rows],
         case["residual"][rows],
         case["books"],
-        [case["product_ids"][row] for row in rows],
+        np.asarray(case["product_ids"])[rows],
         occupied=case["occupied"],
         method=method,
     )
-
-
-@settings(max_examples=150, deadline=None)
-@given(case=crowded_catalogues())
-def test_every_prefix_reaches_the_brute_force_optimum(case):
-    homes, touched = final_homes(**case)
-    for method, slack in (("sinkhorn", 1.01), ("exact", 1.0), ("greedy", np.inf)):
-        found = resolve(case, method)
-        ids = [tuple(row) for row in found.codes_NL.tolist()]
-        assert len({*ids, *map(tuple, case["occupied"].tolist())}) == len(ids) + len(case["occupied"])
-        assert [docid[:-1] for docid in ids] == homes
-        points, spent = {}, {}
-        for row, docid in enumerate(ids):
-            z = latent(case["books"], case["codes"][row], case["residual"][row])
-            before = squared(case["residual"][row], case["books"][-1][case["codes"][row][-1]])
-            after = squared(z, path(case["books"], docid))
-            assert found.cost_N[row] == after - before
-            assert found.moved_N[row] == (docid != tuple(case["codes"][row]))
-            if docid[:-1] in touched:
-                rest = [a - b for a, b in zip(z, path(case["books"], docid[:-1]))]
-                points.setdefault(docid[:-1], []).append(rest)
-                spent[docid[:-1]] = spent.get(docid[:-1], 0.0) + after
-            else:
-                assert not found.moved_N[row]
-        for prefix, total in spent.items():
-            best = least_cost(prefix, points[prefix], case["books"][-1], case["occupied"].tolist())
-            assert best <= total + 1e-9
-            assert slack == np.inf or total <= slack * best + 1e-9
-
-
-@settings(max_examples=60, deadline=None)
-@given(case=crowded_catalogues(), seed=st.integers(0, 99))
-def test_order_of_rows_does_not_matter(case, seed):
-    rows = np.random.default_rng(seed).permutation(len(case["codes"]))
-    for method in collisions.SOLVERS:
-        straight, shuffled = resolve(case, method), resolve(case, method, rows)
-        assert np.array_equal(straight.codes_NL[rows], shuffled.codes_NL)
-        assert np.array_equal(straight.cost_N[rows], shuffled.cost_N)
-        assert straight.report == shuffled.report
 
 
 @pytest.fixture
@@ -108,9 +48,9 @@ def totals(case, found):
     return np.bincount(home, weights=distance, minlength=256)
 
 
-def test_sinkhorn_is_within_one_percent_of_exact_and_mostly_by_itself(catalogue):
+def test_sinkhorn_is_within_a_thousandth_of_exact_and_mostly_by_itself(catalogue):
     found, best = resolve(catalogue), resolve(catalogue, "exact")
-    assert (totals(catalogue, found) <= 1.01 * totals(catalogue, best) + 1e-12).all()
+    assert (totals(catalogue, found) <= 1.001 * totals(catalogue, best) + 1e-12).all()
     assert found.report["duplicates_after"] == 0 and found.report["overflowed"] == 0
     assert found.report["solved_exactly_instead"] < 0.1 * found.report["colliding_prefixes"]
     assert totals(catalogue, best).sum() <= totals(catalogue, resolve(catalogue, "greedy")).sum()
@@ -122,12 +62,52 @@ def test_block_size_and_absent_prefixes_change_nothing(catalogue, monkeypatch):
     packed = space.pack(catalogue["codes"])
     rows = np.flatnonzero(np.isin(space.prefix_of(packed, 2), colliding_prefixes(packed, space)))
     monkeypatch.setattr(collisions, "BLOCK_NUMBERS", 2000)
+    monkeypatch.setattr(collisions, "PLAN_NUMBERS", 300)
     parts = [resolve(catalogue, rows=rows[space.prefix_of(packed[rows], 2) % 3 == part]) for part in range(3)]
     for part, found in enumerate(parts):
         mine = rows[space.prefix_of(packed[rows], 2) % 3 == part]
         assert np.array_equal(whole.codes_NL[mine], found.codes_NL)
         assert np.array_equal(whole.cost_N[mine], found.cost_N)
     assert not np.delete(whole.moved_N, rows).any()
+
+
+def test_a_plan_that_cannot_be_computed_is_replaced_by_the_optimum(catalogue, monkeypatch):
+    monkeypatch.setattr(collisions, "SINKHORN_REGS", (1e-9,))
+    found, best = resolve(catalogue), resolve(catalogue, "exact")
+    assert found.report["solved_exactly_instead"] > 0
+    assert (totals(catalogue, found) <= 1.001 * totals(catalogue, best) + 1e-12).all()
+
+
+@pytest.mark.parametrize("convert", [list, pa.array, lambda ids: pa.chunked_array([ids[:7], ids[7:]])])
+def test_product_ids_may_be_a_list_or_arrow(catalogue, convert):
+    from_numpy = resolve(catalogue)
+    found = assign_unique(
+        catalogue["codes"], catalogue["residual"], catalogue["books"], convert(catalogue["product_ids"])
+    )
+    assert np.array_equal(found.codes_NL, from_numpy.codes_NL) and found.report == from_numpy.report
+
+
+def test_nearest_codeword_is_chosen_by_the_row_alone_and_skips_barred_codes():
+    rng = np.random.default_rng(5)
+    book = np.concatenate([rng.normal(size=(30, 8)), np.zeros((2, 8))])
+    point = np.concatenate([rng.normal(size=(500, 8)), np.zeros((20, 8))])
+    barred = rng.random((520, 32)) < 0.5
+    barred[-1] = [True] * 30 + [False] * 2
+    code, distance = nearest(point, book, barred)
+    every = np.where(barred, np.inf, ((point[:, None] - book) ** 2).sum(axis=2))
+    assert np.array_equal(code, every.argmin(axis=1)) and code[-1] == 30
+    for rows in (slice(0, 1), slice(7, 10), slice(100, 520)):
+        assert np.array_equal(distance[rows], nearest(point[rows], book, barred[rows])[1])
+
+
+@pytest.mark.parametrize("method", ["sinkhorn", "exact"])
+def test_forty_crowded_families_fill_their_prefixes_and_nobody_is_lost(method):
+    rng = np.random.default_rng(6)
+    books = [rng.normal(size=(16, 4)) * scale for scale in (1.0, 0.6, 0.3)]
+    codes = np.repeat(np.column_stack([rng.integers(0, 16, (40, 2)), np.zeros(40, int)]), 50, axis=0)
+    residual = rng.normal(size=(2000, 4)) * 0.05
+    found = assign_unique(codes, residual, books, [f"p{i}" for i in rng.permutation(2000)], method=method)
+    assert found.report["duplicates_after"] == 0 and found.report["overflowed"] >= 40 * 34
 
 
 def test_a_family_larger_than_its_prefix_spills_to_the_nearest_siblings():
@@ -179,10 +159,24 @@ def test_colliding_prefixes_are_sorted_and_only_those():
         ({"codes": [[0, 0]] * 2 + [[0, 3]]}, InputError, "row 2: code 3 at level 1"),
         ({"residual": [[0.0], [np.nan], [0.0]]}, InputError, "residual of product_id 'b' .row 1. is not finite"),
         ({"residual": [[0.0]] * 2}, InputError, "residuals of shape .3, 1."),
-        ({"product_ids": ["a", "b", "a"]}, InputError, "product_id 'a' occurs twice"),
+        (
+            {"residual": [[0.0], [0.0], [np.inf]]},
+            InputError,
+            "residual of product_id 'c' .row 2. is not finite, one of 1",
+        ),
+        ({"codes": [[0, 0], [-1, 0], [0, 0]]}, InputError, "row 1: code -1 at level 0 is outside 0…1"),
+        ({"codes": [[0.0, 0.0]] * 3}, InputError, "codes must be an integer array N×2, found float64"),
+        ({"product_ids": ["a", "b"]}, InputError, "as many product_ids, found .3, 1. and 2"),
+        ({"product_ids": ["a", None, "c"]}, InputError, "1 of 3 product_ids are null"),
+        ({"product_ids": ["a", "b", "a"]}, InputError, "product_id 'a' occurs twice .1 repeats in all.; drop"),
         ({"occupied": [[0, 1], [0, 1]]}, InputError, "occupied IDs: <a_0><b_1> occurs twice"),
         ({"occupied": [[1, 1], [2, 0]]}, InputError, "occupied IDs: row 1: code 2 at level 0"),
         ({"occupied": [[0, 0], [0, 1], [0, 2], [1, 0]]}, CapacityError, "need 7 IDs, but .* has only 6"),
+        (
+            {"codes": [[0, 0]] * 7, "residual": [[0.0]] * 7, "product_ids": [*"abcdefg"]},
+            CapacityError,
+            "7 products and 0 occupied IDs need 7 IDs, but codes_per_level .2, 3. has only 6; train a quantizer with more",
+        ),
         ({"books": [[[0.0], [1.0]], [[0.0], [1.0], [np.inf]]]}, InputError, "codebooks must be finite"),
         ({"method": "simplex"}, InputError, "method 'simplex' is unknown"),
     ],

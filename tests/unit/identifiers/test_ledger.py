@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catid2_ray.errors import InputError
-from catid2_ray.identifiers.ledger import STATUSES, advance, counts, first, held, occupied, schema
+from catid2_ray.identifiers.ledger import STATUSES, advance, counts, first, held, occupied, schema, withheld
 from tests.oracles import ledger as oracle
 
 IDS = st.text("abé0", min_size=1, max_size=2)
@@ -41,6 +41,10 @@ def arrays(release, random=None):
     return ids, codes_NL, np.array([release[p][1] for p in ids])
 
 
+def at(number, quarantine):
+    return {"number": number, "quarantine": quarantine}
+
+
 def as_dictionary(table):
     return {
         row["product_id"]: (tuple(row["codes"]), row["status"], row["since"], row["cost"]) for row in table.to_pylist()
@@ -61,6 +65,14 @@ def test_histories_equal_the_oracle(case, random):
             codes = oracle.held(expected, asked, number, quarantine)
             assert found.held_N.tolist() == [row is not None for row in codes]
             assert [tuple(row) for row in found.codes_NL.tolist()] == [row or (-1, -1) for row in codes]
+            kept_back_ML = withheld(table, random.sample(sorted(release), len(release)), **at(number, quarantine))
+            assert kept_back_ML.dtype == np.int32
+            kept_back = oracle.withheld(expected, release, number, quarantine)
+            assert [tuple(row) for row in kept_back_ML.tolist()] == kept_back
+            # They are the tombstones in quarantine of the ledger that the release leaves behind.
+            after = as_dictionary(advance(table, *arrays(release), number=number)).values()
+            young = {codes for codes, status, since, _ in after if status == "retired" and number - since < quarantine}
+            assert kept_back == sorted(young)
             table = advance(table, *arrays(release, random), number=number)
             expected = oracle.advance(expected, release, number)
         assert table.schema.equals(schema(2))
@@ -94,6 +106,45 @@ def test_a_product_leaves_its_id_rests_and_it_returns():
     assert as_dictionary(other)["b"] == ((1, 1), "new", 3, 0.0)
 
 
+@settings(max_examples=50, deadline=None)
+@given(case=histories(), parts=st.integers(1, 4))
+def test_what_parts_withhold_is_together_what_the_catalogue_withholds(case, parts):
+    releases, numbers, quarantine = case
+    *before, last = releases
+    table = first(*arrays({}), number=0)
+    for release, number in zip(before, numbers, strict=False):
+        table = advance(table, *arrays(release), number=number)
+    part_M = np.array([sum(map(ord, p)) % parts for p in table["product_id"].to_pylist()], int)
+    found = set()
+    for part in range(parts):
+        ids = [p for p in last if sum(map(ord, p)) % parts == part]
+        part_ML = withheld(table.filter(pa.array(part_M == part)), ids, **at(numbers[-1], quarantine))
+        found |= set(map(tuple, part_ML.tolist()))
+    whole_ML = withheld(table, list(last), **at(numbers[-1], quarantine))
+    assert sorted(found) == [tuple(row) for row in whole_ML.tolist()]
+
+
+def test_a_full_re_id_withholds_the_ids_of_those_who_left():
+    one = first(["a", "b", "c"], [[0, 0], [0, 1], [1, 0]], [0, 0, 0], number=1)
+    two = advance(one, ["a", "b"], [[0, 0], [0, 1]], [0, 0], number=2)
+    # b leaves in release 3, c left in release 2; a stays and withholds nothing.
+    assert withheld(two, ["d", "a"], number=3, quarantine=0).shape == (0, 2)
+    assert withheld(two, ["d", "a"], number=3, quarantine=1).tolist() == [[0, 1]]
+    assert withheld(two, ["d", "a"], number=3, quarantine=2).tolist() == [[0, 1], [1, 0]]
+    assert withheld(two, ["a", "c"], number=3, quarantine=2).tolist() == [[0, 1]]
+    assert withheld(two, [], number=3, quarantine=2).tolist() == [[0, 0], [0, 1], [1, 0]]
+    # An append gives nobody the ID of b in release 3, with any quarantine: b has it in the release before.
+    assert [occupied(two, number=3, quarantine=q).tolist() for q in (0, 1)] == [[[0, 0], [0, 1]]] * 2
+
+
+def test_an_id_with_two_tombstones_is_withheld_by_the_young_one_when_the_other_product_returns():
+    table = first(["a"], [[7]], [0], number=1)
+    table = advance(table, ["x"], [[0]], [0], number=2)
+    table = advance(table, ["x", "b"], [[0], [7]], [0, 0], number=9)
+    assert withheld(table, ["x", "a"], number=10, quarantine=3).tolist() == [[7]]
+    assert withheld(table, ["x", "b"], number=10, quarantine=3).tolist() == []
+
+
 def test_a_reused_id_does_not_collide_with_the_tombstone_that_had_it():
     table = first(["a", "b"], [[0], [1]], [0, 0], number=1)
     table = advance(table, ["a"], [[0]], [0], number=2)
@@ -107,8 +158,9 @@ def test_cluster_releases_may_share_ids():
     table = advance(table, ["a", "b", "c"], [[0], [0], [0]], [0, 0, 0], number=2, shared=True)
     assert counts(table)["kept"] == 2
     assert occupied(table, number=3, quarantine=1, shared=True).tolist() == [[0]]
-    with pytest.raises(InputError, match=r"'a' and 'b' both hold the ID \[0\] \(2 such repeats"):
-        occupied(table, number=3, quarantine=1)
+    for call in (occupied, lambda *args, **more: withheld(*args, ["a"], **more)):
+        with pytest.raises(InputError, match=r"'a' and 'b' both hold the ID \[0\] \(2 such repeats"):
+            call(table, number=3, quarantine=1)
 
 
 def test_a_ledger_survives_parquet_slices_chunks_and_plain_strings(tmp_path):
@@ -155,6 +207,11 @@ def changed(column, values):
         (lambda: advance(GOOD, ["a"], [[0, 1]], [0], number=3), "number 3 does not follow: .* knows release 3"),
         (lambda: occupied(GOOD, number=2, quarantine=1), "release number 2 does not follow"),
         (lambda: occupied(GOOD, number=4, quarantine=-1), "quarantine must be a whole number from 0"),
+        (lambda: withheld(GOOD, [], number=2, quarantine=1), "release number 2 does not follow"),
+        (lambda: withheld(GOOD, [], number=4, quarantine=-1), "quarantine must be a whole number from 0"),
+        (lambda: withheld(GOOD, ["a", "a"], number=4, quarantine=1), "'a' occurs more than once in the release"),
+        (lambda: withheld(GOOD, ["a", None], number=4, quarantine=1), "1 of 2 product_ids are null"),
+        (lambda: withheld(changed("since", [3, None]), [], number=4, quarantine=1), "damaged: nulls in since"),
         (lambda: held(GOOD, ["a", "a"], number=4, quarantine=1), "'a' occurs more than once in the release"),
         (lambda: occupied(changed("codes", [[0, 1]] * 2), number=4, quarantine=1), r"both hold the ID \[0, 1\]"),
         (lambda: counts(changed("product_id", ["b", "a"])), "damaged: its product_ids are not in ascending order"),

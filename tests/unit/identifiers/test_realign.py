@@ -1,4 +1,5 @@
-"""Renaming against all permutations and against a dense linear assignment; churn against a dictionary; exact errors."""
+"""Renaming against all permutations and against a dense linear assignment; churn against a dictionary, also summed over
+parts of a catalogue; exact errors."""
 
 import json
 
@@ -9,7 +10,16 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from catid2_ray.errors import InputError
-from catid2_ray.identifiers.realign import apply, churn, common_products, realign
+from catid2_ray.identifiers.realign import (
+    apply,
+    arrived,
+    churn,
+    churn_counts,
+    churn_of,
+    common_products,
+    inverse,
+    realign,
+)
 from tests.oracles import realign as oracle
 
 
@@ -92,17 +102,66 @@ def histories(draw):
     return [draw(st.dictionaries(st.text("abé1", min_size=1, max_size=3), row, max_size=20)) for _ in range(2)]
 
 
-@settings(max_examples=150, deadline=None)
-@given(case=histories(), random=st.randoms(use_true_random=False))
-def test_churn_equals_its_oracle_in_any_order_with_shared_ids(case, random):
+def shuffled(case, random):
+    """The arguments old_ids, old_codes_NL, new_ids, new_codes_NL of a pair of releases."""
     tables = []
     for release in case:
         ids = random.sample(sorted(release), len(release))
         tables += [ids, np.array([release[product_id] for product_id in ids], np.int64).reshape(-1, 2)]
-    found = churn(*tables, [3, 4])
+    return tables
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=histories(), random=st.randoms(use_true_random=False))
+def test_churn_equals_its_oracle_in_any_order_with_shared_ids(case, random):
+    found = churn(*shuffled(case, random), [3, 4])
     expected = oracle.churn(*case) | ({} if any(case) else {"prefix_churn": [0.0, 0.0]})
     assert found == expected
     assert json.loads(json.dumps(found)) == found
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=histories(), parts=st.integers(1, 4), random=st.randoms(use_true_random=False))
+def test_counts_of_parts_add_up_to_the_churn_of_the_catalogue(case, parts, random):
+    old, new = case
+    counts, before, now = [], set(old.values()), set()
+    for part in range(parts):
+        cut = [{p: docid for p, docid in release.items() if sum(map(ord, p)) % parts == part} for release in case]
+        tables = shuffled(cut, random)
+        counts.append(churn_counts(*tables, [3, 4]))
+        assert counts[-1] == {
+            "common": len(set(cut[0]) & set(cut[1])),
+            "new": len(set(cut[1]) - set(cut[0])),
+            "retired": len(set(cut[0]) - set(cut[1])),
+            "changed": oracle.changed(*cut) or [0, 0],
+        }
+        assert {type(count) for count in [*counts[-1]["changed"], counts[-1]["common"]]} == {int}
+        arrived_N = arrived(*tables)
+        assert arrived_N.dtype == bool
+        assert dict(zip(tables[2], arrived_N.tolist(), strict=True)) == oracle.arrived(*cut)
+        now |= {tuple(docid) for docid in tables[3][arrived_N].tolist()}
+    found = churn_of(counts, addresses=len(before), addresses_reused=len(before & now))
+    assert found == churn(*shuffled(case, random), [3, 4])
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_side_without_rows_is_all_new_or_all_retired():
+    none = ([], np.empty((0, 2), np.int32))
+    some = (["b", "a"], np.array([[0, 1], [2, 0]]))
+    assert arrived(*none, *some).tolist() == [True, True]
+    assert arrived(*some, *none).shape == (0,)
+    assert churn_counts(*none, *some, [3, 2]) == {"common": 0, "new": 2, "retired": 0, "changed": [0, 0]}
+    assert churn_counts(*some, *none, [3, 2]) == {"common": 0, "new": 0, "retired": 2, "changed": [0, 0]}
+
+
+def test_the_inverse_undoes_a_renaming():
+    rng = np.random.default_rng(2)
+    codes_NL = rng.integers(0, (7, 4), (30, 2))
+    rename_LK = [rng.permutation(7), rng.permutation(4).tolist()]
+    back_LK = inverse(rename_LK)
+    assert [back_K.dtype for back_K in back_LK] == [np.int64, np.int64]
+    assert np.array_equal(apply(apply(codes_NL, rename_LK), back_LK), codes_NL)
+    assert np.array_equal(apply(apply(codes_NL, back_LK), rename_LK), codes_NL)
 
 
 def test_common_products_are_in_product_id_order():
@@ -117,6 +176,21 @@ def test_common_products_are_in_product_id_order():
         (lambda: realign([[2]], [[0]], [2]), r"old codes: row 0: code 2 at level 0 is outside 0…1"),
         (lambda: realign([[0]], [[0, 1]], [2]), "new codes: codes must be an integer array N×1"),
         (lambda: apply([[0]], [[0, 0]]), r"renaming of level 0 is no permutation of 0…1: some code would be lost"),
+        (lambda: inverse([[0], [1, 2]]), r"renaming of level 1 is no permutation of 0…1: some code would be lost"),
+        (lambda: churn_counts(["a"], [[5]], [], np.empty((0, 1), int), [2]), "old codes: row 0: code 5 at level 0"),
+        (lambda: churn_counts([], np.empty((0, 1), int), [], [[1]], [2]), "0 new product_ids need as many rows of cod"),
+        (lambda: arrived(["a"], [[0, 1]], ["a"], [[0]]), r"new codes must be .* N×L, with one L .* of shape \(1, 1\)"),
+        (lambda: arrived([], [], ["a"], [[0]]), r"old codes must be an integer array N×L, .* has shape \(0, L\)"),
+        (lambda: arrived(["a", "a"], [[0], [1]], [], np.empty((0, 1), int)), "'a' occurs more than once in the old"),
+        (lambda: churn_of([], addresses=0, addresses_reused=0), r"at least one part, .* found \[\] levels"),
+        (
+            lambda: churn_of(
+                [{"common": 0, "new": 0, "retired": 0, "changed": [0] * levels} for levels in (2, 3)],
+                addresses=0,
+                addresses_reused=0,
+            ),
+            r"all of the same number of levels, found \[2, 3\] levels: hand over what churn_counts returned",
+        ),
         (lambda: churn(["a"], [[0], [1]], ["a"], [[0]], [2]), "1 old product_ids need as many rows of codes, found 2"),
         (
             lambda: churn(["a"], [[0]], ["b", "b"], [[0], [1]], [2]),

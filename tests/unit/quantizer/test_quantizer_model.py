@@ -1,4 +1,4 @@
-"""The model: codes against an oracle, straight-through gradients, row invariance, k-means start, saving.
+"""The model: codes against an oracle, straight-through gradients, row invariance, k-means start, saving, renaming.
 
 Unusual: row invariance is tested bit for bit, on shuffled tables and odd lengths.
 """
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from catid2_ray.errors import ArtifactError, CapacityError, InputError, RecipeError
+from catid2_ray.identifiers import realign
 from catid2_ray.quantizer.kmeans import nearest, residual_kmeans, squared_error
 from catid2_ray.quantizer.model import ResidualQuantizer
 from tests.oracles import quantizer as oracle
@@ -177,3 +178,57 @@ def test_without_an_encoder_the_latent_is_the_embedding(tmp_path):
     assert torch.equal(again.encode(sample_ND).codes_BL, model.encode(sample_ND).codes_BL)
     with pytest.raises(RecipeError, match="latent 3 must be width 4"):
         ResidualQuantizer(width=4, hidden=None, latent=3, codes_per_level=(5,))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"codes_per_level": (64, 17)},
+        {"latent_radius": 2.0, "ema": 0.9},
+        {"hidden": None, "latent": 12, "balanced": True},
+        {"category_column": 0},
+    ],
+)
+def test_a_renamed_model_gives_the_renamed_codes_and_the_same_residuals(form, tmp_path):
+    model, rng = build(**form), np.random.default_rng(3)
+    generator = torch.Generator().manual_seed(3)
+    embedding_ND = torch.randn(613, 12, generator=generator)
+    category_NH = torch.randint(-1, model.codes_per_level[0], (613, 1), generator=generator)
+    model.initialise_codebooks(embedding_ND, category_NH, seed=0)
+    before, parameters = model.encode_padded(embedding_ND, category_NH, rows=64), list(model.parameters())
+    tables = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rename_LK = [rng.permutation(codes) for codes in model.codes_per_level]
+    if "category_column" in form:
+        rename_LK[0] = np.arange(model.codes_per_level[0])
+    assert model.renamed(rename_LK) is model
+    after = model.encode_padded(embedding_ND, category_NH, rows=64)
+    np.testing.assert_array_equal(after.codes_BL, realign.apply(before.codes_BL.numpy(), rename_LK))
+    assert torch.equal(after.residual_BZ, before.residual_BZ)
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    for level, rename_K in enumerate(rename_LK):
+        for name in {f"codebook_{level}", f"share_{level}", f"price_{level}"} & set(tables):
+            for code, renamed in enumerate(rename_K):
+                assert torch.equal(model.state_dict()[name][renamed], tables[name][code])
+    model.save(tmp_path)
+    assert torch.equal(ResidualQuantizer.load(tmp_path).encode_padded(embedding_ND, category_NH, rows=64)[0], after[0])
+    model.renamed(realign.inverse(rename_LK))
+    assert all(torch.equal(model.state_dict()[name], tables[name]) for name in tables)
+
+
+@pytest.mark.parametrize(
+    "form, rename_LK, message",
+    [
+        ({}, [range(8), range(5)], "the renaming has 2 levels, the quantizer 3: hand over one permutation"),
+        ({}, [range(8), [0, 1, 2, 3, 3], range(4)], "renaming of level 1 is no permutation of 0…4: some code would be"),
+        ({}, [range(8), range(5), range(5)], "renaming of level 2 is no permutation of 0…3"),
+        ({}, [range(8), range(5), [[0, 1], [2, 3]]], "renaming of level 2 is no permutation of 0…3"),
+        ({"category_column": 0}, [[1, 0, *range(2, 8)], range(5), range(4)], "level 0 cannot be renamed: with categ"),
+    ],
+)
+def test_a_wrong_renaming_is_refused_and_changes_nothing(form, rename_LK, message):
+    model = build(**form)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=message):
+        model.renamed(rename_LK)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

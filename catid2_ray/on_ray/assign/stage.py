@@ -1,0 +1,226 @@
+"""Stage 2: codes for the whole catalogue, IDs made of them, the ledger, the trie, and a report on the IDs' quality.
+
+Passes over parts of the catalogue and buckets of prefixes: spread yesterday's ledger (where
+there is one) → encode → resolve buckets (→ resolve regions, where a prefix has more products than codes) → write parts →
+order by ID. Products of prefixes without a collision pass straight through. No step but the last holds more than a part or a
+bucket, and that one holds what serving holds.
+
+What makes IDs of codes is the quantizer's `ids`: "unique" resolves collisions, "suffix" and "digits" append an ordinal among
+the products of equal codes, "cluster" lets products share an ID. Only unique IDs are followed from release to release.
+"""
+
+import functools
+import json
+import time
+
+from catid2_ray.artifacts import schemas
+from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.docid import DocidSpace
+from catid2_ray.errors import ArtifactError
+from catid2_ray.identifiers.realign import churn_of, inverse
+from catid2_ray.on_ray import progress
+from catid2_ray.on_ray.assign.buckets import NumberBucket, ResolveBucket, codebooks
+from catid2_ray.on_ray.assign.order import Ordered, splitters, write_serving
+from catid2_ray.on_ray.assign.quality import describe
+from catid2_ray.on_ray.assign.regions import resolve_regions
+from catid2_ray.on_ray.assign.work import EncodePart, SpreadLedger, Work, Yesterday, open_coder
+from catid2_ray.on_ray.assign.write import Numbers, WriteIds
+from catid2_ray.on_ray.catalog import part_of, part_specs
+from catid2_ray.on_ray.parts import map_parts
+from catid2_ray.on_ray.pipeline import Job
+from catid2_ray.quantizer.coder import Coder
+
+
+def run(job: Job, parts: dict[str, Manifest], *, keeps: bool = False) -> Manifest:
+    """The ids artefact: part-*.parquet of schemas.ids, ledger/part-*.parquet, trie/, products.arrow in ID order.
+
+    `keeps`: products that the base release has keep their IDs (append).
+    """
+    parents = {role: parts[role] for role in ("catalog", "embeddings", "quantizer")}
+    if job.base:
+        parents["previous"] = job.base.parts["ids"]
+    quantizer = job.recipe.quantizer
+    settings = {**job.recipe.ids.identity(), "ids": quantizer.ids, "by_value": quantizer.tree_categories}
+    settings |= {"seed": job.recipe.seed} if quantizer.ids == "cluster" else {}
+    settings |= {"append": True} if keeps else {}
+    return job.produce("ids", settings, parents, lambda attempt: _assign(job, attempt, parents, keeps))
+
+
+def _assign(job: Job, attempt: Attempt, parents: dict[str, Manifest], keeps: bool) -> Manifest:
+    total, watch = parents["catalog"].rows, _Watch()
+    coder = open_coder(job.store, parents["quantizer"])
+    work = _work(job, attempt, parents, coder, keeps)
+    if work.yesterday:
+        _spread_ledger(job, work, parents)
+        watch.lap("reading the ledger")
+    encoded = _over_parts(EncodePart, {"work": work}, work, "encoding products")
+    progress.event("encoded", products=_sum(encoded, "encoded"))
+    watch.lap("encoding")
+    found = _over_buckets(work, coder)
+    regions = resolve_regions(work, coder, sorted(home for result in found for home in result["overfull"]))
+    watch.lap("resolving")
+
+    numbers = _numbers(work.mode, max((result.get("numbers", 1) for result in found), default=1))
+    space = DocidSpace((*coder.codes_per_level, *numbers.codes_per_level))
+    ranges, shared = -(-total // work.recipe.bucket_rows), work.mode == "cluster"
+    arguments = {"space": space, "numbers": numbers, "moves": work.buckets + len(regions), "shared": shared}
+    arguments |= {"work": work, "splitters": splitters(work, space, ranges)}
+    written = _over_parts(WriteIds, arguments, work, "writing IDs")
+    watch.lap("writing")
+    ordered = write_serving(work, attempt, space, ranges, shared=shared)
+    watch.lap("ordering")
+    if ordered.duplicates and not shared:
+        raise ArtifactError(
+            f"{ordered.duplicates} of {total} IDs are still shared after de-duplication; nothing was committed"
+        )
+    progress.event("describe", ids=total)
+    quality = describe(job, parents["embeddings"], coder, work=work, ordered=ordered, space=space, found=found)
+    watch.lap("describing")
+    metrics = {
+        "documents": total,
+        "ids": work.mode,
+        "encoded": _sum(encoded, "encoded"),
+        # Codes that await an ordinal are no IDs yet, so nothing collides among them.
+        "collision_rate_before": 0.0
+        if work.mode in ("suffix", "digits")
+        else _sum(found, "collisions") / max(_sum(encoded, "encoded"), 1),
+        "duplicates_after": ordered.duplicates,
+        "codes_used": quality["final"]["codes_used"],
+        "codes_per_level": list(space.codes_per_level),
+        "resolution": _resolution(work, found, regions, written),
+        "seconds_of_passes": watch.seconds,
+        "worker_peak_bytes": {
+            name: max(result["peak_bytes"] for result in results)
+            for name, results in (("encoding", encoded), ("resolving", found + regions), ("writing", written))
+        },
+        **_history(job, work, written, ordered),
+        "quality": quality,
+    }
+    job.store.delete_folder(attempt.name("exchange"))
+    files = [file for result in written for file in result["files"]] + ordered.files
+    return attempt.commit(
+        files, rows=total, schema=schemas.fingerprint(schemas.ids(space.levels)), metrics=metrics,
+        extends=_extends(job.base.parts) if keeps else {},
+    )  # fmt: skip
+
+
+class _Watch:
+    """Seconds of each pass."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name], self._last = round(now - self._last, 3), now
+
+
+def _sum(results: list[dict], name: str) -> int:
+    return sum(result[name] for result in results)
+
+
+def _extends(before: dict[str, Manifest]) -> dict[str, list[str]]:
+    """Digests of the artefacts whose products and IDs an append keeps: those before it, and what they kept."""
+    return {
+        role: [before[role].digest, *before["ids"].extends.get(role, [])] for role in ("catalog", "embeddings", "ids")
+    }
+
+
+def _work(job: Job, attempt: Attempt, parents: dict[str, Manifest], coder: Coder, keeps: bool) -> Work:
+    recipe, catalog, mode = job.recipe.ids, parents["catalog"], job.recipe.quantizer.ids
+    yesterday, base = None, job.base
+    known = base.parts["ids"].metrics if base else {}
+    if base and mode == known["ids"] == "unique" and list(coder.codes_per_level) == known["codes_per_level"]:
+        yesterday = Yesterday(
+            files=len(base.parts["ids"].named("ledger/")), quarantine=recipe.id_quarantine, keeps=keeps,
+            unnamed_LK=_unnamed(job, parents["quantizer"]),
+        )  # fmt: skip
+    if base and not yesterday:
+        progress.event("new_ledger", base=base.release.name, reason="its IDs have another mode or other levels")
+    return Work(
+        store=job.store, folder=attempt.folder, catalog=catalog.folder, embeddings=parents["embeddings"].folder,
+        quantizer=parents["quantizer"], space=DocidSpace(coder.codes_per_level) if coder.codes_per_level else None,
+        specs=[{**spec, "position": position} for position, spec in enumerate(part_specs(catalog))],
+        recipe=recipe, mode=mode, seed=job.recipe.seed, buckets=-(-catalog.rows // recipe.bucket_rows),
+        by_value=job.recipe.quantizer.tree_categories or (mode == "cluster" and recipe.cluster_split == "value"),
+        number=base.number + 1 if base else 1, yesterday=yesterday,
+    )  # fmt: skip
+
+
+def _unnamed(job: Job, quantizer: Manifest) -> list | None:
+    if not quantizer.named("rename.json"):
+        return None
+    return inverse(json.loads(job.store.read(quantizer.file("rename.json"))))
+
+
+def _spread_ledger(job: Job, work: Work, parents: dict[str, Manifest]) -> None:
+    previous = parents["previous"]
+    files = [{"file": previous.file(entry["name"]), "rows": entry["rows"]} for entry in previous.named("ledger/")]
+    place = functools.partial(part_of, parts=parents["catalog"].metrics["parts"])
+    map_parts(
+        SpreadLedger, {"work": work, "part_of": place}, files, workers=work.recipe.workers, label="reading the ledger",
+        unit="products",
+    )  # fmt: skip
+
+
+def _over_parts(handler: type, arguments: dict, work: Work, label: str) -> list[dict]:
+    return map_parts(handler, arguments, work.specs, workers=work.recipe.workers, label=label, unit="products")
+
+
+def _over_buckets(work: Work, coder: Coder) -> list[dict]:
+    rows = sum(spec["rows"] for spec in work.specs)
+    specs = [{"rows": rows // work.buckets} for _ in range(work.buckets)]
+    handler, arguments = NumberBucket, {"work": work}
+    if work.mode == "unique":
+        handler, arguments = ResolveBucket, {"work": work, "codebooks": codebooks(coder)}
+    progress.event("resolve", buckets=work.buckets, mode=work.mode, method=work.recipe.method)
+    return map_parts(
+        handler, arguments, specs, workers=work.recipe.workers, label="resolving collisions", unit="products"
+    )  # fmt: skip
+
+
+def _numbers(mode: str, largest: int) -> Numbers:
+    """The tokens after the coder's codes: none, one with a code for every number, or decimal digits."""
+    if mode == "digits":
+        return Numbers((10,) * len(str(largest - 1)))
+    return Numbers((largest,)) if mode == "suffix" or largest > 1 else Numbers()
+
+
+def _resolution(work: Work, found: list[dict], regions: list[dict], written: list[dict]) -> dict:
+    """The buckets' reports as one: counts are added up, of sizes the largest counts."""
+    merged: dict = {}
+    for name, value in [item for result in found for item in result["report"].items()]:
+        if isinstance(value, str):
+            merged[name] = value
+        else:
+            known, most = merged.get(name, 0), name.startswith("largest") or name == "t_max"
+            merged[name] = max(known, value) if most else known + value
+    merged |= {"method": work.recipe.method} if work.mode == "unique" else {}
+    return merged | {
+        "moved": _sum(written, "moved"),
+        "added_cost": float(sum(result["cost"] for result in written)),
+        "overflowed": _sum(regions, "overflowed"),
+        "buckets": work.buckets,
+    }
+
+
+def _history(job: Job, work: Work, written: list[dict], ordered: Ordered) -> dict:
+    """Number of the release, products by status, and what changed since the base release."""
+    counts = {name: sum(result["ledger"][name] for result in written) for name in written[0]["ledger"]}
+    history = {
+        "number": work.number,
+        "base": job.base.release.name if job.base else None,
+        "ledger": counts,
+        "churn": None,
+    }
+    if work.yesterday:
+        sides = written[0]["churn"]
+        addresses = {"addresses": ordered.addresses, "addresses_reused": ordered.addresses_reused}
+        history["churn"] = {
+            side: churn_of([result["churn"][side] for result in written], **addresses) for side in sides
+        }
+        if "before" in sides:
+            for name in ("addresses", "addresses_reused", "address_reuse"):
+                del history["churn"]["before"][name]
+    return history

@@ -1,0 +1,45 @@
+"""A shuffle through files: each producer writes one file with a record batch per group, each consumer reads its own.
+
+Written whole under a fixed name, a file is the same bytes however often, where and in which order it is made, so a worker
+that dies in the middle costs its own part alone. Ray Data's hash shuffle keeps what it received in actors that are not
+restarted: with one of them the whole job would be lost.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from catid2_ray.artifacts.store import Store
+
+
+def bucket_of(key_N: np.ndarray, buckets: int) -> np.ndarray:
+    """int64 N in 0 … buckets − 1, a hash of integer keys (splitmix64's finaliser), so that near keys spread."""
+    hash_N = key_N.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    hash_N = (hash_N ^ (hash_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hash_N = (hash_N ^ (hash_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((hash_N ^ (hash_N >> np.uint64(31))) % np.uint64(buckets)).astype(np.int64)
+
+
+def write_groups(store: Store, name: str, table: pa.Table, group_N: np.ndarray, groups: int) -> None:
+    """Write Arrow IPC whose record batch g holds the rows of group g, in the order they came."""
+    order_N = np.argsort(group_N, kind="stable")
+    bounds = np.searchsorted(group_N[order_N], np.arange(groups + 1)).tolist()
+    ordered = table.take(pa.array(order_N)).combine_chunks()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        for first, end in zip(bounds, bounds[1:]):
+            batches = ordered.slice(first, end - first).to_batches()
+            writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema))
+    store.write(name, sink.getvalue().to_pybytes())
+
+
+def read_group(store: Store, name: str, group: int, columns: list[str] | None = None) -> pa.Table:
+    """The rows of one group; of a local file, a view of mapped memory."""
+    with store.open(name) as source:
+        batch = pa.ipc.open_file(source).get_batch(group)
+        return pa.Table.from_batches([batch if columns is None else batch.select(columns)])
+
+
+def read_groups(store: Store, name: str, columns: list[str]) -> pa.Table:
+    """All rows of a file, group after group."""
+    with store.open(name) as source:
+        return pa.ipc.open_file(source).read_all().select(columns)

@@ -1,0 +1,166 @@
+"""A release that lives: append, refuse, two at once, then a full re-ID on top; codes by k-means, a generator of one epoch."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.synthetic import generate
+from catid2_ray.config import Recipe
+from catid2_ray.errors import CommitConflict, QualityGateError, RecipeError, ReleaseError
+from catid2_ray.on_ray.append import append
+from catid2_ray.on_ray.reindex import append_items, publish, reindex
+from catid2_ray.retrieval.retriever import Retriever
+from tests.conftest import TINY
+
+MADE = generate(products=300, queries=120, seed=3)
+
+
+def write_shop(folder, names=None, *, first=0, end=260) -> None:
+    """Products `first` … `end` − 1 of the made ones; `names`: other product_ids for them."""
+    folder.mkdir(exist_ok=True)
+    table = MADE.products.slice(first, end - first)
+    if names is not None:
+        table = table.set_column(table.column_names.index("product_id"), "product_id", pa.array(names))
+    pq.write_table(table, folder / "products.parquet")
+    pq.write_table(MADE.pairs, folder / "pairs.parquet")
+
+
+def recipe_of(shop, store, **sections) -> Recipe:
+    values = {name: dict(value) if isinstance(value, dict) else value for name, value in TINY.items()}
+    values |= {"store": str(store), "catalog": {"root": str(shop), "rows_per_part": 100}}
+    values["quantizer"] = {"kind": "rq_kmeans", "codes_per_level": [8, 8, 8, 8], "kmeans_sample": 200}
+    values["generator"] |= {"epochs": 1, "titles_per_query": 0.1}
+    for section, change in sections.items():
+        values[section] = values[section] | change
+    return Recipe.build(values)
+
+
+def ids_of(store: Store, manifest) -> dict[str, str]:
+    found = pa.concat_tables([store.read_table(manifest.file(entry["name"])) for entry in manifest.parts()])
+    return dict(zip(found["product_id"].to_pylist(), found["docid"].to_pylist()))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder with shop/ and store/, in which one release is current."""
+    folder = tmp_path_factory.mktemp("append")
+    write_shop(folder / "shop")
+    return folder, reindex(recipe_of(folder / "shop", folder / "store"))
+
+
+@pytest.fixture
+def copied(published, tmp_path):
+    """A copy of that store for a test to change; the release in it."""
+    folder, outcome = published
+    shutil.copytree(folder / "store", tmp_path / "store")
+    return tmp_path, outcome
+
+
+def test_appended_products_are_served_by_the_old_generator(copied, capsys):
+    folder, first = copied
+    write_shop(folder / "shop", first=10, end=290)
+    recipe = recipe_of(folder / "shop", folder / "store")
+    outcome = append_items(recipe)
+    store = Store(recipe.store)
+    before, after = ids_of(store, first.parts["ids"]), ids_of(store, outcome.parts["ids"])
+    gone, new = set(before) - set(after), set(after) - set(before)
+    assert len(gone) == 10 and len(new) == 30
+    assert all(after[name] == before[name] for name in set(before) & set(after))
+    assert len(set(after.values())) == 280 and not {before[name] for name in gone} & set(after.values())
+    assert outcome.figures["ledger"] == {"kept": 250, "new": 30, "moved": 0, "retired": 10, "live": 280}
+    assert outcome.figures["number"] == 2 and outcome.figures["base"] == first.release.name
+    assert outcome.made == ["catalog", "embeddings", "ids", "evaluation"]
+
+    release = releases.current(store)
+    parts = release.manifests(store)
+    assert release.name == outcome.release.name != first.release.name
+    for part in ("quantizer", "examples", "generator"):
+        assert parts[part].digest == first.parts[part].digest
+    retriever = Retriever.open(releases.release_folder(store, release, folder / "cache"))
+    hits = retriever.retrieve([MADE.pairs["query"][0].as_py()], k=280)[0]
+    assert {hit.product_id: hit.docid_text for hit in hits}.items() <= after.items() and hits
+
+    again = append_items(recipe)
+    assert again.made == ["catalog"] or again.made == []
+    assert again.release.name == release.name and releases.pointer(store)[0] == 2
+    # A third release on top of it, and the way back: products that return while in quarantine get their own IDs.
+    write_shop(folder / "shop", first=0, end=300)
+    third = append_items(recipe)
+    assert third.figures["number"] == 3 and third.figures["ledger"]["retired"] == 0
+    assert before.items() <= ids_of(store, third.parts["ids"]).items()
+    assert third.parts["generator"].digest == first.parts["generator"].digest
+    assert third.release.manifests(store)["ids"].extends["ids"] == [
+        outcome.parts["ids"].digest,
+        first.parts["ids"].digest,
+    ]
+
+
+def test_two_appends_at_once_one_wins_and_nothing_is_lost(copied):
+    folder, first = copied
+    write_shop(folder / "slow", end=270)
+    write_shop(folder / "fast", end=275)
+    slow, fast = (recipe_of(folder / shop, folder / "store") for shop in ("slow", "fast"))
+    parts, job = append(slow)
+    won = append_items(fast)
+    with pytest.raises(
+        CommitConflict, match="another job published .* nothing was lost. .* rerun to build on top of it"
+    ):
+        releases.publish(job.store, parts, after=job.pointer)
+    assert releases.current(job.store).name == won.release.name
+    rerun = append_items(slow)
+    assert rerun.figures["base"] == won.release.name and rerun.figures["ledger"]["retired"] == 5
+    kept, before = ids_of(job.store, rerun.parts["ids"]), ids_of(job.store, won.parts["ids"])
+    assert kept.items() <= before.items()
+
+
+def test_what_does_not_belong_to_the_release_is_refused(copied, tmp_path):
+    folder, first = copied
+    write_shop(folder / "shop", end=270)
+    shop, store = folder / "shop", Store(folder / "store")
+    with pytest.raises(ReleaseError, match="nothing was published .* nothing to append to: run `catid2 reindex` first"):
+        append_items(recipe_of(shop, tmp_path / "empty"))
+    with pytest.raises(RecipeError, match=r"quantizer.codes_per_level is \[8, 8, 16\], the release has \[8, 8, 8, 8\]"):
+        append_items(
+            recipe_of(shop, store.uri, quantizer={"codes_per_level": [8, 8, 16]}, catalog={"max_category_depth": 2})
+        )
+    with pytest.raises(RecipeError, match="embedding.width is 8, the release has 16.*run `catid2 reindex`"):
+        append_items(recipe_of(shop, store.uri, embedding={"width": 8}))
+    manifest = Path(store.path(first.parts["ids"].name))
+    manifest.write_text(manifest.read_text().replace(first.parts["quantizer"].digest, "0" * 64))
+    with pytest.raises(ReleaseError, match="ids was made from quantizer 000000000000"):
+        append_items(recipe_of(shop, store.uri))
+    shutil.rmtree(f"{store.uri}/artifacts/ids")
+    with pytest.raises(ReleaseError, match=r"its part ids \(.*\) is gone.*restore it, or, to start anew .* delete"):
+        append_items(recipe_of(shop, store.uri))
+    assert releases.pointer(store) == (1, first.release.name)
+
+
+def test_a_full_re_id_goes_on_from_the_release_and_its_churn_is_gated(copied):
+    folder, first = copied
+    write_shop(folder / "shop", first=10, end=290)
+    warm = {"quantizer": {"warm_start": True}}
+    recipe = recipe_of(folder / "shop", folder / "store", **warm, ids={"max_churn": 0.0})
+    store = Store(recipe.store)
+    with pytest.raises(
+        QualityGateError, match=r"% of the 250 products of both releases get another ID .* above ids.max_churn 0.0"
+    ):
+        reindex(recipe)
+    assert releases.pointer(store) == (1, first.release.name) and not store.exists("artifacts/generator/none")
+    outcome = reindex(recipe_of(folder / "shop", folder / "store", **warm, ids={"max_churn": 1.0}))
+    figures = outcome.figures
+    assert figures["number"] == 2 and figures["base"] == first.release.name
+    before, after = ids_of(store, first.parts["ids"]), ids_of(store, outcome.parts["ids"])
+    common = set(before) & set(after)
+    share = np.mean([before[name] != after[name] for name in common])
+    assert figures["churn"]["after"]["prefix_churn"][-1] == pytest.approx(share)
+    assert figures["churn"]["before"]["prefix_churn"][-1] >= share
+    # The rerun of a published job finds everything, though the current release is now its own.
+    again = reindex(recipe_of(folder / "shop", folder / "store", **warm, ids={"max_churn": 1.0}))
+    assert again.made == [] and again.release.name == outcome.release.name
+    assert publish(recipe_of(folder / "shop", folder / "store", **warm))[1].name == outcome.release.name

@@ -1,0 +1,298 @@
+"""Stage 2 over parts and buckets equals one call on the whole catalogue, whatever is cut, killed or appended.
+
+Codes come from residual k-means on given embeddings, so nothing is trained; families of near-equal products overflow their
+prefixes.
+"""
+
+import dataclasses
+import shutil
+import threading
+import time
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from catid2_ray.artifacts.release import Release
+from catid2_ray.artifacts.store import Store
+from catid2_ray.config import Recipe
+from catid2_ray.docid import DocidSpace
+from catid2_ray.errors import CapacityError
+from catid2_ray.identifiers.clusters import split_clusters
+from catid2_ray.identifiers.collisions import assign_unique
+from catid2_ray.identifiers.suffix import ordinal_suffix
+from catid2_ray.on_ray import cluster, realign
+from catid2_ray.on_ray.arrays import fixed_lists, matrix
+from catid2_ray.on_ray.assign import stage
+from catid2_ray.on_ray.assign.buckets import codebooks
+from catid2_ray.on_ray.assign.work import open_coder
+from catid2_ray.on_ray.base import Base
+from catid2_ray.on_ray.pipeline import Job, chain
+from catid2_ray.quantizer.coder import encode
+
+WIDTH, CODES = 8, (16, 16, 32)
+
+
+def products(count: int, seed: int = 0) -> pa.Table:
+    """`count` products of which a third belong to families of 40: more than a prefix has codes; some are exact copies."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(count, WIDTH)).astype(np.float32)
+    family = rng.permutation(count)[: count // 3]
+    vectors[family] = vectors[family[np.arange(len(family)) // 40 * 40]] + rng.normal(size=(len(family), WIDTH)) * 0.01
+    vectors[family[1::9]] = vectors[family[0::9][: len(family[1::9])]]
+    names = [f"sku-{number:05d}" for number in rng.permutation(100_000)[:count]]
+    return pa.table(
+        {
+            "product_id": names, "title": [f"thing {name}" for name in names],
+            "embedding": fixed_lists(vectors, pa.float32()), "value": rng.integers(0, 50, count).astype(np.float32),
+        }
+    )  # fmt: skip
+
+
+def recipe_of(folder, *, rows_per_part=700, kind="rq_kmeans", ids=(), **quantizer) -> Recipe:
+    return Recipe.build(
+        {
+            "store": f"{folder}/store",
+            "catalog": {"root": f"{folder}/data", "rows_per_part": rows_per_part},
+            "embedding": {"workers": 1},
+            "quantizer": {"kind": kind, "codes_per_level": CODES, "kmeans_sample": 500, "balanced": False, **quantizer},
+            "ids": {"bucket_rows": 1000, "encode_rows": 64, "workers": 1, **dict(ids)},
+        }
+    )
+
+
+def write_catalogue(folder, table: pa.Table) -> None:
+    (folder / "data").mkdir(exist_ok=True)
+    pq.write_table(table, folder / "data" / "products.parquet")
+
+
+def parts_of(recipe: Recipe, last: str = "ids") -> dict:
+    job = Job(recipe=recipe, store=Store(recipe.store), peak=cluster.PeakMemory())
+    return chain(job, last)
+
+
+def assigned(recipe: Recipe, parts: dict, base: Base | None = None, *, keeps=False):
+    """The ids artefact of these parts, made anew."""
+    job = Job(recipe=recipe, store=Store(recipe.store), peak=cluster.PeakMemory(), base=base)
+    shutil.rmtree(f"{recipe.store}/artifacts/ids", ignore_errors=True)
+    return stage.run(job, {name: parts[name] for name in ("catalog", "embeddings", "quantizer")}, keeps=keeps)
+
+
+def table_of(recipe: Recipe, manifest, prefix="part-") -> pa.Table:
+    store = Store(recipe.store)
+    found = pa.concat_tables([store.read_table(manifest.file(entry["name"])) for entry in manifest.named(prefix)])
+    return found.sort_by("product_id")
+
+
+def ids_of(recipe: Recipe, manifest) -> dict[str, tuple]:
+    table = table_of(recipe, manifest)
+    return dict(zip(table["product_id"].to_pylist(), map(tuple, matrix(table["codes"]).tolist())))
+
+
+def coded(recipe: Recipe, parts: dict):
+    """Names, codes and last residuals of the whole catalogue, encoded at once, and the codebooks."""
+    table = table_of(recipe, parts["embeddings"])
+    coder = open_coder(Store(recipe.store), parts["quantizer"])
+    embedding, category = torch.from_numpy(matrix(table["embedding"]).copy()), torch.zeros(table.num_rows, 0).long()
+    found = encode(coder, embedding, category, rows=recipe.ids.encode_rows)
+    names = table["product_id"].to_numpy().astype(str)
+    return names, found.codes_BL.numpy(), found.residual_BZ.numpy(), codebooks(coder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """3,000 products with codes, on a Ray that all tests of this file share."""
+    folder = tmp_path_factory.mktemp("assign")
+    write_catalogue(folder, products(3000))
+    recipe = recipe_of(folder)
+    cluster.connect(recipe.cluster)
+    try:
+        yield folder, recipe, parts_of(recipe, "quantizer")
+    finally:
+        cluster.disconnect()
+
+
+def test_parts_and_buckets_give_what_one_call_gives(world):
+    _, recipe, parts = world
+    names, codes_NL, residual_NZ, books = coded(recipe, parts)
+    whole = assign_unique(codes_NL, residual_NZ, books, names, method="exact")
+    manifest = assigned(recipe, parts)
+    assert ids_of(recipe, manifest) == dict(zip(names.tolist(), map(tuple, whole.codes_NL.tolist())))
+    table, report = table_of(recipe, manifest), manifest.metrics["resolution"]
+    np.testing.assert_array_equal(table["moved"].to_numpy(), whole.moved_N)
+    np.testing.assert_allclose(table["cost"].to_numpy(), whole.cost_N.astype(np.float32))
+    assert report["moved"] == whole.report["moved"] and report["overflowed"] == whole.report["overflowed"] > 0
+    assert report["colliding_prefixes"] == whole.report["colliding_prefixes"] and report["method"] == "exact"
+    assert report["largest_prefix"] == whole.report["largest_prefix"] and report["buckets"] == 3
+    assert manifest.metrics["collision_rate_before"] == pytest.approx(whole.report["collision_rate_before"])
+    assert manifest.metrics["duplicates_after"] == 0 and manifest.metrics["number"] == 1
+    assert min(manifest.metrics["worker_peak_bytes"].values()) > 2**20
+    space = DocidSpace(CODES)
+    assert [space.parse(text) for text in table["docid"].to_pylist()] == [tuple(row) for row in whole.codes_NL.tolist()]
+    assert not (Store(recipe.store).names(f"{manifest.folder}/exchange"))
+    ledger = table_of(recipe, manifest, "ledger/")
+    assert set(ledger["status"].to_pylist()) == {"new"} and set(ledger["since"].to_pylist()) == {1}
+
+
+@pytest.mark.parametrize("ids", [{"bucket_rows": 1_000_000}, {"bucket_rows": 1_500, "workers": 2}])
+def test_buckets_and_workers_change_no_byte(world, ids):
+    _, recipe, parts = world
+    other = recipe.model_copy(update={"ids": recipe.ids.model_copy(update=ids)})
+    assert assigned(other, parts).digest == assigned(recipe, parts).digest
+
+
+def test_other_parts_give_the_same_ids(world, tmp_path):
+    folder, recipe, parts = world
+    shutil.copytree(folder / "data", tmp_path / "data")
+    table = pq.read_table(tmp_path / "data" / "products.parquet")
+    shuffled = table.take(pa.array(np.random.default_rng(1).permutation(table.num_rows)))
+    pq.write_table(shuffled, tmp_path / "data" / "products.parquet")
+    other = recipe_of(tmp_path, rows_per_part=2000)
+    found = parts_of(other, "embeddings") | {"quantizer": parts["quantizer"]}
+    shutil.copytree(f"{recipe.store}/artifacts/quantizer", f"{other.store}/artifacts/quantizer")
+    assert ids_of(other, assigned(other, found)) == ids_of(recipe, assigned(recipe, parts))
+
+
+def test_a_worker_killed_in_the_middle_changes_no_byte(world):
+    _, recipe, parts = world
+    undisturbed = assigned(recipe, parts).digest
+    killed, done = [], threading.Event()
+
+    def kill_at_the_first_move():
+        while not done.is_set() and len(killed) < 2:
+            moved = list(Store(recipe.store).fs.glob(f"{recipe.store}/artifacts/ids/*/*/exchange/moves-*.arrow"))
+            if len(moved) > len(killed):
+                for process in psutil.Process().children(recursive=True):
+                    if "_Worker" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(process.pid)
+                        break
+            time.sleep(0.002)
+
+    watch = threading.Thread(target=kill_at_the_first_move)
+    watch.start()
+    try:
+        assert assigned(recipe, parts).digest == undisturbed
+    finally:
+        done.set()
+        watch.join()
+    assert killed
+
+
+def test_a_region_larger_than_a_worker_may_hold_is_refused_with_the_numbers(world, tmp_path):
+    crowded = products(1100, seed=5)
+    vectors = np.ones((1100, WIDTH), np.float32) + np.arange(1100, dtype=np.float32)[:, None] * 1e-6
+    crowded = crowded.set_column(2, "embedding", fixed_lists(vectors, pa.float32()))
+    write_catalogue(tmp_path, crowded)
+    recipe = recipe_of(tmp_path, refit=False)
+    parts = parts_of(recipe, "embeddings")
+    shutil.copytree(f"{world[1].store}/artifacts/quantizer", f"{recipe.store}/artifacts/quantizer")
+    with pytest.raises(
+        CapacityError, match=r"1100 products and occupied IDs that begin with \[.*\] .*ids.bucket_rows 1000\)"
+    ):
+        assigned(recipe, parts | {"quantizer": world[2]["quantizer"]})
+
+
+def test_other_modes_equal_one_call(world):
+    folder, recipe, parts = world
+    names, codes_NL, residual_NZ, _ = coded(recipe, parts)
+    packed_N = DocidSpace(CODES).pack(codes_NL)
+    for mode in ("suffix", "digits", "cluster"):
+        other = recipe_of(folder, ids={"cluster_max": 5} if mode == "cluster" else {})
+        other = other.model_copy(update={"quantizer": other.quantizer.model_copy(update={"ids": mode})})
+        if mode == "cluster":
+            size = np.unique(packed_N, return_inverse=True, return_counts=True)
+            large_N = size[2][size[1]] > 5
+            number_N = np.zeros(len(names), np.int64)
+            found = split_clusters(packed_N[large_N], residual_NZ[large_N], names[large_N], t_max=5, method="kmeans")
+            number_N[large_N] = found.group_N
+            expected = np.column_stack([codes_NL, number_N])
+        else:
+            suffix = ordinal_suffix(packed_N, names, base=10 if mode == "digits" else None)
+            expected = np.hstack([codes_NL, suffix.codes_NS])
+        manifest = assigned(other, parts)
+        assert ids_of(other, manifest) == dict(zip(names.tolist(), map(tuple, expected.tolist())))
+        assert manifest.metrics["codes_per_level"][:3] == list(CODES)
+
+
+def base_on(recipe: Recipe, parts: dict, ids) -> Base:
+    """A release of these parts, as if it had been published; its artefact of IDs is kept out of the way of the next."""
+    store = Store(recipe.store)
+    kept = dataclasses.replace(ids, folder=f"kept/{ids.digest[:8]}")
+    if not store.exists(kept.folder):
+        shutil.copytree(store.path(ids.folder), store.path(kept.folder))
+    return Base(Release(name=f"r-{ids.digest[:6]}", parts={}), {**parts, "ids": kept})
+
+
+def grown(folder, tmp_path, *, drop: int, add: int, seed: int):
+    """The catalogue of `folder` without its first `drop` products and with `add` new ones, in parts of another number."""
+    table = pq.read_table(folder / "data" / "products.parquet")
+    fresh = products(add, seed=seed)
+    renamed = pa.array([f"new-{seed}-{number:04d}" for number in range(add)])
+    fresh = fresh.set_column(0, "product_id", renamed)
+    write_catalogue(tmp_path, pa.concat_tables([table.slice(drop), fresh]))
+    return table["product_id"].to_pylist()[:drop], renamed.to_pylist()
+
+
+def test_append_moves_no_id_and_the_ledger_goes_on(world, tmp_path):
+    folder, recipe, parts = world
+    first = assigned(recipe, parts)
+    before, base = ids_of(recipe, first), base_on(recipe, parts, first)
+    gone, new = grown(folder, tmp_path, drop=50, add=300, seed=9)
+    later = recipe_of(tmp_path, rows_per_part=400)
+    later = later.model_copy(update={"store": recipe.store})
+    found = parts_of(later, "embeddings") | {"quantizer": parts["quantizer"]}
+    second = assigned(later, found, base, keeps=True)
+    after = ids_of(later, second)
+    assert set(after) == (set(before) - set(gone)) | set(new)
+    assert all(after[name] == before[name] for name in set(before) - set(gone))
+    # Nor is the ID of a product that left given away: it stays in quarantine.
+    assert len(set(after.values())) == len(after) and not {before[name] for name in gone} & set(after.values())
+    assert second.metrics["ledger"] == {"kept": 2950, "new": 300, "moved": 0, "retired": 50, "live": 3250}
+    assert second.metrics["encoded"] == 300 and second.metrics["number"] == 2
+    assert second.metrics["churn"]["after"]["prefix_churn"] == [0.0, 0.0, 0.0]
+    assert second.metrics["churn"]["after"]["addresses_reused"] == 0
+    assert second.extends["ids"] == [first.digest] and second.parents["previous"] == first.digest
+    # One call with everything published as occupied gives the same.
+    names, codes_NL, residual_NZ, books = coded(later, found)
+    fresh_N = np.isin(names, new)
+    occupied = np.array(sorted(before.values()))
+    whole = assign_unique(
+        codes_NL[fresh_N], residual_NZ[fresh_N], books, names[fresh_N], occupied=occupied, method="exact"
+    )
+    assert [after[name] for name in names[fresh_N]] == [tuple(row) for row in whole.codes_NL.tolist()]
+    # Two releases later the quarantine is over.
+    third = assigned(later, found, base_on(later, found, second), keeps=True)
+    assert third.metrics["ledger"]["kept"] == 3250 and third.metrics["encoded"] == 0
+    assert ids_of(later, third) == after and third.extends["ids"] == [second.digest, first.digest]
+
+
+def test_a_full_re_id_reports_its_churn(world, tmp_path):
+    folder, recipe, parts = world
+    first = assigned(recipe, parts)
+    before, base = ids_of(recipe, first), base_on(recipe, parts, first)
+    gone, new = grown(folder, tmp_path, drop=50, add=100, seed=4)
+    later = recipe_of(tmp_path).model_copy(update={"store": recipe.store, "seed": 3})
+    found = parts_of(later, "quantizer")
+    job = Job(recipe=later, store=Store(later.store), peak=cluster.PeakMemory(), base=base)
+    aligned = realign.run(job, found)
+    assert np.mean(aligned.metrics["agreement_after"]) > np.mean(aligned.metrics["agreement_before"])
+    second = assigned(later, found | {"quantizer": aligned}, base)
+    after, churn = ids_of(later, second), second.metrics["churn"]
+    assert not {before[name] for name in gone} & set(after.values())
+    common = sorted(set(before) & set(after))
+    expected = [np.mean([before[n][:m] != after[n][:m] for n in common]) for m in (1, 2, 3)]
+    assert churn["after"]["prefix_churn"] == pytest.approx(expected) and churn["after"]["common"] == len(common)
+    assert churn["before"]["prefix_churn"][0] > churn["after"]["prefix_churn"][0]
+    named = {docid: name for name, docid in before.items()}
+    reused = {docid for name, docid in after.items() if named.get(docid, name) != name}
+    assert churn["after"]["addresses_reused"] == len(reused) and churn["after"]["addresses"] == len(before)
+    ledger = second.metrics["ledger"]
+    assert (
+        ledger["kept"] == sum(before[n] == after[n] for n in common)
+        and ledger["retired"] == 50
+        and ledger["new"] == 100
+    )
