@@ -84,7 +84,8 @@ def row_of(name: str, day: Base) -> dict:
     quality, churn = metrics["quality"], metrics["churn"]
     return {
         "name": name, "products": metrics["documents"], "encoded": metrics["encoded"], "ledger": metrics["ledger"],
-        "churn": churn and churn["after"]["prefix_churn"], "churn_before": churn and churn.get("before", {}).get("prefix_churn"),
+        "churn": churn and churn["after"]["prefix_churn"],
+        "churn_before": churn and churn.get("before", {}).get("prefix_churn"),
         "reused": churn and churn["after"]["address_reuse"], "collision_rate": metrics["collision_rate_before"],
         "purity": quality["final"]["purity"], "ami": quality["final"]["ami"], "moved_share": quality["displacement"]["moved_share"],
         "mean_cost": quality["displacement"]["mean_cost"], "seconds": metrics["seconds"],
@@ -113,7 +114,7 @@ def shares(values: list[float] | None, form: str = ".1%") -> str:
 
 def report(rows: list[dict], recipe: Recipe, encoder: str, name: str, notes: str) -> str:
     lines = [
-        "| run | products | encoded | first 1 … L tokens changed | … had it not been realigned | IDs that name another product | "
+        "| run | products | encoded | first 1 … L tokens changed | … without realignment | IDs that name another product | "
         "collisions before | purity of 1, 2, 3 tokens | AMI of 1, 2, 3 tokens | moved | mean cost of a move |",
         "|---|---:|---:|---|---|---:|---:|---|---|---:|---:|",
     ]
@@ -121,15 +122,16 @@ def report(rows: list[dict], recipe: Recipe, encoder: str, name: str, notes: str
         cost = "–" if row["mean_cost"] is None else f"{row['mean_cost']:.4f}"
         reused = "–" if row["reused"] is None else f"{row['reused']:.1%}"
         lines.append(
-            f"| {row['name']} | {row['products']:,} | {row['encoded']:,} | {shares(row['churn'])} | {shares(row['churn_before'])} | "
-            f"{reused} | {row['collision_rate']:.2%} | {shares(row['purity'], '.3f')} | {shares(row['ami'], '.3f')} | "
+            f"| {row['name']} | {row['products']:,} | {row['encoded']:,} | {shares(row['churn'])} | "
+            f"{shares(row['churn_before'])} | {reused} | {row['collision_rate']:.2%} | {shares(row['purity'], '.3f')} | {shares(row['ami'], '.3f')} | "
             f"{row['moved_share']:.2%} | {cost} |"
         )
     quantizer = recipe.quantizer
     return (
         f"# IDs through time on {name}\n\n"
         f"Written by `benchmarks/churn.py` with `jobs/recipes/compare_ids.yaml`: kind {quantizer.kind}, codes_per_level "
-        f"{list(quantizer.codes_per_level)}, epochs {quantizer.epochs}, batch {quantizer.batch}, latent {quantizer.latent}; one seed. "
+        f"{list(quantizer.codes_per_level)}, epochs {quantizer.epochs}, batch {quantizer.batch}, latent {quantizer.latent}; "
+        "one seed. "
         f"Embedding: {encoder} of title and description, without categories. Machine: {machine()}.\n\n"
         "Changes of an append are counted against the day before, those of a re-ID against day 0, on products of both. "
         "*Collisions before* are among the products that were encoded (in an append: the new ones, against all). Purity and AMI are "
