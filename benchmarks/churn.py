@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from home_depot import machine
 
-from benchmarks.home_depot import machine
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.store import Store
@@ -123,8 +123,8 @@ def report(rows: list[dict], recipe: Recipe, encoder: str, name: str, notes: str
         reused = "–" if row["reused"] is None else f"{row['reused']:.1%}"
         lines.append(
             f"| {row['name']} | {row['products']:,} | {row['encoded']:,} | {shares(row['churn'])} | "
-            f"{shares(row['churn_before'])} | {reused} | {row['collision_rate']:.2%} | {shares(row['purity'], '.3f')} | {shares(row['ami'], '.3f')} | "
-            f"{row['moved_share']:.2%} | {cost} |"
+            f"{shares(row['churn_before'])} | {reused} | {row['collision_rate']:.2%} | {shares(row['purity'], '.3f')} | "
+            f"{shares(row['ami'], '.3f')} | {row['moved_share']:.2%} | {cost} |"
         )
     quantizer = recipe.quantizer
     return (
@@ -134,8 +134,8 @@ def report(rows: list[dict], recipe: Recipe, encoder: str, name: str, notes: str
         "one seed. "
         f"Embedding: {encoder} of title and description, without categories. Machine: {machine()}.\n\n"
         "Changes of an append are counted against the day before, those of a re-ID against day 0, on products of both. "
-        "*Collisions before* are among the products that were encoded (in an append: the new ones, against all). Purity and AMI are "
-        "those of all published IDs. *Moved* are products whose code de-duplication changed in that run, *cost* the squared "
+        "*Collisions before* are among the products that were encoded (in an append: the new ones, against all). Purity and AMI "
+        "are those of all published IDs. *Moved* are products whose code de-duplication changed in that run, *cost* the squared "
         "distance that this added.\n\n" + "\n".join(lines) + f"\n\n{notes}"
     )
 
