@@ -45,6 +45,7 @@ class CatalogRecipe(Section):
         paper="4.1 keeps products of depth 3 and more", ge=0,
     )  # fmt: skip
     max_category_depth: int = setting(3, "H: deeper paths are cut", unit="levels", paper="4.1; 3.1 demands H < L", ge=1)
+    workers: int = setting(2, "actors that read and check", unit="actors", operational=True, ge=1)
     max_bad_fraction: float = setting(0.01, "bad rows above which the job fails", unit="share of rows", ge=0, le=1)
 
     @model_validator(mode="after")

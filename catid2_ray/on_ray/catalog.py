@@ -5,7 +5,6 @@ of the set of rows, duplicates meet in one part, and later joins of pairs with p
 uniform random samples of the catalogue, which fits of bounded size use.
 """
 
-import json
 from collections import Counter
 from typing import NamedTuple
 
@@ -13,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 
 from catid2_ray.artifacts import schemas
 from catid2_ray.artifacts.manifest import Attempt, Manifest
@@ -24,11 +22,12 @@ from catid2_ray.catalog.synthetic import generate
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.config import CatalogRecipe
 from catid2_ray.errors import InputError
-from catid2_ray.on_ray import progress
-from catid2_ray.on_ray.parts import our_errors
+from catid2_ray.on_ray.groups import read_group, write_groups
+from catid2_ray.on_ray.parts import map_parts
 from catid2_ray.on_ray.pipeline import Job
 
 _NAMED_BAD_ROWS = 10
+_PIECE_ROWS = 262_144  # read at a time, or one row group of the source where that is larger
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
@@ -103,12 +102,13 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
         raise InputError(f"the catalogue {source.uri} is empty: products has no rows")
     part_count = -(-rows // recipe.rows_per_part)
     arguments = {"store": job.store, "folder": attempt.folder, "recipe": recipe, "width": width}
-    products = _partition(source, tables["products"], "products", part_count, _WriteProducts, arguments)
+    products = _partition(source, tables["products"], part_count, _WriteProducts, arguments)
     _refuse_bad(source, "products", rows, products, recipe)
     pairs = []
     if tables["pairs"].files:
-        pairs = _partition(source, tables["pairs"], "pairs", part_count, _WritePairs, arguments)
+        pairs = _partition(source, tables["pairs"], part_count, _WritePairs, arguments)
     _refuse_bad(source, "pairs", tables["pairs"].rows, pairs, recipe)
+    job.store.delete_folder(attempt.name("exchange"))
 
     paths = Counter()
     for result in products:
@@ -136,19 +136,28 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
 
 
 class _Source(NamedTuple):
-    """A source table before it is read: its files, their rows in all, and the columns that they share."""
+    """A source table before it is read: its files, the columns that they share, and pieces of them to be read at a time."""
 
     files: list[str]
-    rows: int
     columns: list[str]
+    pieces: list[dict]
+
+    @property
+    def rows(self) -> int:
+        return sum(piece["rows"] for piece in self.pieces)
 
 
 def _inspect(source: Store, table: str, writer: type) -> _Source:
     """Read every footer. InputError where a needed column is missing, or a used one is in some files only."""
-    files, rows, columns = _files(source, table), 0, None
+    files, pieces, columns = _files(source, table), [], None
     for name in files:
         opened = source.parquet_file(name)
-        rows += opened.metadata.num_rows
+        for group in range(opened.metadata.num_row_groups):
+            rows = opened.metadata.row_group(group).num_rows
+            if not pieces or pieces[-1]["file"] != name or pieces[-1]["rows"] + rows > _PIECE_ROWS:
+                pieces.append({"file": name, "groups": [], "rows": 0})
+            pieces[-1]["groups"].append(group)
+            pieces[-1]["rows"] += rows
         present = opened.schema_arrow.names
         missing = sorted(set(writer.needed) - set(present))
         if missing:
@@ -163,7 +172,7 @@ def _inspect(source: Store, table: str, writer: type) -> _Source:
                 f"{', '.join(columns)}: all files of a table must agree"
             )
         columns = used
-    return _Source(files, rows, columns)
+    return _Source(files, columns, pieces)
 
 
 def part_of(product_ids: pa.ChunkedArray, parts: int) -> np.ndarray:
@@ -172,21 +181,49 @@ def part_of(product_ids: pa.ChunkedArray, parts: int) -> np.ndarray:
     return (pd.util.hash_array(keys, categorize=False) % np.uint64(parts)).astype(np.int32)
 
 
-def _add_part(table: pa.Table, part_count: int) -> pa.Table:
-    return table.append_column("part", pa.array(part_of(table["product_id"], part_count)))
+class _Spread:
+    """Actor: a piece of a source file in, its rows by part out."""
+
+    def __init__(self, *, source: Store, store: Store, exchange: str, columns: list[str], parts: int):
+        self.source, self.store, self.exchange, self.columns, self.parts = source, store, exchange, columns, parts
+
+    def __call__(self, spec: dict) -> dict:
+        table = self.source.parquet_file(spec["file"]).read_row_groups(spec["groups"], columns=self.columns)
+        table = table.cast(pa.schema([field.with_type(_plain(field.type)) for field in table.schema]))
+        name = f"{self.exchange}-{spec['position']:05d}.arrow"
+        write_groups(self.store, name, table, part_of(table["product_id"], self.parts), self.parts)
+        return {"position": spec["position"]}
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type without dictionaries, of which a file for groups can hold but one."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    return pa.list_(_plain(kind.value_type)) if pa.types.is_list(kind) else kind
 
 
 class _WriteProducts:
+    table = "products"
     wanted = ("product_id", "title", "description", "category_path", "value", "embedding")
     needed = ("product_id", "title")
 
-    def __init__(self, *, store: Store, folder: str, recipe: CatalogRecipe, width: int | None):
+    def __init__(
+        self, *, store: Store, folder: str, recipe: CatalogRecipe, width: int | None, exchange: str, pieces: int
+    ):  # fmt: skip
         self.store, self.folder, self.recipe, self.width = store, folder, recipe, width
+        self.exchange, self.pieces = exchange, pieces
 
-    def __call__(self, group: pa.Table) -> pa.Table:
-        part = group["part"][0].as_py()
+    def __call__(self, spec: dict) -> dict:
+        part = spec["position"]
+        found = [
+            read_group(self.store, f"{self.exchange}-{piece:05d}.arrow", part) for piece in range(self.pieces)
+        ]  # fmt: skip
+        return {"position": part, **self.write(part, pa.concat_tables(found, promote_options="permissive"))}
+
+    def write(self, part: int, group: pa.Table) -> dict:
+        """Check the rows of a part and write those that are good; what was found."""
         checked = check_products(
-            group.drop_columns(["part"]),
+            group,
             width=self.width,
             min_category_depth=self.recipe.min_category_depth,
             max_category_depth=self.recipe.max_category_depth,
@@ -197,7 +234,7 @@ class _WriteProducts:
             part, table, checked, "part", paths=[[list(path), count] for path, count in sorted(paths.items())]
         )
 
-    def _result(self, part: int, table: pa.Table, checked, prefix: str, **more) -> pa.Table:
+    def _result(self, part: int, table: pa.Table, checked, prefix: str, **more) -> dict:
         files = []
         if table.num_rows:
             files.append({**self.store.write_table(f"{self.folder}/{prefix}-{part:05d}.parquet", table), "part": part})
@@ -208,8 +245,7 @@ class _WriteProducts:
                 )
             )
         rows = checked.bad.slice(0, _NAMED_BAD_ROWS).to_pylist()
-        result = {
-            "part": part,
+        return {
             "good": table.num_rows,
             "bad": checked.bad.num_rows,
             "first_bad": [f"{row['product_id']!r}: {row['reason']}" for row in rows],
@@ -219,15 +255,14 @@ class _WriteProducts:
             "files": files,
             **more,
         }
-        return pa.table({"result": [json.dumps(result)]})
 
 
 class _WritePairs(_WriteProducts):
+    table = "pairs"
     wanted = needed = tuple(schemas.PAIRS.names)
 
-    def __call__(self, group: pa.Table) -> pa.Table:
-        part = group["part"][0].as_py()
-        checked = check_pairs(group.drop_columns(["part"]))
+    def write(self, part: int, group: pa.Table) -> dict:
+        checked = check_pairs(group)
         table = schemas.conform(checked.good, schemas.PAIRS, where=f"pairs, part {part}")
         highest = pc.max(table.filter(pc.field("split") == "train")["relevance"]).as_py()
         return self._result(part, table, checked, "pairs/part", train_relevance_max=highest or 0.0)
@@ -238,26 +273,21 @@ def _general(reason: str) -> str:
     return " ".join("…" if any(c.isdigit() for c in word) else word for word in reason.split())
 
 
-def _partition(source: Store, found: _Source, table: str, part_count: int, writer: type, arguments: dict) -> list[dict]:
-    """One Ray Data pass: read the wanted columns, group by part, check and write each part. Results in order of parts."""
-    wanted = [name for name in found.columns if name != "embedding" or arguments["width"]]
-    paths = [source.path(name) for name in found.files]
-    dataset = ray.data.read_parquet(paths, filesystem=source.arrow_fs, columns=wanted)
-    write = writer(**arguments)
-
-    def write_part(group: pa.Table) -> pa.Table:
-        return write(group)
-
-    dataset = dataset.map_batches(_add_part, fn_args=(part_count,), batch_format="pyarrow", batch_size=None)
-    dataset = dataset.groupby("part", num_partitions=min(part_count, 200)).map_groups(
-        write_part, batch_format="pyarrow"
-    )
-    results = []
-    with our_errors(), progress.bar(f"reading {table}", part_count, "parts") as shown:
-        for row in dataset.iter_rows():
-            results.append(json.loads(row["result"]))
-            shown.advance(1)
-    return sorted(results, key=lambda result: result["part"])
+def _partition(source: Store, found: _Source, part_count: int, writer: type, arguments: dict) -> list[dict]:
+    """Bring the rows of each part together, then check and write it. Results in order of parts."""
+    store, folder, recipe = arguments["store"], arguments["folder"], arguments["recipe"]
+    columns = [name for name in found.columns if name != "embedding" or arguments["width"]]
+    exchange = f"{folder}/exchange/{writer.table}"
+    map_parts(
+        _Spread,
+        {"source": source, "store": store, "exchange": exchange, "columns": columns, "parts": part_count},
+        found.pieces, workers=recipe.workers, label=f"reading {writer.table}", unit="rows",
+    )  # fmt: skip
+    specs = [{"rows": found.rows // part_count} for _ in range(part_count)]
+    arguments = {**arguments, "exchange": exchange, "pieces": len(found.pieces)}
+    return map_parts(
+        writer, arguments, specs, workers=recipe.workers, label=f"checking {writer.table}", unit="rows"
+    )  # fmt: skip
 
 
 def _refuse_bad(source: Store, table: str, rows: int, results: list[dict], recipe: CatalogRecipe) -> None:

@@ -20,7 +20,9 @@ from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError
 from catid2_ray.evaluation import figures
 from catid2_ray.evaluation.pages import ids_page
+from catid2_ray.on_ray import catalog
 from catid2_ray.on_ray.arrays import matrix
+from catid2_ray.on_ray.base import base_of
 from catid2_ray.on_ray.catalog import read_sample
 from catid2_ray.on_ray.compare import variant
 from catid2_ray.on_ray.embed import tree_of
@@ -38,7 +40,7 @@ def ids_report(recipe: Recipe, *, beside: str | None = None) -> str:
     Raises ArtifactError that names the job to run where IDs are not assigned yet.
     """
     with Job.open(recipe, only=()) as job:
-        parts = chain(job, "ids")
+        parts = _appended(job) or chain(job, "ids")
         quality = parts["ids"].metrics["quality"]
         numbers = {**quality["raw"], **{name: value for name, value in quality.items() if name not in ("raw", "final")}}
         # On the published IDs, as the rest of the page; the raw codes are what collides and what is in use.
@@ -53,6 +55,15 @@ def ids_report(recipe: Recipe, *, beside: str | None = None) -> str:
             _examples(sample, other),
             title=f"IDs of {recipe.name}: {recipe.quantizer.kind}",
         )
+
+
+def _appended(job: Job) -> dict[str, Manifest] | None:
+    """The parts of the current release where it is this catalogue appended to an earlier one: no recipe makes those anew."""
+    found = catalog.run(job, {})
+    base = base_of(job.store, job.recipe, found)
+    if base and "append" in base.parts["ids"].settings and base.parts["catalog"].digest == found.digest:
+        return base.parts
+    return None
 
 
 def _sample(job: Job, parts: dict[str, Manifest]) -> dict:
