@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--part-rows", type=int, default=131_072, help="catalog.rows_per_part")
     parser.add_argument("--bucket-rows", type=int, default=1_000_000, help="ids.bucket_rows")
-    parser.add_argument("--object-store-mb", type=int, default=1500, help="of the Ray that is started")
+    parser.add_argument("--object-store-mb", type=int, default=400, help="of the Ray that is started")
     parser.add_argument("--method", default="exact")
     parser.add_argument("--folder", help="where the catalogue and the store lie meanwhile; default: a temporary folder")
     parser.add_argument("--json", help="write the figures to this file")

@@ -32,11 +32,14 @@ from catid2_ray.on_ray.pipeline import Job
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "jobs" / "recipes" / "compare_ids.yaml"
 STEPS, GROWTH = 5, 0.05
+GENTLE = {"quantizer.warm_start": True, "ids.realign": True, "quantizer.epochs": 5}
 RE_IDS = {
     "cold": {"quantizer.warm_start": False, "ids.realign": False},
     "cold, realigned": {"quantizer.warm_start": False, "ids.realign": True},
     "warm": {"quantizer.warm_start": True, "ids.realign": False},
     "warm, realigned": {"quantizer.warm_start": True, "ids.realign": True},
+    "warm, realigned, 5 epochs at a tenth of the rate": GENTLE | {"quantizer.learning_rate": 2e-4},
+    "warm, realigned, 5 epochs at a hundredth": GENTLE | {"quantizer.learning_rate": 2e-5},
 }
 
 

@@ -98,6 +98,11 @@ def publish(store: Store, manifests: dict[str, Manifest], *, after: int | None =
             f"current/{number + 1:010d}.json", json.dumps({"release": release.name, "by": uuid.uuid4().hex}).encode()
         )
     except CommitConflict:
+        if after is not None and number < after:
+            raise ReleaseError(
+                f"the record of what is current in {store.uri} was deleted while this job ran; release {release.name} is "
+                "stored but not current. Rerun to publish it as the first of a new history"
+            ) from None
         raise CommitConflict(
             f"another job published to {store.uri} while this one ran; release {release.name} is stored but not current, and "
             "nothing was lost. Look at what is current, and rerun to build on top of it"

@@ -207,9 +207,10 @@ class Store:
     def open(self, name: str):
         """An Arrow file for reading at random; a local one is mapped into memory, not read."""
         with self._doing("read", name):
-            opened = self.arrow_fs.open_input_file(self.path(name)) if self.is_s3 else pa.memory_map(self.path(name))
-            with opened:
-                yield opened
+            # Without a cache: what is read is small pieces here and there, not the file from there to its end.
+            opened = pa.PythonFile(self.fs.open(self.path(name), "rb", cache_type="none"), "r") if self.is_s3 else None
+            with opened or pa.memory_map(self.path(name)) as source:
+                yield source
 
     def parquet_files(self, name: str) -> list[str]:
         """The table `name`: `name.parquet`, or every .parquet below the folder `name`; StorageError where there is neither."""

@@ -40,7 +40,9 @@ class IdsRecipe(Section):
         None, "share of the products of both releases whose ID changes, above which a full re-ID is not published",
         unit="share", operational=True, ge=0, le=1,
     )  # fmt: skip
-    workers: int = setting(2, "actors that encode", unit="actors", operational=True, ge=1)
+    workers: int = setting(
+        2, "actors that encode, resolve and write IDs, and make examples", unit="actors", operational=True, ge=1
+    )  # fmt: skip
 
 
 class GeneratorRecipe(TrainingRecipe):

@@ -88,7 +88,7 @@ def _churn(figures: Mapping) -> Section:
     counts = ", ".join(f"{name} {figures['ledger'][name]:,}" for name in ("kept", "new", "moved", "retired"))
     title = f"Since release {base} (products: {counts})"
     if not churn:
-        return Section(title, ["", "figure"], [["IDs of another kind or geometry: nothing to compare", ""]])
+        return Section(title, ["", "figure"], [["IDs of this kind or with other levels are not followed", ""]])
     after, before = churn["after"], churn.get("before")
     rows = [["first tokens changed", *(_number(share, ".1%") for share in after["prefix_churn"])]]
     if before:

@@ -1,7 +1,8 @@
 """The ledger: what became of every product's ID, release after release.
 
-Unusual: a product that leaves stays as a tombstone for good, with the ID it had; `quarantine` says for how many
-releases nobody else gets that ID. Every row follows from the same product's rows alone, so that tables cut by a hash of
+Unusual: a product that leaves stays as a tombstone for good, with the ID it had and the release in which that ID is free
+again. The latter is settled when it leaves, for an ID given to another product must not be claimed by a tombstone because
+the quarantine was raised since. Every row follows from the same product's rows alone, so that tables cut by a hash of
 product_id can be advanced apart; only the check for IDs held twice then sees one cut at a time.
 
 N products of a release, M rows of a ledger or of a list of IDs, L levels.
@@ -35,6 +36,7 @@ class _Rows(NamedTuple):
     codes_ML: np.ndarray
     status_M: np.ndarray
     since_M: np.ndarray
+    until_M: np.ndarray
     cost_M: np.ndarray
 
     @property
@@ -44,13 +46,16 @@ class _Rows(NamedTuple):
 
 def schema(levels: int) -> pa.Schema:
     """`since`: number of the release since which the product has this ID; of a tombstone, since which it is gone.
-    `cost`: squared distance that de-duplication added, in the latent's unit. No column holds nulls."""
+    `until`: of a tombstone, number of the first release in which its ID is free again: the ID is reserved in releases with
+    a number < until; 0 of a live product. `cost`: squared distance that de-duplication added, in the latent's unit. No
+    column holds nulls."""
     return pa.schema(
         [
             ("product_id", pa.string()),
             ("codes", pa.list_(pa.int32(), levels)),
             ("status", pa.dictionary(pa.int8(), pa.string())),
             ("since", pa.int32()),
+            ("until", pa.int32()),
             ("cost", pa.float32()),
         ]
     )
@@ -60,23 +65,25 @@ def first(product_ids, codes_NL, cost_N, *, number: int, shared: bool = False) -
     """The ledger of a first release: every product is new since `number`. Arguments and errors as for `advance`."""
     ids, codes_NL, cost_N = _release(product_ids, codes_NL, cost_N, shared)
     number_N = np.full(len(ids), _natural("number", number), np.int32)
-    return _table(ids, codes_NL, np.full(len(ids), NEW, np.int8), number_N, cost_N)
+    return _table(ids, codes_NL, np.full(len(ids), NEW, np.int8), number_N, np.zeros(len(ids), np.int32), cost_N)
 
 
-def advance(previous, product_ids, codes_NL, cost_N, *, number: int, shared: bool = False) -> pa.Table:
+def advance(previous, product_ids, codes_NL, cost_N, *, number: int, quarantine: int, shared: bool = False) -> pa.Table:
     """The ledger of release `number`, whose products are all in `product_ids`.
 
     `previous`: the ledger of the release before. `product_ids`: N different strings in any order; `codes_NL`: integers
-    of at least 0; `cost_N`: floats. `shared`: products may share IDs (clusters). A product is
+    of at least 0; `cost_N`: floats. `quarantine`: releases, `number` the first of them, in which nobody else gets the ID of
+    a product that leaves in this one; for nothing else. `shared`: products may share IDs (clusters). A product is
 
     - kept, `since` unchanged, with the codes it had; moved, since `number`, with other codes;
     - new, since `number`, when `previous` does not have it, or has a tombstone with other codes;
-    - kept, since `number`, when it returns to the ID of its own tombstone;
-    - retired, since `number`, when it was live and is not among `product_ids`; old tombstones stay as they are.
+    - kept, since `number`, when it returns to the ID of its own tombstone, before or after that ID was free again;
+    - retired, since `number` and until `number` + `quarantine` (2^31 − 1 at most), when it was live and is not among
+      `product_ids`; old tombstones stay as they are.
 
     Raises InputError for repeated product_ids, tables of different lengths, another number of levels than in
-    `previous`, a number that is not larger than every `since` in it, an ID that two live products hold (unless
-    `shared`), costs that are not finite, and a previous ledger that is damaged.
+    `previous`, a number that is not larger than every `since` in it, a negative quarantine, an ID that two live
+    products hold (unless `shared`), costs that are not finite, and a previous ledger that is damaged.
     """
     old = _opened(previous)
     ids, codes_NL, cost_N = _release(product_ids, codes_NL, cost_N, shared)
@@ -100,54 +107,58 @@ def advance(previous, product_ids, codes_NL, cost_N, *, number: int, shared: boo
 
     gone_M = np.ones(len(old.ids), bool)
     gone_M[found_P] = False
+    free = min(operator.index(number) + _natural("quarantine", quarantine), 2**31 - 1)
     since_M = np.where(old.live_M, np.int32(number), old.since_M)[gone_M]
+    until_M = np.where(old.live_M, np.int32(free), old.until_M)[gone_M]
     return _table(
         pa.concat_arrays([ids, old.ids.filter(pa.array(gone_M))]),
         np.concatenate([codes_NL, old.codes_ML[gone_M]]),
         np.concatenate([status_N, np.full(len(since_M), RETIRED, np.int8)]),
         np.concatenate([since_N, since_M]),
+        np.concatenate([np.zeros(len(ids), np.int32), until_M]),
         np.concatenate([cost_N, old.cost_M[gone_M]]),
     )
 
 
-def occupied(ledger, *, number: int, quarantine: int, shared: bool = False) -> np.ndarray:
+def occupied(ledger, *, number: int, shared: bool = False) -> np.ndarray:
     """int32 M×L, sorted, no duplicates: the IDs that release `number` must not give to a product without one.
 
-    These are the IDs of live products and of tombstones younger than `quarantine` releases: an ID that was gone in
-    release r is free again in release r + quarantine. For an append, where products that stay keep their IDs.
+    These are the IDs of live products and of tombstones with number < until. For an append, where products that stay keep
+    their IDs.
 
     A product that is live in `ledger` and leaves in release `number` still occupies its ID in that release, whatever
     the quarantine: it goes to nobody else before release number + 1. So quarantine 0 and 1 are the same here; in
-    `withheld` they are not. Raises InputError for a number that does not follow, a negative quarantine, an ID that two
-    live products hold (unless `shared`), and a damaged ledger.
+    `withheld` they are not. Raises InputError for a number that does not follow, an ID that two live products hold (unless
+    `shared`), and a damaged ledger.
     """
     rows = _live_once(_opened(ledger), shared)
-    return _different(rows.codes_ML[_reserved(rows, number, quarantine)])
+    return _different(rows.codes_ML[_reserved(rows, number)])
 
 
 def withheld(ledger, product_ids, *, number: int, quarantine: int) -> np.ndarray:
     """int32 M×L, sorted, no duplicates: the IDs that release `number` must not give to anyone when it gives every
     product of `product_ids` an ID anew (a full re-ID).
 
-    These are the IDs in quarantine of products that are not in `product_ids`: of tombstones younger than `quarantine`
-    releases, and of products live in `ledger`, whose tombstone begins with release `number`; with quarantine 0 there
-    are none. A product that stays or returns withholds nothing: its old ID may go to any product at once, unless the
-    tombstone of another withholds it.
+    These are the IDs of products that are not in `product_ids`: of tombstones with number < until, whatever the quarantine
+    is now, and, unless it is 0, of products live in `ledger`, which leave in release `number`. A product that
+    stays or returns withholds nothing: its old ID may go to any product at once, unless the tombstone of another
+    withholds it.
 
     Holds by product, so the IDs of a whole catalogue are those of its parts by a hash of product_id together. Raises
-    InputError for repeated product_ids, and as `occupied` does: IDs that products share (clusters) are not for it.
+    InputError for repeated product_ids, a negative quarantine, and as `occupied` does: IDs that products share (clusters)
+    are not for it.
     """
     rows, ids = _live_once(_opened(ledger)), id_column(product_ids)
     refuse_repeats(ids.take(pc.sort_indices(ids)), "the release")
-    _follows(rows, number)
     gone_M = ~pc.is_in(rows.ids, value_set=ids).to_numpy(zero_copy_only=False)
-    since_M = np.where(rows.live_M, operator.index(number), rows.since_M)
-    return _different(rows.codes_ML[gone_M & (operator.index(number) - since_M < _natural("quarantine", quarantine))])
+    if not _natural("quarantine", quarantine):
+        gone_M &= ~rows.live_M
+    return _different(rows.codes_ML[gone_M & _reserved(rows, number)])
 
 
-def held(ledger, product_ids, *, number: int, quarantine: int) -> Held:
+def held(ledger, product_ids, *, number: int) -> Held:
     """Which of `product_ids` have an ID that is theirs in release `number`: live ones, and those that return while
-    their tombstone is in quarantine. All others need an ID outside `occupied`.
+    their tombstone still reserves it (number < until). All others need an ID outside `occupied`.
 
     Raises InputError for repeated product_ids and as `occupied` does, but for shared IDs.
     """
@@ -155,7 +166,7 @@ def held(ledger, product_ids, *, number: int, quarantine: int) -> Held:
     refuse_repeats(ids.take(pc.sort_indices(ids)), "the release")
     row_N = pc.index_in(ids, value_set=rows.ids).fill_null(-1).to_numpy(zero_copy_only=False)
     held_N = row_N >= 0
-    held_N[held_N] = _reserved(rows, number, quarantine)[row_N[held_N]]
+    held_N[held_N] = _reserved(rows, number)[row_N[held_N]]
     codes_NL = np.full((len(ids), rows.codes_ML.shape[1]), -1, np.int32)
     cost_N = np.zeros(len(ids), np.float32)
     codes_NL[held_N], cost_N[held_N] = rows.codes_ML[row_N[held_N]], rows.cost_M[row_N[held_N]]
@@ -168,10 +179,10 @@ def counts(ledger) -> dict:
     return dict(zip(STATUSES, number_S, strict=True)) | {"live": sum(number_S[:RETIRED])}
 
 
-def _reserved(rows, number, quarantine):
-    """bool M: the ID is a live product's, or its tombstone is younger than `quarantine` releases."""
+def _reserved(rows, number):
+    """bool M: the ID is a live product's, or of a tombstone that reserves it in release `number`."""
     _follows(rows, number)
-    return rows.live_M | (operator.index(number) - rows.since_M < _natural("quarantine", quarantine))
+    return rows.live_M | (operator.index(number) < rows.until_M)
 
 
 def _natural(name, value):
@@ -223,11 +234,12 @@ def _release(product_ids, codes_NL, cost_N, shared):
 def _opened(ledger) -> _Rows:
     """The columns of a ledger, or InputError that says in what it is damaged."""
     try:
-        columns = {name: _one_chunk(ledger[name]) for name in ("product_id", "codes", "status", "since", "cost")}
+        columns = {name: _one_chunk(ledger[name]) for name in schema(1).names}
         levels = columns["codes"].type.list_size
         ids, status = columns["product_id"].cast(pa.string()), columns["status"].cast(pa.string())
         codes_ML = columns["codes"].cast(pa.list_(pa.int32(), levels)).flatten().to_numpy(zero_copy_only=False)
-        since, cost = columns["since"].cast(pa.int32()), columns["cost"].cast(pa.float32())
+        since, until = columns["since"].cast(pa.int32()), columns["until"].cast(pa.int32())
+        cost = columns["cost"].cast(pa.float32())
     except (KeyError, AttributeError, TypeError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"the ledger does not have the columns {', '.join(schema(1).names)}: {error}") from None
     status = pc.index_in(status, value_set=pa.array(STATUSES))
@@ -244,18 +256,33 @@ def _opened(ledger) -> _Rows:
         raise InputError(
             "the ledger is damaged: its product_ids are not in ascending order, each once; restore it from its release"
         )
-    return _Rows(
-        ids, codes_ML.reshape(len(ids), levels), status.to_numpy().astype(np.int8), since.to_numpy(), cost.to_numpy()
+    rows = _Rows(
+        ids,
+        codes_ML.reshape(len(ids), levels),
+        status.to_numpy().astype(np.int8),
+        since.to_numpy(),
+        until.to_numpy(),
+        cost.to_numpy(),
     )
+    wrong = np.flatnonzero(np.where(rows.live_M, rows.until_M != 0, rows.until_M < rows.since_M))
+    if len(wrong):
+        row = wrong[0]
+        raise InputError(
+            f"the ledger is damaged: product_id {ids[row].as_py()!r} is {STATUSES[rows.status_M[row]]} since release "
+            f"{rows.since_M[row]} and has until {rows.until_M[row]}, one of {len(wrong)}: live products have 0, tombstones "
+            f"no less than since; restore it from its release"
+        )
+    return rows
 
 
-def _table(ids, codes_ML, status_M, since_M, cost_M):
+def _table(ids, codes_ML, status_M, since_M, until_M, cost_M):
     levels = codes_ML.shape[1]
     columns = [
         ids,
         pa.FixedSizeListArray.from_arrays(pa.array(codes_ML.ravel()), levels),
         pa.DictionaryArray.from_arrays(pa.array(status_M), pa.array(STATUSES)),
         pa.array(since_M),
+        pa.array(until_M),
         pa.array(cost_M),
     ]
     order = pc.sort_indices(ids)

@@ -11,7 +11,7 @@ from catid2_ray.errors import RecipeError, ReleaseError
 from catid2_ray.on_ray import catalog, embed, evaluate, progress
 from catid2_ray.on_ray.assign import stage as assign
 from catid2_ray.on_ray.base import Base, open_base
-from catid2_ray.on_ray.pipeline import Job
+from catid2_ray.on_ray.pipeline import Job, check_codes
 
 _MADE = ("catalog", "embeddings", "ids", "evaluation")
 
@@ -19,8 +19,9 @@ _MADE = ("catalog", "embeddings", "ids", "evaluation")
 def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
     """The parts of the next release, not published yet. Where the catalogue is the current release's, those of the latter.
 
-    Raises ReleaseError where there is no release to append to or its quantizer is not the one that its IDs were made
-    with, RecipeError where the recipe asks for other embeddings, codes or IDs than the release has.
+    Raises ReleaseError where there is no release to append to or its parts do not belong together, its IDs having been made
+    with another quantizer, say; RecipeError where the recipe or the catalogue asks for another encoder, quantizer or kind of
+    IDs than the release has.
     """
     with Job.open(recipe, only=_MADE) as job:
         job.pointer, name = releases.pointer(job.store)
@@ -36,6 +37,7 @@ def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
         parts["catalog"] = catalog.run(job, {})
         if parts["catalog"].digest == job.base.parts["catalog"].digest:
             return dict(job.base.parts), job
+        check_codes(recipe, parts["catalog"])
         parts["embeddings"] = embed.run(job, parts, frozen=job.base.parts)
         parts["ids"] = assign.run(job, parts, keeps=True)
         if parts["catalog"].metrics["pairs_table"]:
@@ -48,12 +50,7 @@ def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
 
 
 def _refuse_others(recipe: Recipe, base: Base) -> None:
-    ids, quantizer = base.parts["ids"], base.parts["quantizer"]
-    if ids.parents["quantizer"] != quantizer.digest:
-        raise ReleaseError(
-            f"release {base.release.name}: its IDs were made with quantizer {ids.parents['quantizer'][:12]}, but it holds "
-            f"{quantizer.digest[:12]}; new products would get codes of another meaning. Publish a full re-ID instead"
-        )
+    ids = base.parts["ids"]
     if ids.metrics["ids"] != "unique":
         raise RecipeError(
             f"release {base.release.name} has IDs of kind {ids.metrics['ids']!r}, and only unique IDs can be appended to: others "
@@ -64,7 +61,7 @@ def _refuse_others(recipe: Recipe, base: Base) -> None:
         f"{section}.{name} is {value!r}, the release has {had!r}"
         for section in ("embedding", "quantizer")
         for name, value in getattr(recipe, section).identity().items()
-        if value != (had := getattr(made_by, section).identity()[name])
+        if name != "warm_start" and value != (had := getattr(made_by, section).identity()[name])
     ]
     if differ:
         raise RecipeError(

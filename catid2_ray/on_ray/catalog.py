@@ -105,7 +105,7 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
     products = _partition(source, tables["products"], part_count, _WriteProducts, arguments)
     _refuse_bad(source, "products", rows, products, recipe)
     pairs = []
-    if tables["pairs"].files:
+    if tables["pairs"].rows:
         pairs = _partition(source, tables["pairs"], part_count, _WritePairs, arguments)
     _refuse_bad(source, "pairs", tables["pairs"].rows, pairs, recipe)
     job.store.delete_folder(attempt.name("exchange"))

@@ -32,8 +32,8 @@ def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
     """Train and assign every kind with the seeds recipe.seed, recipe.seed + 1, …; what is committed is found, not made.
 
     RecipeError for an unknown kind or a seed count under 1; what the catalogue cannot be given is said before any run.
-    Every run's artefacts are those that a job of its recipe would make, except that all share the embeddings of
-    `recipe.seed`.
+    Every run's artefacts are those that a job of its recipe would make in a store without a release, except that all share
+    the embeddings of `recipe.seed`: a comparison builds on no release.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown or not kinds or seeds < 1:
@@ -46,22 +46,27 @@ def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
     rows = []
     with Job.open(recipe) as job:
         parts = chain(job, "embeddings")
+        job.base = None
         for each in variants:
             check_codes(each, parts["catalog"])
         for number, each in enumerate(variants):
             progress.event("compare", kind=each.quantizer.kind, seed=each.seed, run=f"{number + 1}/{len(variants)}")
-            rows.append(_run(dataclasses.replace(job, recipe=each), dict(parts)))
+            rows.append(_row(each, parts_of_kind(dataclasses.replace(job, recipe=each), parts)))
     return Comparison(rows, parts["catalog"])
 
 
-def _run(job: Job, parts: dict[str, Manifest]) -> dict:
-    queries = 0.0
+def parts_of_kind(job: Job, parts: dict[str, Manifest]) -> dict[str, Manifest]:
+    """`parts` (catalogue and embeddings) with the quantizer and the IDs of the job's kind, built on no release."""
+    parts = {name: parts[name] for name in ("catalog", "embeddings")}
     if job.recipe.quantizer.query_item:
         parts["queries"] = embed.run_queries(job, parts)
-        queries = parts["queries"].metrics["seconds"]
     parts["quantizer"] = train_quantizer.run(job, parts)
-    ids = assign.run(job, parts)
-    return row_of(job.recipe, parts["quantizer"], ids, seconds_before=queries)
+    return parts | {"ids": assign.run(job, parts)}
+
+
+def _row(recipe: Recipe, parts: dict[str, Manifest]) -> dict:
+    queries = parts["queries"].metrics["seconds"] if "queries" in parts else 0.0
+    return row_of(recipe, parts["quantizer"], parts["ids"], seconds_before=queries)
 
 
 def row_of(recipe: Recipe, quantizer: Manifest, ids: Manifest, *, seconds_before: float = 0.0) -> dict:

@@ -17,7 +17,7 @@ from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.config import EmbeddingRecipe
-from catid2_ray.errors import InputError
+from catid2_ray.errors import RecipeError
 from catid2_ray.on_ray import progress
 from catid2_ray.on_ray.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.catalog import part_specs, read_sample
@@ -41,13 +41,10 @@ def run(job: Job, parts: dict[str, Manifest], *, frozen: dict[str, Manifest] | N
         settings = {**recipe.identity(), "seed": job.recipe.seed, **model_identity(recipe.encoder)}
         if recipe.encoder == "lsa" and not frozen and job.base and job.recipe.quantizer.warm_start:
             parents["encoder"] = job.base.parts["embeddings"]
+            _refuse_another_encoder(settings, catalog, parents["encoder"], "quantizer.warm_start=false")
     if frozen:
         parents |= {"encoder": frozen["embeddings"], "tree": frozen["catalog"]}
-        if catalog.metrics["width"] not in (None, frozen["embeddings"].metrics["width"]):
-            raise InputError(
-                f"the catalogue's embeddings have width {catalog.metrics['width']}, those of the release "
-                f"{frozen['embeddings'].metrics['width']}: they come from another encoder. Run `catid2 reindex`"
-            )
+        _refuse_another_encoder(settings, catalog, frozen["embeddings"], "`catid2 reindex` instead of append")
     return job.produce("embeddings", settings, parents, lambda attempt: _embed(job, attempt, parents))
 
 
@@ -58,6 +55,23 @@ def model_identity(name: str) -> dict:
         return {}
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {"model_files": digest_of([[path.relative_to(folder).as_posix(), sha256_of(path)] for path in files])}
+
+
+def _refuse_another_encoder(settings: dict, catalog: Manifest, made: Manifest, way_out: str) -> None:
+    """Vectors of another encoder mean nothing to the quantizer of the release whose embeddings are `made`."""
+    had = made.settings
+    differ = [
+        f"{name} is {settings.get(name)!r}, the release has {had.get(name)!r}"
+        for name in sorted((settings.keys() | had.keys()) - {"seed"})
+        if settings.get(name) != had.get(name)
+    ]
+    if catalog.metrics["width"] not in (None, made.metrics["width"]):
+        differ.append(f"the column embedding has width {catalog.metrics['width']}, there {made.metrics['width']}")
+    if differ:
+        raise RecipeError(
+            f"the release's quantizer reads vectors of the release's encoder, but today's are others: {'; '.join(differ)} "
+            f"(given = a column of the table, model_files = the files of a local encoder). Bring the same ones, or use {way_out}"
+        )
 
 
 def _embed(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
@@ -93,6 +107,7 @@ def _embed(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest
         workers=recipe.workers,
         label="embedding products",
         unit="products",
+        actors=recipe.encoder != "lsa",
         num_gpus=recipe.gpus_per_worker,
     )
     files += [result["file"] for result in results]
@@ -218,7 +233,7 @@ def _embed_queries(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> 
     }  # fmt: skip
     results = map_parts(
         _EmbedQueries, arguments, part_specs(parents["catalog"]), workers=recipe.workers, label="embedding queries",
-        unit="products", num_gpus=recipe.gpus_per_worker,
+        unit="products", actors=recipe.encoder != "lsa", num_gpus=recipe.gpus_per_worker,
     )  # fmt: skip
     found = sum(result["found"] for result in results)
     if not found:

@@ -92,6 +92,7 @@ def score(
             workers=pool,
             label=f"searching with {method}",
             unit="queries",
+            actors=True,
         )
         ranked[method] = [row for result in results for row in result["ranked"]]
     return evaluate(judgements, ranked, KS) | {
@@ -119,8 +120,24 @@ def _judge(
             )
         ]
     )
+    seen = _known_to_the_generator(store, parts, seen)
     return Judgements.from_pairs(
         pairs, split=split, min_relevance=min_relevance, seen=seen.filter(pc.is_in(seen, named)), known=known
+    )
+
+
+def _known_to_the_generator(store: Store, parts: dict[str, Manifest], seen: pa.Array) -> pa.Array:
+    """After an append: those of `seen` that were in the catalogue which the generator learned from."""
+    ids, learned = parts["ids"], parts["generator"].parents["ids"]
+    if ids.digest == learned:
+        return seen
+    number = ids.metrics["number"] - 1 - ids.extends["ids"].index(learned)
+    known = []
+    for entry in ids.named("ledger/"):
+        table = store.read_table(ids.file(entry["name"]), columns=["product_id", "since"])
+        known.append(table.filter(pc.field("since") <= number)["product_id"])
+    return seen.filter(
+        pc.is_in(seen, pa.chunked_array([chunk for column in known for chunk in column.chunks], pa.string()))
     )
 
 

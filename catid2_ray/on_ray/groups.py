@@ -28,6 +28,7 @@ def write_groups(store: Store, name: str, table: pa.Table, group_N: np.ndarray, 
     with pa.ipc.new_file(sink, table.schema) as writer:
         for first, end in zip(bounds, bounds[1:]):
             batches = ordered.slice(first, end - first).to_batches()
+            assert len(batches) <= 1, "the rows of one group do not fit one record batch"
             writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema))
     store.write(name, sink.getvalue().to_pybytes())
 
@@ -35,11 +36,19 @@ def write_groups(store: Store, name: str, table: pa.Table, group_N: np.ndarray, 
 def read_group(store: Store, name: str, group: int, columns: list[str] | None = None) -> pa.Table:
     """The rows of one group; of a local file, a view of mapped memory."""
     with store.open(name) as source:
-        batch = pa.ipc.open_file(source).get_batch(group)
-        return pa.Table.from_batches([batch if columns is None else batch.select(columns)])
+        return pa.Table.from_batches([_reader(source, columns).get_batch(group)])
 
 
 def read_groups(store: Store, name: str, columns: list[str]) -> pa.Table:
     """All rows of a file, group after group."""
     with store.open(name) as source:
-        return pa.ipc.open_file(source).read_all().select(columns)
+        return _reader(source, columns).read_all()
+
+
+def _reader(source: pa.NativeFile, columns: list[str] | None) -> pa.ipc.RecordBatchFileReader:
+    """Reads only these columns, in the order of the file."""
+    reader = pa.ipc.open_file(source)
+    if columns is None:
+        return reader
+    places = sorted(reader.schema.get_field_index(column) for column in columns)
+    return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=places))

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.release import fetch
 from catid2_ray.catalog.taxonomy import Taxonomy
@@ -22,9 +23,9 @@ from catid2_ray.evaluation import figures
 from catid2_ray.evaluation.pages import ids_page
 from catid2_ray.on_ray import catalog
 from catid2_ray.on_ray.arrays import matrix
-from catid2_ray.on_ray.base import base_of
+from catid2_ray.on_ray.base import open_base
 from catid2_ray.on_ray.catalog import read_sample
-from catid2_ray.on_ray.compare import variant
+from catid2_ray.on_ray.compare import parts_of_kind, variant
 from catid2_ray.on_ray.embed import tree_of
 from catid2_ray.on_ray.pipeline import Job, chain
 from catid2_ray.quantizer.coder import load_coder
@@ -47,8 +48,8 @@ def ids_report(recipe: Recipe, *, beside: str | None = None) -> str:
         numbers |= {name: value for name, value in quality["final"].items() if name.startswith(("purity", "ami"))}
         sample, other = _sample(job, parts), None
         if beside:
-            of_kind = dataclasses.replace(job, recipe=variant(recipe, beside, recipe.seed))
-            other = _docids(of_kind, chain(of_kind, "ids"))
+            of_kind = dataclasses.replace(job, recipe=variant(recipe, beside, recipe.seed), base=None)
+            other = _docids(of_kind, parts_of_kind(of_kind, parts))
         return ids_page(
             numbers,
             _images(job, parts, sample),
@@ -59,9 +60,8 @@ def ids_report(recipe: Recipe, *, beside: str | None = None) -> str:
 
 def _appended(job: Job) -> dict[str, Manifest] | None:
     """The parts of the current release where it is this catalogue appended to an earlier one: no recipe makes those anew."""
-    found = catalog.run(job, {})
-    base = base_of(job.store, job.recipe, found)
-    if base and "append" in base.parts["ids"].settings and base.parts["catalog"].digest == found.digest:
+    base = open_base(job.store, releases.pointer(job.store)[1])
+    if base and base.appended and base.parts["catalog"].digest == catalog.run(job, {}).digest:
         return base.parts
     return None
 

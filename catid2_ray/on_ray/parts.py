@@ -1,17 +1,19 @@
-"""Work part by part: one Ray Data pass over the list of parts, each handled whole by an actor of a fixed-size pool.
+"""Work part by part: one Ray Data pass over the list of parts, each handled whole by one of a fixed number of workers.
 
-A part in gives a part out under the same name, so the files and their bytes do not depend on the number of actors, on
+A part in gives a part out under the same name, so the files and their bytes do not depend on the number of workers, on
 their order, or on retries: a part that is done twice is written twice with the same bytes.
 """
 
 import contextlib
 import json
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import ray
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+from catid2_ray import errors
 from catid2_ray.errors import CatidError
 from catid2_ray.on_ray import progress
 
@@ -21,18 +23,6 @@ def our_error(error: BaseException | None) -> CatidError | None:
     while error is not None and not isinstance(error, CatidError):
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return error
-
-
-@contextlib.contextmanager
-def our_errors():
-    """Raise the error of ours that a task or actor raised, instead of what Ray wrapped around it."""
-    try:
-        yield
-    except Exception as error:
-        inner = our_error(error)
-        if inner is None or inner is error:
-            raise
-        raise type(inner)(*inner.args) from None
 
 
 def _forget_peak() -> None:
@@ -53,11 +43,32 @@ def _peak_bytes() -> int:
 class _Worker:
     def __init__(self, handler_class, arguments: dict):
         _forget_peak()
-        self.handler = handler_class(**arguments)
+        self.failed = None
+        try:
+            self.handler = handler_class(**arguments)
+        except CatidError as error:
+            self.failed = error
 
     def __call__(self, batch: dict) -> dict:
-        results = [self.handler(json.loads(spec)) | {"peak_bytes": _peak_bytes()} for spec in batch["spec"]]
-        return {"result": [json.dumps(result) for result in results]}
+        return {"result": [json.dumps(self._handle(json.loads(spec))) for spec in batch["spec"]]}
+
+    def _handle(self, spec: dict) -> dict:
+        try:
+            if self.failed:
+                raise self.failed
+            return self.handler(spec) | {"peak_bytes": _peak_bytes()}
+        except CatidError as error:  # as a value: what Ray wraps around an exception does not keep its class
+            return {"position": spec["position"], "error": [type(error).__name__, str(error)]}
+
+
+_HELD: dict[str, _Worker] = {}  # of this process: the handler of the pass that it works for, by the pass's token
+
+
+def _work(batch: dict, *, token: str, handler_class: type[Callable], arguments: dict) -> dict:
+    if token not in _HELD:
+        _HELD.clear()
+        _HELD[token] = _Worker(handler_class, arguments)
+    return _HELD[token](batch)
 
 
 def map_parts(
@@ -69,24 +80,31 @@ def map_parts(
     label: str,
     unit: str,
     num_gpus=0,
+    actors: bool = False,
 ) -> list[dict]:
-    """Build `handler_class(**arguments)` in each actor and call it with every spec; returns the results in the order of specs.
+    """Build `handler_class(**arguments)` in each worker and call it with every spec; returns the results in the order of specs.
+
+    Tasks of one pass find the handler that an earlier one left in their process, and processes go on from pass to pass, so
+    that a pass starts in a moment. `actors`: a fixed pool with a process each, for handlers that are dear to build.
 
     Specs and results are small JSON dicts (names, counts, digests); rows go through the store. A spec's "rows" moves the
-    progress bar. Each result gains "peak_bytes", the most memory that its actor held so far.
+    progress bar. Each result gains "peak_bytes", the most memory that its worker held so far.
     """
     numbered = [{"spec": json.dumps({**spec, "position": position})} for position, spec in enumerate(specs)]
-    dataset = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map_batches(
-        _Worker,
-        batch_size=1,
-        fn_constructor_args=(handler_class, arguments),
-        compute=ActorPoolStrategy(size=max(1, min(workers, len(specs)))),
-        num_cpus=1,
-        num_gpus=num_gpus or None,
-    )
+    dataset, size = ray.data.from_items(numbered, override_num_blocks=len(numbered)), max(1, min(workers, len(specs)))
+    limits = {"batch_size": 1, "num_cpus": 1, "num_gpus": num_gpus or None}
+    if actors or num_gpus:
+        pool = ActorPoolStrategy(size=size)
+        dataset = dataset.map_batches(_Worker, fn_constructor_args=(handler_class, arguments), compute=pool, **limits)
+    else:
+        given = {"token": uuid.uuid4().hex, "handler_class": handler_class, "arguments": arguments}
+        dataset = dataset.map_batches(_work, fn_kwargs=given, compute=TaskPoolStrategy(size=size), **limits)
     results = []
-    with our_errors(), progress.bar(label, sum(spec["rows"] for spec in specs), unit) as shown:
+    with progress.bar(label, sum(spec["rows"] for spec in specs), unit) as shown:
         for row in dataset.iter_rows():
             results.append(json.loads(row["result"]))
+            if "error" in results[-1]:
+                kind, message = results[-1]["error"]
+                raise getattr(errors, kind)(message)
             shown.advance(specs[results[-1]["position"]]["rows"])
     return sorted(results, key=lambda result: result["position"])

@@ -7,7 +7,7 @@ release
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts import release as releases
@@ -16,7 +16,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, CapacityError, InputError, QualityGateError, RecipeError
 from catid2_ray.on_ray import cluster, progress
-from catid2_ray.on_ray.base import Base, base_of
+from catid2_ray.on_ray.base import Base, open_base
 
 VERB_OF = {
     "catalog": "embed_catalog",
@@ -46,6 +46,7 @@ class Job:
     peak: cluster.PeakMemory | None = None
     base: Base | None = None
     pointer: int | None = None
+    quiet: bool = False
 
     @classmethod
     @contextlib.contextmanager
@@ -68,7 +69,8 @@ class Job:
         found = artifact.find(self.store, kind, artifact.key_of(kind, settings, digests))
         if found:
             artifact.verify(self.store, found)
-            progress.event("reuse", stage=kind, key=found.key)
+            if not self.quiet:
+                progress.event("reuse", stage=kind, key=found.key)
             return found
         if kind not in self.only:
             raise ArtifactError(
@@ -83,22 +85,39 @@ class Job:
         progress.event("start", stage=kind, key=attempt.key)
         recipe = self.recipe
         cluster.connect(recipe.cluster, workers=max(recipe.quantizer.workers, recipe.generator.workers))
-        made = work(attempt)
+        try:
+            made = work(attempt)
+        except BaseException:
+            self.store.delete_folder(attempt.name("exchange"))
+            raise
         self.made.append(kind)
         progress.event("commit", stage=kind, key=made.key, digest=made.digest[:12], seconds=made.metrics["seconds"])
         return made
 
 
 def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
-    """Run or find every stage up to `last`; returns their manifests by name."""
-    from catid2_ray.on_ray import catalog, embed, evaluate, examples, realign, train_generator, train_quantizer
+    """Run or find every stage up to `last`; returns their manifests by name. Sets `base` and `pointer` of the job."""
+    from catid2_ray.on_ray import catalog
+
+    parts = {"catalog": catalog.run(job, {})}
+    if last != "catalog":
+        check_codes(job.recipe, parts["catalog"])
+        if last in _NEED_PAIRS:
+            _refuse_without_pairs(job.recipe, parts["catalog"])
+        job.pointer, current = releases.pointer(job.store)
+        job.base = _base(job, parts["catalog"], open_base(job.store, current))
+        _after_catalog(job, parts, last)
+    return parts
+
+
+def _after_catalog(job: Job, parts: dict[str, Manifest], last: str) -> None:
+    from catid2_ray.on_ray import embed, evaluate, examples, realign, train_generator, train_quantizer
     from catid2_ray.on_ray.assign import stage as assign
 
     def quantizer(job: Job, parts: dict[str, Manifest]) -> Manifest:
         return realign.run(job, {**parts, "quantizer": train_quantizer.run(job, parts)})
 
     stages = {
-        "catalog": catalog.run,
         "embeddings": embed.run,
         **({"queries": embed.run_queries} if job.recipe.quantizer.query_item else {}),
         "quantizer": quantizer,
@@ -107,20 +126,29 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
         "generator": train_generator.run,
         "evaluation": evaluate.run,
     }
-    parts: dict[str, Manifest] = {}
     for name, run in stages.items():
+        if name == "examples":
+            _gate_churn(job.recipe, parts["ids"])
         parts[name] = run(job, parts)
-        if name == "ids":
-            _gate_churn(job.recipe, parts[name])
         if name == last:
-            break
-        if name == "catalog":
-            job.pointer = releases.pointer(job.store)[0]
-            job.base = base_of(job.store, job.recipe, parts[name])
-            check_codes(job.recipe, parts[name])
-            if last in _NEED_PAIRS:
-                _refuse_without_pairs(job.recipe, parts[name])
-    return parts
+            return
+
+
+def _base(job: Job, catalog: Manifest, current: Base | None) -> Base | None:
+    """What a full re-ID of this catalogue builds on: the current release, but for a rerun what that was built on.
+
+    A rerun must find what the run before it made, though that has been published meanwhile. It is one when this recipe's
+    chain on the older base leads to the very IDs of the current release.
+    """
+    if current is None or current.appended or current.parts["catalog"].digest != catalog.digest:
+        return current
+    try:
+        before = open_base(job.store, current.parts["ids"].metrics["base"])
+        parts = {"catalog": catalog}
+        _after_catalog(replace(job, only=frozenset(), base=before, quiet=True), parts, "ids")
+    except ArtifactError:  # that chain leads nowhere, or the older release is gone
+        return current
+    return before if parts["ids"].digest == current.parts["ids"].digest else current
 
 
 def _refuse_relative(recipe: Recipe) -> None:
@@ -136,25 +164,22 @@ def _refuse_relative(recipe: Recipe) -> None:
 def _gate_churn(recipe: Recipe, ids: Manifest) -> None:
     """Stops before a generator is trained on IDs that will not be published."""
     limit, churn = recipe.ids.max_churn, ids.metrics["churn"]
-    if limit is None or not ids.metrics["base"] or "append" in ids.settings:
+    if limit is None or not ids.metrics["base"]:
         return
-    share = churn["after"]["prefix_churn"][-1] if churn else 1.0
-    if share > limit:
-        raise QualityGateError(
-            f"against release {ids.metrics['base']}, {_churn_text(churn)}: above ids.max_churn {limit}. Nothing was published. "
-            "Use `catid2 append`, which moves no ID, set quantizer.warm_start, or raise ids.max_churn"
-        )
-
-
-def _churn_text(churn: dict | None) -> str:
     if churn is None:
-        return "every ID changes, since these are of another kind or have other levels"
+        raise QualityGateError(
+            f"ids.max_churn {limit} is set, but changes since release {ids.metrics['base']} cannot be counted: only unique IDs of "
+            "the same levels are followed from release to release. Nothing was published. Set ids.max_churn=null to publish"
+        )
     after = churn["after"]
-    tokens = ", ".join(f"{share:.1%}" for share in after["prefix_churn"])
-    return (
-        f"{after['prefix_churn'][-1]:.1%} of the {after['common']:,} products of both releases get another ID (the first 1, 2, … "
-        f"tokens change for {tokens}), and {after['addresses_reused']:,} IDs name another product"
-    )
+    if after["prefix_churn"][-1] > limit:
+        tokens = ", ".join(f"{share:.1%}" for share in after["prefix_churn"])
+        raise QualityGateError(
+            f"{after['prefix_churn'][-1]:.1%} of the {after['common']:,} products that release {ids.metrics['base']} has too get "
+            f"another ID, above ids.max_churn {limit} (the first 1, 2, … tokens change for {tokens}), and "
+            f"{after['addresses_reused']:,} IDs name another product. Nothing was published. Use `catid2 append`, which "
+            "moves no ID, set quantizer.warm_start, or raise ids.max_churn"
+        )
 
 
 _NEED_PAIRS = ("examples", "generator", "evaluation")

@@ -110,7 +110,7 @@ def _extend(beams: _Beams, step_logp_BMK: Tensor, arrays: _TrieTensors, level: i
     child_BMC = start_BM1 + torch.arange(arrays.widest[level], device=start_BM1.device)
     live_BMC = (child_BMC < end_BM1) & (beams.logp_BM > -torch.inf)[..., None]
     child_BMC = torch.where(live_BMC, child_BMC, 0)
-    code_BMC = arrays.token[level + 1][child_BMC]
+    code_BMC = arrays.token[level + 1][child_BMC].long()
     if allowed_sum is not None:
         rows_before = arrays.row_start[level + 1]
         live_BMC &= allowed_sum[rows_before[child_BMC + 1]] > allowed_sum[rows_before[child_BMC]]

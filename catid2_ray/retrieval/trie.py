@@ -1,13 +1,15 @@
 """All valid IDs as a trie of plain arrays, so that the children of many nodes are found by array operations alone.
 
-Products are sorted by ID, so every node is a contiguous range of rows. Nothing is built but by one sort and L scans
-(about 0.3 µs per ID on one core), and an opened trie is memory-mapped: replicas of one node share its pages.
+Products are sorted by ID, so every node is a contiguous range of rows. Nothing is built but by one sort and L scans, and
+an opened trie is memory-mapped: replicas of one node share its pages. Arrays have the smallest type that fits, and
+ranges that nearly all hold one entry are kept as their exceptions, so deep levels of a sparse trie cost almost nothing.
 
 N rows (products), L levels, K_l codes at level l, n_l nodes at depth l, M nodes of one question.
 """
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +17,16 @@ import numpy as np
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, InputError
-
-FORMAT = 1
-HEADER = "trie.json"
+from catid2_ray.retrieval.trie_arrays import (
+    FORMAT,
+    HEADER,
+    Starts,
+    pointer_type,
+    read_array,
+    read_header,
+    read_starts,
+    token_type,
+)
 
 
 class Children(NamedTuple):
@@ -32,20 +41,22 @@ class Children(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Trie:
-    """Depth 0 is the root, depth L the IDs; nodes of a depth are numbered in ID order. All arrays are int64.
+    """Depth 0 is the root, depth L the IDs; nodes of a depth are numbered in ID order.
 
-    `order_N`: input row of each trie row (rows are in ID order; equal IDs, if `shared`, in input order).
-    `child_start[l]`, l = 0 … L−1, n_l + 1: node i's children are nodes child_start[l][i] … child_start[l][i+1] − 1 of
-    depth l + 1. `token[l]`, l = 1 … L, n_l: the code on the edge into each node (`token[0]` is empty).
-    `row_start[l]`, l = 0 … L, n_l + 1: node i holds rows row_start[l][i] … row_start[l][i+1] − 1.
+    `order`: input row of each trie row (rows are in ID order; equal IDs, if `shared`, in input order), or None where
+    the IDs came in order. `child_start[l]`, l = 0 … L−1, n_l + 1: node i's children are nodes child_start[l][i] …
+    child_start[l][i+1] − 1 of depth l + 1. `token[l]`, l = 1 … L, n_l (uint8, int16 or int32): the code on the edge
+    into each node (`token[0]` is empty). `row_start[l]`, l = 0 … L, n_l + 1: node i holds rows row_start[l][i] …
+    row_start[l][i+1] − 1. `widest[l]`, l = 0 … L−1: the most children that a node of depth l has.
     """
 
     codes_per_level: tuple[int, ...]
     shared: bool
-    order_N: np.ndarray
-    child_start: tuple[np.ndarray, ...]
+    order: np.ndarray | None
+    child_start: tuple[Starts, ...]
     token: tuple[np.ndarray, ...]
-    row_start: tuple[np.ndarray, ...]
+    row_start: tuple[Starts, ...]
+    widest: tuple[int, ...]
 
     @property
     def levels(self) -> int:
@@ -53,62 +64,108 @@ class Trie:
 
     @property
     def rows(self) -> int:
-        return len(self.order_N)
+        return self.row_start[0].total
+
+    @property
+    def order_N(self) -> np.ndarray:
+        """Input row of each trie row; made anew where rows are in input order."""
+        return np.arange(self.rows) if self.order is None else self.order
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, the IDs' codes (`token`) and `order` included."""
+        return sum(array.nbytes for array in self._arrays().values())
 
     @classmethod
     def build(cls, codes_NL, *, codes_per_level, shared: bool = False) -> "Trie":
         """A trie over the IDs `codes_NL` (integers N×L, any order).
 
-        Raises InputError for an empty table, a code out of range, or, unless `shared`, an ID that occurs twice.
+        Peak memory beside `codes_NL`: about 45 bytes per ID. Raises InputError for an empty table, a code out of
+        range, or, unless `shared`, an ID that occurs twice.
         """
         space = DocidSpace(tuple(codes_per_level))
-        packed_N = space.pack(codes_NL)
-        if not len(packed_N):
-            raise InputError("a trie needs at least one ID, found an empty table; pass the IDs of the catalogue")
-        # Stable only where equal IDs may meet: for int64 the unstable sort is several times faster.
-        order_N = np.argsort(packed_N, kind="stable" if shared else None)
-        sorted_N = packed_N[order_N]
-        fresh_N = np.concatenate(([True], sorted_N[1:] != sorted_N[:-1]))
-        if not shared and not fresh_N.all():
-            twin = int(np.flatnonzero(~fresh_N)[0])
-            first, second = sorted(order_N[twin - 1 : twin + 1].tolist())
+        packed_N, order = space.pack(codes_NL), None
+        if (packed_N[1:] < packed_N[:-1]).any():
+            # Stable only where equal IDs may meet: for int64 the unstable sort is faster.
+            order = np.argsort(packed_N, kind="stable" if shared else None)
+            order = order.astype(pointer_type(len(order)))
+            packed_N = packed_N[order]
+        return cls._of(space, packed_N, order, shared)
+
+    @classmethod
+    def from_sorted(cls, packed_N, *, codes_per_level, shared: bool = False) -> "Trie":
+        """A trie over packed IDs (int64 N, ascending, as `DocidSpace.pack` gives them); trie rows are input rows.
+
+        Peak memory beside `packed_N`: about 32 bytes per ID. Raises InputError for an empty table, IDs that do not
+        ascend or lie outside the space, or, unless `shared`, an ID that occurs twice.
+        """
+        space, packed_N = DocidSpace(tuple(codes_per_level)), np.asarray(packed_N)
+        if packed_N.ndim != 1 or packed_N.dtype != np.int64:
             raise InputError(
-                f"rows {first} and {second} share the ID {space.text(space.unpack(sorted_N[[twin]])[0])}; "
+                f"packed IDs must be one row of int64, found {packed_N.dtype} of shape {packed_N.shape}; use DocidSpace.pack"
+            )
+        falls = packed_N[1:] < packed_N[:-1]
+        if falls.any():
+            row = int(np.flatnonzero(falls)[0])
+            raise InputError(
+                f"packed IDs must ascend, found {packed_N[row + 1]} at row {row + 1} after {packed_N[row]}; "
+                "sort them, or use Trie.build"
+            )
+        if len(packed_N) and not 0 <= packed_N[0] <= packed_N[-1] < space.capacity:
+            raise InputError(
+                f"packed IDs run from {packed_N[0]} to {packed_N[-1]}, but codes_per_level "
+                f"{list(space.codes_per_level)} has 0 to {space.capacity - 1}"
+            )
+        return cls._of(space, packed_N, None, shared)
+
+    @classmethod
+    def _of(cls, space: DocidSpace, packed_N: np.ndarray, order: np.ndarray | None, shared: bool) -> "Trie":
+        rows = len(packed_N)
+        if not rows:
+            raise InputError("a trie needs at least one ID, found an empty table; pass the IDs of the catalogue")
+        first = _firsts(packed_N)
+        if not shared and len(first) < rows:
+            # The first row that is not the first of its ID: firsts count 0, 1, 2, … up to it.
+            twin = int(np.argmin(np.append(first, rows + 1) == np.arange(len(first) + 1)))
+            one, two = sorted([twin - 1, twin] if order is None else order[twin - 1 : twin + 1].tolist())
+            raise InputError(
+                f"rows {one} and {two} share the ID {space.text(space.unpack(packed_N[[twin]])[0])}; "
                 "resolve collisions first, or pass shared=True where products may share an ID"
             )
-        first_row = np.flatnonzero(fresh_N)
-        nodes = sorted_N[first_row]
-        row_start, token, child_start = [np.append(first_row, len(sorted_N))], [], []
+        nodes = packed_N if len(first) == rows else packed_N[first]
+        row_start, token, child_start = [Starts.of(first, rows)], [], []
+        del packed_N, first
         for k in reversed(space.codes_per_level):
             parent = nodes // k
-            token.append(nodes - parent * k)
-            first_child = np.flatnonzero(np.concatenate(([True], parent[1:] != parent[:-1])))
-            child_start.append(np.append(first_child, len(nodes)))
-            row_start.append(row_start[-1][child_start[-1]])
-            nodes = parent[first_child]
-        token.append(np.empty(0, np.int64))
+            code = parent * -k
+            code += nodes
+            token.append(code.astype(token_type(k)))
+            del code
+            first = _firsts(parent)
+            child_start.append(Starts.of(first, len(nodes)))
+            below, nodes = row_start[-1], parent[first]
+            # Where each ID has one row, the rows of the last nodes are their children.
+            row_start.append(child_start[-1] if below.count == rows else Starts.of(below[first], rows))
+            del parent
+        child_start, token, row_start = child_start[::-1], [*token, np.empty(0, np.uint8)][::-1], row_start[::-1]
+        widest = tuple(starts.widest() for starts in child_start)
         return cls(
-            space.codes_per_level,
-            bool(shared),
-            order_N,
-            tuple(child_start[::-1]),
-            tuple(token[::-1]),
-            tuple(row_start[::-1]),
+            space.codes_per_level, bool(shared), order, tuple(child_start), tuple(token), tuple(row_start), widest
         )
 
     def nodes(self, level: int) -> int:
         """n_level: the number of distinct prefixes of `level` codes (1 at level 0)."""
-        return len(self.row_start[level]) - 1
+        return self.row_start[level].count
 
     def children(self, level: int, nodes_M) -> Children:
         """The children of nodes `nodes_M` of depth `level` (0 … L−1), by array operations only."""
         nodes_M = np.asarray(nodes_M, dtype=np.int64)
-        first_M = self.child_start[level][nodes_M]
+        first_M = self.child_start[level][nodes_M].astype(np.int64)
         count_M = self.child_start[level][nodes_M + 1] - first_M
         parent_index = np.repeat(np.arange(len(nodes_M)), count_M)
         skipped_M = np.cumsum(count_M) - count_M
         child = np.arange(len(parent_index)) + (first_M - skipped_M)[parent_index]
-        return Children(parent_index, np.asarray(self.token[level + 1])[child], child)
+        return Children(parent_index, self.token[level + 1][child].astype(np.int64), child)
 
     def prefixes(self, level: int, nodes_M) -> np.ndarray:
         """int64 M×level, the codes on the way from the root to nodes `nodes_M` of depth `level`."""
@@ -116,7 +173,7 @@ class Trie:
         codes = np.empty((len(nodes_M), level), np.int64)
         for depth in range(level, 0, -1):
             codes[:, depth - 1] = self.token[depth][nodes_M]
-            nodes_M = np.searchsorted(self.child_start[depth - 1], nodes_M, side="right") - 1
+            nodes_M = self.child_start[depth - 1].holding(nodes_M)
         return codes
 
     def item_range(self, prefix) -> tuple[int, int]:
@@ -130,19 +187,23 @@ class Trie:
             raise InputError(f"{prefix} is no prefix of an ID with codes_per_level {list(self.codes_per_level)}")
         node = 0
         for level, code in enumerate(prefix):
-            first, end = self.child_start[level][node : node + 2]
-            node = int(first + np.searchsorted(self.token[level + 1][first:end], code))
+            first, end = self.child_start[level][node : node + 2].tolist()
+            node = first + int(np.searchsorted(self.token[level + 1][first:end], code))
             if node == end or self.token[level + 1][node] != code:
                 row = int(self.row_start[level + 1][node])
                 return row, row
-        start, end = self.row_start[len(prefix)][node : node + 2]
-        return int(start), int(end)
+        start, end = self.row_start[len(prefix)][node : node + 2].tolist()
+        return start, end
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        arrays = {"order": self.order_N}
-        arrays |= {f"child_start_{level}": array for level, array in enumerate(self.child_start)}
-        arrays |= {f"token_{level}": array for level, array in enumerate(self.token) if level}
-        return arrays | {f"row_start_{level}": array for level, array in enumerate(self.row_start)}
+        """What is stored, by name: each array once, empty ones not at all."""
+        arrays = {} if self.order is None else {"order": self.order}
+        arrays |= {f"token_{level}": array for level, array in enumerate(self.token)}
+        for name, part in (("child_start", self.child_start), ("row_start", self.row_start)):
+            arrays |= {f"{name}_{level}": starts.array for level, starts in enumerate(part)}
+        if self.nodes(self.levels) == self.rows:
+            del arrays[f"row_start_{self.levels - 1}"]
+        return {name: array for name, array in arrays.items() if len(array)}
 
     def save(self, folder) -> None:
         """Write one .npy file per array and, last, `trie.json`; the folder is made if absent."""
@@ -155,8 +216,10 @@ class Trie:
             "format": FORMAT,
             "codes_per_level": list(self.codes_per_level),
             "shared": self.shared,
+            "sorted": self.order is None,
             "rows": self.rows,
             "nodes": [self.nodes(level) for level in range(self.levels + 1)],
+            "widest": list(self.widest),
         }
         (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
 
@@ -167,39 +230,53 @@ class Trie:
         Checked here are lengths, types and both ends of every array, whatever N; `check` reads everything.
         """
         folder = Path(folder)
-        header = _header(folder)
-        levels, nodes, rows = len(header["codes_per_level"]), header["nodes"], header["rows"]
-
-        def part(name: str, length: int, first: int | None = None, last: int | None = None) -> np.ndarray:
-            return _part(folder / f"{name}.npy", length, first, last)
-
+        header = read_header(folder)
+        codes_per_level, nodes, rows = header["codes_per_level"], header["nodes"], header["rows"]
+        levels = len(codes_per_level)
+        order = None if header["sorted"] else read_array(folder, "order", rows, pointer_type(rows), (0, rows - 1))
+        token = [
+            read_array(folder, f"token_{level}", nodes[level], token_type(k), (0, k - 1))
+            for level, k in enumerate(codes_per_level, 1)
+        ]
+        child_start = [read_starts(folder, f"child_start_{lv}", nodes[lv], nodes[lv + 1]) for lv in range(levels)]
+        row_start = [read_starts(folder, f"row_start_{lv}", nodes[lv], rows) for lv in range(levels - 1)]
+        last = read_starts(folder, f"row_start_{levels}", nodes[-1], rows)
+        aliased = nodes[-1] == rows
+        row_start += [
+            child_start[-1] if aliased else read_starts(folder, f"row_start_{levels - 1}", nodes[-2], rows),
+            last,
+        ]
         return cls(
-            tuple(header["codes_per_level"]),
-            header["shared"],
-            part("order", rows),
-            tuple(part(f"child_start_{lv}", nodes[lv] + 1, 0, nodes[lv + 1]) for lv in range(levels)),
-            (np.empty(0, np.int64), *(part(f"token_{lv}", nodes[lv]) for lv in range(1, levels + 1))),
-            tuple(part(f"row_start_{lv}", nodes[lv] + 1, 0, rows) for lv in range(levels + 1)),
-        )
+            tuple(codes_per_level), header["shared"], order, tuple(child_start), (np.empty(0, np.uint8), *token),
+            tuple(row_start), tuple(header["widest"]),
+        )  # fmt: skip
 
     def check(self) -> None:
         """Read every array and raise ArtifactError where two of them disagree. Reads the whole trie: O(N)."""
-        seen_N = np.zeros(self.rows, bool)
-        inside_N = (self.order_N >= 0) & (self.order_N < self.rows)
-        seen_N[self.order_N[inside_N]] = True
-        sound = {"order is a permutation": bool(seen_N.all())}
+        sound = {}
+        if self.order is not None:
+            seen_N = np.zeros(self.rows, bool)
+            inside_N = (self.order >= 0) & (self.order < self.rows)
+            seen_N[self.order[inside_N]] = True
+            sound["order is a permutation"] = bool(seen_N.all())
         for level, k in enumerate(self.codes_per_level):
-            start, token = self.child_start[level], np.asarray(self.token[level + 1])
-            rising = np.diff(token) > 0
-            rising[start[1:-1] - 1] = True
-            sound[f"child_start of level {level} ascends"] = bool((np.diff(start) > 0).all())
-            sound[f"codes of level {level + 1} are in order"] = bool(rising.all())
+            token = self.token[level + 1]
+            sound[f"child_start of level {level} ascends"] = ascends = self.child_start[level].sound()
             sound[f"codes of level {level + 1} are in range"] = bool(token.min() >= 0 and token.max() < k)
-            sound[f"rows of level {level} are those of its children"] = np.array_equal(
-                self.row_start[level], self.row_start[level + 1][start]
+            if not ascends:
+                continue
+            start = np.asarray(self.child_start[level])
+            rising = token[1:] > token[:-1]
+            rising[start[1:-1] - 1] = True
+            sound[f"codes of level {level + 1} are in order"] = bool(rising.all())
+            sound[f"nodes of level {level} have at most {self.widest[level]} children"] = (
+                self.child_start[level].widest() == self.widest[level]
             )
-        rows_per_id = np.diff(self.row_start[-1])
-        sound["every ID has its rows"] = bool((rows_per_id > 0).all() and (self.shared or (rows_per_id == 1).all()))
+            rows = np.asarray(self.row_start[level + 1])[start]
+            sound[f"rows of level {level} are those of its children"] = self.row_start[
+                level
+            ].sound() and np.array_equal(self.row_start[level], rows)
+        sound["every ID has its rows"] = self.row_start[-1].sound()
         broken = [claim for claim, holds in sound.items() if not holds]
         if broken:
             raise ArtifactError(
@@ -207,43 +284,6 @@ class Trie:
             )
 
 
-def _header(folder: Path) -> dict:
-    try:
-        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder} holds no finished trie: {HEADER} is missing. Build and save it again") from None
-    except ValueError as error:
-        raise ArtifactError(f"{folder / HEADER} is not JSON ({error}). Build and save the trie again") from None
-    try:
-        if header["format"] != FORMAT:
-            raise ArtifactError(
-                f"{folder / HEADER} has format {header['format']}, this version reads {FORMAT}. Build the trie again"
-            )
-        DocidSpace(tuple(header["codes_per_level"]))
-        fits = len(header["nodes"]) == len(header["codes_per_level"]) + 1 and header["nodes"][0] == 1
-        fits = fits and header["rows"] >= header["nodes"][-1] >= 1 and isinstance(header["shared"], bool)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{folder / HEADER} is no trie header ({error!r}). Build and save the trie again") from None
-    if not fits:
-        raise ArtifactError(f"{folder / HEADER} contradicts itself: {header}. Build and save the trie again")
-    return header
-
-
-def _part(path: Path, length: int, first: int | None, last: int | None) -> np.ndarray:
-    """One array, mapped copy-on-write: pages stay shared and the file untouched, and torch sees a writable array."""
-    try:
-        array = np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}). Build and save the trie again") from None
-    if array.dtype != np.int64 or array.shape != (length,):
-        raise ArtifactError(
-            f"{path}: expected {length} int64 numbers, found {array.dtype} of shape {array.shape}. "
-            "Build and save the trie again"
-        )
-    ends = (first, last)
-    if first is not None and (int(array[0]), int(array[-1])) != ends:
-        raise ArtifactError(
-            f"{path}: expected to run from {first} to {last}, found {array[0]} to {array[-1]}. "
-            "Build and save the trie again"
-        )
-    return array
+def _firsts(values: np.ndarray) -> np.ndarray:
+    """Positions where a run of equal values begins."""
+    return np.flatnonzero(np.concatenate((np.ones(min(1, len(values)), bool), values[1:] != values[:-1])))

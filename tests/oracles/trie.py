@@ -24,3 +24,8 @@ class DictTrie:
         prefix = tuple(prefix)
         before = sum(docid[: len(prefix)] < prefix for docid in self.ids)
         return before, before + sum(docid[: len(prefix)] == prefix for docid in self.ids)
+
+
+def starts_of(sizes):
+    """Where ranges of these sizes begin, one after the other, and where the last ends."""
+    return [sum(sizes[:number]) for number in range(len(sizes) + 1)]

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from catid2_ray.identifiers.clusters import split_clusters
 from catid2_ray.identifiers.collisions import assign_unique, colliding_prefixes
-from catid2_ray.identifiers.overflow import is_member, taken_codes
+from catid2_ray.identifiers.overflow import is_member
 from catid2_ray.identifiers.suffix import ordinal_suffix
 from catid2_ray.on_ray.arrays import matrix
 from catid2_ray.on_ray.assign.work import Work
@@ -78,7 +78,8 @@ class ResolveBucket(_Bucket):
         touched_N = is_member(touched, home_N)
         homes, size = np.unique(home_N[touched_N], return_counts=True)
         last = space.codes_per_level[-1]
-        overfull = homes[size > last - taken_codes(taken_M, homes, last).sum(axis=1)]
+        taken_H = np.searchsorted(taken_M, (homes + 1) * last) - np.searchsorted(taken_M, homes * last)
+        overfull = homes[size > last - taken_H]
         solved_N = touched_N & ~is_member(overfull, home_N)
         taken_M = taken_M[is_member(touched, self.work.home_of(taken_M))]
         report = self.resolve(
@@ -113,14 +114,17 @@ class ResolveBucket(_Bucket):
 
 
 class CountNodes(_Bucket):
-    """How many products and occupied IDs of a bucket lie below given nodes of the ID tree."""
+    """How many products, and how many occupied IDs, of a bucket lie below given nodes of the ID tree."""
 
     def __call__(self, spec: dict) -> dict:
         packed = [matrix(table["packed"]) for table in self.parts(spec["position"], ["packed"])]
-        node_N = self.work.space.prefix_of(np.concatenate([*packed, self.taken(spec["position"])]), spec["depth"])
-        nodes_M = np.array(spec["nodes"])
-        count_M = np.bincount(np.searchsorted(nodes_M, node_N[is_member(nodes_M, node_N)]), minlength=len(nodes_M))
-        return {"position": spec["position"], "count": count_M.tolist()}
+        counts = [self._count(packed_N, spec) for packed_N in (np.concatenate(packed), self.taken(spec["position"]))]
+        return {"position": spec["position"], "products": counts[0], "occupied": counts[1]}
+
+    def _count(self, packed_N: np.ndarray, spec: dict) -> list[int]:
+        nodes_M, node_N = np.array(spec["nodes"]), self.work.space.prefix_of(packed_N, spec["depth"])
+        place_N = np.searchsorted(nodes_M, node_N[is_member(nodes_M, node_N)])
+        return np.bincount(place_N, minlength=len(nodes_M)).tolist()
 
 
 class ResolveRegions(ResolveBucket):
@@ -129,8 +133,12 @@ class ResolveRegions(ResolveBucket):
     def __call__(self, spec: dict) -> dict:
         work, rows, packed = self.work, [], []
         for position in range(len(work.specs)):
-            table = read_groups(work.store, work.name("codes", position), ["row", "product_id", "residual", "packed"])
-            table = table.filter(pa.array(self._inside(matrix(table["packed"]), spec["regions"])))
+            name = work.name("codes", position)
+            inside_N = self._inside(matrix(read_groups(work.store, name, ["packed"])["packed"]), spec["regions"])
+            if not inside_N.any():
+                continue
+            table = read_groups(work.store, name, ["row", "product_id", "residual", "packed"])
+            table = table.filter(pa.array(inside_N))
             packed.append(matrix(table["packed"]))
             rows.append(table.append_column("position", pa.array(np.full(table.num_rows, position, np.int32))))
         taken_M = np.concatenate([self.taken(bucket) for bucket in range(work.buckets)])
@@ -160,12 +168,14 @@ class NumberBucket(_Bucket):
         rows = self.chosen(bucket, chosen_N, ["row", "product_id", *residual, *["value"][: work.by_value]])
         value_P = matrix(rows["value"]) if work.by_value else None
         names_P, report, number_P = rows["product_id"].to_numpy().astype(str), {}, np.empty(0, np.int64)
+        whole = int(size[size <= (largest or len(packed_N))].max(initial=0))
         if len(names_P) and work.mode == "cluster":
             groups = split_clusters(
                 packed_N[chosen_N], matrix(rows["residual"]) if residual else None, names_P, t_max=largest,
                 method=work.recipe.cluster_split, value_N=value_P, seed=work.seed,
             )  # fmt: skip
             number_P, report = groups.group_N, groups.report
+            report = report | {"clusters": len(size), "largest_after": max(report["largest_after"], whole)}
         elif len(names_P):
             number_P = ordinal_suffix(packed_N[chosen_N], names_P, priority_N=value_P).codes_NS[:, 0]
         self.write_moves(work.name("moves", bucket), rows, number_P)

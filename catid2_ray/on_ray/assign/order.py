@@ -92,7 +92,7 @@ def write_serving(
         if duplicates and not shared:
             files = []
         else:
-            trie = Trie.build(space.unpack(packed_N), codes_per_level=space.codes_per_level, shared=shared)
+            trie = Trie.from_sorted(packed_N, codes_per_level=space.codes_per_level, shared=shared)
             trie.save(folder / "trie")
             files = store.upload(folder, attempt.folder)
     return Ordered(files, packed_N, np.concatenate(raw), np.concatenate(costs), duplicates, addresses, reused)

@@ -21,20 +21,21 @@ def resolve_regions(work: Work, coder: Coder, overfull: list[int]) -> list[dict]
     if not overfull:
         return []
 
+    size: dict[tuple[int, int], int] = {}  # products below a node
+
     def count(depth: int, nodes_M: np.ndarray) -> np.ndarray:
         spec = {"rows": 0, "depth": depth, "nodes": nodes_M.tolist()}
         found = map_parts(
             CountNodes, {"work": work}, [spec] * work.buckets, workers=work.recipe.workers,
             label=f"counting below {len(nodes_M)} prefixes", unit="products",
         )  # fmt: skip
-        return np.sum([result["count"] for result in found], axis=0)
+        products_M, occupied_M = (np.sum([one[name] for one in found], axis=0) for name in ("products", "occupied"))
+        size.update({(depth, node): int(rows) for node, rows in zip(nodes_M.tolist(), products_M)})
+        return products_M + occupied_M
 
     regions = closed_regions(np.array(overfull), count, work.space)
-    size: dict[tuple[int, int], int] = {}
-    for depth in {depth for depth, _ in regions}:
-        nodes = [node for at, node in regions if at == depth]
-        size |= {(depth, node): int(rows) for node, rows in zip(nodes, count(depth, np.array(nodes)))}
-    progress.event("overflow", prefixes=len(overfull), regions=len(regions), products=sum(size.values()))
+    total = sum(size[region] for region in regions)
+    progress.event("overflow", prefixes=len(overfull), regions=len(regions), products=total)
     specs: list[dict] = []
     for region in sorted(regions, key=lambda region: (-size[region], region)):
         if size[region] > work.recipe.bucket_rows:
@@ -53,7 +54,7 @@ def _refuse(work: Work, region: tuple[int, int], products: int) -> None:
     depth, node = region
     codes_d = DocidSpace(work.space.codes_per_level[:depth]).unpack(np.array([node]))[0].tolist() if depth else []
     raise CapacityError(
-        f"prefixes overflow so far that all {products} products and occupied IDs that begin with {codes_d} have to be placed "
+        f"prefixes overflow so far that all {products} products whose IDs begin with {codes_d} have to be placed "
         f"together, more than one worker may hold (ids.bucket_rows {work.recipe.bucket_rows}): train a quantizer with more codes "
         f"(quantizer.codes_per_level {list(work.space.codes_per_level)}), or raise ids.bucket_rows"
     )

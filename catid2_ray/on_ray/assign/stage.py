@@ -133,11 +133,11 @@ def _work(job: Job, attempt: Attempt, parents: dict[str, Manifest], coder: Coder
     known = base.parts["ids"].metrics if base else {}
     if base and mode == known["ids"] == "unique" and list(coder.codes_per_level) == known["codes_per_level"]:
         yesterday = Yesterday(
-            files=len(base.parts["ids"].named("ledger/")), quarantine=recipe.id_quarantine, keeps=keeps,
-            unnamed_LK=_unnamed(job, parents["quantizer"]),
+            files=len(_groups(base.parts["ids"], recipe.bucket_rows)), quarantine=recipe.id_quarantine, keeps=keeps,
+            unnamed_LK=None if keeps else _unnamed(job, parents["quantizer"]),
         )  # fmt: skip
     if base and not yesterday:
-        progress.event("new_ledger", base=base.release.name, reason="its IDs have another mode or other levels")
+        progress.event("new_ledger", base=base.release.name, reason="only unique IDs of the same levels are followed")
     return Work(
         store=job.store, folder=attempt.folder, catalog=catalog.folder, embeddings=parents["embeddings"].folder,
         quantizer=parents["quantizer"], space=DocidSpace(coder.codes_per_level) if coder.codes_per_level else None,
@@ -154,12 +154,25 @@ def _unnamed(job: Job, quantizer: Manifest) -> list | None:
     return inverse(json.loads(job.store.read(quantizer.file("rename.json"))))
 
 
+def _groups(ids: Manifest, rows: int) -> list[list[dict]]:
+    """The files of a ledger, as many together as one worker may hold."""
+    groups: list[list[dict]] = []
+    for entry in ids.named("ledger/"):
+        if not groups or sum(other["rows"] for other in groups[-1]) + entry["rows"] > rows:
+            groups.append([])
+        groups[-1].append(entry)
+    return groups
+
+
 def _spread_ledger(job: Job, work: Work, parents: dict[str, Manifest]) -> None:
     previous = parents["previous"]
-    files = [{"file": previous.file(entry["name"]), "rows": entry["rows"]} for entry in previous.named("ledger/")]
     place = functools.partial(part_of, parts=parents["catalog"].metrics["parts"])
+    specs = [
+        {"files": [previous.file(entry["name"]) for entry in group], "rows": sum(entry["rows"] for entry in group)}
+        for group in _groups(previous, work.recipe.bucket_rows)
+    ]
     map_parts(
-        SpreadLedger, {"work": work, "part_of": place}, files, workers=work.recipe.workers, label="reading the ledger",
+        SpreadLedger, {"work": work, "part_of": place}, specs, workers=work.recipe.workers, label="reading the ledger",
         unit="products",
     )  # fmt: skip
 

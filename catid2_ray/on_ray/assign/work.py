@@ -22,7 +22,7 @@ from catid2_ray.on_ray.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.groups import bucket_of, read_group, write_groups
 from catid2_ray.quantizer.coder import Coder, encode, load_coder
 
-LEDGER_COLUMNS = ("product_id", "codes", "status", "since", "cost")
+LEDGER_COLUMNS = ("product_id", "codes", "status", "since", "until", "cost")
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,13 @@ def row_hashes(embedding_ND: np.ndarray) -> pa.Array:
 
 
 class SpreadLedger:
-    """One file of the ledger before in, its rows by part of today's catalogue out."""
+    """Some files of the ledger before in, their rows by part of today's catalogue out."""
 
     def __init__(self, *, work: Work, part_of):
         self.work, self.part_of = work, part_of
 
     def __call__(self, spec: dict) -> dict:
-        table = self.work.store.read_table(spec["file"], columns=list(LEDGER_COLUMNS))
-        status = table["status"].cast(pa.string())  # a file for groups has one dictionary, this column may have several
-        table = table.set_column(table.column_names.index("status"), "status", status)
+        table = pa.concat_tables([self._read(name) for name in spec["files"]])
         # A part without products has no place of its own; who would be in it is gone, wherever that is noted.
         numbers = np.array([part["part"] for part in self.work.specs])
         part_N = self.part_of(table["product_id"])
@@ -110,6 +108,11 @@ class SpreadLedger:
         name = self.work.name("ledger-before", spec["position"])
         write_groups(self.work.store, name, table, place_N, len(numbers))
         return {"position": spec["position"]}
+
+    def _read(self, name: str) -> pa.Table:
+        table = self.work.store.read_table(name, columns=list(LEDGER_COLUMNS))
+        # A file for groups holds one dictionary a column, and these files have one each.
+        return table.set_column(table.column_names.index("status"), "status", table["status"].cast(pa.string()))
 
 
 class EncodePart:
@@ -146,12 +149,11 @@ class EncodePart:
         """The products that need an ID; what yesterday leaves occupied goes to the buckets."""
         work, when = self.work, self.work.yesterday
         before, ids = work.before(position), table["product_id"]
-        limits = {"number": work.number, "quarantine": when.quarantine}
         if when.keeps:
-            held_N = ledger.held(before, ids, **limits).held_N
-            table, taken_ML = table.filter(pa.array(~held_N)), ledger.occupied(before, **limits)
+            held_N = ledger.held(before, ids, number=work.number).held_N
+            table, taken_ML = table.filter(pa.array(~held_N)), ledger.occupied(before, number=work.number)
         else:
-            taken_ML = ledger.withheld(before, ids, **limits)
+            taken_ML = ledger.withheld(before, ids, number=work.number, quarantine=when.quarantine)
         taken_M = work.space.pack(taken_ML) if len(taken_ML) else np.empty(0, np.int64)
         bucket_M = bucket_of(work.home_of(taken_M), work.buckets)
         write_groups(

@@ -78,7 +78,7 @@ class WriteIds:
         """Raw packed codes, IDs N×L, whether de-duplication moved them and at what cost, in the order of the part."""
         work, kept = self.work, None
         if work.yesterday and work.yesterday.keeps:
-            kept = ledger.held(before, ids, number=work.number, quarantine=work.yesterday.quarantine)
+            kept = ledger.held(before, ids, number=work.number)
         coded = read_groups(work.store, work.name("codes", position), ["row", "packed"])
         raw_N = np.zeros(len(ids), np.int64)
         raw_N[matrix(coded["row"])] = matrix(coded["packed"])
@@ -102,7 +102,10 @@ class WriteIds:
     def _ledger(self, before, ids, codes_NL, cost_N) -> pa.Table:
         if before is None:
             return ledger.first(ids, codes_NL, cost_N, number=self.work.number, shared=self.shared)
-        return ledger.advance(before, ids, codes_NL, cost_N, number=self.work.number, shared=self.shared)
+        return ledger.advance(
+            before, ids, codes_NL, cost_N, number=self.work.number, quarantine=self.work.yesterday.quarantine,
+            shared=self.shared,
+        )  # fmt: skip
 
     def _churn(self, before: pa.Table, ids, codes_NL):
         """Which products are new to their ID, the counts of the changes, and the packed IDs of yesterday."""

@@ -3,13 +3,12 @@
 import numpy as np
 import pyarrow as pa
 
-from catid2_ray.artifacts.store import Store
 from catid2_ray.on_ray.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.groups import bucket_of, read_group, read_groups, write_groups
 
 
-def test_rows_come_back_by_group_in_order(tmp_path):
-    store, rng = Store(tmp_path), np.random.default_rng(0)
+def test_rows_come_back_by_group_in_order(store):
+    rng = np.random.default_rng(0)
     group_N, vector_ND = rng.integers(0, 7, 500), rng.normal(size=(500, 3)).astype(np.float32)
     group_N[group_N == 4] = 5
     names = [f"p{number}" for number in range(500)]
@@ -21,6 +20,7 @@ def test_rows_come_back_by_group_in_order(tmp_path):
         assert found["row"].to_pylist() == rows.tolist() and found["name"].to_pylist() == [f"p{row}" for row in rows]
         np.testing.assert_array_equal(matrix(found["vector"]).reshape(-1, 3), vector_ND[rows])
     assert read_groups(store, "x/a.arrow", ["name"]).column_names == ["name"]
+    assert read_group(store, "x/a.arrow", 3, ["row", "name"]).num_rows == (group_N == 3).sum()
     assert read_groups(store, "x/a.arrow", ["row"])["row"].to_pylist() == np.argsort(group_N, kind="stable").tolist()
     first = store.read("x/a.arrow")
     write_groups(store, "x/a.arrow", table, group_N, 8)
