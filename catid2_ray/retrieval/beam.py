@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from catid2_ray.errors import InputError
+from catid2_ray.retrieval.filters import Filter, FilterTensors, allowed_before
 from catid2_ray.retrieval.t5_decoder import Decoder, T5Decoder
 from catid2_ray.retrieval.trie import Trie
 
@@ -35,13 +36,30 @@ class BeamResult(NamedTuple):
     count_B: Tensor
 
 
-class _TrieTensors(NamedTuple):
-    """A trie's arrays as tensors of one device (on CPU the same memory), and each level's widest node."""
+class _Starts(NamedTuple):
+    """`trie_arrays.Starts` as tensors of one device: the numbers themselves, or the exceptions to one entry a range."""
 
-    child_start: list[Tensor]
+    whole: Tensor | None
+    extra: Tensor | None
+
+    def at(self, index: Tensor) -> Tensor:
+        """int64, the start of each range `index` (int64, any shape)."""
+        if self.whole is None:
+            return index + torch.searchsorted(self.extra, index.to(self.extra.dtype))
+        return _taken(self.whole, index)
+
+
+class _TrieTensors(NamedTuple):
+    """A trie's arrays as tensors of one device (on CPU the same memory), of the small types that they are stored in."""
+
+    child_start: list[_Starts]
     token: list[Tensor]
-    row_start: list[Tensor]
-    widest: list[int]
+    row_start: list[_Starts]
+
+
+def _taken(table: Tensor, index: Tensor) -> Tensor:
+    """int64 `table[index]`; only what was taken is widened."""
+    return table.index_select(0, index.flatten()).view(index.shape).long()
 
 
 _TENSORS: WeakKeyDictionary[Trie, dict[torch.device, _TrieTensors]] = WeakKeyDictionary()
@@ -50,13 +68,15 @@ _TENSORS: WeakKeyDictionary[Trie, dict[torch.device, _TrieTensors]] = WeakKeyDic
 def _tensors(trie: Trie, device: torch.device) -> _TrieTensors:
     cached = _TENSORS.setdefault(trie, {})
     if device not in cached:
-        child_start, token, row_start = (
-            [torch.from_numpy(np.asarray(array)).to(device) for array in arrays]
-            for arrays in (trie.child_start, trie.token, trie.row_start)
+
+        def move(array) -> Tensor | None:
+            return None if array is None else torch.from_numpy(array).to(device)
+
+        child_start, row_start = (
+            [_Starts(move(starts.whole), move(starts.extra)) for starts in part]
+            for part in (trie.child_start, trie.row_start)
         )
-        cached[device] = _TrieTensors(
-            child_start, token, row_start, [int(np.diff(array).max()) for array in trie.child_start]
-        )
+        cached[device] = _TrieTensors(child_start, [move(token) for token in trie.token], row_start)
     return cached[device]
 
 
@@ -79,13 +99,18 @@ def _inputs(input_ids, attention_mask, device: torch.device) -> tuple[Tensor, Te
     return ids_BT.to(device, torch.long), mask_BT.to(device)
 
 
-def _prefix_sum(allowed, rows: int, device: torch.device) -> Tensor:
-    allowed_N = torch.as_tensor(allowed)
-    if allowed_N.dtype != torch.bool or allowed_N.shape != (rows,):
-        raise InputError(
-            f"allowed must be {rows} booleans, one per trie row, found {allowed_N.dtype} of {tuple(allowed_N.shape)}"
-        )
-    return torch.nn.functional.pad(allowed_N.to(device).cumsum(0), (1, 0))
+def _filter(allowed, rows: int, device: torch.device) -> FilterTensors:
+    if not isinstance(allowed, Filter):
+        allowed = torch.as_tensor(allowed)
+        if allowed.dtype != torch.bool or allowed.shape != (rows,):
+            raise InputError(
+                f"allowed must be a filter or {rows} booleans, one per trie row, found {allowed.dtype} of "
+                f"{tuple(allowed.shape)}"
+            )
+        allowed = Filter.of(allowed.cpu().numpy())
+    if len(allowed) != rows:
+        raise InputError(f"the filter is over {len(allowed)} rows, the trie has {rows}; take both from one release")
+    return allowed.tensors(device)
 
 
 def _sort_key(score: Tensor, child: Tensor, live: Tensor) -> Tensor:
@@ -104,22 +129,25 @@ class _Beams(NamedTuple):
     prefix_BML: Tensor
 
 
-def _extend(beams: _Beams, step_logp_BMK: Tensor, arrays: _TrieTensors, level: int, width: int, allowed_sum) -> _Beams:
-    """The `width` best children of all beams of each query."""
-    start_BM1, end_BM1 = (arrays.child_start[level][beams.node_BM + i][..., None] for i in (0, 1))
-    child_BMC = start_BM1 + torch.arange(arrays.widest[level], device=start_BM1.device)
+def _extend(beams: _Beams, step_logp_BMK: Tensor, trie: Trie, arrays: _TrieTensors, width: int, kept) -> _Beams:
+    """The `width` best children of all beams of each query; `kept` FilterTensors or None."""
+    level = beams.prefix_BML.shape[-1]
+    start_BM1, end_BM1 = (arrays.child_start[level].at(beams.node_BM + i)[..., None] for i in (0, 1))
+    # Children of a node lie end to end: C + 1 boundaries bound them all.
+    edge_BMC1 = start_BM1 + torch.arange(trie.widest[level] + 1, device=start_BM1.device)
+    child_BMC = edge_BMC1[..., :-1]
     live_BMC = (child_BMC < end_BM1) & (beams.logp_BM > -torch.inf)[..., None]
+    if kept is not None:
+        before_BMC1 = allowed_before(kept, arrays.row_start[level + 1].at(torch.minimum(edge_BMC1, end_BM1)))
+        live_BMC &= before_BMC1[..., 1:] > before_BMC1[..., :-1]
     child_BMC = torch.where(live_BMC, child_BMC, 0)
-    code_BMC = arrays.token[level + 1][child_BMC].long()
-    if allowed_sum is not None:
-        rows_before = arrays.row_start[level + 1]
-        live_BMC &= allowed_sum[rows_before[child_BMC + 1]] > allowed_sum[rows_before[child_BMC]]
+    code_BMC = _taken(arrays.token[level + 1], child_BMC)
     score_BMC = beams.logp_BM[..., None] + step_logp_BMK.gather(-1, code_BMC)
     live_BMC &= score_BMC > -torch.inf
     key_BC = _sort_key(score_BMC, child_BMC, live_BMC).flatten(1)
     best = key_BC.topk(min(width, key_BC.shape[1]), dim=1)
     dead_BM = best.values == _DEAD
-    parent_BM = best.indices // arrays.widest[level]
+    parent_BM = best.indices // trie.widest[level]
     code_BM, node_BM, logp_BM = (x.flatten(1).gather(1, best.indices) for x in (code_BMC, child_BMC, score_BMC))
     kept_BML = beams.prefix_BML.gather(1, parent_BM[..., None].expand(-1, -1, level))
     prefix_BML = torch.cat((kept_BML, code_BM[..., None]), 2)
@@ -128,7 +156,7 @@ def _extend(beams: _Beams, step_logp_BMK: Tensor, arrays: _TrieTensors, level: i
 
 def _result(beams: _Beams, arrays: _TrieTensors, top_k: int) -> BeamResult:
     found_BM = beams.logp_BM > -torch.inf
-    first_BM, last_BM = (arrays.row_start[-1][beams.node_BM + i] for i in (0, 1))
+    first_BM, last_BM = (arrays.row_start[-1].at(beams.node_BM + i) for i in (0, 1))
     docid_BML = beams.prefix_BML.masked_fill(~found_BM[..., None], -1)
     range_BM2 = torch.stack((first_BM, last_BM), 2).masked_fill(~found_BM[..., None], 0)
     missing = max(0, top_k - found_BM.shape[1])
@@ -156,9 +184,10 @@ def constrained_beam_search(
     """The `top_k` most likely IDs of each query that a beam of `beam_width` (one number, or one per level) finds.
 
     `model`: a T5 whose last ΣK vocabulary rows are the ID tokens, or any `Decoder`. `input_ids`, `attention_mask`:
-    integers B×T. `allowed`: bool N over trie rows; IDs without an allowed row are never returned (a shared ID's range
-    may still hold rows that are not allowed). `normalize`: scores are log-probabilities over the "level"'s codes, as
-    in training, or over the whole "vocabulary", as in `generate` with length_penalty 0; never over the survivors.
+    integers B×T. `allowed`: a `Filter`, or bool N over trie rows; IDs without an allowed row are never returned (a
+    shared ID's range may still hold rows that are not allowed). `normalize`: scores are log-probabilities over the
+    "level"'s codes, as in training, or over the whole "vocabulary", as in `generate` with length_penalty 0; never over
+    the survivors.
 
     With `beam_width` ≥ number of IDs this is the exact ranking. Fewer results than `top_k` come back when the trie,
     the filter or the last beam has no more. Raises InputError for a width or `top_k` below 1, a query without tokens,
@@ -172,7 +201,7 @@ def constrained_beam_search(
     )
     device = decoder.device
     ids_BT, mask_BT = _inputs(input_ids, attention_mask, device)
-    allowed_sum = None if allowed is None else _prefix_sum(allowed, trie.rows, device)
+    kept = None if allowed is None else _filter(allowed, trie.rows, device)
     arrays = _tensors(trie, device)
     memory, cache = decoder.encode(ids_BT, mask_BT), None
     root_B1 = torch.zeros(len(ids_BT), 1, dtype=torch.long, device=device)
@@ -185,8 +214,9 @@ def constrained_beam_search(
             total_BM = logits_BMK.logsumexp(-1)
         else:
             total_BM = decoder.log_partition(level, hidden_BMD, beams.prefix_BML).float()
+            finite = finite & ~logits_BMK.isnan().any()
         finite = finite & total_BM.isfinite().all()
-        beams = _extend(beams, logits_BMK - total_BM[..., None], arrays, level, widths[level], allowed_sum)
+        beams = _extend(beams, logits_BMK - total_BM[..., None], trie, arrays, widths[level], kept)
         code_BM = beams.prefix_BML[..., -1]
     if not finite:
         raise InputError("the model gives NaN or infinite logits; its weights are damaged or its precision overflows")

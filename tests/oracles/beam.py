@@ -1,8 +1,10 @@
 """Slow, obvious searches over IDs: every ID scored by full forward passes, and a beam in plain Python lists.
 
-Neither uses a trie, a cache or batching; `generate` with a dictionary trie stands in for what others do.
+Neither uses a trie, a cache or batching; `generate` with a dictionary trie stands in for what others do. Two models
+that are no T5, with known answers, stand behind the search's protocol.
 """
 
+import numpy as np
 import torch
 from transformers import T5ForConditionalGeneration
 
@@ -33,13 +35,25 @@ def brute_force(model, ids, query_T, *, codes_per_level, normalize: str) -> list
 
 
 def slow_beam(model, ids, query_T, *, codes_per_level, widths, normalize: str) -> list[tuple[float, tuple[int, ...]]]:
-    """(logp, ID) of the last beam, best first: at each level the best `widths[level]` prefixes of any ID in `ids`."""
+    """`beam_of_lists` with a T5's scores."""
+
+    def steps(prefix):
+        return step_logp(model, query_T, prefix, codes_per_level=codes_per_level, normalize=normalize)
+
+    return beam_of_lists(steps, ids, widths)
+
+
+def beam_of_lists(step_logp, ids, widths) -> list[tuple[float, tuple[int, ...]]]:
+    """(logp, ID) of the last beam, best first: at each level the best `widths[level]` prefixes of any ID in `ids`.
+
+    `step_logp(prefix)` gives log p of every next code after a prefix.
+    """
     ids = {tuple(map(int, docid)) for docid in ids}
     beams = [(0.0, ())]
     for level, width in enumerate(widths):
         grown = []
         for logp, prefix in beams:
-            steps = step_logp(model, query_T, prefix, codes_per_level=codes_per_level, normalize=normalize)
+            steps = step_logp(prefix)
             for code in sorted({docid[level] for docid in ids if docid[:level] == prefix}):
                 grown.append((logp + steps[code], (*prefix, code)))
         beams = sorted(grown, key=lambda pair: (-pair[0], pair[1]))[:width]
@@ -69,3 +83,69 @@ def hugging_face(model, ids, input_ids_BT, attention_mask_BT, *, codes_per_level
     )
     codes = answer.sequences[:, 1:] - offsets
     return codes.view(len(input_ids_BT), beams, -1), answer.sequences_scores.view(len(input_ids_BT), beams)
+
+
+class Table:
+    """A decoder without a network: the logits of each prefix are given, as a table; words beside the codes weigh 1."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, codes_per_level, queries, seed):
+        random = np.random.default_rng(seed)
+        self.logits = [
+            torch.from_numpy(random.normal(size=(queries, *codes_per_level[: level + 1]))).float()
+            for level in range(len(codes_per_level))
+        ]
+
+    def encode(self, input_ids_BT, attention_mask_BT):
+        return None
+
+    def decode_step(self, level, memory, cache, parent_BM, code_BM):
+        return torch.zeros(*code_BM.shape, 1), None
+
+    def level_logits(self, level, hidden_BMD, prefix_BML):
+        query_B1 = torch.arange(len(prefix_BML))[:, None]
+        return self.logits[level][(query_B1, *prefix_BML.unbind(-1))].expand(-1, prefix_BML.shape[1], -1)
+
+    def log_partition(self, level, hidden_BMD, prefix_BML):
+        return torch.logaddexp(self.level_logits(level, hidden_BMD, prefix_BML).logsumexp(-1), torch.zeros(()))
+
+    def step_logp(self, query, prefix, normalize):
+        logits = self.logits[len(prefix)][(query, *prefix)].double()
+        total = logits.exp().sum() + (1 if normalize == "vocabulary" else 0)
+        return (logits - total.log()).tolist()
+
+
+class Recurrent:
+    """A decoder-only toy: one state per beam, the sum of what was read, query tokens first, each times its position."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, codes_per_level, words, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.word_VD = torch.randn(words, 6, generator=generator)
+        self.code_LKD = torch.randn(len(codes_per_level), max(codes_per_level), 6, generator=generator)
+        self.codes_per_level = codes_per_level
+
+    def encode(self, input_ids_BT, attention_mask_BT):
+        return (self.word_VD[input_ids_BT] * attention_mask_BT[..., None]).sum(1, keepdim=True)
+
+    def decode_step(self, level, memory, cache, parent_BM, code_BM):
+        if level == 0:
+            return memory, memory
+        past_BMD = cache.gather(1, parent_BM[..., None].expand(-1, -1, cache.shape[-1]))
+        state_BMD = past_BMD + level * self.code_LKD[level - 1][code_BM]
+        return state_BMD, state_BMD
+
+    def level_logits(self, level, hidden_BMD, prefix_BML):
+        return hidden_BMD.tanh() @ self.code_LKD[level, : self.codes_per_level[level]].T
+
+    def log_partition(self, level, hidden_BMD, prefix_BML):
+        return self.level_logits(level, hidden_BMD, prefix_BML).logsumexp(-1)
+
+    def step_logp(self, tokens, prefix):
+        state_D = sum(self.word_VD[token] for token in tokens)
+        for position, code in enumerate(prefix):
+            state_D = state_D + (position + 1) * self.code_LKD[position, code]
+        level = len(prefix)
+        return (self.code_LKD[level, : self.codes_per_level[level]] @ state_D.tanh()).log_softmax(0).tolist()

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from catid2_ray.errors import InputError
 from catid2_ray.generator.model import small_t5
 from catid2_ray.retrieval.beam import constrained_beam_search
+from catid2_ray.retrieval.filters import Filter
 from catid2_ray.retrieval.t5_decoder import T5Decoder
 from catid2_ray.retrieval.trie import Trie
-from tests.oracles.beam import brute_force, hugging_face, slow_beam
+from tests.oracles.beam import Recurrent, Table, beam_of_lists, brute_force, hugging_face, slow_beam
 
 WORDS = 20
 
@@ -101,26 +101,37 @@ def test_narrow_beams_equal_a_beam_of_python_lists(seed, widths):
         assert_same(listed(result, 0), expected)
 
 
-@pytest.mark.parametrize("untied", [False, True])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_vocabulary_scores_equal_generate(seed, untied):
-    codes_per_level = (16, 8, 8)
-    model, ids = model_for(codes_per_level, seed=seed, untied=untied), random_ids(codes_per_level, 150, seed)
+@settings(max_examples=12, deadline=None)
+@given(
+    deeper=st.lists(st.integers(1, 12), max_size=3),
+    beams=st.integers(2, 10),
+    lengths=st.lists(st.integers(2, 7), min_size=1, max_size=3),
+    seed=st.integers(0, 1000),
+    untied=st.booleans(),
+)
+def test_vocabulary_scores_equal_generate(deeper, beams, lengths, seed, untied):
+    """The first level has every code, so that each step has at least as many continuations as beams."""
+    codes_per_level = (16, *deeper)
+    model = model_for(codes_per_level, seed=seed, activation=("relu", "gated-gelu")[seed % 2], untied=untied)
+    ids = np.concatenate((random_ids(codes_per_level, 150, seed), np.arange(16)[:, None] * [1, *([0] * len(deeper))]))
+    ids = np.unique(ids, axis=0)
     trie = Trie.build(ids, codes_per_level=codes_per_level)
-    query, mask = random_queries([6, 3], seed)
-    result = constrained_beam_search(model, trie, query, mask, beam_width=10, top_k=10, normalize="vocabulary")
-    codes, scores = hugging_face(model, ids, query, mask.long(), codes_per_level=codes_per_level, beams=10)
+    query, mask = random_queries(lengths, seed)
+    result = constrained_beam_search(model, trie, query, mask, beam_width=beams, top_k=beams, normalize="vocabulary")
+    codes, scores = hugging_face(model, ids, query, mask.long(), codes_per_level=codes_per_level, beams=beams)
     assert torch.equal(result.docid_BKL, codes)
     torch.testing.assert_close(result.logp_BK, scores, atol=1e-4, rtol=0)
 
 
-def test_a_padded_batch_equals_single_queries_and_rows_name_their_id():
+@settings(max_examples=8, deadline=None)
+@given(lengths=st.lists(st.integers(2, 9), min_size=1, max_size=4), seed=st.integers(0, 1000))
+def test_a_padded_batch_equals_single_queries_and_rows_name_their_id(lengths, seed):
     codes_per_level = (8, 8, 8)
-    model, ids = model_for(codes_per_level), random_ids(codes_per_level, 60, 3)
+    model, ids = model_for(codes_per_level, seed=seed), random_ids(codes_per_level, 60, seed)
     trie = Trie.build(ids[::-1], codes_per_level=codes_per_level)
-    query, mask = random_queries([7, 2, 5], 3)
+    query, mask = random_queries(lengths, seed)
     together = constrained_beam_search(model, trie, query, mask, beam_width=6, top_k=6)
-    for row, length in enumerate([7, 2, 5]):
+    for row, length in enumerate(lengths):
         alone = constrained_beam_search(
             model, trie, query[row : row + 1, :length], mask[row : row + 1, :length], beam_width=6, top_k=6
         )
@@ -185,28 +196,92 @@ def test_half_precision_finds_nearly_the_same_scores(dtype):
     torch.testing.assert_close(half.logp_BK[:, 0], full.logp_BK[:, 0], atol=0.15, rtol=0)
 
 
-def test_bad_input_is_refused_in_words():
-    trie, model = Trie.build(random_ids((4, 4), 9, 0), codes_per_level=(4, 4)), model_for((4, 4))
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), share=st.sampled_from([0.0, 0.02, 0.3, 1.0]), shared=st.booleans())
+def test_a_filter_at_full_beam_is_brute_force_over_what_it_allows(seed, share, shared):
+    codes_per_level = (4, 3, 5)
+    model, ids = model_for(codes_per_level, seed=seed), random_ids(codes_per_level, 14, seed)
+    rows = np.repeat(ids, 1 + (np.arange(len(ids)) % 3 if shared else 0), axis=0)
+    trie = Trie.build(rows, codes_per_level=codes_per_level, shared=shared)
+    allowed = np.random.default_rng(seed).random(trie.rows) < share
+    query, mask = random_queries([5], seed)
+    found = [
+        constrained_beam_search(model, trie, query, mask, beam_width=len(ids), top_k=20, allowed=chosen)
+        for chosen in (allowed, Filter.of(allowed), torch.from_numpy(allowed))
+    ]
+    expected = brute_force(model, rows[allowed], query[0].tolist(), codes_per_level=codes_per_level, normalize="level")
+    assert_same(listed(found[0], 0), expected)
+    assert all(torch.equal(mine, other) for result in found[1:] for mine, other in zip(found[0], result))
+
+
+def test_widths_per_level_and_widths_beyond_what_is_valid():
+    codes_per_level = (32, 6, 8)
+    model, ids = model_for(codes_per_level), random_ids(codes_per_level, 300, 0)
+    trie = Trie.build(ids, codes_per_level=codes_per_level)
     query, mask = random_queries([5], 0)
-    usual = {"beam_width": 3, "top_k": 3}
-    for changed, message in (
-        ({"beam_width": 0}, "beam_width must be one whole number ≥ 1, or 2 of them, found 0"),
-        ({"beam_width": [3, 3, 3]}, "or 2 of them"),
-        ({"top_k": 0}, "top_k must be ≥ 1"),
-        ({"normalize": "beam"}, "normalize 'level' or 'vocabulary'"),
-        ({"allowed": np.ones(3, bool)}, "booleans, one per trie row"),
-    ):
-        with pytest.raises(InputError, match=message):
-            constrained_beam_search(model, trie, query, mask, **(usual | changed))
-    with pytest.raises(InputError, match="query 0 of the batch has no token"):
-        constrained_beam_search(model, trie, query, mask * 0, **usual)
-    with pytest.raises(InputError, match="the model does not fit the trie"):
-        constrained_beam_search(model_for((4, 5)), trie, query, mask, **usual)
-    small = model_for((4, 4))
-    small.config.docid_codes_per_level = None
-    with pytest.raises(InputError, match="28 vocabulary rows.* need 30"):
-        T5Decoder(small, codes_per_level=(15, 15))
-    with torch.no_grad():
-        model.decoder.final_layer_norm.weight[0] = torch.nan
-    with pytest.raises(InputError, match="NaN or infinite logits"):
-        constrained_beam_search(model, trie, query, mask, **usual)
+    widths = [20, 50, 500]
+    result = constrained_beam_search(model, trie, query, mask, beam_width=widths, top_k=500)
+    expected = slow_beam(
+        model, ids, query[0].tolist(), codes_per_level=codes_per_level, widths=widths, normalize="level"
+    )
+    assert len(expected) < 500
+    assert_same(listed(result, 0), expected)
+
+
+@pytest.mark.parametrize("codes_per_level", [(3, 300), (2, 40_000), (250, 250, 250)])
+def test_tries_of_every_integer_type_and_sparse_ones_are_read(codes_per_level):
+    model, ids = model_for(codes_per_level), random_ids(codes_per_level, 120, 0)
+    trie = Trie.build(ids, codes_per_level=codes_per_level)
+    query, mask = random_queries([5], 0)
+    allowed = np.arange(trie.rows) % 3 == 0
+    for chosen, subset in ((None, ids), (allowed, ids[allowed])):
+        result = constrained_beam_search(model, trie, query, mask, beam_width=6, top_k=6, allowed=chosen)
+        expected = slow_beam(
+            model,
+            subset,
+            query[0].tolist(),
+            codes_per_level=codes_per_level,
+            widths=[6] * len(codes_per_level),
+            normalize="level",
+        )
+        assert_same(listed(result, 0), expected)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    widths=st.lists(st.integers(1, 30), min_size=3, max_size=3),
+    normalize=st.sampled_from(["level", "vocabulary"]),
+)
+def test_other_models_work_behind_the_protocol(seed, widths, normalize):
+    codes_per_level = (4, 6, 3)
+    ids = random_ids(codes_per_level, 30, seed)
+    trie = Trie.build(ids, codes_per_level=codes_per_level)
+    query, mask = random_queries([5, 3], seed)
+    table, recurrent = Table(codes_per_level, 2, seed), Recurrent(codes_per_level, WORDS, seed)
+    steps = {
+        table: lambda row, prefix: table.step_logp(row, prefix, normalize),
+        recurrent: lambda row, prefix: recurrent.step_logp(query[row][mask[row]].tolist(), prefix),
+    }
+    for decoder, step in steps.items():
+        result = constrained_beam_search(decoder, trie, query, mask, beam_width=widths, top_k=9, normalize=normalize)
+        for row in range(2):
+            expected = beam_of_lists(lambda prefix, row=row, step=step: step(row, prefix), ids, widths)[:9]
+            assert_same(listed(result, row), expected)
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 1000), activation=st.sampled_from(["relu", "gated-gelu"]))
+def test_int8_weights_find_nearly_the_same_scores_and_leave_the_model_alone(seed, activation):
+    codes_per_level = (6, 6)
+    ids, model = random_ids(codes_per_level, 20, 0), model_for(codes_per_level, seed=seed, activation=activation)
+    before = [weight.clone() for weight in model.parameters()]
+    trie = Trie.build(ids, codes_per_level=codes_per_level)
+    query, mask = random_queries([5, 3], seed)
+    full, small = (
+        constrained_beam_search(decoder, trie, query, mask, beam_width=20, top_k=20)
+        for decoder in (model, T5Decoder(model, codes_per_level=codes_per_level, weights="int8"))
+    )
+    assert small.count_B.tolist() == [len(ids)] * 2
+    torch.testing.assert_close(small.logp_BK[:, 0], full.logp_BK[:, 0], atol=0.15, rtol=0)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters()))

@@ -1,0 +1,203 @@
+"""What a filter costs a request: compiling an expression, and asking at each step which of the beams' children live.
+
+    python benchmarks/filters.py [--rows 1e7] [--beams 100] [--model base] [--repeats 30] [--json FILE]
+
+Unusual: children of one node lie end to end, so the look-up asks once per boundary of two ranges, C + 1 times a beam.
+Beside it stands what one writes first: a cumulative sum (int64, N + 1) of the booleans made for each request, and two
+look-ups per child; both must agree before timing, they take turns, and medians are compared. The goal is at most 10 %
+of a step of the search, so a whole search without a filter is timed too (T5 of `--model`, random weights, one query,
+level scores); `--model none` leaves it out. One thread. The last line printed is one JSON object.
+
+Shape letters: N rows, M beams, C children of the widest node of a level.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from catid2_ray.docid import DocidSpace
+from catid2_ray.retrieval.filters import Filter, FilterIndex, allowed_before
+from catid2_ray.retrieval.trie import Trie
+
+CODES = (256,) * 4
+GOAL = 0.10
+MODELS = {
+    "tiny": {"d_model": 128, "d_ff": 256, "num_layers": 2, "num_heads": 4, "d_kv": 32},
+    "small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "d_kv": 64},
+    "base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "d_kv": 64},
+}
+EXPRESSIONS = {
+    "all": {"all": []},
+    "one brand of 5000": {"column": "brand", "in": ["brand 7"]},
+    "100 brands": {"column": "brand", "in": [f"brand {number}" for number in range(100)]},
+    "price range": {"column": "price", "from": 10, "to": 50},
+    "in stock": {"column": "in_stock", "is": True},
+    "subtree": {"column": "category_path", "under": ["top 3", "middle 39"]},
+    "100 products": {"products": [f"p{number * 977}" for number in range(100)]},
+    "subtree, in stock, not one brand": {
+        "all": [
+            {"column": "category_path", "under": ["top 3"]},
+            {"column": "in_stock", "is": True},
+            {"not": {"column": "brand", "in": ["brand 7"]}},
+        ]
+    },
+}
+LOOKED_UP = ("all", "in stock", "subtree", "one brand of 5000")
+
+
+def columns(rows: int, seed: int = 0) -> pa.Table:
+    """5000 brands, 561 categories in three levels (12, 87, 561), log-normal prices, four products of five in stock."""
+    rng = np.random.default_rng(seed)
+    paths = pa.array(
+        [[f"top {leaf % 12}", f"middle {leaf % 12 + 12 * (leaf % 7)}", f"leaf {leaf}"] for leaf in range(561)]
+    )
+    brands = pa.array([f"brand {number}" for number in range(5000)])
+    chosen = [np.minimum(rng.zipf(1.3, rows) - 1, size - 1) for size in (len(paths), len(brands))]
+    return pa.table(
+        {
+            "product_id": pc.binary_join_element_wise("p", pa.array(np.arange(rows)).cast(pa.string()), ""),
+            "brand": brands.take(pa.array(chosen[1])),
+            "price": pa.array(rng.lognormal(3, 1, rows)),
+            "in_stock": pa.array(rng.random(rows) < 0.8),
+            "category_path": paths.take(pa.array(chosen[0])),
+        }
+    )
+
+
+def spread_trie(rows: int) -> Trie:
+    space = DocidSpace(CODES)
+    gap = np.random.default_rng(0).integers(1, max(2, int(1.96 * space.capacity / rows)), rows)
+    return Trie.from_sorted(np.cumsum(gap), codes_per_level=CODES)
+
+
+def boundaries(trie: Trie, level: int, beams: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row boundaries M×(C + 1) of the children of random nodes, and which of the C are children."""
+    rng, count = np.random.default_rng(level), trie.nodes(level)
+    node_M = rng.choice(count, min(beams, count), replace=False)
+    first_M, end_M = trie.child_start[level][node_M], trie.child_start[level][node_M + 1]
+    child_MC1 = np.minimum(first_M[:, None] + np.arange(trie.widest[level] + 1), end_M[:, None])
+    row_MC1 = trie.row_start[level + 1][child_MC1].astype(np.int64)
+    return torch.from_numpy(row_MC1), torch.from_numpy(child_MC1[:, :-1] < end_M[:, None])
+
+
+def median_of(functions: dict, repeats: int) -> dict:
+    """Median seconds of each function, in turns."""
+    taken = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def looked_up(made: Filter, trie: Trie, beams: int, repeats: int) -> list[dict]:
+    """Microseconds per level of both ways, and whether they agree."""
+    tensors = made.tensors()
+    cumulative = torch.nn.functional.pad(torch.from_numpy(made.allowed_N).cumsum(0), (1, 0))
+    levels = []
+    for level in range(trie.levels):
+        row_MC1, child_MC = boundaries(trie, level, beams)
+        start_MC, end_MC = row_MC1[:, :-1].contiguous(), row_MC1[:, 1:].contiguous()
+
+        def ours(row_MC1=row_MC1):
+            before_MC1 = allowed_before(tensors, row_MC1)
+            return before_MC1[:, 1:] > before_MC1[:, :-1]
+
+        def first_try(start_MC=start_MC, end_MC=end_MC):
+            return cumulative[end_MC] > cumulative[start_MC]
+
+        if not torch.equal(ours() & child_MC, first_try() & child_MC):
+            raise SystemExit(f"level {level}: the two ways disagree about which children live")
+        seconds = median_of({"ours": ours, "cumulative_sum": first_try}, repeats)
+        levels.append({name: value * 1e6 for name, value in seconds.items()} | {"children": list(child_MC.shape)})
+    return levels
+
+
+def search_seconds(model: str, trie: Trie, beams: int, repeats: int) -> float:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from catid2_ray.retrieval.beam import constrained_beam_search
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=32128 + sum(CODES), decoder_start_token_id=0, pad_token_id=0, **MODELS[model])
+    network = T5ForConditionalGeneration(config).eval()
+    query = torch.randint(2, 32000, (1, 16))
+    mask = torch.ones_like(query)
+    run = lambda: constrained_beam_search(network, trie, query, mask, beam_width=beams, top_k=beams)  # noqa: E731
+    run()
+    return median_of({"search": run}, repeats)["search"]
+
+
+def machine() -> str:
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = (re.findall(r"model name\s*:\s*(.+)", text) or [platform.processor() or platform.machine()])[0]
+    return f"{os.cpu_count()} cores of {model}"
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=lambda text: int(float(text)), default=10**7, help="N")
+    parser.add_argument("--beams", type=int, default=100)
+    parser.add_argument("--model", default="base", choices=[*MODELS, "none"], help="whose search is timed beside")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="also write the JSON object here")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    table, trie = columns(options.rows), spread_trie(options.rows)
+    start = time.perf_counter()
+    index = FilterIndex(table, kept=0)
+    report = {
+        "benchmark": "filters", "machine": machine(), "threads": 1, "python": platform.python_version(),
+        "numpy": np.__version__, "torch": torch.__version__, "pyarrow": pa.__version__, "rows": options.rows,
+        "beams": options.beams, "index_us_per_row": (time.perf_counter() - start) / options.rows * 1e6,
+    }  # fmt: skip
+    compiled = {name: index.compile(expression) for name, expression in EXPRESSIONS.items()}
+    few = max(3, options.repeats // 6)
+    functions = {name: lambda one=one: index.compile(one) for name, one in EXPRESSIONS.items()}
+    seconds = median_of(functions, few)
+    report["compile"] = {
+        name: {"ms": seconds[name] * 1e3, "share_allowed": made.total / options.rows} for name, made in compiled.items()
+    }
+    made = compiled["in stock"]
+    report["filter_bytes_per_row"] = (made.words_W.nbytes + made.before_W.nbytes) / options.rows
+    allowed = torch.from_numpy(made.allowed_N)
+    summed = {"sum": lambda: torch.nn.functional.pad(allowed.cumsum(0), (1, 0))}
+    report["cumulative_sum_ms_per_request"] = median_of(summed, few)["sum"] * 1e3
+    report["lookup_us_per_level"] = {
+        name: looked_up(compiled[name], trie, options.beams, options.repeats) for name in LOOKED_UP
+    }
+    worst = max(sum(step["ours"] for step in steps) for steps in report["lookup_us_per_level"].values())
+    report["lookup_us_per_search"] = worst
+    if options.model != "none":
+        seconds = search_seconds(options.model, trie, options.beams, few)
+        report |= {"model": options.model, "search_ms": seconds * 1e3, "share_of_search": worst / 1e6 / seconds}
+        report |= {"goal_share": GOAL, "goal_met": report["share_of_search"] <= GOAL}
+    report = rounded(report)
+    for name, figures in report["compile"].items():
+        print(f"{name}: {figures['ms']} ms, allows {figures['share_allowed']:.2%}")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Columns of the product table as filters read them: which operators each type takes, and the rows that match.
+
+Text becomes numbers in the order of the text, so a subtree of categories is one interval of numbers.
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from catid2_ray.errors import InputError
+
+# Ends every name of a path, so that a path begins with another exactly if its text does.
+_END = "\x1f"
+
+
+class Column(Protocol):
+    """`kind`: for messages. `operators`: the sets of keys that a condition may have, sorted. `wrong(key, value)`: None,
+    or (place inside the value, what is wrong). `match(condition)`: bool N, never for a missing value."""
+
+    kind: str
+    operators: tuple[tuple[str, ...], ...]
+
+    def wrong(self, key: str, value) -> tuple[str, str] | None: ...
+
+    def match(self, condition: dict) -> np.ndarray: ...
+
+
+def column_of(name: str, values: pa.ChunkedArray, *, products: bool = False) -> Column:
+    """The column for an Arrow column's type; `products` marks the product ids. Raises InputError for other types."""
+    dtype = values.type
+    if pa.types.is_dictionary(dtype):
+        dtype = dtype.value_type
+        values = values.cast(dtype)
+    if _is_text(dtype):
+        return _Products(values) if products else _Text(values)
+    if products:
+        raise InputError(f'column "{name}" holds the product ids and must be strings, found {values.type}')
+    if pa.types.is_boolean(dtype):
+        return _Flags(values)
+    if pa.types.is_integer(dtype) or pa.types.is_floating(dtype):
+        return _Numbers(values)
+    lists = pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)
+    inner = dtype.value_type if lists else None
+    if lists and _is_text(inner.value_type if pa.types.is_dictionary(inner) else inner):
+        return _Paths(name, values)
+    raise InputError(
+        f'column "{name}" is {values.type}; filters take strings, whole numbers, floats, booleans, lists of strings, '
+        "and dictionaries of these; leave the column out or cast it"
+    )
+
+
+def _is_text(dtype: pa.DataType) -> bool:
+    return pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)
+
+
+def _not_all(value, good, what: str) -> tuple[str, str] | None:
+    if not isinstance(value, list):
+        return "", f"expects a list of {what}, found {value!r}"
+    return next(((f"[{i}]", f"expects {what}, found {one!r}") for i, one in enumerate(value) if not good(one)), None)
+
+
+def _is_string(value) -> bool:
+    """Text that UTF-8 can hold: JSON may carry half of a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _numbered(values: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
+    """Distinct texts in order, and each row's place among them (int8, int16 or int32; −1 where missing)."""
+    encoded = pa.chunked_array(values.cast(pa.large_string()).dictionary_encode()).unify_dictionaries().combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = pa.concat_arrays(encoded.chunks) if encoded.num_chunks else pa.array([], encoded.type)
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    dtype = next(one for one in (np.int8, np.int16, np.int32) if len(order) <= np.iinfo(one).max)
+    place = np.full(len(order) + 1, -1, dtype)
+    place[order] = np.arange(len(order))
+    index_N = encoded.indices.fill_null(len(order)).to_numpy(zero_copy_only=False)
+    return encoded.dictionary.take(pa.array(order)).to_pylist(), place[index_N]
+
+
+class _Text:
+    kind, operators = "strings", (("in",),)
+
+    def __init__(self, values: pa.ChunkedArray):
+        self.names, self.place_N = _numbered(values)
+
+    def wrong(self, key, value):
+        return _not_all(value, _is_string, "strings")
+
+    def match(self, condition):
+        places = []
+        for name in set(condition["in"]):
+            place = bisect_left(self.names, name)
+            if place < len(self.names) and self.names[place] == name:
+                places.append(place)
+        if len(places) == 1:
+            return self.place_N == places[0]
+        # One entry more, for the rows without a value: index −1.
+        chosen = np.zeros(len(self.names) + 1, bool)
+        chosen[places] = True
+        return chosen[self.place_N]
+
+
+class _Paths:
+    kind, operators = "paths", (("under",),)
+
+    def __init__(self, name: str, values: pa.ChunkedArray):
+        values = values.cast(pa.large_list(pa.large_string()))
+        holds_end = pc.match_substring(pc.list_flatten(values), _END)
+        if pc.any(holds_end).as_py():
+            raise InputError(f'column "{name}" has a path with the control character U+001F in it; remove it')
+        end, nothing = pa.scalar(_END, pa.large_string()), pa.scalar("", pa.large_string())
+        ended = pc.binary_join_element_wise(pc.binary_join(values, end), nothing, end)
+        self.paths, self.place_N = _numbered(pc.if_else(pc.equal(pc.list_value_length(values), 0), nothing, ended))
+
+    def wrong(self, key, value):
+        return _not_all(value, _is_string, "names from the root") or (
+            None if value else ("", "expects at least one name, found []")
+        )
+
+    def match(self, condition):
+        names = condition["under"]
+        prefix = "".join(name + _END for name in names)
+        if prefix.count(_END) > len(names):
+            return np.zeros(len(self.place_N), bool)
+        first = bisect_left(self.paths, prefix)
+        end = bisect_right(self.paths, prefix, key=lambda path: path[: len(prefix)])
+        return (self.place_N >= first) & (self.place_N < end)
+
+
+class _Numbers:
+    def __init__(self, values: pa.ChunkedArray):
+        self.whole = pa.types.is_integer(values.type)
+        self.kind = "whole numbers" if self.whole else "numbers"
+        self.operators = (("from",), ("to",), ("from", "to")) + ((("in",),) if self.whole else ())
+        self.valid_N = values.is_valid().to_numpy() if values.null_count else None
+        self.values_N = (values.fill_null(0) if values.null_count else values).to_numpy()
+
+    def wrong(self, key, value):
+        if key == "in":
+            return _not_all(value, _is_whole, "whole numbers")
+        if _is_whole(value) or (isinstance(value, float) and math.isfinite(value)):
+            return None
+        return "", f"expects a number, found {value!r}"
+
+    def match(self, condition):
+        if "in" in condition:
+            limits = np.iinfo(self.values_N.dtype)
+            asked = [value for value in set(condition["in"]) if limits.min <= value <= limits.max]
+            matched_N = np.isin(self.values_N, np.array(asked, self.values_N.dtype))
+        else:
+            matched_N = np.ones(len(self.values_N), bool)
+            if "from" in condition:
+                matched_N &= self.values_N >= self._bound(condition["from"], math.ceil)
+            if "to" in condition:
+                matched_N &= self.values_N <= self._bound(condition["to"], math.floor)
+        return matched_N if self.valid_N is None else matched_N & self.valid_N
+
+    def _bound(self, value, rounded):
+        """Whole numbers stay exact beyond 2^53; for floats a bound is rounded to the column's type."""
+        if self.whole:
+            return rounded(value)
+        try:
+            with np.errstate(over="ignore"):
+                return self.values_N.dtype.type(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+
+
+class _Flags:
+    kind, operators = "booleans", (("is",),)
+
+    def __init__(self, values: pa.ChunkedArray):
+        self.true_N = values.fill_null(False).to_numpy()
+        self.false_N = ~values.fill_null(True).to_numpy() if values.null_count else None
+
+    def wrong(self, key, value):
+        return None if isinstance(value, bool) else ("", f"expects true or false, found {value!r}")
+
+    def match(self, condition):
+        if condition["is"]:
+            return self.true_N
+        return ~self.true_N if self.false_N is None else self.false_N
+
+
+class _Products:
+    """Product ids, nearly all distinct: searched anew per filter, as an index would be larger than the ids."""
+
+    kind, operators = "product ids", (("in",),)
+
+    def __init__(self, values: pa.ChunkedArray):
+        self.values = values
+
+    def wrong(self, key, value):
+        return _not_all(value, _is_string, "strings")
+
+    def match(self, condition):
+        return pc.is_in(self.values, pa.array(condition["in"], self.values.type)).to_numpy()
