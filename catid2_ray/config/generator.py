@@ -30,8 +30,9 @@ class IdsRecipe(Section):
         unit="products", operational=True, ge=1000,
     )  # fmt: skip
     id_quarantine: int = setting(
-        2, "releases for which the ID of a product that left is given to nobody else", unit="releases", ge=0
-    )
+        2, "releases for which the ID of a product that leaves is given to nobody else; fixed when it leaves",
+        unit="releases", ge=0,
+    )  # fmt: skip
     realign: bool = setting(
         True, "name the codes of a new quantizer after those of the current release, so that tokens keep their meaning",
         unit="yes/no",

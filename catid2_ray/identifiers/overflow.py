@@ -2,6 +2,8 @@
 
 Moves are taken one by one in the order of (added cost, product_id) over all prefixes. An offer changes only when the
 prefix it names fills up, so products wait in one sorted queue per prefix, and only a full prefix's queue is made anew.
+It is made anew at once, since a later offer may be cheaper. Exact copies share offers, so time grows linearly with
+them; in one crowd of products that all differ it grows with the square of their number.
 
 N products, P products in question, H prefixes with too many, L levels, K codes of a level, Z latent width. A node of
 depth d is a prefix of d codes as one integer; depth L − 1 are the homes, in which products share all codes but the last.
@@ -15,6 +17,7 @@ import numpy as np
 from catid2_ray.errors import CapacityError
 
 BLOCK_NUMBERS = 2**17  # products × codes looked at together
+BLOCK_ROWS = 2**14  # products compared together
 BLAS_SLACK = 1e-12  # more than the rounding of a matrix product, in units of the squared lengths
 
 
@@ -41,10 +44,11 @@ def spill(space, books, codes_NL, residual_NZ, home_N, taken_M, touched) -> Move
     if not len(row_P):
         return Moves(row_P, row_P)
     source_P = np.searchsorted(homes, home_N[row_P])
-    rooms = _Rooms(space, home_N, taken_M)
-    offers = _Offers(space, books, codes_NL, residual_NZ, row_P, taken_M, rooms)
-    waiting = _Queues()
-    waiting.add(np.arange(len(row_P)), *offers.make(np.arange(len(row_P))))
+    rooms, groups = _Rooms(space, home_N, taken_M), _Groups(space.pack(codes_NL[row_P]), residual_NZ, row_P)
+    offers = _Offers(space, books, codes_NL, residual_NZ, taken_M, rooms)
+    waiting = _Queues(groups, rooms)
+    lowest_G = row_P[groups.member_P[groups.next_G]]
+    waiting.add(np.arange(len(lowest_G)), *offers.make(lowest_G))
     went_P, open_sources = np.full(len(row_P), -1, np.int64), len(homes)
     while open_sources:
         p, target = waiting.pop()
@@ -53,30 +57,64 @@ def spill(space, books, codes_NL, residual_NZ, home_N, taken_M, touched) -> Move
             waiting.keep(target, lambda p_Q: excess_H[source_P[p_Q]] > 0)
             continue
         went_P[p] = target
+        groups.next_G[groups.of_P[p]] += 1
         excess_H[source] -= 1
         open_sources -= not excess_H[source]
         if rooms.settle(target):
-            again = waiting.close(target)
-            again = again[excess_H[source_P[again]] > 0]
+            # The group that took the last place may have more members than its queue was given.
+            left_Q = np.append(waiting.close(target), p)
+            again = np.unique(groups.of_P[left_Q[excess_H[source_P[left_Q]] > 0]])
+            again = again[groups.next_G[again] < groups.end_G[again]]
             if len(again):
-                waiting.add(again, *offers.make(again))
+                waiting.add(again, *offers.make(lowest_G[again]))
     moved = np.flatnonzero(went_P >= 0)
     return Moves(row_P[moved], went_P[moved])
 
 
-class _Queues:
-    """Products p waiting for target homes, each queue sorted by (cost, p); a heap of their first entries."""
+class _Groups:
+    """Products of equal codes and equal residuals: they share every offer, and the lowest product_id leaves first."""
 
-    def __init__(self):
+    def __init__(self, packed_P, residual_NZ, row_P):
+        blocks = np.split(row_P, range(BLOCK_ROWS, len(row_P), BLOCK_ROWS))
+        length_P = np.concatenate([squared(residual_NZ[rows].astype(np.float64)) for rows in blocks])
+        self.member_P = np.lexsort((length_P, packed_P))  # stable: ascending p in a group
+        keys = packed_P[self.member_P], length_P[self.member_P]
+        new_P = np.append(True, (keys[0][1:] != keys[0][:-1]) | (keys[1][1:] != keys[1][:-1]))
+        maybe = np.flatnonzero(~new_P)
+        for place in np.split(maybe, range(BLOCK_ROWS, len(maybe), BLOCK_ROWS)):
+            one, other = row_P[self.member_P[place]], row_P[self.member_P[place - 1]]
+            new_P[place] = (residual_NZ[one] != residual_NZ[other]).any(axis=1)
+        self.next_G = np.flatnonzero(new_P)  # places in member_P, of the first that has not left
+        self.end_G = np.append(self.next_G[1:], len(row_P))
+        self.of_P = np.empty(len(row_P), np.int64)
+        self.of_P[self.member_P] = np.cumsum(new_P) - 1
+
+    def front(self, group_Q, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next `most` products p of each group, or all that are left, and each one's place in `group_Q`."""
+        count_Q = np.minimum(self.end_G[group_Q] - self.next_G[group_Q], most)
+        which = np.repeat(np.arange(len(group_Q)), count_Q)
+        place = np.arange(len(which)) + (self.next_G[group_Q] - (np.cumsum(count_Q) - count_Q))[which]
+        return self.member_P[place], which
+
+
+class _Queues:
+    """Products p waiting for target homes, each queue sorted by (cost, p); a heap of their first entries.
+
+    Of a group only as many wait in a queue as its home has room for: when those have left, the home is full.
+    """
+
+    def __init__(self, groups, rooms):
+        self.groups, self.rooms = groups, rooms
         self.queue: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}  # costs, products, how many of them are gone
         self.heap: list[tuple[float, int, int]] = []
 
-    def add(self, p_Q, cost_Q, target_Q):
+    def add(self, group_Q, cost_Q, target_Q):
         order = np.argsort(target_Q, kind="stable")
         targets, first = np.unique(target_Q[order], return_index=True)
         for target, part in zip(targets.tolist(), np.split(order, first[1:])):
-            cost, p, gone = self.queue.get(target, (cost_Q[:0], p_Q[:0], 0))
-            cost, p = np.concatenate([cost[gone:], cost_Q[part]]), np.concatenate([p[gone:], p_Q[part]])
+            new, which = self.groups.front(group_Q[part], self.rooms.left(-1, target))
+            cost, p, gone = self.queue.get(target, (cost_Q[:0], new[:0], 0))
+            cost, p = np.concatenate([cost[gone:], cost_Q[part][which]]), np.concatenate([p[gone:], new])
             sort = np.lexsort((p, cost))
             self._store(target, cost[sort], p[sort], 0)
 
@@ -126,31 +164,35 @@ class _Rooms:
     def is_full(self, depth: int, nodes: np.ndarray) -> np.ndarray:
         return is_member(self.full[depth], nodes)
 
+    def left(self, depth: int, node: int) -> int:
+        """IDs still free below a node."""
+        if node not in self.free[depth]:
+            place = np.searchsorted(self.node[depth], node)
+            known = place < len(self.node[depth]) and self.node[depth][place] == node
+            self.free[depth][node] = self.size[depth] - (int(self.used[depth][place]) if known else 0)
+        return self.free[depth][node]
+
     def settle(self, home: int) -> bool:
         """One more product lives in `home`; true when that was its last free ID."""
         for depth, size in enumerate(self.size):
-            node, free = home // (size // self.size[-1]), self.free[depth]
-            if node not in free:
-                place = np.searchsorted(self.node[depth], node)
-                known = place < len(self.node[depth]) and self.node[depth][place] == node
-                free[node] = size - (int(self.used[depth][place]) if known else 0)
-            free[node] -= 1
-            if not free[node]:
+            node = home // (size // self.size[-1])
+            self.free[depth][node] = self.left(depth, node) - 1
+            if not self.free[depth][node]:
                 self.full[depth] = np.insert(self.full[depth], np.searchsorted(self.full[depth], node), node)
         return not self.free[-1][home]
 
 
 class _Offers:
-    """To which prefix each of P products would move, at what added cost, as the rooms are now."""
+    """To which prefix each of some products would move, at what added cost, as the rooms are now."""
 
-    def __init__(self, space, books, codes_NL, residual_NZ, row_P, taken_M, rooms):
+    def __init__(self, space, books, codes_NL, residual_NZ, taken_M, rooms):
         self.space, self.books, self.codes_NL, self.residual_NZ = space, books, codes_NL, residual_NZ
-        self.row_P, self.taken_M, self.rooms = row_P, taken_M, rooms
+        self.taken_M, self.rooms = taken_M, rooms
 
-    def make(self, who_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Added cost float64 and target home int64 of the products `who_Q`."""
+    def make(self, row_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Added cost float64 and target home int64 of the products in these rows."""
         step = max(1, BLOCK_NUMBERS // max(self.space.codes_per_level))
-        blocks = np.split(self.row_P[who_Q], range(step, len(who_Q), step))
+        blocks = np.split(row_Q, range(step, len(row_Q), step))
         cost, target = zip(*(self._make(self.codes_NL[rows], self.residual_NZ[rows]) for rows in blocks))
         return np.concatenate(cost), np.concatenate(target)
 

@@ -299,3 +299,11 @@ def test_ids_that_keep_earlier_ones_go_with_what_was_trained_on_those(local_stor
     serving_folder(local_store, grown, one["generator"], Path(local_store.path("cache")), {})
     with pytest.raises(ReleaseError, match="the generator was trained on ids"):
         serving_folder(local_store, stranger, one["generator"], Path(local_store.path("cache")), {})
+
+
+def test_a_history_deleted_while_a_job_ran_is_not_called_another_job(local_store, chain):
+    publish(local_store, chain(local_store, "one"))
+    local_store.delete_folder("current")
+    with pytest.raises(ReleaseError, match="what is current in .* was deleted while this job ran.*Rerun to publish it"):
+        publish(local_store, chain(local_store, "two"), after=1)
+    assert local_store.names("current") == []

@@ -131,6 +131,17 @@ def test_every_prefix_reaches_the_brute_force_optimum(seed):
             assert slack == np.inf or total <= slack * best[home] + 1e-9
 
 
+@settings(max_examples=200, deadline=None)
+@given(seed=SEEDS)
+def test_exact_copies_leave_as_if_each_had_its_own_offer(seed):
+    case = crowded_catalogue(seed, most_products=20)
+    rng, count = np.random.default_rng(seed), len(case["codes"])
+    source = rng.integers(0, count, 4)[rng.integers(0, rng.integers(1, 5), count)]
+    case["codes"], case["residual"] = case["codes"][source], case["residual"][source]
+    homes, _ = final_homes(**case)
+    assert [tuple(row) for row in resolve(case, "greedy").codes_NL[:, :-1].tolist()] == homes
+
+
 @settings(max_examples=300, deadline=None)
 @given(seed=SEEDS)
 def test_order_of_rows_does_not_matter(seed):

@@ -9,7 +9,7 @@ import pytest
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CapacityError, InputError
-from catid2_ray.identifiers import collisions
+from catid2_ray.identifiers import collisions, overflow
 from catid2_ray.identifiers.collisions import assign_unique, colliding_prefixes
 from catid2_ray.identifiers.overflow import nearest
 
@@ -118,6 +118,26 @@ def test_a_family_larger_than_its_prefix_spills_to_the_nearest_siblings():
     assert found.report["overflowed"] == 12 and found.report["largest_prefix"] == 20
     assert np.bincount(found.codes_NL[:, 1], minlength=8).tolist() == [0, 0, 0, 4, 8, 8, 0, 0]
     assert (found.codes_NL[:, 0] == 1).all()
+
+
+def test_copies_share_one_offer_each_time_a_prefix_fills(monkeypatch):
+    rng, asked, make = np.random.default_rng(7), [], overflow._Offers.make
+    monkeypatch.setattr(overflow._Offers, "make", lambda self, row_Q: (asked.append(len(row_Q)), make(self, row_Q))[1])
+    books = [rng.normal(size=(8, 4)) * scale for scale in (1.0, 0.6, 0.3)]
+    residual = np.repeat(rng.normal(size=(2, 4)) * 0.1, 200, axis=0)
+    found = assign_unique(np.zeros((400, 3), int), residual, books, [f"p{i}" for i in rng.permutation(400)])
+    assert found.report["overflowed"] == 392 and found.report["duplicates_after"] == 0
+    assert 49 <= sum(asked) <= 2 * 50, "49 prefixes take them, and there are two kinds of product"
+
+
+def test_a_later_offer_may_be_cheaper_and_counts_at_once():
+    """Prefix 1 fills with the product of −0.6; those at 0 then look at prefix 2, further away but with an ID at 0."""
+    books = [np.array([[0.0], [1.0], [2.0], [3.0], [-0.5], [50.0]]), np.array([[0.0], [-2.0]])]
+    home = np.array([0, 0, 0, 2, 3, 3, 3, 4, 4, 4])
+    latent = np.array([0.0, 0.0, 0.0, 2.0, 2.75, 2.75, 2.75, -0.6, -0.6, -0.6])
+    codes, residual = np.column_stack([home, np.zeros(10, int)]), latent[:, None] - books[0][home]
+    found = assign_unique(codes, residual, books, [*"abcdefghij"], occupied=[[1, 0]])
+    assert found.codes_NL[:, 0].tolist() == [2, 0, 0, 2, 5, 3, 3, 1, 4, 4]
 
 
 def test_quiet_products_may_stay_away_as_occupied_ids(catalogue):
