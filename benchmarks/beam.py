@@ -21,15 +21,14 @@ Shape letters: B batch, T query tokens, M beams, D width, R rows.
 
 import argparse
 import json
-import os
 import platform
-import re
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from surroundings import machine, rounded
 from torch.nn import functional
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -186,20 +185,6 @@ def measure(model, decoders: dict, trie: Trie, root: dict, query, beams: int, op
         "fastest": {name: min(times) for name, times in taken.items()},
         "queries_per_s": {name: batch / middle[name] for name in decoders}, "ratios": ratios,
     }  # fmt: skip
-
-
-def machine(device: str) -> str:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = (re.findall(r"model name\s*:\s*(.+)", text) or [platform.processor() or platform.machine()])[0]
-    flags = [flag for flag in ("avx512f", "avx512_vnni", "amx_int8", "amx_bf16") if f" {flag}" in text]
-    gpu = "" if device == "cpu" else f", {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} cores of {model} ({', '.join(flags)}){gpu}"
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:

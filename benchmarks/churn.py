@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from home_depot import machine
+from surroundings import machine
 
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.release import Release

@@ -11,13 +11,10 @@ import json
 import tempfile
 from pathlib import Path
 
+from surroundings import machine
+
 from catid2_ray.config import KINDS, Recipe
 from catid2_ray.evaluation.pages import compare_markdown
-
-try:
-    from benchmarks.home_depot import machine
-except ImportError:  # run as a script, from its own folder
-    from home_depot import machine
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "jobs" / "recipes" / "compare_ids.yaml"

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from surroundings import machine, rounded
 
 from catid2_ray.retrieval.beam import BeamResult
 from catid2_ray.retrieval.expansion import expand, rescore
@@ -84,18 +84,6 @@ def agree(trie: Trie, result: BeamResult, store: VectorStore, query_BD: np.ndarr
             best = score_N.masked_fill(~inside_N, -torch.inf).topk(TOP_K).values
             if not torch.allclose(best, found, atol=1e-5):
                 raise SystemExit(f"query {b}: brute force and re-scoring disagree")
-
-
-def machine() -> str:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = (re.findall(r"model name\s*:\s*(.+)", text) or [platform.processor() or platform.machine()])[0]
-    return f"{os.cpu_count()} cores of {model}"
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def measured(folder: str, options) -> dict:

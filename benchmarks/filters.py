@@ -13,9 +13,7 @@ Shape letters: N rows, M beams, C children of the widest node of a level.
 
 import argparse
 import json
-import os
 import platform
-import re
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from surroundings import machine, rounded
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.retrieval.filters import Filter, FilterIndex, allowed_before
@@ -137,20 +136,6 @@ def search_seconds(model: str, trie: Trie, beams: int, repeats: int) -> float:
     run = lambda: constrained_beam_search(network, trie, query, mask, beam_width=beams, top_k=beams)  # noqa: E731
     run()
     return median_of({"search": run}, repeats)["search"]
-
-
-def machine() -> str:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = (re.findall(r"model name\s*:\s*(.+)", text) or [platform.processor() or platform.machine()])[0]
-    return f"{os.cpu_count()} cores of {model}"
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:

@@ -9,23 +9,16 @@ JSON of an earlier run instead of running. The last line printed is the run's JS
 import argparse
 import json
 import os
-import platform
-import re
 import tempfile
 from pathlib import Path
+
+from surroundings import machine
 
 from catid2_ray.config import Recipe
 from catid2_ray.evaluation.report import markdown
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "jobs" / "recipes" / "home_depot.yaml"
-
-
-def machine() -> str:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = (re.findall(r"model name\s*:\s*(.+)", text) or [platform.processor() or platform.machine()])[0]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB, no accelerator, Python {platform.python_version()}"
 
 
 def report(figures: dict, recipe: Recipe, encoder: str, notes: str) -> str:

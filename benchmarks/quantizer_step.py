@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from surroundings import machine, rounded
 from torch import nn
 from torch.nn import functional
 
@@ -249,19 +250,6 @@ def measure(batch: int, width: int, codes: int, device: str, threads: int, budge
             }
         )  # fmt: skip
     return results
-
-
-def machine(device: str) -> str:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = (re.findall(r"model name\s*:\s*(.+)", text) or [platform.processor() or platform.machine()])[0]
-    gpu = "" if device == "cpu" else f", {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} cores of {model}{gpu}"
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:

@@ -17,9 +17,7 @@ little where duplicates are left. The last line printed is one JSON object.
 
 import argparse
 import json
-import os
 import platform
-import re
 import statistics
 import time
 from pathlib import Path
@@ -27,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from collision_rivals import nearest_free_code, regroup_loop
+from surroundings import machine, rounded
 from threadpoolctl import threadpool_limits
 
 from catid2_ray.docid import DocidSpace
@@ -172,18 +171,6 @@ def measure(products: int, rate: float, largest: int, peer_seconds: float, turns
         "sinkhorn_solved_exactly_instead": found["sinkhorn"].report["solved_exactly_instead"],
         "contenders": contenders,
     }  # fmt: skip
-
-
-def machine() -> str:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = (re.findall(r"model name\s*:\s*(.+)", text) or [platform.processor() or platform.machine()])[0]
-    return f"{os.cpu_count()} cores of {model}"
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:

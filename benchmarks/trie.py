@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from surroundings import machine, rounded
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.retrieval.trie import Trie
@@ -260,20 +261,6 @@ def measure(count: int, codes: list[int], beams: int, budget: float) -> dict:
 def child(arguments: str) -> None:
     torch.set_num_threads(1)
     print(json.dumps(measure(**json.loads(arguments))))
-
-
-def machine() -> str:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = (re.findall(r"model name\s*:\s*(.+)", text) or [platform.processor() or platform.machine()])[0]
-    return f"{os.cpu_count()} cores of {model}"
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:
