@@ -100,6 +100,9 @@ def test_a_pretrained_encoder_answers_in_order_whatever_the_batch(folder):
     one_by_one = np.concatenate([encoder.encode([text]) for text in texts])
     np.testing.assert_allclose(vectors, one_by_one, atol=1e-5)
     assert np.array_equal(encoder.encode(texts), vectors)
+    # The same bits whatever stands beside a text, and in whatever order.
+    assert np.array_equal(np.concatenate([encoder.encode([text]) for text in texts]), vectors)
+    assert np.array_equal(encoder.encode(texts[::-1])[::-1], vectors)
     assert encoder.encode([]).shape == (0, 8)
     long = " ".join(["steel"] * 40)
     cut = HuggingFaceEncoder(folder, batch=4, tokens=3).encode([long, "steel steel steel"])
