@@ -8,7 +8,10 @@ import re
 import unicodedata
 
 # Kana with their prolongation and iteration marks, 々〆〇, Han with its extensions; the middle dot ・ separates.
-UNSPACED = "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+UNSPACED = (
+    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U00020000-\U000323af"
+)
 _RUN = re.compile(f"[{UNSPACED}]+")
 _ANY_WIDTH = re.compile(f"[{UNSPACED}\uff01-\uffdc]")
 # Full-width letters and half-width katakana, the voiced marks of which become one with their letter.

@@ -57,8 +57,8 @@ class Encoder(Protocol):
 class LsaEncoder:
     """Latent semantic analysis: TF-IDF of words and word pairs (1 + log tf), projected on the first D singular vectors.
 
-    Deerwester et al. 1990; scikit-learn computes both halves. In Japanese and Chinese, character pairs are the words. Made by `fit` or `load`. A text without any known word
-    gets the mean direction of the texts it was fitted on.
+    Deerwester et al. 1990; scikit-learn computes both halves. In Japanese and Chinese, character pairs are the words.
+    Made by `fit` or `load`. A text without any known word gets the mean direction of the texts it was fitted on.
     """
 
     def __init__(self, terms: list[str], idf_V: np.ndarray, components_DV: np.ndarray, mean_D: np.ndarray):

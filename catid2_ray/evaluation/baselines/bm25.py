@@ -22,7 +22,8 @@ class Bm25:
 
     `product_ids`, `texts`: N each, in one order; words of two letters or more, lower case, English stop words left out,
     no stemming. Japanese and Chinese, which have no spaces, are indexed as character pairs and single characters and asked
-    for by pairs; a query's lone character is asked for as such. Raises InputError when the two differ in length or are empty, CapacityError above MAX_PRODUCTS.
+    for by pairs; a query's lone character is asked for as such. Raises InputError when the two differ in length or are
+    empty, CapacityError above MAX_PRODUCTS.
     """
 
     def __init__(self, product_ids: Sequence[str], texts: Sequence[str], *, k1: float = 1.2, b: float = 0.75):
