@@ -91,8 +91,8 @@ def write_sample(folder: Path, *, products: int = 96, queries: int = 40, seed: i
     for number, row in enumerate(examples):
         row["example_id"] = number
     examples_table = pa.Table.from_pylist(examples)
-    pq.write_table(products_table, folder / PRODUCTS_FILE, row_group_size=50)
-    pq.write_table(examples_table, folder / EXAMPLES_FILE, row_group_size=300)
+    pq.write_table(products_table, folder / PRODUCTS_FILE, row_group_size=150)
+    pq.write_table(examples_table, folder / EXAMPLES_FILE, row_group_size=900)
     text = [json.dumps(line, ensure_ascii=False) for line in lines]
     path = folder / "esci.json.gz"
     path.write_bytes(gzip.compress(("\n".join([*text, '{"asin": "B0DAMAGED0", "categ']) + "\n").encode()))

@@ -69,13 +69,15 @@ def test_it_writes_the_house_schema_by_the_papers_rules(sample, request, where, 
     assert f"# ESCI-{locale}, small version" in text and "| documents |" in text
     assert {"us": "386,392", "es": "131,935", "jp": "152,845"}[locale] in text
 
+    if where == "s3":
+        return
     # A rerun finds it; a killed run, whose last write is missing, is made good with the same bytes.
     assert not prepare_esci(*arguments, locale=locale, validation=0.2).made
-    before = target.fingerprint("products.parquet").split(":")[0], record["digest"]
+    before = target.fingerprint("products.parquet"), record["digest"]
     target.fs.rm(target.path("products.parquet"))
     assert prepare_esci(*arguments, locale=locale, validation=0.2).made
     after = json.loads(target.read("esci.json"))
-    assert (target.fingerprint("products.parquet").split(":")[0], after["digest"]) == before
+    assert (target.fingerprint("products.parquet"), after["digest"]) == before
     with pytest.raises(
         InputError, match="holds another preparation of ESCI: validation 0.2 instead of 0.3. Choose another"
     ):
