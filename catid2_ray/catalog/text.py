@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.catalog.products import require_columns
+from catid2_ray.catalog.scripts import pairs_of_unspaced
 from catid2_ray.errors import EncoderError, InputError
 
 TEXT_COLUMNS = ("title", "category_path", "description")
@@ -56,8 +57,8 @@ class Encoder(Protocol):
 class LsaEncoder:
     """Latent semantic analysis: TF-IDF of words and word pairs (1 + log tf), projected on the first D singular vectors.
 
-    Deerwester et al. 1990; scikit-learn computes both halves. Made by `fit` or `load`. A text without any known word
-    gets the mean direction of the texts it was fitted on.
+    Deerwester et al. 1990; scikit-learn computes both halves. In Japanese and Chinese, character pairs are the words.
+    Made by `fit` or `load`. A text without any known word gets the mean direction of the texts it was fitted on.
     """
 
     def __init__(self, terms: list[str], idf_V: np.ndarray, components_DV: np.ndarray, mean_D: np.ndarray):
@@ -82,7 +83,7 @@ class LsaEncoder:
 
         vectorizer = TfidfVectorizer(max_features=vocabulary, **_tfidf_settings())
         try:
-            weight_NV = vectorizer.fit_transform(texts)
+            weight_NV = vectorizer.fit_transform(pairs_of_unspaced(text) for text in texts)
         except ValueError as error:
             raise InputError(f"the encoder found no word in {len(texts)} texts; check embedding.text") from error
         if min(weight_NV.shape) < width:
@@ -103,7 +104,7 @@ class LsaEncoder:
         """float32 N×D, rows of length 1; a row depends on its own text only."""
         if not len(texts):
             return np.empty((0, self.width), np.float32)
-        weight_NV = self._vectorizer.transform(texts)
+        weight_NV = self._vectorizer.transform(pairs_of_unspaced(text) for text in texts)
         return _unit_rows(np.asarray(weight_NV @ self.components_DV.T), self.mean_D)
 
     def save(self, folder: str | os.PathLike) -> None:
