@@ -31,7 +31,7 @@ from catid2_ray.catalog.products import check_products
 from catid2_ray.catalog.text import HuggingFaceEncoder
 from catid2_ray.docid import DocidSpace
 from catid2_ray.evaluation.baselines.bm25 import Bm25
-from catid2_ray.evaluation.bootstrap import bootstrap_difference, bootstrap_mean
+from catid2_ray.evaluation.bootstrap import bootstrap_means
 from catid2_ray.evaluation.protocol import Judgements, per_query_recalls
 from catid2_ray.generator.examples import tokenize
 from catid2_ray.generator.vocabulary import PAD
@@ -125,6 +125,20 @@ def rivals(found: dict[str, Split]) -> tuple[dict, Setting, str]:
     return lists, grids[scale], scale
 
 
+def agree(split: Split, tried: list[Search], setting: Setting, trie: Trie, store: VectorStore, scale: str) -> None:
+    """Raise SystemExit unless choosing and `retrieval.expansion` rank the same products alike; near-ties may differ."""
+    few = split._replace(relevant=split.relevant[:20], dense_QN=split.dense_QN[:20])
+    one = next(one for one in tried if (one.level, one.width) == (setting.level, setting.width))
+    rows = list(fusion.expanded_rows(few, one, trie, store, setting.quota))
+    ours = fusion.rescored_lists(few, one, setting, trie, store, scale)
+    plain = fusion.union_lists(few, one, setting, rows.__getitem__, scale)
+    for query, (one_K, other_K) in enumerate(zip(ours, plain, strict=True)):
+        if len(one_K) != len(other_K) or len(np.intersect1d(one_K, other_K)) < 0.98 * len(one_K):
+            raise SystemExit(
+                f"validation query {query}: what was tuned and what rescore returns are not the same products"
+            )
+
+
 def generative(options, found: dict[str, Split], trie: Trie, store: VectorStore, weight: Setting, scale: str):
     """(lists on the test split, the setting of each) of everything that asks the generator."""
     model = T5ForConditionalGeneration.from_pretrained(options.generator, use_safetensors=True).eval()
@@ -167,6 +181,7 @@ def generative(options, found: dict[str, Split], trie: Trie, store: VectorStore,
         EVERYTHING[0]: chosen(full + clusters, lexicals=LEXICAL_BESIDE_PATH, quotas=quotas),
         EVERYTHING[1]: chosen(full + clusters, lexicals=LEXICAL_BESIDE_PATH, quotas=quotas, union=True),
     }  # fmt: skip
+    agree(asked, tried, settings[EVERYTHING[0]], trie, store, scale)
     again: dict[tuple[int, int], Search] = {}
     for level, width in {(trie.levels, RETURNED), *((s.level, s.width) for s in settings.values())}:
         again[level, width] = searched(test, level, width)
@@ -183,23 +198,18 @@ def generative(options, found: dict[str, Split], trie: Trie, store: VectorStore,
 
 
 def figures_of(judgements: Judgements, ranked: dict[str, list[list[str]]]) -> dict:
-    """Recall of each method with its interval, and of everything minus each rival, by group and cut-off."""
-    recalls, figures = per_query_recalls(judgements, ranked, KS), {}
-    for group, by_method in recalls.items():
-        asked_Q = ~np.isnan(next(iter(by_method.values()))[:, 0])
-        column = {(m, k): by_method[m][asked_Q, i] for m in by_method for i, k in enumerate(KS)}
-        figures[group] = {
-            "queries": int(asked_Q.sum()),
-            "recall": {m: {str(k): list(bootstrap_mean(column[m, k])) for k in KS} for m in by_method},
-            "ahead": {
-                m: {
-                    rival: {str(k): list(bootstrap_difference(column[m, k], column[rival, k])) for k in KS}
-                    for rival in RIVALS
-                }
-                for m in EVERYTHING
-                if m in by_method
-            },
-        }
+    """[mean, low, high] of each method's recall, and of everything minus each rival, by group and cut-off."""
+    figures = {}
+    compared = [(method, rival) for method in EVERYTHING if method in ranked for rival in RIVALS]
+    for group, recall_QK in per_query_recalls(judgements, ranked, KS).items():
+        asked_Q = ~np.isnan(recall_QK["BM25"][:, 0])
+        columns = [recall_QK[method] for method in ranked]
+        columns += [recall_QK[method] - recall_QK[rival] for method, rival in compared]
+        found = iter(bootstrap_means(np.concatenate(columns, 1)[asked_Q]))
+        cells = {key: {str(k): list(next(found)) for k in KS} for key in (*ranked, *compared)}
+        ahead = {method: {rival: cells[method, rival] for rival in RIVALS} for method in EVERYTHING if method in ranked}
+        recall = {method: cells[method] for method in ranked}
+        figures[group] = {"queries": int(asked_Q.sum()), "recall": recall, "ahead": ahead}
     return figures
 
 
