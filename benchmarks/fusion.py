@@ -23,7 +23,7 @@ KS = (10, 50, 100)
 RETURNED = max(KS)
 LISTED = 1000
 LEXICAL = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3)
-LEXICAL_BESIDE_PATH = (0, 0.1, 0.2, 0.3, 0.5, 0.7, 1)
+BESIDE_PATH = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)  # shares of the weight that was best without a path
 # METHODS 6.6 (GDR) sweeps 0 to 3 for softmax over 100 beams; over more beams each share is smaller.
 PATHS = {"softmax": (0, 0.1, 0.3, 1, 3, 10), "logp": (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)}
 RAW = 20.0  # BM25 of a good match of three words; brings raw scores and shares of the best score to one scale

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from fusion import KS, LEXICAL, LEXICAL_BESIDE_PATH, LISTED, PATHS, RETURNED, Search, Setting, Split
+from fusion import BESIDE_PATH, KS, LEXICAL, LISTED, PATHS, RETURNED, Search, Setting, Split
 from surroundings import machine, rounded
 from title_vectors import TOKENS, model_digest, text_vectors
 from transformers import AutoTokenizer, T5ForConditionalGeneration
@@ -173,13 +173,14 @@ def generative(options, found: dict[str, Split], trie: Trie, store: VectorStore,
         one = next(one for one in tried if (one.level, one.width) == (best.level, best.width))
         return max((best, *(tuned(one, quota) for quota in quotas if quota)), key=lambda setting: setting.value)
 
+    beside = tuple(share * weight.lexical for share in BESIDE_PATH)
     full, clusters = (trie.levels,), tuple(range(1, trie.levels))
     quotas = tuple(options.quotas)
     settings = {
         "beam + dense": chosen(full, lexicals=(0,)),
         "cluster + dense": chosen(clusters, lexicals=(0,), quotas=quotas),
-        EVERYTHING[0]: chosen(full + clusters, lexicals=LEXICAL_BESIDE_PATH, quotas=quotas),
-        EVERYTHING[1]: chosen(full + clusters, lexicals=LEXICAL_BESIDE_PATH, quotas=quotas, union=True),
+        EVERYTHING[0]: chosen(full + clusters, lexicals=beside, quotas=quotas),
+        EVERYTHING[1]: chosen(full + clusters, lexicals=beside, quotas=quotas, union=True),
     }  # fmt: skip
     agree(asked, tried, settings[EVERYTHING[0]], trie, store, scale)
     again: dict[tuple[int, int], Search] = {}
