@@ -8,10 +8,11 @@ the pool is the beams', by `retrieval.expansion` itself.
 Q queries, N products (trie rows), M products of a pool, K beams, R relevant products of a query.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from catid2_ray.evaluation.protocol import Judgements
 from catid2_ray.retrieval.beam import BeamResult
@@ -21,6 +22,7 @@ from catid2_ray.retrieval.vectors import VectorStore
 
 KS = (10, 50, 100)
 RETURNED = max(KS)
+FOUND = ("docid_BKL", "row_range_BK2", "logp_BK", "count_B")
 LISTED = 1000
 LEXICAL = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3)
 BESIDE_PATH = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)  # shares of the weight that was best without a path
@@ -128,7 +130,12 @@ def fused_rows(split: Split, b: float, scale: str, k: int) -> list[np.ndarray]:
 
 
 def of_query(result: BeamResult, query: int) -> BeamResult:
-    return BeamResult(*(field[query : query + 1] for field in result))
+    return BeamResult(**{name: getattr(result, name)[query : query + 1] for name in FOUND})
+
+
+def joined(parts: Sequence[BeamResult]) -> BeamResult:
+    """One result of the queries of all parts, in their order."""
+    return BeamResult(**{name: torch.cat([getattr(part, name) for part in parts]) for name in FOUND})
 
 
 def expanded_rows(
