@@ -51,7 +51,7 @@ class Bm25:
 
     def scores(self, query: str) -> np.ndarray:
         """float32 N, the score of every product in the order of `self.product_ids`; 0 where no word is shared."""
-        (tokens,) = _tokenize([query])
+        (tokens,) = _tokenize([pairs_of_unspaced(query)])
         return self._scores(tokens)
 
     def _scores(self, tokens: list[str]) -> np.ndarray:

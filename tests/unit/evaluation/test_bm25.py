@@ -50,6 +50,8 @@ def test_scores_are_those_of_the_ranking():
     assert [p for score, p in by_score if score < 0] == by_formula("steel hinge")
     assert index.scores("unheard").tolist() == [0] * 5
     assert Bm25(["a"], [""]).scores("hinge").tolist() == [0]
+    unspaced = Bm25(["a", "b"], ["電子レンジ", "電話"])
+    assert (unspaced.scores("電子") > 0).tolist() == [True, False]
 
 
 def test_catalogues_without_words_and_no_queries():
