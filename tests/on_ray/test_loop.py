@@ -34,7 +34,9 @@ from catid2_ray.on_ray.train_generator import GeneratorTask
 from catid2_ray.schedule import Phase
 
 SPACE, ROWS, TOKENS = DocidSpace((4, 4)), 60, 10
-TEXTS = [f"{a} {b} {c}" for a in ("steel", "copper", "oak") for b in ("hinge", "pipe") for c in ("small", "wide", "10 ft")]
+TEXTS = [
+    f"{a} {b} {c}" for a in ("steel", "copper", "oak") for b in ("hinge", "pipe") for c in ("small", "wide", "10 ft")
+]
 
 
 class Blocks:
@@ -202,7 +204,11 @@ def close(one: dict, other: dict) -> None:
 
 def test_a_run_ends_after_its_phases_with_everything_that_is_published(trained):
     result = trained[1]["undisturbed"]
-    assert result["state"].finished and result["state"].epoch == 2 and [r["epoch"] for r in result["state"].history] == [0, 1]
+    assert (
+        result["state"].finished
+        and result["state"].epoch == 2
+        and [r["epoch"] for r in result["state"].history] == [0, 1]
+    )
     assert losses(result)[1] < losses(result)[0]
     for file in ("model.safetensors", "optimiser-0.pt", "export/model.safetensors", "export/history.json"):
         assert file in result["files"]
@@ -256,13 +262,17 @@ def test_a_batch_is_cut_as_its_arithmetic_says():
     batches = run_of("unused", "a", world=2, micro_batch=4).batches(2)
     assert (batches.micro, batches.accumulation, batches.rank_rows) == (4, 2, 8)
     assert batches.arithmetic == "micro_batch 4 x accumulation 2 x workers 2 = batch 16"
-    assert run_of("unused", "a", world=2, batch=1000, micro_batch=100).batches(2).plan.batch == 40, "the first phase's rows"
+    assert run_of("unused", "a", world=2, batch=1000, micro_batch=100).batches(2).plan.batch == 40, (
+        "the first phase's rows"
+    )
 
 
 def test_phases_of_nothing_are_refused():
     run = run_of("unused", "a", world=1)
     run.task.phases = lambda rows: [Phase(1, 40, 1e-3), Phase(2, 0, 1e-3)]
-    with pytest.raises(TrainingError, match=r"at least one epoch and one row, found \[\(1, 40, 0.001\), \(2, 0, 0.001\)\]"):
+    with pytest.raises(
+        TrainingError, match=r"at least one epoch and one row, found \[\(1, 40, 0.001\), \(2, 0, 0.001\)\]"
+    ):
         run.batches(1)
 
 

@@ -125,7 +125,10 @@ def test_what_the_paper_states_names_its_section(path):
         ({"quantizer": {"hidden": []}}, ["quantizer.hidden: "]),
         ({"quantizer": {"zero_stage": 4}}, ["quantizer.zero_stage: ", "found 4"]),
         ({"quantizer": {"precision": "fp8"}}, ["quantizer.precision: ", "'fp8'"]),
-        ({"generator": {"zero_stage": 3}}, ["generator: zero_stage 3 is not offered: it splits the weights", "use zero_stage 2"]),
+        (
+            {"generator": {"zero_stage": 3}},
+            ["generator: zero_stage 3 is not offered: it splits the weights", "use zero_stage 2"],
+        ),
         ({"generator": {"precision": "fp16"}}, ["generator: precision fp16 is not offered: T5's activations overflow"]),
         ({"generator": {"decay": "linear"}}, ["generator.decay: ", "'inverse_sqrt'"]),
         ({"generator": {"dropout": 1}}, ["generator.dropout: ", "less than 1"]),
