@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from catid2_ray.config.base import Section, setting
+from catid2_ray.config.examples import ExamplesRecipe
 from catid2_ray.config.training import TrainingRecipe
 
 
@@ -46,7 +47,7 @@ class IdsRecipe(Section):
     )  # fmt: skip
 
 
-class GeneratorRecipe(TrainingRecipe):
+class GeneratorRecipe(ExamplesRecipe, TrainingRecipe):
     model: str = setting(
         "small", "small (from the widths below, tokenizer trained on the catalogue) or a T5 by id or folder", unit="name",
         paper="4.1: T5-base",
@@ -57,23 +58,18 @@ class GeneratorRecipe(TrainingRecipe):
     heads: int = setting(4, "attention heads", unit="heads", ge=1)
     feed_forward: int = setting(512, "d_ff", unit="numbers", ge=16)
     dropout: float = setting(0.1, "dropout", unit="share", ge=0, lt=1)
-    min_relevance: float = setting(
-        2.33, "pairs of the train split with at least this relevance teach", unit="grade", paper="4.1: labels E and S",
-        ge=0,
-    )  # fmt: skip
-    titles_per_query: float = setting(1.0, "title→ID examples per query→ID example; 0 = none", unit="ratio", ge=0)
-    word_keep: float = setting(
-        0.5, "share of words kept when a title serves as a pseudo-query; 1 keeps titles whole", unit="share", gt=0, le=1,
-    )  # fmt: skip
-    query_tokens: int = setting(24, "longest input", unit="tokens", ge=4, le=512)
     level_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = setting(
         None, "weight per level of the loss; none = 1", unit="weight"
     )
     label_smoothing: float = setting(0.0, "mass spread over the codes of the level", unit="share", ge=0, lt=1)
-    epochs: int = setting(30, "passes over the query→ID examples", unit="epochs", ge=1)
+    epochs: int = setting(30, "passes over the query→ID examples, where `stages` is empty", unit="epochs", ge=1)
     batch: int = setting(256, "global batch", unit="examples", ge=1)
     learning_rate: float = setting(1e-3, "AdamW's peak, then cosine to zero", unit="1/step", gt=0)
-    tokenizer_rows: int = setting(200_000, "products whose text the small tokenizer sees at most", unit="rows", ge=100)
+    validate_queries: int = setting(
+        0, "queries of the validation split whose recall@50 in the real search is measured while training; 0 = none",
+        unit="queries", ge=0,
+    )  # fmt: skip
+    validate_every_epochs: int = setting(1, "epochs between such measurements", unit="epochs", ge=1)
 
     @model_validator(mode="after")
     def _heads_divide(self):

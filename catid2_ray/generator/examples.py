@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from catid2_ray.errors import InputError, RecipeError
-from catid2_ray.generator.vocabulary import EOS, PAD
+from catid2_ray.generator.vocabulary import EOS, PAD, frame
 
 _CHUNK = 8192
 
@@ -38,6 +38,23 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length
         )
         ids_NT[start : start + _CHUNK] = encoded["input_ids"]
     return ids_NT
+
+
+class Cut(NamedTuple):
+    """`input_ids_NT` as `tokenize` gives them; `cut_N` bool: texts that were longer."""
+
+    input_ids_NT: np.ndarray
+    cut_N: np.ndarray
+
+
+def tokenize_cut(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int) -> Cut:
+    """`tokenize`, and which texts lost something by it."""
+    longer_NT = tokenize(tokenizer, texts, length=length + 1)
+    cut_N = longer_NT[:, length] != tokenizer.pad_token_id
+    marks = len(frame(tokenizer)[1])
+    # The end marks of a text that is one token too long move one place to the left, over its last word.
+    longer_NT[cut_N, length - marks : length] = longer_NT[cut_N, length - marks + 1 : length + 1]
+    return Cut(np.ascontiguousarray(longer_NT[:, :length]), cut_N)
 
 
 def drop_words(
@@ -97,18 +114,34 @@ def epoch_order(sizes: Mapping[str, int], ratio: Mapping[str, float], *, seed: i
     return EpochOrder(kinds, kind_N[shuffle_N], np.concatenate(rows)[shuffle_N])
 
 
+def mix_ratios(sizes: Mapping[str, int], mix: Mapping[str, float]) -> dict[str, float]:
+    """How often each kind's rows appear per epoch, where `mix` wants so many of them per row of "query".
+
+    Kinds that `mix` does not name have 0. Raises RecipeError for a kind that is wanted but has no row.
+    """
+    absent = [kind for kind, share in mix.items() if share and not sizes.get(kind)]
+    if absent:
+        raise RecipeError(
+            f"the mix wants {', '.join(absent)}, but there are no such examples (found {dict(sizes)}): take them out of the "
+            "mix, or bring the data they are made of"
+        )
+    return {kind: mix.get(kind, 0.0) * sizes["query"] / max(1, size) for kind, size in sizes.items()}
+
+
 class Batch(NamedTuple):
-    """`input_ids_BT` int32, no column of only padding; `codes_BL` int64."""
+    """`input_ids_BT` int32, no column of only padding; `codes_BL` int64; `weight_B` float32, None where all count 1."""
 
     input_ids_BT: np.ndarray
     codes_BL: np.ndarray
+    weight_B: np.ndarray | None = None
 
 
 @dataclass
 class Examples:
-    """Every example of a training run: per kind ("query", "title") an int32 N×T table of ids and the N×L codes.
+    """Every example of a training run: per kind ("query", "title" …) an int32 N×T table of ids and the N×L codes.
 
-    `ratio`: how often a kind's rows appear per epoch (1.0 where unnamed). `drop_share` of the "title" rows of each
+    `ratio`: how often a kind's rows appear per epoch (1.0 where unnamed). `weight`: what each row of a kind counts in the loss
+    (1 where unnamed). `drop_share` of the "title" rows of each
     batch lose words with probability 1 − `keep`; needs `starts_word_V`. Tables may be memory-mapped; all have one T.
     """
 
@@ -118,6 +151,7 @@ class Examples:
     starts_word_V: np.ndarray | None = None
     keep: float = 0.5
     drop_share: float = 0.5
+    weight: Mapping[str, np.ndarray] = field(default_factory=dict)
     _epochs: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -157,8 +191,11 @@ class Examples:
         first = order.kinds[0]
         ids_BT = np.zeros((batch, self.input_ids[first].shape[1]), np.int32)
         codes_BL = np.zeros((batch, self.codes[first].shape[1]), np.int64)
+        weight_B = np.ones(batch, np.float32) if self.weight else None
         for number, kind in enumerate(order.kinds):
             here_B = np.flatnonzero(kind_B == number)
+            if kind in self.weight:
+                weight_B[here_B] = self.weight[kind][row_B[here_B]]
             ids_BT[here_B] = self.input_ids[kind][row_B[here_B]]
             codes_BL[here_B] = self.codes[kind][row_B[here_B]]
             if kind == "title" and self.starts_word_V is not None and self.drop_share > 0:
@@ -168,4 +205,4 @@ class Examples:
         share = batch // workers
         mine = slice(rank * share, (rank + 1) * share)
         used = max(1, int((ids_BT[mine] != PAD).any(0).nonzero()[0].max(initial=0)) + 1)
-        return Batch(ids_BT[mine, :used], codes_BL[mine])
+        return Batch(ids_BT[mine, :used], codes_BL[mine], None if weight_B is None else weight_B[mine])
