@@ -5,6 +5,7 @@ Both trainings and their single-process `fit` use these, so that a resumed run s
 
 import hashlib
 import math
+from typing import NamedTuple
 
 
 def seed_from(*parts: int) -> int:
@@ -18,3 +19,11 @@ def learning_rate_at(step: int, total_steps: int, *, peak: float, warmup_share: 
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+class Phase(NamedTuple):
+    """A stretch of the training with a warm-up and a decay of its own. `rows_per_epoch`: of all workers together."""
+
+    epochs: int
+    rows_per_epoch: int
+    learning_rate: float

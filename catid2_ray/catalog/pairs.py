@@ -1,7 +1,8 @@
 """The check of judged (query, product) pairs at the door: good rows in the house schema, bad ones set aside.
 
 A log of users may add who asked: `user`, attributes such as ["age 20-29"], and `recent`, the product_ids looked at before,
-the latest last. A query_id that appears in two splits cannot be seen inside one block of the table, so it is not this check's business.
+the latest last. A query_id that appears in two splits cannot be seen inside one block of the table, so it is not this
+check's business.
 """
 
 from collections.abc import Mapping
@@ -69,7 +70,9 @@ def check_pairs(table: pa.Table) -> CheckedPairs:
     )
     good = checked.filter(sound)
     keys = {name: pc.binary_join(good[name], _JOINT) for name in USER_COLUMNS if name in good.column_names}
-    keyed = pa.table({**{name: good[name] for name in PAIRS.names}, **{f"{name} key": key for name, key in keys.items()}})
+    keyed = pa.table(
+        {**{name: good[name] for name in PAIRS.names}, **{f"{name} key": key for name, key in keys.items()}}
+    )
     place = keyed.append_column("place", pa.array(np.arange(good.num_rows)))
     first = place.group_by(keyed.column_names).aggregate([("place", "min")])
     order = ("product_id", "query_id", "split", "relevance", "query", *keyed.column_names[len(PAIRS.names) :])

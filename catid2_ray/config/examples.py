@@ -51,7 +51,10 @@ class ExamplesRecipe(Section):
         unit="ratio", paper="DSI (2202.06991) mixes in more indexing than retrieval",
     )  # fmt: skip
     stages: tuple[StageRecipe, ...] = setting(
-        (), "mixes trained one after another, in place of `mix` and `epochs`", unit="stages", paper="CQ-SID (2605.14434)"
+        (),
+        "mixes trained one after another, in place of `mix` and `epochs`",
+        unit="stages",
+        paper="CQ-SID (2605.14434)",
     )
     word_keep: float = setting(
         0.5, "share of words kept when a title serves as a pseudo-query; 1 keeps titles whole", unit="share", gt=0, le=1,
@@ -98,7 +101,9 @@ class ExamplesRecipe(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"stages are named {names}: give each its own name")
         if "synthetic" in self.kinds and self.doc2query is None:
-            raise ValueError("mix asks for synthetic queries, but doc2query names no model: set it, or mix.synthetic to 0")
+            raise ValueError(
+                "mix asks for synthetic queries, but doc2query names no model: set it, or mix.synthetic to 0"
+            )
         if self.span_tokens is not None and self.span_tokens > self.query_tokens - 1:
             raise ValueError(
                 f"span_tokens {self.span_tokens} exceeds query_tokens {self.query_tokens} − 1 (the end of the text): lower "

@@ -86,9 +86,7 @@ def description_spans(
         )["input_ids"]  # fmt: skip
         length_N = np.fromiter(map(len, encoded), np.int64, len(encoded))
         flat_C = np.fromiter(chain.from_iterable(encoded), np.int32, int(length_N.sum()))
-        row_S, start_S = span_places(
-            length_N, key_N[start : start + _CHUNK], tokens=tokens, windows=windows, seed=seed
-        )
+        row_S, start_S = span_places(length_N, key_N[start : start + _CHUNK], tokens=tokens, windows=windows, seed=seed)
         end_S = np.minimum(start_S + tokens, length_N[row_S])
         place_ST = (start_S + np.cumsum(length_N)[row_S] - length_N[row_S])[:, None] + np.arange(tokens)
         inside_ST = np.arange(tokens) < (end_S - start_S)[:, None]

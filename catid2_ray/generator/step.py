@@ -70,7 +70,9 @@ def _first_rows(model: T5ForConditionalGeneration, codes_BL: Tensor, space: Doci
     return first_L
 
 
-def _summed_losses(model, ids_BT: Tensor, codes_BL: Tensor, space: DocidSpace, first_L, weight_B, label_smoothing) -> Tensor:
+def _summed_losses(
+    model, ids_BT: Tensor, codes_BL: Tensor, space: DocidSpace, first_L, weight_B, label_smoothing
+) -> Tensor:
     """float L, summed over the rows, each times its weight. Padding has no influence."""
     config, weight_VD = model.config, model.lm_head.weight
     mask_BT = ids_BT != PAD
@@ -116,7 +118,9 @@ def docid_loss(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Scalar: `level_losses` summed over levels, or their weighted mean where `level_weights` (L numbers) are given."""
-    loss_L = level_losses(model, input_ids_BT, codes_BL, space=space, weight_B=weight_B, label_smoothing=label_smoothing)
+    loss_L = level_losses(
+        model, input_ids_BT, codes_BL, space=space, weight_B=weight_B, label_smoothing=label_smoothing
+    )
     return _over_levels(loss_L, level_weights)
 
 

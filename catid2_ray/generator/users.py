@@ -66,6 +66,6 @@ def with_users(
     kept_R, place_R = latest(row_R, rows, most=recent)
     ids_BPL[row_R[kept_R], place_R[kept_R]] = space.check(codes_RL)[kept_R] + first_L
     head_BQ, tail_BQ = query_BQ[:, : len(before)], query_BQ[:, len(before) :]
-    whole_BW = np.concatenate((head_BQ, words_BA, ids_BPL.reshape(rows, -1), tail_BQ), axis=1)
+    whole_BW = np.concatenate((head_BQ, words_BA, ids_BPL.reshape(rows, recent * space.levels), tail_BQ), axis=1)
     order_BW = np.argsort(whole_BW == pad, axis=1, kind="stable")
     return np.take_along_axis(whole_BW, order_BW, 1).astype(np.int32)

@@ -72,7 +72,11 @@ def width_of(recipe: GeneratorRecipe, space: DocidSpace) -> int:
 
 
 def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
-    recipe, space, catalog = job.recipe.generator, DocidSpace(parents["ids"].metrics["codes_per_level"]), parents["catalog"]
+    recipe, space, catalog = (
+        job.recipe.generator,
+        DocidSpace(parents["ids"].metrics["codes_per_level"]),
+        parents["catalog"],
+    )
     if recipe.model == "small":
         progress.event("fit", what="tokenizer", subwords=recipe.vocabulary)
         tokenizer = train_tokenizer(_texts(job, catalog), size=recipe.vocabulary)

@@ -34,7 +34,13 @@ def exchange(store: Store, folder: str, specs: list[dict], *, catalog: str, ids:
     asking = [spec for spec in specs if spec["pairs"]]
     arguments = {"store": store, "folder": folder, "catalog": catalog, "teaches": teaches, "most": most, "parts": parts}
     map_parts(_Ask, arguments, asking, workers=workers, label="looking up recent products", unit="products")
-    arguments = {"store": store, "folder": folder, "ids": ids, "asking": [spec["part"] for spec in asking], "parts": parts}
+    arguments = {
+        "store": store,
+        "folder": folder,
+        "ids": ids,
+        "asking": [spec["part"] for spec in asking],
+        "parts": parts,
+    }
     map_parts(_Answer, arguments, specs, workers=workers, label="answering with IDs", unit="products")
 
 
@@ -54,12 +60,16 @@ class _Ask:
 
     def __call__(self, spec: dict) -> dict:
         pairs = self.teaches(self.store.read_table(f"{self.catalog}/{spec['pairs']}"))
-        recent = pairs["recent"].combine_chunks() if "recent" in pairs.column_names else pa.array([], pa.list_(pa.string()))
+        recent = (
+            pairs["recent"].combine_chunks() if "recent" in pairs.column_names else pa.array([], pa.list_(pa.string()))
+        )
         length_N = pc.fill_null(pc.list_value_length(recent), 0).to_numpy(zero_copy_only=False).astype(np.int64)
         row_R = np.repeat(np.arange(len(length_N)), length_N)
         place_R = np.arange(len(row_R)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
         late_R = place_R >= np.repeat(length_N - self.most, length_N)
-        table = pa.table({"row": row_R, "place": place_R, "product_id": pc.list_flatten(recent)}).filter(pa.array(late_R))
+        table = pa.table({"row": row_R, "place": place_R, "product_id": pc.list_flatten(recent)}).filter(
+            pa.array(late_R)
+        )
         group_N = part_of(table["product_id"], self.parts)
         write_groups(self.store, f"{self.folder}/asked-{spec['part']:05d}.arrow", table, group_N, self.parts)
         return {"position": spec["position"]}

@@ -35,7 +35,10 @@ def least_padding(length_B: list[int], *, least: int, most: int) -> dict[int, in
 
 def epochs_of(kind_rows: list[int], count: int, epochs: int, start: int = 0) -> list[list[int]]:
     """Rows of each epoch when `count` are taken from an endless walk round and round the same order."""
-    return [[kind_rows[(epoch * count + i) % len(kind_rows)] for i in range(count)] for epoch in range(start, start + epochs)]
+    return [
+        [kind_rows[(epoch * count + i) % len(kind_rows)] for i in range(count)]
+        for epoch in range(start, start + epochs)
+    ]
 
 
 def user_tokens(

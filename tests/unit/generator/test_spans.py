@@ -1,4 +1,4 @@
-"""Spans of descriptions against a slow maker: the beginning, then a window in each stretch, the same for any company of products."""
+"""Spans of descriptions against a slow maker: the beginning, then a window in each stretch; other products change nothing."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,23 @@ from catid2_ray.generator.spans import SHORTEST, description_spans, span_places,
 from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
 from tests.oracles.examples import spans_of
 
-WORDS = "steel hinge door brass knob oak lamp 10 ft garden hose reel bath tap chrome".split()
+WORDS = [
+    "steel",
+    "hinge",
+    "door",
+    "brass",
+    "knob",
+    "oak",
+    "lamp",
+    "10",
+    "ft",
+    "garden",
+    "hose",
+    "reel",
+    "bath",
+    "tap",
+    "chrome",
+]
 TOKENIZER = with_docid_tokens(train_tokenizer([" ".join(WORDS)] * 3, size=300), DocidSpace((4, 4)))
 
 
@@ -25,7 +41,9 @@ TOKENIZER = with_docid_tokens(train_tokenizer([" ".join(WORDS)] * 3, size=300), 
 def test_places_are_the_oracles(lengths, tokens, windows, seed):
     key_N = np.arange(len(lengths), dtype=np.uint64) * 7 + 3
     row_S, start_S = span_places(np.array(lengths), key_N, tokens=tokens, windows=windows, seed=seed)
-    draws = [[float(uniform(key_N[[row]], seed, number)[0]) for number in range(windows)] for row in range(len(lengths))]
+    draws = [
+        [float(uniform(key_N[[row]], seed, number)[0]) for number in range(windows)] for row in range(len(lengths))
+    ]
     for row, length in enumerate(lengths):
         text = list(range(length))
         expected = spans_of(text, draws[row], size=tokens, shortest=SHORTEST)
