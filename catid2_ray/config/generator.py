@@ -48,6 +48,27 @@ class IdsRecipe(Section):
 
 
 class GeneratorRecipe(ExamplesRecipe, TrainingRecipe):
+    # How the work is spread, not what is trained: a rerun with other numbers finds the run's checkpoints and goes on.
+    workers: int = setting(
+        1, "training workers; the batches, and without dropout the losses, are the same on any number",
+        unit="processes", operational=True, ge=1,
+    )  # fmt: skip
+    micro_batch: int | None = setting(
+        None, "examples that a worker runs at a time; none = its share of the batch", unit="examples", operational=True,
+        ge=1,
+    )  # fmt: skip
+    activation_checkpointing: bool = setting(
+        False, "compute activations again in the backward pass, which saves memory for about a third more time",
+        unit="yes/no", operational=True,
+    )  # fmt: skip
+    validate_every_epochs: int = setting(
+        1, "epochs between validations, where validation queries are searched; the last epoch is always validated",
+        unit="epochs", ge=1,
+    )  # fmt: skip
+    patience: int | None = setting(
+        None, "validations without a better score after which the training stops; none = all epochs. The best epoch is "
+        "exported either way", unit="validations", ge=1,
+    )  # fmt: skip
     model: str = setting(
         "small", "small (from the widths below, tokenizer trained on the catalogue) or a T5 by id or folder", unit="name",
         paper="4.1: T5-base",
@@ -69,7 +90,6 @@ class GeneratorRecipe(ExamplesRecipe, TrainingRecipe):
         0, "queries of the validation split whose recall@50 in the real search is measured while training; 0 = none",
         unit="queries", ge=0,
     )  # fmt: skip
-    validate_every_epochs: int = setting(1, "epochs between such measurements", unit="epochs", ge=1)
 
     @model_validator(mode="after")
     def _heads_divide(self):

@@ -53,7 +53,9 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
         device="cuda" if job.recipe.cluster.gpus_per_worker else "cpu", store=job.store, rows=examples,
     )  # fmt: skip
     files, figures = worker.train(run, job.recipe.cluster, attempt, label="training the generator")
-    manifest = attempt.commit(files, metrics={"loss": figures["loss"], "epochs": recipe.epochs, **counts})
+    chosen = {name: figures[name] for name in ("best_epoch", "best_score", "stopped_early") if name in figures}
+    metrics = {"loss": figures["loss"], "epochs": figures["epochs_done"], **chosen, **counts}
+    manifest = attempt.commit(files, metrics=metrics)
     worker.clean(job.store, attempt)
     return manifest
 
@@ -66,6 +68,7 @@ class GeneratorTask:
 
     reader = PartReader(("kind", "weight", "input_ids", "codes"))
     columns = list(reader.columns)
+    shards = "whole"  # an example is about a hundred bytes: every rank holds all, and any number of ranks trains alike
 
     def __init__(
         self,
@@ -148,6 +151,18 @@ class GeneratorTask:
         """Without the columns that are padding in every row."""
         used = int(np.flatnonzero((columns["input_ids"] != 0).any(0)).max(initial=0)) + 1
         return {**columns, "input_ids": columns["input_ids"][:, :used]}
+
+    def flops_per_example(self, module: DocidLoss) -> float:
+        """6 · weights · tokens (Kaplan et al. 2020, appendix B): the encoder's by query_tokens, which counts padding, the
+        decoder's by levels, and each level's rows of the projection. Attention's products of pairs are left out."""
+        encoder, decoder = module.model.encoder, module.model.decoder
+        embeddings = {id(weight) for weight in (module.model.shared.weight, module.model.lm_head.weight)}
+
+        def weights(part: torch.nn.Module) -> int:
+            return sum(weight.numel() for weight in part.parameters() if id(weight) not in embeddings)
+
+        projected = sum(self.space.codes_per_level) * module.model.lm_head.weight.shape[1]
+        return 6.0 * (weights(encoder) * self.recipe.query_tokens + weights(decoder) * self.space.levels + projected)
 
     def loss(self, engine, batch: dict[str, torch.Tensor], *, gather) -> tuple[torch.Tensor, dict]:
         return engine(batch["input_ids"].long(), batch["codes"].long(), batch["weight"]), {}
