@@ -32,7 +32,11 @@ def test_the_newest_whole_checkpoint_is_found_and_partial_ones_are_named(store, 
     assert folder == f"runs/r/{names[0]}"
     assert (state.epoch, state.step, state.sums, state.history) == (1, 3, {"loss": 0.1}, [{"loss": 1 / 3}])
     log = capfd.readouterr().err
-    for reason in ("state.json is missing", "optimiser-1.pt has no bytes, expected 6", "optimiser-1.pt has 3 bytes, expected 6"):
+    for reason in (
+        "state.json is missing",
+        "optimiser-1.pt has no bytes, expected 6",
+        "optimiser-1.pt has 3 bytes, expected 6",
+    ):
         assert f"reason='{reason}'" in log
     with checkpoints.opened(store, folder, state, ("optimiser-1", "export/")) as files:
         assert (files / "optimiser-1.pt").read_bytes() == b"second" and (files / "export" / "a").read_bytes() == b"a"
