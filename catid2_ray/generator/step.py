@@ -19,13 +19,14 @@ from transformers import T5ForConditionalGeneration
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError, TrainingError
 from catid2_ray.generator.examples import Examples
-from catid2_ray.generator.vocabulary import PAD
+from catid2_ray.generator.states import CachedExamples, TokenStates
+from catid2_ray.generator.vocabulary import PAD, pad_of
 from catid2_ray.schedule import learning_rate_at, seed_from
 
 
 def level_losses(
     model: T5ForConditionalGeneration,
-    input_ids_BT: Tensor,
+    inputs: Tensor | TokenStates,
     codes_BL: Tensor,
     *,
     space: DocidSpace,
@@ -34,26 +35,40 @@ def level_losses(
 ) -> Tensor:
     """float L: −log p(code_l | query, code_<l), mean over the batch, one figure per level.
 
-    Teacher forcing over L decoder positions: the start token, then the ID tokens but for the last. Padding is 0.
+    `inputs`: token ids B×T padded as the model's config says (0 in T5), or an EncoderDecoder's cached states.
+    Teacher forcing over L decoder positions: the start token, then the ID tokens but for the last.
     Averages over workers of equal batches equal one process with all rows. (CAT-ID², section 3.4, NLL of ID tokens.)
     `length_groups`: rows are run in that many groups of like length, so that short queries are not padded to the
     longest title; the figures stay the same. By default one per 64 rows, at most 4, on CPU, where that gives 1.6
     times the speed; 1 elsewhere.
     """
     first_L = _first_rows(model, codes_BL, space)
-    on_cpu = input_ids_BT.device.type == "cpu"
-    groups = length_groups or (max(1, min(4, len(codes_BL) // 64)) if on_cpu else 1)
-    if groups == 1:
-        sums = [_summed_losses(model, input_ids_BT, codes_BL, space, first_L, label_smoothing)]
-    else:
-        length_B = (input_ids_BT != PAD).sum(1)
-        order_B = length_B.argsort(stable=True)
-        sums = []
-        for row_G in order_B.tensor_split(min(groups, len(order_B))):
-            used = max(1, int(length_B[row_G[-1]]))
-            ids_GT, codes_GL = input_ids_BT[row_G, :used], codes_BL[row_G]
-            sums.append(_summed_losses(model, ids_GT, codes_GL, space, first_L, label_smoothing))
+    groups = length_groups or (max(1, min(4, len(codes_BL) // 64)) if codes_BL.device.type == "cpu" else 1)
+    sums = [
+        _summed_losses(model, part, codes_BL[row_G], space, first_L, label_smoothing)
+        for row_G, part in _by_length(inputs, min(groups, len(codes_BL)), pad_of(model))
+    ]
     return torch.stack(sums).sum(0) / len(codes_BL)
+
+
+def _by_length(inputs: Tensor | TokenStates, groups: int, pad: int):
+    """(rows, their inputs cut to the longest) of each of `groups` groups of like length; one group: all, as it is."""
+    cached = isinstance(inputs, TokenStates)
+    if groups == 1:
+        yield slice(None), inputs
+        return
+    length_B = (inputs.mask_BT if cached else inputs != pad).sum(1)
+    for row_G in length_B.argsort(stable=True).tensor_split(groups):
+        used = max(1, int(length_B[row_G[-1]]))
+        yield row_G, TokenStates(*(x[row_G, :used] for x in inputs)) if cached else inputs[row_G, :used]
+
+
+def _memory(model, inputs: Tensor | TokenStates) -> TokenStates:
+    """What the decoder attends to, B×T×D, and which of it is real."""
+    if isinstance(inputs, TokenStates):
+        return TokenStates(model.encoder.project(inputs.states_BTE), inputs.mask_BT)
+    mask_BT = inputs != pad_of(model)
+    return TokenStates(model.encoder(input_ids=inputs, attention_mask=mask_BT).last_hidden_state, mask_BT)
 
 
 def _first_rows(model: T5ForConditionalGeneration, codes_BL: Tensor, space: DocidSpace) -> list[int]:
@@ -68,11 +83,10 @@ def _first_rows(model: T5ForConditionalGeneration, codes_BL: Tensor, space: Doci
     return first_L
 
 
-def _summed_losses(model, ids_BT: Tensor, codes_BL: Tensor, space: DocidSpace, first_L, label_smoothing) -> Tensor:
+def _summed_losses(model, inputs, codes_BL: Tensor, space: DocidSpace, first_L, label_smoothing) -> Tensor:
     """float L, summed over the rows. Padding has no influence."""
     config, weight_VD = model.config, model.lm_head.weight
-    mask_BT = ids_BT != PAD
-    memory_BTD = model.encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+    memory_BTD, mask_BT = _memory(model, inputs)
     start = getattr(config, "decoder_start_token_id", None) or PAD
     previous_BL = F.pad(codes_BL[:, :-1] + torch.tensor(first_L[:-1], device=codes_BL.device), (1, 0), value=start)
     hidden_BLD = model.decoder(
@@ -104,7 +118,7 @@ def _over_levels(loss_L: Tensor, level_weights: Sequence[float] | None) -> Tenso
 
 def docid_loss(
     model: T5ForConditionalGeneration,
-    input_ids_BT: Tensor,
+    inputs: Tensor | TokenStates,
     codes_BL: Tensor,
     *,
     space: DocidSpace,
@@ -112,14 +126,14 @@ def docid_loss(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Scalar: `level_losses` summed over levels, or their weighted mean where `level_weights` (L numbers) are given."""
-    loss_L = level_losses(model, input_ids_BT, codes_BL, space=space, label_smoothing=label_smoothing)
+    loss_L = level_losses(model, inputs, codes_BL, space=space, label_smoothing=label_smoothing)
     return _over_levels(loss_L, level_weights)
 
 
 class DocidLoss(nn.Module):
     """`docid_loss` as a module around the model, for engines that want to own `forward` (DDP, DeepSpeed).
 
-    `forward(input_ids_BT, codes_BL)` returns the scalar loss; `model` is the T5 to save.
+    `forward(inputs, codes_BL)` returns the scalar loss; `model` is the generator to save.
     """
 
     def __init__(
@@ -134,15 +148,16 @@ class DocidLoss(nn.Module):
         self.model = model
         self.settings = {"space": space, "level_weights": level_weights, "label_smoothing": label_smoothing}
 
-    def forward(self, input_ids_BT: Tensor, codes_BL: Tensor) -> Tensor:
-        return docid_loss(self.model, input_ids_BT, codes_BL, **self.settings)
+    def forward(self, inputs: Tensor | TokenStates, codes_BL: Tensor) -> Tensor:
+        return docid_loss(self.model, inputs, codes_BL, **self.settings)
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
     """Two groups for AdamW: matrices decay; norms and embeddings, where rare rows would only shrink, do not."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     decays = [
-        weight.ndim > 1 and not any(part in name for part in ("shared", "lm_head", "bias")) for name, weight in named
+        weight.ndim > 1 and not any(part in name for part in ("shared", "lm_head", "embed", "bias"))
+        for name, weight in named
     ]
     return [
         {"params": [w for (_, w), decay in zip(named, decays) if decay], "weight_decay": weight_decay},
@@ -160,7 +175,7 @@ class FitResult(NamedTuple):
 
 def fit(
     model: T5ForConditionalGeneration,
-    examples: Examples,
+    examples: Examples | CachedExamples,
     *,
     space: DocidSpace,
     steps: int,
@@ -196,9 +211,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed(seed_from(seed, step))
-            loss = loss_of(
-                torch.from_numpy(rows.input_ids_BT).long().to(device), torch.from_numpy(rows.codes_BL).to(device)
-            )
+            loss = loss_of(rows.inputs(device), torch.from_numpy(rows.codes_BL).to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), clip)

@@ -37,11 +37,13 @@ class Decoder(Protocol):
 
 
 class T5Memory(NamedTuple):
-    """Per decoder layer the cross-attention's keys and values B×H×T×E; which tokens are real, B×1×1×T."""
+    """Per decoder layer the cross-attention's keys and values B×H×T×E; which tokens are real, B×1×1×T; the queries' dense
+    vectors, where the encoder gives them in the same pass (`EncoderDecoder`)."""
 
     keys: list[Tensor]
     values: list[Tensor]
     real_B11T: Tensor
+    dense_BE: Tensor | None = None
 
 
 class T5Cache(NamedTuple):
@@ -55,7 +57,7 @@ class T5Cache(NamedTuple):
 
 
 class T5Decoder:
-    """`Decoder` over a `T5ForConditionalGeneration` whose last ΣK vocabulary rows are the ID tokens, level by level.
+    """`Decoder` over a `T5ForConditionalGeneration`, or an `EncoderDecoder`, whose last ΣK vocabulary rows are the ID tokens, level by level.
 
     Any size, tied or untied head, float32 or half precision. `weights`: "float32" reads the model's own weights,
     whatever their type; "int8" copies the matrices of encoder and decoder in 8 bits now, for CPUs only (`int8.py`).
@@ -101,14 +103,16 @@ class T5Decoder:
         was_training = self.encoder.training
         self.encoder.eval()
         try:
-            states_BTD = self.encoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT).last_hidden_state
+            encoded = self.encoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT)
         finally:
             self.encoder.train(was_training)
+        states_BTD = encoded.last_hidden_state
         cross = [block.layer[1].EncDecAttention for block in self.blocks]
         return T5Memory(
             [self._heads(attention.k(states_BTD)).transpose(1, 2) for attention in cross],
             [self._heads(attention.v(states_BTD)).transpose(1, 2) for attention in cross],
             attention_mask_BT.bool()[:, None, None, :],
+            getattr(encoded, "dense_BE", None),
         )
 
     def decode_step(self, level, memory: T5Memory, cache: T5Cache | None, parent_BM: Tensor, code_BM: Tensor):
