@@ -22,7 +22,9 @@ class ModelRecipe(Section):
         None, "text encoder of an encoder_decoder, by id or folder; its tokenizer reads the texts", unit="name"
     )
     encoder_mode: Literal["frozen", "tuned"] = setting(
-        "frozen", "frozen: its token states are computed once and cached on local disk; tuned: it learns too", unit="choice"
+        "frozen",
+        "frozen: its token states are computed once and cached on local disk; tuned: it learns too",
+        unit="choice",
     )
     causal: str | None = setting(
         None, "causal language model, by id or folder", unit="name", paper="Qwen2.5-0.5B in CQ-SID (2605.14434)"
@@ -31,7 +33,11 @@ class ModelRecipe(Section):
     width: int = setting(192, "d_model of the small T5, or of an encoder_decoder's decoder", unit="numbers", ge=16)
     layers: int = setting(2, "encoder layers, and as many decoder layers", unit="layers", ge=1)
     decoder_layers: int | None = setting(
-        None, "decoder layers of small and encoder_decoder; none = layers", unit="layers", paper="6 in NCI (2206.02743)", ge=1
+        None,
+        "decoder layers of small and encoder_decoder; none = layers",
+        unit="layers",
+        paper="6 in NCI (2206.02743)",
+        ge=1,
     )
     heads: int = setting(4, "attention heads", unit="heads", ge=1)
     feed_forward: int = setting(512, "d_ff", unit="numbers", ge=16)
@@ -52,7 +58,10 @@ class ModelRecipe(Section):
         "uniform", "how that mass is spread: evenly, or over near codewords", unit="choice", paper="VARG (2609.14493)"
     )
     smoothing_temperature: float = setting(
-        0.1, "distance over which near smoothing falls by e, in mean distances of a level's codewords", unit="ratio", gt=0
+        0.1,
+        "distance over which near smoothing falls by e, in mean distances of a level's codewords",
+        unit="ratio",
+        gt=0,
     )
     consistency: float | None = setting(
         None, "weight of the divergence of two passes under unlike dropout, which double a step's work; none = 0.15 with head "
@@ -81,7 +90,9 @@ class ModelRecipe(Section):
         if self.kind in ("small", "encoder_decoder") and self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide by heads {self.heads}: choose a multiple")
         if self.decoder_layers is not None and self.kind in ("t5", "causal"):
-            raise ValueError(f"decoder_layers {self.decoder_layers} is set, but model {self.model!r} brings its own: leave it out")
+            raise ValueError(
+                f"decoder_layers {self.decoder_layers} is set, but model {self.model!r} brings its own: leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -91,9 +102,13 @@ class ModelRecipe(Section):
             if self.model == kind and given is None:
                 raise ValueError(f"model {kind} needs {name}, an id or folder: set it")
             if self.model != kind and given is not None:
-                raise ValueError(f"{name} {given!r} is set, but model is {self.model!r}: set model to {kind}, or leave {name} out")
+                raise ValueError(
+                    f"{name} {given!r} is set, but model is {self.model!r}: set model to {kind}, or leave {name} out"
+                )
         if self.encoder_mode == "tuned" and self.model != "encoder_decoder":
-            raise ValueError(f"encoder_mode tuned belongs to model encoder_decoder, found model {self.model!r}: leave it out")
+            raise ValueError(
+                f"encoder_mode tuned belongs to model encoder_decoder, found model {self.model!r}: leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -106,5 +121,7 @@ class ModelRecipe(Section):
                 "consistency to 0"
             )
         if self.smoothing == "near" and self.label_smoothing == 0:
-            raise ValueError("smoothing near spreads the mass label_smoothing, which is 0: set label_smoothing, or uniform")
+            raise ValueError(
+                "smoothing near spreads the mass label_smoothing, which is 0: set label_smoothing, or uniform"
+            )
         return self

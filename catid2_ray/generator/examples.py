@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from catid2_ray.errors import InputError, RecipeError
-from catid2_ray.generator.vocabulary import EOS, PAD
+from catid2_ray.generator.vocabulary import EOS, PAD, frame
 
 _CHUNK = 8192
 
@@ -41,6 +41,23 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length
         )
         ids_NT[start : start + _CHUNK] = encoded["input_ids"]
     return ids_NT
+
+
+class Cut(NamedTuple):
+    """`input_ids_NT` as `tokenize` gives them; `cut_N` bool: texts that were longer."""
+
+    input_ids_NT: np.ndarray
+    cut_N: np.ndarray
+
+
+def tokenize_cut(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int) -> Cut:
+    """`tokenize`, and which texts lost something by it."""
+    longer_NT = tokenize(tokenizer, texts, length=length + 1)
+    cut_N = longer_NT[:, length] != tokenizer.pad_token_id
+    marks = len(frame(tokenizer)[1])
+    # The end marks of a text that is one token too long move one place to the left, over its last word.
+    longer_NT[cut_N, length - marks : length] = longer_NT[cut_N, length - marks + 1 : length + 1]
+    return Cut(np.ascontiguousarray(longer_NT[:, :length]), cut_N)
 
 
 def kept_words(
@@ -130,11 +147,26 @@ def epoch_order(sizes: Mapping[str, int], ratio: Mapping[str, float], *, seed: i
     return EpochOrder(kinds, kind_N[shuffle_N], np.concatenate(rows)[shuffle_N])
 
 
+def mix_ratios(sizes: Mapping[str, int], mix: Mapping[str, float]) -> dict[str, float]:
+    """How often each kind's rows appear per epoch, where `mix` wants so many of them per row of "query".
+
+    Kinds that `mix` does not name have 0. Raises RecipeError for a kind that is wanted but has no row.
+    """
+    absent = [kind for kind, share in mix.items() if share and not sizes.get(kind)]
+    if absent:
+        raise RecipeError(
+            f"the mix wants {', '.join(absent)}, but there are no such examples (found {dict(sizes)}): take them out of the "
+            "mix, or bring the data they are made of"
+        )
+    return {kind: mix.get(kind, 0.0) * sizes["query"] / max(1, size) for kind, size in sizes.items()}
+
+
 class Batch(NamedTuple):
-    """`input_ids_BT` int32, no column of only padding; `codes_BL` int64."""
+    """`input_ids_BT` int32, no column of only padding; `codes_BL` int64; `weight_B` float32, None where all count 1."""
 
     input_ids_BT: np.ndarray
     codes_BL: np.ndarray
+    weight_B: np.ndarray | None = None
 
     def inputs(self, device: torch.device) -> torch.Tensor:
         """What the loss takes: int64 B×T on `device`."""
@@ -150,13 +182,15 @@ class Picked(NamedTuple):
     input_ids_BT: np.ndarray
     kept_BT: np.ndarray
     codes_BL: np.ndarray
+    weight_B: np.ndarray | None
 
 
 @dataclass
 class Examples:
-    """Every example of a training run: per kind ("query", "title") an int32 N×T table of ids and the N×L codes.
+    """Every example of a training run: per kind ("query", "title" …) an int32 N×T table of ids and the N×L codes.
 
-    `ratio`: how often a kind's rows appear per epoch (1.0 where unnamed). `drop_share` of the "title" rows of each
+    `ratio`: how often a kind's rows appear per epoch (1.0 where unnamed). `weight`: what each row of a kind counts in the loss
+    (1 where unnamed). `drop_share` of the "title" rows of each
     batch lose words with probability 1 − `keep`; needs `starts_word_V`. Tables may be memory-mapped; all have one T.
     `pad`, `special`: the tokenizer's padding and the marks that never fall (`vocabulary.marks`).
     """
@@ -169,6 +203,7 @@ class Examples:
     drop_share: float = 0.5
     pad: int = PAD
     special: tuple[int, ...] = (EOS,)
+    weight: Mapping[str, np.ndarray] = field(default_factory=dict)
     _epochs: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -209,8 +244,11 @@ class Examples:
         ids_BT = np.full((batch, self.input_ids[first].shape[1]), self.pad, np.int32)
         codes_BL = np.zeros((batch, self.codes[first].shape[1]), np.int64)
         kept_BT = np.zeros(ids_BT.shape, bool)
+        weight_B = np.ones(batch, np.float32) if self.weight else None
         for number, kind in enumerate(order.kinds):
             here_B = np.flatnonzero(kind_B == number)
+            if kind in self.weight:
+                weight_B[here_B] = self.weight[kind][row_B[here_B]]
             ids_BT[here_B] = self.input_ids[kind][row_B[here_B]]
             codes_BL[here_B] = self.codes[kind][row_B[here_B]]
             kept_BT[here_B] = ids_BT[here_B] != self.pad
@@ -223,10 +261,17 @@ class Examples:
                 )  # fmt: skip
         share = batch // workers
         mine = slice(rank * share, (rank + 1) * share)
-        return Picked(kind_B[mine], row_B[mine], ids_BT[mine], kept_BT[mine], codes_BL[mine])
+        return Picked(
+            kind_B[mine],
+            row_B[mine],
+            ids_BT[mine],
+            kept_BT[mine],
+            codes_BL[mine],
+            None if weight_B is None else weight_B[mine],
+        )
 
     def batch(self, *, seed: int, step: int, batch: int, rank: int = 0, workers: int = 1) -> Batch:
         """The texts and IDs of `pick`, as token ids."""
         picked = self.pick(seed=seed, step=step, batch=batch, rank=rank, workers=workers)
         used = max(1, int(picked.kept_BT.sum(1).max(initial=0)))
-        return Batch(_only(picked.input_ids_BT, picked.kept_BT, self.pad)[:, :used], picked.codes_BL)
+        return Batch(_only(picked.input_ids_BT, picked.kept_BT, self.pad)[:, :used], picked.codes_BL, picked.weight_B)

@@ -145,6 +145,7 @@ class StateBatch(NamedTuple):
 
     states: TokenStates
     codes_BL: np.ndarray
+    weight_B: np.ndarray | None = None
 
     def inputs(self, device: torch.device) -> TokenStates:
         """What the loss takes, on `device`."""
@@ -176,4 +177,5 @@ class CachedExamples:
         """As `Examples.batch`, with states in place of ids."""
         picked = self.examples.pick(seed=seed, step=step, batch=batch, rank=rank, workers=workers)
         first_K = np.array(list(self.first_row.values()))
-        return StateBatch(self.cache.take(first_K[picked.kind_B] + picked.row_B, picked.kept_BT), picked.codes_BL)
+        states = self.cache.take(first_K[picked.kind_B] + picked.row_B, picked.kept_BT)
+        return StateBatch(states, picked.codes_BL, picked.weight_B)

@@ -128,6 +128,12 @@ def with_docid_tokens(tokenizer: PreTrainedTokenizerFast, space: DocidSpace) -> 
     return tokenizer
 
 
+def frame(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """The marks that the tokenizer sets before and after every text: ([], [</s>]) for T5, ([CLS], [SEP]) for BERT."""
+    marks = list(tokenizer("")["input_ids"])
+    return (marks[:-1], marks[-1:]) if marks[-1:] != [tokenizer.bos_token_id] else (marks, [])
+
+
 def starts_word(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """bool V: whether a token begins a word. Knows the marks `▁` (T5, ours), `Ġ` (byte level) and `##` (WordPiece)."""
     token_V = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))), dtype=np.str_)
