@@ -106,10 +106,11 @@ def drop_words(
     without a second model.
     """
     kept_BT = kept_words(input_ids_BT, starts_word_V, keep=keep, generator=generator, pad=pad, special=special)
-    return _only(input_ids_BT, kept_BT, pad)
+    return only_kept(input_ids_BT, kept_BT, pad)
 
 
-def _only(input_ids_BT: np.ndarray, kept_BT: np.ndarray, pad: int) -> np.ndarray:
+def only_kept(input_ids_BT: np.ndarray, kept_BT: np.ndarray, pad: int) -> np.ndarray:
+    """int32 B×T: the tokens in `kept_BT`, moved to the left."""
     order_BT = np.argsort(~kept_BT, axis=1, kind="stable")
     return np.take_along_axis(np.where(kept_BT, input_ids_BT, pad), order_BT, 1).astype(np.int32)
 
@@ -274,4 +275,6 @@ class Examples:
         """The texts and IDs of `pick`, as token ids."""
         picked = self.pick(seed=seed, step=step, batch=batch, rank=rank, workers=workers)
         used = max(1, int(picked.kept_BT.sum(1).max(initial=0)))
-        return Batch(_only(picked.input_ids_BT, picked.kept_BT, self.pad)[:, :used], picked.codes_BL, picked.weight_B)
+        return Batch(
+            only_kept(picked.input_ids_BT, picked.kept_BT, self.pad)[:, :used], picked.codes_BL, picked.weight_B
+        )

@@ -36,7 +36,16 @@ from catid2_ray.on_ray.pipeline import Job
 from catid2_ray.schedule import seed_from
 
 KIND = {name: number for number, name in enumerate(EXAMPLE_KINDS)}
-_DECIDING = ("model", "vocabulary", "min_relevance", "relevance_weights", "query_tokens", "tokenizer_rows")
+_DECIDING = (
+    "model",
+    "encoder",
+    "causal",
+    "vocabulary",
+    "min_relevance",
+    "relevance_weights",
+    "query_tokens",
+    "tokenizer_rows",
+)
 _DECIDING_OF = {
     "span": ("span_tokens", "span_windows"),
     "user": ("user_tokens", "user_recent"),
@@ -51,11 +60,12 @@ _MISSING = {
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
-    """The examples artefact: part-*.parquet of schemas.examples, tokenizer/ with the ID tokens as last entries."""
+    """The examples artefact: part-*.parquet of schemas.examples; tokenizer/, whose last entries are the ID tokens where the
+    model reads them."""
     recipe = job.recipe.generator
     deciding = [*_DECIDING, *(name for kind in recipe.kinds for name in _DECIDING_OF.get(kind, ()))]
     settings = {name: value for name, value in recipe.identity().items() if name in deciding}
-    settings |= {**model_identity(recipe.model), "seed": job.recipe.seed, "kinds": list(recipe.kinds)}
+    settings |= {**model_identity(recipe.pretrained or "small"), "seed": job.recipe.seed, "kinds": list(recipe.kinds)}
     if "synthetic" in recipe.kinds:
         settings["doc2query_files"] = model_identity(recipe.doc2query)
     parents = {role: parts[role] for role in ("catalog", "ids")}
@@ -77,12 +87,13 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         DocidSpace(parents["ids"].metrics["codes_per_level"]),
         parents["catalog"],
     )
-    if recipe.model == "small":
+    if recipe.pretrained is None:
         progress.event("fit", what="tokenizer", subwords=recipe.vocabulary)
         tokenizer = train_tokenizer(_texts(job, catalog), size=recipe.vocabulary)
     else:
-        tokenizer = load_tokenizer(recipe.model)
-    tokenizer = with_docid_tokens(tokenizer, space)
+        tokenizer = load_tokenizer(recipe.pretrained, kind=recipe.kind)
+    if recipe.kind != "encoder_decoder":  # whose decoder has rows of its own for the IDs
+        tokenizer = with_docid_tokens(tokenizer, space)
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save_pretrained(local)
         files = job.store.upload(Path(local), attempt.name("tokenizer"))

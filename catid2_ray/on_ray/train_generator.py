@@ -1,4 +1,4 @@
-"""Stage 3b: train the seq2seq generator, query → ID tokens, with Ray Train and DeepSpeed; export a plain T5 checkpoint."""
+"""Stage 3b: train the generator, query → ID tokens, with Ray Train and DeepSpeed; export a folder of any kind of generator."""
 
 import json
 import tempfile
@@ -12,42 +12,63 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import fetch
 from catid2_ray.config import GeneratorRecipe, StageRecipe
 from catid2_ray.docid import DocidSpace
-from catid2_ray.generator.examples import drop_words, epoch_order, mix_ratios
-from catid2_ray.generator.model import pretrained_t5, small_t5
+from catid2_ray.generator.examples import epoch_order, kept_words, mix_ratios, only_kept
+from catid2_ray.generator.losses import near_codes
+from catid2_ray.generator.model import build_generator
+from catid2_ray.generator.saved import save_generator
+from catid2_ray.generator.states import TokenStates
 from catid2_ray.generator.step import DocidLoss, parameter_groups
-from catid2_ray.generator.vocabulary import load_tokenizer, starts_word
+from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word
 from catid2_ray.on_ray import validation, worker
+from catid2_ray.on_ray.assign.work import open_coder
 from catid2_ray.on_ray.embed import model_identity
 from catid2_ray.on_ray.examples import KIND
 from catid2_ray.on_ray.pipeline import Job
 from catid2_ray.on_ray.shards import PartReader
+from catid2_ray.on_ray.states import open_states
 from catid2_ray.schedule import Phase
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
-    """The generator artefact: a folder that `T5ForConditionalGeneration.from_pretrained` loads, with its tokenizer."""
+    """The generator artefact: a folder that `generator.saved.load_generator` reads, with its tokenizer; a plain T5 is one for
+    `T5ForConditionalGeneration.from_pretrained` too."""
     recipe, examples = job.recipe.generator, parts["examples"]
     parents = {"ids": parts["ids"], "examples": examples}
-    settings = {**recipe.identity(), **model_identity(recipe.model), "seed": job.recipe.seed}
+    if _needs_codewords(recipe):
+        parents["quantizer"] = parts["quantizer"]
+    settings = {**recipe.identity(), **model_identity(recipe.pretrained or "small"), "seed": job.recipe.seed}
     if recipe.validate_queries:
         settings["validate_from"] = job.recipe.evaluation.min_relevance
     return job.produce("generator", settings, parents, lambda attempt: _train(job, attempt, parts, parents))
+
+
+def _needs_codewords(recipe: GeneratorRecipe) -> bool:
+    return recipe.new_rows == "codewords" or recipe.smoothing == "near"
+
+
+def _codebooks(job: Job, quantizer: Manifest, space: DocidSpace) -> list[np.ndarray | None]:
+    """The codewords of each level, K×Z; None for levels that have none, such as an ordinal suffix, and for trees."""
+    books = [book.detach().float().numpy() for book in getattr(open_coder(job.store, quantizer), "codebooks", ())]
+    books += [None] * (space.levels - len(books))
+    return [book if book is not None and len(book) == k else None for book, k in zip(books, space.codes_per_level)]
 
 
 def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict[str, Manifest]) -> Manifest:
     recipe, examples = job.recipe.generator, parents["examples"]
     with tempfile.TemporaryDirectory() as cache:
         folder = fetch(job.store, examples, Path(cache), below=("tokenizer/",))
-        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        tokenizer = load_tokenizer(str(folder / "tokenizer"), kind=recipe.kind)
     counts = {kind: examples.metrics[f"{kind}_examples"] for kind in recipe.kinds}
-    checked = None
+    space, checked = DocidSpace(parents["ids"].metrics["codes_per_level"]), None
     if recipe.validate_queries:
         checked = validation.sample(
             job.store, parts["catalog"], parents["ids"], tokenizer, queries=recipe.validate_queries, seed=job.recipe.seed,
             min_relevance=job.recipe.evaluation.min_relevance, query_tokens=recipe.query_tokens,
         )  # fmt: skip
-    space = DocidSpace(parents["ids"].metrics["codes_per_level"])
-    task = GeneratorTask(recipe, tokenizer, space, counts, job.recipe.seed, validation=checked)
+    codebooks = _codebooks(job, parents["quantizer"], space) if _needs_codewords(recipe) else None
+    task = GeneratorTask(
+        recipe, tokenizer, space, counts, job.recipe.seed, examples=examples, codebooks=codebooks, validation=checked
+    )
     run = worker.Run(
         task=task, settings=recipe, seed=job.recipe.seed, threads=job.recipe.cluster.threads_per_worker,
         device="cuda" if job.recipe.cluster.gpus_per_worker else "cpu", store=job.store, rows=examples,
@@ -63,11 +84,13 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
 class GeneratorTask:
     """Examples of all kinds as the stages mix them; titles lose words at random, so that they look like queries.
 
-    `counts`: rows of each kind in the whole artefact. `validation`: what to search with after an epoch, or None.
+    `counts`: rows of each kind in the whole artefact `examples`. `codebooks`: per level the codewords or None, for the ID
+    tokens' first rows and for near codes. `validation`: what to search with after an epoch, or None.
+    Texts under a frozen encoder are read as cached states, of which a step takes the tokens that are left of its rows.
     """
 
     reader = PartReader(("kind", "weight", "input_ids", "codes"))
-    columns = list(reader.columns)
+    columns = [*reader.columns, "part", "index"]
     shards = "whole"  # an example is about a hundred bytes: every rank holds all, and any number of ranks trains alike
 
     def __init__(
@@ -78,12 +101,18 @@ class GeneratorTask:
         counts: dict[str, int],
         seed: int,
         *,
+        examples: Manifest,
+        codebooks: list[np.ndarray | None] | None = None,
         validation: validation.Validation | None = None,
     ):
         self.recipe, self.tokenizer, self.space, self.counts, self.seed = recipe, tokenizer, space, counts, seed
-        self.validation = validation
+        self.codebooks, self.validation, self.examples = codebooks, validation, examples.digest
+        rows = np.array([entry["rows"] for entry in examples.parts()])
+        self.first_row = dict(zip((entry["part"] for entry in examples.parts()), (np.cumsum(rows) - rows).tolist()))
         self.ratios = [mix_ratios(counts, stage.mix) for stage in recipe.plan]
-        self.starts_word_V = starts_word(tokenizer)
+        self.starts_word_V, self.marks = starts_word(tokenizer), marks(tokenizer)
+        self.cached = recipe.kind == "encoder_decoder" and recipe.encoder_mode == "frozen"
+        self._encoder = self._states = None
 
     def stage_of(self, epoch: int) -> int:
         """The number of the stage that an epoch, counted through all of them, lies in."""
@@ -101,31 +130,37 @@ class GeneratorTask:
         ]
 
     def build(self) -> DocidLoss:
-        recipe = self.recipe
-        if recipe.model == "small":
-            model = small_t5(
-                vocabulary=len(self.tokenizer) - sum(self.space.codes_per_level), width=recipe.width, layers=recipe.layers,
-                heads=recipe.heads, feed_forward=recipe.feed_forward, dropout=recipe.dropout,
-                codes_per_level=self.space.codes_per_level, seed=self.seed,
-            )  # fmt: skip
-        else:
-            model = pretrained_t5(recipe.model, tokenizer=self.tokenizer, space=self.space, seed=self.seed)
+        recipe, near = self.recipe, None
+        model = build_generator(
+            recipe.model, tokenizer=self.tokenizer, space=self.space, width=recipe.width, layers=recipe.layers,
+            heads=recipe.heads, feed_forward=recipe.feed_forward, dropout=recipe.dropout, encoder=recipe.encoder,
+            encoder_mode=recipe.encoder_mode, decoder_layers=recipe.decoder_layers, causal=recipe.causal, head=recipe.head,
+            head_rank=recipe.head_rank, codebooks=self.codebooks if recipe.new_rows == "codewords" else None, seed=self.seed,
+        )  # fmt: skip
+        if recipe.smoothing == "near":
+            near = near_codes(self.codebooks, temperature=recipe.smoothing_temperature)
+        if self.cached:
+            self._encoder = model.encoder
         return DocidLoss(
-            model, space=self.space, level_weights=recipe.level_weights, label_smoothing=recipe.label_smoothing
-        )
+            model, space=self.space, level_weights=recipe.level_weights, label_smoothing=recipe.label_smoothing, near=near,
+            consistency=recipe.passes_weight,
+        )  # fmt: skip
 
     def parameter_groups(self, module: DocidLoss, *, weight_decay: float) -> list[dict]:
         return parameter_groups(module, weight_decay=weight_decay)
 
     def start(self, module: DocidLoss) -> None:
-        """Nothing: weights come from the seed or from the pretrained checkpoint."""
+        """Nothing: weights come from the seed, the codewords or the pretrained checkpoint."""
 
     def rows_per_epoch(self, rows: int) -> int:
         return max(1, round(rows * self._per_epoch(0) / max(1, sum(self.counts.values()))))
 
     def order(self, rows, *, seed: int, epoch: int, batch: int, steps: int) -> np.ndarray:
         """Rows of the epoch's stage as it mixes them, shuffled; a pure function of (seed, epoch)."""
-        kind_N, ratio = rows.take(slice(None))["kind"], self.ratios[self.stage_of(epoch)]
+        held, ratio = rows.take(slice(None)), self.ratios[self.stage_of(epoch)]
+        if self.cached and self._states is None:
+            self._states = open_states(self._encoder, held["input_ids"], self.examples)
+        kind_N = held["kind"]
         places = {kind: np.flatnonzero(kind_N == KIND[kind]) for kind in ratio}
         sizes = {kind: len(place) for kind, place in places.items() if len(place)}
         order = epoch_order(sizes, {kind: ratio[kind] for kind in sizes}, seed=seed, epoch=epoch)
@@ -136,36 +171,48 @@ class GeneratorTask:
         return row_N
 
     def prepare(self, columns: dict[str, np.ndarray], *, seed: int) -> dict[str, np.ndarray]:
-        input_ids_BT = columns["input_ids"].copy()
-        title_B = columns["kind"] == KIND["title"]
+        """Which tokens of each text stay, beside the texts or the numbers of their rows."""
+        ids_BT, title_B = columns["input_ids"], columns["kind"] == KIND["title"]
+        kept_BT = ids_BT != self.marks.pad
         if self.recipe.word_keep < 1 and title_B.any():
-            input_ids_BT[title_B] = drop_words(
-                input_ids_BT[title_B],
-                self.starts_word_V,
-                keep=self.recipe.word_keep,
-                generator=np.random.default_rng(seed),
-            )
-        return {"input_ids": input_ids_BT, "codes": columns["codes"], "weight": columns["weight"]}
+            kept_BT[title_B] = kept_words(
+                ids_BT[title_B], self.starts_word_V, keep=self.recipe.word_keep, generator=np.random.default_rng(seed),
+                pad=self.marks.pad, special=self.marks.special,
+            )  # fmt: skip
+        fed = {"codes": columns["codes"], "weight": columns["weight"]}
+        if self.cached:
+            first_B = np.array([self.first_row[part] for part in columns["part"].tolist()], np.int64)
+            return {**fed, "row": first_B + columns["index"], "kept": kept_BT}
+        return {**fed, "input_ids": only_kept(ids_BT, kept_BT, self.marks.pad)}
 
     def trim(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Without the columns that are padding in every row."""
-        used = int(np.flatnonzero((columns["input_ids"] != 0).any(0)).max(initial=0)) + 1
-        return {**columns, "input_ids": columns["input_ids"][:, :used]}
+        """Without columns that are padding in every row; under a frozen encoder, the states of what stays."""
+        fed = {"codes": columns["codes"], "weight": columns["weight"]}
+        if self.cached:
+            states_BTE, mask_BT = self._states.take(columns["row"], columns["kept"])
+            return {**fed, "states": states_BTE.numpy(), "mask": mask_BT.numpy()}
+        used = int(np.flatnonzero((columns["input_ids"] != self.marks.pad).any(0)).max(initial=0)) + 1
+        return {**fed, "input_ids": columns["input_ids"][:, :used]}
 
     def flops_per_example(self, module: DocidLoss) -> float:
         """6 · weights · tokens (Kaplan et al. 2020, appendix B): the encoder's by query_tokens, which counts padding, the
-        decoder's by levels, and each level's rows of the projection. Attention's products of pairs are left out."""
-        encoder, decoder = module.model.encoder, module.model.decoder
-        embeddings = {id(weight) for weight in (module.model.shared.weight, module.model.lm_head.weight)}
+        decoder's by levels, and each level's rows of the projection. Attention's products of pairs are left out, and so are
+        weights that do not learn: a frozen encoder's states are read from disk."""
+        model = module.model
+        tables = {id(model.shared.weight), id(model.lm_head.weight)}
 
         def weights(part: torch.nn.Module) -> int:
-            return sum(weight.numel() for weight in part.parameters() if id(weight) not in embeddings)
+            return sum(w.numel() for w in part.parameters() if w.requires_grad and id(w) not in tables)
 
-        projected = sum(self.space.codes_per_level) * module.model.lm_head.weight.shape[1]
-        return 6.0 * (weights(encoder) * self.recipe.query_tokens + weights(decoder) * self.space.levels + projected)
+        tokens, levels = self.recipe.query_tokens, self.space.levels
+        projected = sum(self.space.codes_per_level) * model.lm_head.weight.shape[1]
+        if not hasattr(model, "decoder"):
+            return 6.0 * (weights(model) * (tokens + levels) + projected)
+        return 6.0 * (weights(model.encoder) * tokens + weights(model.decoder) * levels + projected)
 
     def loss(self, engine, batch: dict[str, torch.Tensor], *, gather) -> tuple[torch.Tensor, dict]:
-        return engine(batch["input_ids"].long(), batch["codes"].long(), batch["weight"]), {}
+        inputs = TokenStates(batch["states"], batch["mask"]) if self.cached else batch["input_ids"].long()
+        return engine(inputs, batch["codes"].long(), batch["weight"]), {}
 
     def validate(self, module: DocidLoss, epoch: int) -> dict:
         """Recall@50 of the real search on the sample; nothing where none was asked for."""
@@ -177,6 +224,5 @@ class GeneratorTask:
         return ({"stage": plan[self.stage_of(epoch)].name} if len(plan) > 1 else {}), False
 
     def export(self, module: DocidLoss, folder: Path, history: list[dict]) -> None:
-        module.model.float().cpu().save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_generator(module.model.float().cpu(), self.tokenizer, folder)
         (folder / "history.json").write_text(json.dumps(history, indent=1))
