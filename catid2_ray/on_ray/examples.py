@@ -65,7 +65,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     recipe = job.recipe.generator
     deciding = [*_DECIDING, *(name for kind in recipe.kinds for name in _DECIDING_OF.get(kind, ()))]
     settings = {name: value for name, value in recipe.identity().items() if name in deciding}
-    settings |= {**model_identity(recipe.pretrained or "small"), "seed": job.recipe.seed, "kinds": list(recipe.kinds)}
+    settings |= {**model_identity(recipe.pretrained), "seed": job.recipe.seed, "kinds": list(recipe.kinds)}
     if "synthetic" in recipe.kinds:
         settings["doc2query_files"] = model_identity(recipe.doc2query)
     parents = {role: parts[role] for role in ("catalog", "ids")}
@@ -92,8 +92,7 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         tokenizer = train_tokenizer(_texts(job, catalog), size=recipe.vocabulary)
     else:
         tokenizer = load_tokenizer(recipe.pretrained, kind=recipe.kind)
-    if recipe.kind != "encoder_decoder":  # whose decoder has rows of its own for the IDs
-        tokenizer = with_docid_tokens(tokenizer, space)
+    tokenizer = with_docid_tokens(tokenizer, space)
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save_pretrained(local)
         files = job.store.upload(Path(local), attempt.name("tokenizer"))

@@ -1,4 +1,4 @@
-"""Stage 3b: train the generator, query → ID tokens, with Ray Train and DeepSpeed; export a folder of any kind of generator."""
+"""Stage 3b: train the seq2seq generator, query → ID tokens, with Ray Train and DeepSpeed; export it as a folder."""
 
 import json
 import tempfile
@@ -20,23 +20,21 @@ from catid2_ray.generator.states import TokenStates
 from catid2_ray.generator.step import DocidLoss, parameter_groups
 from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word
 from catid2_ray.on_ray import validation, worker
+from catid2_ray.on_ray.assign.buckets import codebooks
 from catid2_ray.on_ray.assign.work import open_coder
 from catid2_ray.on_ray.embed import model_identity
 from catid2_ray.on_ray.examples import KIND
 from catid2_ray.on_ray.pipeline import Job
 from catid2_ray.on_ray.shards import PartReader
-from catid2_ray.on_ray.states import open_states
+from catid2_ray.on_ray.token_states import open_states
 from catid2_ray.schedule import Phase
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
-    """The generator artefact: a folder that `generator.saved.load_generator` reads, with its tokenizer; a plain T5 is one for
-    `T5ForConditionalGeneration.from_pretrained` too."""
+    """The generator artefact: a folder that `generator.saved.load_generator` loads, with its tokenizer."""
     recipe, examples = job.recipe.generator, parts["examples"]
     parents = {"ids": parts["ids"], "examples": examples}
-    if _needs_codewords(recipe):
-        parents["quantizer"] = parts["quantizer"]
-    settings = {**recipe.identity(), **model_identity(recipe.pretrained or "small"), "seed": job.recipe.seed}
+    settings = {**recipe.identity(), **model_identity(recipe.pretrained), "seed": job.recipe.seed}
     if recipe.validate_queries:
         settings["validate_from"] = job.recipe.evaluation.min_relevance
     return job.produce("generator", settings, parents, lambda attempt: _train(job, attempt, parts, parents))
@@ -65,9 +63,9 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
             job.store, parts["catalog"], parents["ids"], tokenizer, queries=recipe.validate_queries, seed=job.recipe.seed,
             min_relevance=job.recipe.evaluation.min_relevance, query_tokens=recipe.query_tokens,
         )  # fmt: skip
-    codebooks = _codebooks(job, parents["quantizer"], space) if _needs_codewords(recipe) else None
+    space = DocidSpace(parents["ids"].metrics["codes_per_level"])
     task = GeneratorTask(
-        recipe, tokenizer, space, counts, job.recipe.seed, examples=examples, codebooks=codebooks, validation=checked
+        recipe, tokenizer, space, counts, job.recipe.seed, validation=checked, codebooks=_codebooks(job, parts, space)
     )
     run = worker.Run(
         task=task, settings=recipe, seed=job.recipe.seed, threads=job.recipe.cluster.threads_per_worker,
@@ -81,12 +79,24 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
     return manifest
 
 
+def _codebooks(job: Job, parts: dict[str, Manifest], space: DocidSpace) -> list[np.ndarray | None] | None:
+    """Per level the quantizer's codewords, where the recipe uses them; None for a level whose codes have none, such as a
+    suffix's or a tree's."""
+    recipe = job.recipe.generator
+    if recipe.new_rows != "codewords" and recipe.smoothing != "near":
+        return None
+    coder = open_coder(job.store, parts["quantizer"])
+    books = codebooks(coder) if hasattr(coder, "codebooks") else []
+    fit = [book if len(book) == k else None for book, k in zip(books, space.codes_per_level)]
+    return fit + [None] * (space.levels - len(fit))
+
+
 class GeneratorTask:
     """Examples of all kinds as the stages mix them; titles lose words at random, so that they look like queries.
 
-    `counts`: rows of each kind in the whole artefact `examples`. `codebooks`: per level the codewords or None, for the ID
-    tokens' first rows and for near codes. `validation`: what to search with after an epoch, or None.
-    Texts under a frozen encoder are read as cached states, of which a step takes the tokens that are left of its rows.
+    `counts`: rows of each kind in the whole artefact. `validation`: what to search with after an epoch, or None.
+    `codebooks`: per level K×Z, from which ID rows begin and which say what codes are near. With a frozen text encoder a
+    rank is fed its token states instead of ids (`token_states.py`).
     """
 
     reader = PartReader(("kind", "weight", "input_ids", "codes"))
@@ -104,7 +114,10 @@ class GeneratorTask:
         examples: Manifest,
         codebooks: list[np.ndarray | None] | None = None,
         validation: validation.Validation | None = None,
+        codebooks: list[np.ndarray | None] | None = None,
     ):
+        self.codebooks, self.marks, self.states = codebooks, marks(tokenizer), None
+        self.frozen = recipe.model == "encoder_decoder" and recipe.encoder_mode == "frozen"
         self.recipe, self.tokenizer, self.space, self.counts, self.seed = recipe, tokenizer, space, counts, seed
         self.codebooks, self.validation, self.examples = codebooks, validation, examples.digest
         rows = np.array([entry["rows"] for entry in examples.parts()])
@@ -130,17 +143,17 @@ class GeneratorTask:
         ]
 
     def build(self) -> DocidLoss:
-        recipe, near = self.recipe, None
+        recipe = self.recipe
         model = build_generator(
             recipe.model, tokenizer=self.tokenizer, space=self.space, width=recipe.width, layers=recipe.layers,
             heads=recipe.heads, feed_forward=recipe.feed_forward, dropout=recipe.dropout, encoder=recipe.encoder,
             encoder_mode=recipe.encoder_mode, decoder_layers=recipe.decoder_layers, causal=recipe.causal, head=recipe.head,
-            head_rank=recipe.head_rank, codebooks=self.codebooks if recipe.new_rows == "codewords" else None, seed=self.seed,
+            head_rank=recipe.head_rank, seed=self.seed,
+            codebooks=self.codebooks if recipe.new_rows == "codewords" else None,
         )  # fmt: skip
+        near = None
         if recipe.smoothing == "near":
             near = near_codes(self.codebooks, temperature=recipe.smoothing_temperature)
-        if self.cached:
-            self._encoder = model.encoder
         return DocidLoss(
             model, space=self.space, level_weights=recipe.level_weights, label_smoothing=recipe.label_smoothing, near=near,
             consistency=recipe.passes_weight,
@@ -157,10 +170,10 @@ class GeneratorTask:
 
     def order(self, rows, *, seed: int, epoch: int, batch: int, steps: int) -> np.ndarray:
         """Rows of the epoch's stage as it mixes them, shuffled; a pure function of (seed, epoch)."""
-        held, ratio = rows.take(slice(None)), self.ratios[self.stage_of(epoch)]
-        if self.cached and self._states is None:
-            self._states = open_states(self._encoder, held["input_ids"], self.examples)
-        kind_N = held["kind"]
+        table, ratio = rows.take(slice(None)), self.ratios[self.stage_of(epoch)]
+        kind_N = table["kind"]
+        if self.frozen and self.states is None:
+            self.states = open_states(self.recipe.encoder, table["input_ids"], pad=self.marks.pad)
         places = {kind: np.flatnonzero(kind_N == KIND[kind]) for kind in ratio}
         sizes = {kind: len(place) for kind, place in places.items() if len(place)}
         order = epoch_order(sizes, {kind: ratio[kind] for kind in sizes}, seed=seed, epoch=epoch)
@@ -171,7 +184,7 @@ class GeneratorTask:
         return row_N
 
     def prepare(self, columns: dict[str, np.ndarray], *, seed: int) -> dict[str, np.ndarray]:
-        """Which tokens of each text stay, beside the texts or the numbers of their rows."""
+        """The whole texts and which of their tokens stay; `trim` takes the others out."""
         ids_BT, title_B = columns["input_ids"], columns["kind"] == KIND["title"]
         kept_BT = ids_BT != self.marks.pad
         if self.recipe.word_keep < 1 and title_B.any():
@@ -179,39 +192,34 @@ class GeneratorTask:
                 ids_BT[title_B], self.starts_word_V, keep=self.recipe.word_keep, generator=np.random.default_rng(seed),
                 pad=self.marks.pad, special=self.marks.special,
             )  # fmt: skip
-        fed = {"codes": columns["codes"], "weight": columns["weight"]}
-        if self.cached:
-            first_B = np.array([self.first_row[part] for part in columns["part"].tolist()], np.int64)
-            return {**fed, "row": first_B + columns["index"], "kept": kept_BT}
-        return {**fed, "input_ids": only_kept(ids_BT, kept_BT, self.marks.pad)}
+        return {"input_ids": ids_BT, "kept": kept_BT, "codes": columns["codes"], "weight": columns["weight"]}
 
     def trim(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Without columns that are padding in every row; under a frozen encoder, the states of what stays."""
-        fed = {"codes": columns["codes"], "weight": columns["weight"]}
-        if self.cached:
-            states_BTE, mask_BT = self._states.take(columns["row"], columns["kept"])
-            return {**fed, "states": states_BTE.numpy(), "mask": mask_BT.numpy()}
-        used = int(np.flatnonzero((columns["input_ids"] != self.marks.pad).any(0)).max(initial=0)) + 1
-        return {**fed, "input_ids": columns["input_ids"][:, :used]}
+        """The tokens that stay, as ids or states, without columns that are padding in every row."""
+        ids_BT, kept_BT = columns["input_ids"], columns["kept"]
+        rest = {"codes": columns["codes"], "weight": columns["weight"]}
+        if self.states is None:
+            return {"input_ids": only_kept(ids_BT, kept_BT, pad=self.marks.pad), **rest}
+        states = self.states.take_texts(self.states.find(ids_BT), kept_BT)
+        return {"states": states.states_BTE.numpy(), "real": states.mask_BT.numpy(), **rest}
 
     def flops_per_example(self, module: DocidLoss) -> float:
-        """6 · weights · tokens (Kaplan et al. 2020, appendix B): the encoder's by query_tokens, which counts padding, the
-        decoder's by levels, and each level's rows of the projection. Attention's products of pairs are left out, and so are
-        weights that do not learn: a frozen encoder's states are read from disk."""
-        model = module.model
-        tables = {id(model.shared.weight), id(model.lm_head.weight)}
+        """6 · weights · tokens (Kaplan et al. 2020, appendix B): an encoder's by query_tokens, which counts padding, a
+        decoder's by levels, a causal model's by both, and each level's rows of the projection. Attention's products of
+        pairs are left out, and so is a frozen encoder, whose states are computed once."""
+        model, levels, tokens = module.model, self.space.levels, self.recipe.query_tokens
+        embeddings = {id(model.shared.weight), id(model.lm_head.weight)}
 
         def weights(part: torch.nn.Module) -> int:
-            return sum(w.numel() for w in part.parameters() if w.requires_grad and id(w) not in tables)
+            return sum(w.numel() for w in part.parameters() if w.requires_grad and id(w) not in embeddings)
 
-        tokens, levels = self.recipe.query_tokens, self.space.levels
         projected = sum(self.space.codes_per_level) * model.lm_head.weight.shape[1]
-        if not hasattr(model, "decoder"):
-            return 6.0 * (weights(model) * (tokens + levels) + projected)
+        if self.recipe.kind == "causal":
+            return 6.0 * (weights(model) * (tokens + levels - 1) + projected)
         return 6.0 * (weights(model.encoder) * tokens + weights(model.decoder) * levels + projected)
 
     def loss(self, engine, batch: dict[str, torch.Tensor], *, gather) -> tuple[torch.Tensor, dict]:
-        inputs = TokenStates(batch["states"], batch["mask"]) if self.cached else batch["input_ids"].long()
+        inputs = TokenStates(batch["states"], batch["real"]) if "states" in batch else batch["input_ids"].long()
         return engine(inputs, batch["codes"].long(), batch["weight"]), {}
 
     def validate(self, module: DocidLoss, epoch: int) -> dict:

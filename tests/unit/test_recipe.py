@@ -12,7 +12,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from catid2_ray.config import NOT_STATED, Recipe, Section, schema
+from catid2_ray.config import NOT_STATED, GeneratorRecipe, Recipe, Section, schema
 from catid2_ray.errors import RecipeError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
@@ -355,3 +355,43 @@ def test_every_recipe_of_the_project_loads(path):
 
 def test_the_recipes_that_the_readme_runs_are_there():
     assert {"quickstart", "home_depot"} <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"model": "encoder_decoder"}, "model encoder_decoder needs encoder, an id or folder"),
+        ({"model": "causal"}, "model causal needs causal, an id or folder"),
+        ({"encoder": "e"}, "encoder 'e' is set, but model is 'small': set model to encoder_decoder"),
+        ({"encoder_mode": "tuned"}, "encoder_mode tuned belongs to model encoder_decoder, found model 'small'"),
+        ({"model": "causal", "causal": "c", "head": "pawa"}, "head pawa needs a T5 or an encoder_decoder"),
+        ({"model": "t5-base", "decoder_layers": 3}, "decoder_layers 3 is set, but model 't5-base' brings its own"),
+        ({"consistency": 0.1, "dropout": 0}, "consistency 0.1 compares passes under unlike dropout, but dropout is 0"),
+        ({"smoothing": "near"}, "smoothing near spreads the mass label_smoothing, which is 0"),
+        (
+            {"model": "encoder_decoder", "encoder": "e", "mix": {"query": 1, "user": 1}},
+            "user_recent 3 puts ID tokens before a query, which the text encoder",
+        ),
+    ],
+)
+def test_generators_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        GeneratorRecipe(**settings)
+
+
+def test_a_generators_kind_and_source_follow_from_its_model():
+    found = [
+        GeneratorRecipe(**settings)
+        for settings in (
+            {},
+            {"model": "t5-base"},
+            {"model": "encoder_decoder", "encoder": "e"},
+            {"model": "causal", "causal": "c"},
+        )
+    ]
+    assert [(recipe.kind, recipe.pretrained) for recipe in found] == [
+        ("small", None), ("t5", "t5-base"), ("encoder_decoder", "e"), ("causal", "c"),
+    ]  # fmt: skip
+    assert [GeneratorRecipe(head=head, dropout=d).passes_weight for head, d in (("plain", 0.1), ("pawa", 0.1), ("pawa", 0))] == [
+        0.0, 0.15, 0.0,
+    ]  # fmt: skip
