@@ -60,8 +60,7 @@ _MISSING = {
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
-    """The examples artefact: part-*.parquet of schemas.examples; tokenizer/, whose last entries are the ID tokens where the
-    model reads them."""
+    """The examples artefact: part-*.parquet of schemas.examples, tokenizer/ with the ID tokens as last entries."""
     recipe = job.recipe.generator
     deciding = [*_DECIDING, *(name for kind in recipe.kinds for name in _DECIDING_OF.get(kind, ()))]
     settings = {name: value for name, value in recipe.identity().items() if name in deciding}
@@ -87,7 +86,7 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         DocidSpace(parents["ids"].metrics["codes_per_level"]),
         parents["catalog"],
     )
-    if recipe.pretrained is None:
+    if recipe.model == "small":
         progress.event("fit", what="tokenizer", subwords=recipe.vocabulary)
         tokenizer = train_tokenizer(_texts(job, catalog), size=recipe.vocabulary)
     else:

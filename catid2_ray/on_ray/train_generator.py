@@ -34,21 +34,12 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The generator artefact: a folder that `generator.saved.load_generator` loads, with its tokenizer."""
     recipe, examples = job.recipe.generator, parts["examples"]
     parents = {"ids": parts["ids"], "examples": examples}
+    if _needs_codewords(recipe):
+        parents["quantizer"] = parts["quantizer"]
     settings = {**recipe.identity(), **model_identity(recipe.pretrained), "seed": job.recipe.seed}
     if recipe.validate_queries:
         settings["validate_from"] = job.recipe.evaluation.min_relevance
     return job.produce("generator", settings, parents, lambda attempt: _train(job, attempt, parts, parents))
-
-
-def _needs_codewords(recipe: GeneratorRecipe) -> bool:
-    return recipe.new_rows == "codewords" or recipe.smoothing == "near"
-
-
-def _codebooks(job: Job, quantizer: Manifest, space: DocidSpace) -> list[np.ndarray | None]:
-    """The codewords of each level, K×Z; None for levels that have none, such as an ordinal suffix, and for trees."""
-    books = [book.detach().float().numpy() for book in getattr(open_coder(job.store, quantizer), "codebooks", ())]
-    books += [None] * (space.levels - len(books))
-    return [book if book is not None and len(book) == k else None for book, k in zip(books, space.codes_per_level)]
 
 
 def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict[str, Manifest]) -> Manifest:
@@ -57,7 +48,7 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
         folder = fetch(job.store, examples, Path(cache), below=("tokenizer/",))
         tokenizer = load_tokenizer(str(folder / "tokenizer"), kind=recipe.kind)
     counts = {kind: examples.metrics[f"{kind}_examples"] for kind in recipe.kinds}
-    space, checked = DocidSpace(parents["ids"].metrics["codes_per_level"]), None
+    checked = None
     if recipe.validate_queries:
         checked = validation.sample(
             job.store, parts["catalog"], parents["ids"], tokenizer, queries=recipe.validate_queries, seed=job.recipe.seed,
@@ -79,11 +70,14 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
     return manifest
 
 
+def _needs_codewords(recipe: GeneratorRecipe) -> bool:
+    return recipe.new_rows == "codewords" or recipe.smoothing == "near"
+
+
 def _codebooks(job: Job, parts: dict[str, Manifest], space: DocidSpace) -> list[np.ndarray | None] | None:
     """Per level the quantizer's codewords, where the recipe uses them; None for a level whose codes have none, such as a
     suffix's or a tree's."""
-    recipe = job.recipe.generator
-    if recipe.new_rows != "codewords" and recipe.smoothing != "near":
+    if not _needs_codewords(job.recipe.generator):
         return None
     coder = open_coder(job.store, parts["quantizer"])
     books = codebooks(coder) if hasattr(coder, "codebooks") else []
@@ -100,7 +94,7 @@ class GeneratorTask:
     """
 
     reader = PartReader(("kind", "weight", "input_ids", "codes"))
-    columns = [*reader.columns, "part", "index"]
+    columns = list(reader.columns)
     shards = "whole"  # an example is about a hundred bytes: every rank holds all, and any number of ranks trains alike
 
     def __init__(
@@ -111,21 +105,15 @@ class GeneratorTask:
         counts: dict[str, int],
         seed: int,
         *,
-        examples: Manifest,
-        codebooks: list[np.ndarray | None] | None = None,
         validation: validation.Validation | None = None,
         codebooks: list[np.ndarray | None] | None = None,
     ):
         self.codebooks, self.marks, self.states = codebooks, marks(tokenizer), None
         self.frozen = recipe.model == "encoder_decoder" and recipe.encoder_mode == "frozen"
         self.recipe, self.tokenizer, self.space, self.counts, self.seed = recipe, tokenizer, space, counts, seed
-        self.codebooks, self.validation, self.examples = codebooks, validation, examples.digest
-        rows = np.array([entry["rows"] for entry in examples.parts()])
-        self.first_row = dict(zip((entry["part"] for entry in examples.parts()), (np.cumsum(rows) - rows).tolist()))
+        self.validation = validation
         self.ratios = [mix_ratios(counts, stage.mix) for stage in recipe.plan]
-        self.starts_word_V, self.marks = starts_word(tokenizer), marks(tokenizer)
-        self.cached = recipe.kind == "encoder_decoder" and recipe.encoder_mode == "frozen"
-        self._encoder = self._states = None
+        self.starts_word_V = starts_word(tokenizer)
 
     def stage_of(self, epoch: int) -> int:
         """The number of the stage that an epoch, counted through all of them, lies in."""
@@ -163,7 +151,7 @@ class GeneratorTask:
         return parameter_groups(module, weight_decay=weight_decay)
 
     def start(self, module: DocidLoss) -> None:
-        """Nothing: weights come from the seed, the codewords or the pretrained checkpoint."""
+        """Nothing: weights come from the seed or from the pretrained checkpoint."""
 
     def rows_per_epoch(self, rows: int) -> int:
         return max(1, round(rows * self._per_epoch(0) / max(1, sum(self.counts.values()))))

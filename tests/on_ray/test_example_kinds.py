@@ -1,6 +1,5 @@
 """All kinds of examples made from a small catalogue in this process, against joins by dictionary; then mixed by the task."""
 
-import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -8,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from catid2_ray.artifacts.manifest import Attempt
@@ -17,15 +15,12 @@ from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import EXAMPLE_KINDS, Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, RecipeError
-from catid2_ray.generator.saved import load_generator
-from catid2_ray.generator.vocabulary import Marks
 from catid2_ray.on_ray import catalog, examples, recent, validation
 from catid2_ray.on_ray.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.train_generator import GeneratorTask
 from catid2_ray.retrieval.trie import Trie
 from tests.oracles.examples import epochs_of, user_tokens
 from tests.unit.generator.test_doc2query import save_tiny_doc2query
-from tests.unit.generator.text_models import bert_tokenizer, save_bert
 
 SPACE = DocidSpace((6, 6, 6))
 MIX = {"query": 1.0, "title": 0.5, "span": 0.25, "user": 0.5, "synthetic": 0.1}
@@ -217,7 +212,7 @@ class Held:
 def task_of(made, **changes):
     recipe = made.recipe.generator.model_copy(update=changes)
     counts = {kind: made.examples.metrics[f"{kind}_examples"] for kind in EXAMPLE_KINDS}
-    return GeneratorTask(recipe, tokenizer_of(made), SPACE, counts, 5, examples=made.examples)
+    return GeneratorTask(recipe, tokenizer_of(made), SPACE, counts, 5)
 
 
 def test_stages_mix_their_kinds_epoch_after_epoch(made):
@@ -258,49 +253,10 @@ def test_only_titles_lose_words_and_weights_go_along(made):
     assert task.trim(fed)["input_ids"].any(0).all()
 
 
-def test_a_frozen_encoder_reads_cached_states_of_what_is_left_of_a_text(made, tmp_path, monkeypatch):
-    """The loss from states on disk is that of the same texts through the encoder; a cache that is gone is made again."""
-    monkeypatch.setenv("CATID2_CACHE", str(tmp_path / "cache"))
-    sizes = {"width": 16, "heads": 2, "feed_forward": 16, "layers": 1, "dropout": 0.0}
-    changes = {"model": "encoder_decoder", "encoder": save_bert(tmp_path / "bert"), **sizes}
-    rows = Held(read_all(made, made.examples))
-    # Any of the BERT's 15 words will do for texts, padded at the end.
-    rows.columns["input_ids"] = np.sort(rows.columns["input_ids"] % 15, axis=1)[:, ::-1].copy()
-
-    def task_with(**more):
-        task = task_of(made, **changes, **more)
-        task.tokenizer, task.marks, task.starts_word_V = bert_tokenizer(), Marks(0, (2, 3)), np.arange(15) > 4
-        return task
-
-    def fed_to(task, seed=2):
-        return task.trim(task.prepare(columns, seed=seed))
-
-    def loss(of, batch):
-        return of.loss(module, {name: torch.from_numpy(values) for name, values in batch.items()}, gather=None)[0]
-
-    task, thin, plain = task_with(word_keep=1.0), task_with(word_keep=0.4), task_with(word_keep=1.0)
-    module = task.build().eval()
-    columns = rows.take(task.order(rows, seed=1, epoch=0, batch=8, steps=1)[:24])
-    plain.cached, thin._states = False, task._states
-    fed, texts = fed_to(task), fed_to(plain)
-    assert fed["states"].dtype == np.float16 and (fed["mask"].sum(1) == (texts["input_ids"] != 0).sum(1)).all()
-    torch.testing.assert_close(loss(task, fed), loss(plain, texts), rtol=2e-3, atol=2e-3)
-    thinner = fed_to(thin)["mask"].sum(1) < fed["mask"].sum(1)
-    assert 0 < thinner.sum() < 24 and (columns["kind"][thinner] == EXAMPLE_KINDS.index("title")).all()
-    (folder,) = (tmp_path / "cache").glob("states-*[!k]")
-    before = (folder / "states.f16").read_bytes()
-    shutil.rmtree(folder)
-    task._states = None
-    task.order(rows, seed=1, epoch=1, batch=8, steps=1)
-    assert (folder / "states.f16").read_bytes() == before
-    task.export(module, tmp_path / "out", [])
-    assert type(load_generator(tmp_path / "out")[0]) is type(module.model)
-
-
 def test_a_mix_of_what_is_not_there_is_refused(made):
     task = task_of(made)
     with pytest.raises(RecipeError, match="the mix wants user, but there are no such examples"):
-        GeneratorTask(task.recipe, task.tokenizer, SPACE, task.counts | {"user": 0}, 5, examples=made.examples)
+        GeneratorTask(task.recipe, task.tokenizer, SPACE, task.counts | {"user": 0}, 5)
 
 
 def test_validation_is_the_recall_of_the_search(made, tmp_path):

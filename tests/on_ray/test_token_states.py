@@ -1,11 +1,14 @@
 """The generator's task with a frozen text encoder: ranks are fed token states, computed once a node. No cluster."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from catid2_ray.config import GeneratorRecipe
 from catid2_ray.docid import DocidSpace
+from catid2_ray.errors import StorageError
 from catid2_ray.generator.examples import tokenize
 from catid2_ray.generator.logits import docid_logits
 from catid2_ray.generator.saved import load_generator
@@ -68,6 +71,14 @@ def test_states_give_the_loss_of_the_ids_and_are_computed_once(folder, tmp_path,
     monkeypatch.setattr("catid2_ray.generator.encoder_decoder.ProjectedEncoder.token_states", None)
     step(task, module, rows)
     assert task.flops_per_example(module) > 0
+
+
+def test_a_disk_that_is_too_small_is_refused(folder, monkeypatch):
+    free = SimpleNamespace(free=10)
+    monkeypatch.setattr("catid2_ray.on_ray.token_states.shutil.disk_usage", lambda _: free)
+    task, rows = task_of(folder)
+    with pytest.raises(StorageError, match="token states need up to 0.0 GB, .*CATID2_CACHE.*encoder_mode=tuned"):
+        step(task, task.build(), rows)
 
 
 def test_the_export_is_loaded_as_it_was(folder, tmp_path):
