@@ -7,11 +7,12 @@ A query enters a group when it has a relevant product in it, and recall there co
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.errors import InputError
-from catid2_ray.evaluation.metrics import recall_at
+from catid2_ray.evaluation.metrics import recall_at, recalls
 
 GROUPS = {"recall": "relevant", "recall_seen": "seen", "recall_unseen": "unseen"}
 
@@ -101,6 +102,23 @@ def evaluate(
             values = recall_at(ranked, wanted, ks) if asked else dict.fromkeys(ks)
             figures[key][method] = {str(k): value for k, value in values.items()}
     return figures | {"queries": counts, "dropped_pairs": judgements.dropped_pairs}
+
+
+def per_query_recalls(
+    judgements: Judgements,
+    ranked_by_method: Mapping[str, Sequence[Sequence[str]]],
+    ks: Sequence[int] = (5, 10, 20, 50, 100),
+) -> dict[str, dict[str, np.ndarray]]:
+    """Group ("all", "seen", "unseen") → method → float64 Q×len(ks), what `evaluate` averages: for the paired bootstrap.
+
+    Rows follow `judgements.queries`; NaN where a query has no relevant product in the group, for every method alike.
+    """
+    return {
+        "all" if group == "relevant" else group: {
+            method: recalls(ranked, getattr(judgements, group), ks) for method, ranked in ranked_by_method.items()
+        }
+        for group in GROUPS.values()
+    }
 
 
 def _strings(ids: Collection[str] | pa.Array) -> pa.Array:

@@ -1,11 +1,12 @@
 """The protocol: which pairs count, and what seen and unseen mean for a query that has both."""
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from catid2_ray.catalog.pairs import PAIRS
 from catid2_ray.errors import InputError
-from catid2_ray.evaluation.protocol import Judgements, evaluate
+from catid2_ray.evaluation.protocol import GROUPS, Judgements, evaluate, per_query_recalls
 
 ROWS = [
     ("q2", "lock", "b", 3.0, "test"),
@@ -55,6 +56,16 @@ def test_a_group_counts_only_its_own_products():
         "queries": {"all": 2, "seen": 1, "unseen": 2},
         "dropped_pairs": 2,
     }
+
+
+def test_per_query_recalls_are_what_the_figures_average():
+    ranked = {"beam": [["a"], ["x", "b"]], "bm25": [["b", "a"], []]}
+    found, figures = per_query_recalls(judged(), ranked, (1, 2)), evaluate(judged(), ranked, (1, 2))
+    assert list(found) == ["all", "seen", "unseen"]
+    np.testing.assert_array_equal(found["seen"]["beam"], [[1, 1], [np.nan, np.nan]])
+    for group, key in zip(found, GROUPS):
+        for method, recall_QK in found[group].items():
+            assert np.nanmean(recall_QK, 0).tolist() == list(figures[key][method].values())
 
 
 def test_an_empty_group_has_no_figure():
