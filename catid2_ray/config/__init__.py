@@ -7,6 +7,7 @@ never its result, and so stay out of the keys of artefacts.
 
 from catid2_ray.config.base import NOT_STATED, Section
 from catid2_ray.config.data import CatalogRecipe, ClusterRecipe, EmbeddingRecipe
+from catid2_ray.config.examples import EXAMPLE_KINDS, ExamplesRecipe, StageRecipe
 from catid2_ray.config.generator import EvaluationRecipe, GeneratorRecipe, IdsRecipe
 from catid2_ray.config.kinds import KINDS
 from catid2_ray.config.quantizer import QuantizerRecipe
@@ -14,17 +15,20 @@ from catid2_ray.config.recipe import Recipe, schema
 from catid2_ray.config.training import TrainingRecipe
 
 __all__ = [
+    "EXAMPLE_KINDS",
     "KINDS",
     "NOT_STATED",
     "CatalogRecipe",
     "ClusterRecipe",
     "EmbeddingRecipe",
     "EvaluationRecipe",
+    "ExamplesRecipe",
     "GeneratorRecipe",
     "IdsRecipe",
     "QuantizerRecipe",
     "Recipe",
     "Section",
+    "StageRecipe",
     "TrainingRecipe",
     "schema",
 ]

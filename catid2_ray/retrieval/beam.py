@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from catid2_ray.errors import InputError
+from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.filters import Filter, FilterTensors, allowed_before
-from catid2_ray.retrieval.t5_decoder import Decoder, T5Decoder
 from catid2_ray.retrieval.trie import Trie
 
 _DEAD = torch.iinfo(torch.int64).min
@@ -180,10 +180,13 @@ def constrained_beam_search(
     top_k: int,
     allowed=None,
     normalize: str = "level",
+    memory=None,
 ) -> BeamResult:
     """The `top_k` most likely IDs of each query that a beam of `beam_width` (one number, or one per level) finds.
 
-    `model`: a T5 whose last ΣK vocabulary rows are the ID tokens, or any `Decoder`. `input_ids`, `attention_mask`:
+    `model`: any kind of generator whose last ΣK vocabulary rows are the ID tokens, or any `Decoder`. `memory`: what
+    `decoder.encode` gave for these queries, where the caller has it already (an EncoderDecoder's holds the queries'
+    dense vectors). `input_ids`, `attention_mask`:
     integers B×T. `allowed`: a `Filter`, or bool N over trie rows; IDs without an allowed row are never returned (a
     shared ID's range may still hold rows that are not allowed). `normalize`: scores are log-probabilities over the
     "level"'s codes, as in training, or over the whole "vocabulary", as in `generate` with length_penalty 0; never over
@@ -196,14 +199,12 @@ def constrained_beam_search(
     widths = _widths(beam_width, trie.levels)
     if top_k < 1 or normalize not in ("level", "vocabulary"):
         raise InputError(f"top_k must be ≥ 1 and normalize 'level' or 'vocabulary', found {top_k} and {normalize!r}")
-    decoder: Decoder = (
-        model if hasattr(model, "decode_step") else T5Decoder(model, codes_per_level=trie.codes_per_level)
-    )
+    decoder = decoder_for(model, codes_per_level=trie.codes_per_level)
     device = decoder.device
     ids_BT, mask_BT = _inputs(input_ids, attention_mask, device)
     kept = None if allowed is None else _filter(allowed, trie.rows, device)
     arrays = _tensors(trie, device)
-    memory, cache = decoder.encode(ids_BT, mask_BT), None
+    memory, cache = decoder.encode(ids_BT, mask_BT) if memory is None else memory, None
     root_B1 = torch.zeros(len(ids_BT), 1, dtype=torch.long, device=device)
     beams = _Beams(root_B1, root_B1.float(), root_B1, root_B1[..., None][..., :0])
     code_BM, finite = root_B1, torch.ones((), dtype=torch.bool, device=device)

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, QueryError, ReleaseError
 from catid2_ray.generator.examples import tokenize
-from catid2_ray.generator.vocabulary import PAD
+from catid2_ray.generator.saved import load_generator
 from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
-from catid2_ray.retrieval.t5_decoder import T5Decoder
+from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie
 
 MAX_K = 1000
@@ -56,9 +55,7 @@ class Retriever:
         release: str = "",
         batch: int = 32,
     ):
-        self.decoder = (
-            model if hasattr(model, "decode_step") else T5Decoder(model, codes_per_level=trie.codes_per_level)
-        )
+        self.decoder = decoder_for(model, codes_per_level=trie.codes_per_level)
         self.tokenizer, self.trie, self.space = tokenizer, trie, DocidSpace(tuple(trie.codes_per_level))
         self.product_ids, self.titles = _column(product_ids), None if titles is None else _column(titles)
         self.beam_width, self.max_query_chars, self.query_tokens = beam_width, max_query_chars, query_tokens
@@ -79,8 +76,7 @@ class Retriever:
         try:
             settings = json.loads((folder / "retriever.json").read_text(encoding="utf-8"))
             products = pa.ipc.open_file(pa.memory_map(str(folder / "products.arrow"))).read_all()
-            model = T5ForConditionalGeneration.from_pretrained(folder / "generator", use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder / "generator")
+            model, tokenizer = load_generator(folder / "generator")
             ids, titles = products["product_id"], products["title"] if "title" in products.column_names else None
             codes_per_level = tuple(settings["codes_per_level"])
         except (OSError, ValueError, KeyError) as error:
@@ -94,7 +90,7 @@ class Retriever:
                 f"{list(trie.codes_per_level)}; take both from one release"
             )
         return cls(
-            model.eval().to(device),
+            model.to(device),
             tokenizer,
             trie,
             ids,
@@ -117,7 +113,7 @@ class Retriever:
     def search(self, queries: Sequence[str], *, k: int, allowed=None) -> BeamResult:
         """The best k IDs of at most one batch of queries, as `constrained_beam_search` gives them."""
         ids_BT = tokenize(self.tokenizer, queries, length=self.query_tokens)
-        mask_BT = ids_BT != PAD
+        mask_BT = ids_BT != self.tokenizer.pad_token_id
         used = int(mask_BT.any(0).sum())
         return constrained_beam_search(
             self.decoder,
