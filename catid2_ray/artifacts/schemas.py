@@ -30,6 +30,11 @@ PAIRS = pa.schema(
 )
 
 
+def pairs(behaviour: bool) -> pa.Schema:
+    """PAIRS, with what searchers did (paid, clicked, exposed or null) where the source table has that column."""
+    return PAIRS.append(pa.field("behaviour", pa.string())) if behaviour else PAIRS
+
+
 def products(width: int | None) -> pa.Schema:
     """PRODUCTS, with a float32 embedding column of `width` numbers where embeddings are given."""
     return PRODUCTS if width is None else PRODUCTS.append(pa.field("embedding", pa.list_(pa.float32(), width)))
@@ -76,6 +81,25 @@ def examples(tokens: int, levels: int) -> pa.Schema:
             ("kind", pa.int8()),
             ("input_ids", pa.list_(pa.int32(), tokens)),
             ("codes", pa.list_(pa.int32(), levels)),
+        ]
+    )
+
+
+def prompts(tokens: int, judged: int, *, scored: bool) -> pa.Schema:
+    """Alignment's rows, one a query: `number` = part · 2^32 + index; per place of a judged ID (packed, −1 = none) its reward
+    and how many relevant products it has; where a table of a ranker's scores is given, the IDs that it names."""
+    more = [("scored", pa.list_(pa.int64(), judged)), ("score", pa.list_(pa.float32(), judged))] if scored else []
+    return pa.schema(
+        [
+            ("part", pa.int32()),
+            ("index", pa.int32()),
+            ("number", pa.int64()),
+            ("query", pa.string()),
+            ("input_ids", pa.list_(pa.int32(), tokens)),
+            ("judged", pa.list_(pa.int64(), judged)),
+            ("reward", pa.list_(pa.float32(), judged)),
+            ("relevant", pa.list_(pa.int32(), judged)),
+            *more,
         ]
     )
 

@@ -13,6 +13,7 @@ from catid2_ray.catalog.products import require_columns, string_column
 from catid2_ray.errors import InputError
 
 SPLITS = ("train", "validation", "test")
+BEHAVIOURS = ("exposed", "clicked", "paid")  # what a searcher did with a product, the strongest last
 PAIRS = pa.schema(
     [("query_id", pa.string()), ("query", pa.string()), ("product_id", pa.string())]
     + [("relevance", pa.float64()), ("split", pa.string())]
@@ -30,7 +31,8 @@ class CheckedPairs(NamedTuple):
 def check_pairs(table: pa.Table) -> CheckedPairs:
     """Split a table of pairs into good and bad rows; exact duplicates among the good ones are dropped and counted.
 
-    `table`: query_id, query, product_id (strings), relevance (number, any scale), split (train, validation or test).
+    `table`: query_id, query, product_id (strings), relevance (number, any scale), split (train, validation or test); where it
+    has a column `behaviour` (paid, clicked, exposed or null), that stays, the strongest of rows that are equal otherwise.
     Queries are stripped. Raises InputError when a column is missing or of a type that cannot be read.
     """
     require_columns(table, PAIRS.names, what="pairs table")
@@ -48,18 +50,32 @@ def check_pairs(table: pa.Table) -> CheckedPairs:
         "relevance is not a finite number": pc.invert(pc.is_finite(columns["relevance"])),
         f"split is none of {', '.join(SPLITS)}": pc.invert(pc.is_in(columns["split"], pa.array(SPLITS))),
     }
+    logged = "behaviour" in table.column_names
+    if logged:
+        columns["behaviour"] = string_column(table, "behaviour")
+        named = pc.is_in(columns["behaviour"], pa.array([*BEHAVIOURS, None], pa.string()))
+        faults[f"behaviour is none of {', '.join(BEHAVIOURS)}"] = pc.invert(named)
     reason = pa.nulls(table.num_rows, pa.string())
     for text, fault in faults.items():
         reason = pc.if_else(pc.and_(pc.is_null(reason), pc.fill_null(fault, True)), text, reason)
 
     checked = pa.table({name: columns[name] for name in PAIRS.names}, schema=PAIRS)
+    if logged:
+        # As a number, of which the largest is the strongest; −1 = none.
+        rank = pc.fill_null(pc.index_in(columns["behaviour"], pa.array(BEHAVIOURS)), -1)
+        checked = checked.append_column("rank", rank)
     sound = pc.is_null(reason)
     bad = checked.select(["query_id", "query", "product_id"]).append_column("reason", reason)
     bad = bad.filter(pc.invert(sound)).sort_by(
         [(n, "ascending") for n in ("query_id", "product_id", "reason", "query")]
     )
     good = checked.filter(sound)
-    distinct = good.group_by(PAIRS.names).aggregate([]).select(PAIRS.names).cast(PAIRS)
+    distinct = good.group_by(PAIRS.names).aggregate([("rank", "max")] if logged else [])
+    if logged:
+        rank = pc.if_else(pc.less(distinct["rank_max"], 0), None, distinct["rank_max"])
+        distinct = distinct.append_column("behaviour", pc.take(pa.array(BEHAVIOURS), rank))
+    distinct = distinct.select([*PAIRS.names, *(["behaviour"] if logged else [])])
+    distinct = distinct.cast(PAIRS.append(pa.field("behaviour", pa.string())) if logged else PAIRS)
     order = ("product_id", "query_id", "split", "relevance", "query")
     return CheckedPairs(
         distinct.sort_by([(name, "ascending") for name in order]),

@@ -14,7 +14,9 @@ _OURS = "not in CQ-SID; ours"
 class AlignmentRecipe(TrainingRecipe):
     """After the generator; off by default. The result is a generator again, made from the one that training gave."""
 
-    enabled: bool = setting(False, "align the generator before it is evaluated and published", unit="yes/no", paper=_CQ_SID)
+    enabled: bool = setting(
+        False, "align the generator before it is evaluated and published", unit="yes/no", paper=_CQ_SID
+    )
     steps: int = setting(200, "updates in all", unit="steps", paper=f"{_CQ_SID}: 1,000", ge=1)
     report_every: int = setting(
         50, "updates per block: after each a line of history, and checkpoints count in blocks", unit="steps",
@@ -24,7 +26,9 @@ class AlignmentRecipe(TrainingRecipe):
         1, "updates on one rollout; above 1 the ratio leaves 1 and clipping acts", unit="updates",
         paper=f"{_CQ_SID}: not stated", ge=1,
     )  # fmt: skip
-    batch: int = setting(64, "queries of one rollout, all workers together", unit="queries", paper=f"{_CQ_SID}: 512", ge=1)
+    batch: int = setting(
+        64, "queries of one rollout, all workers together", unit="queries", paper=f"{_CQ_SID}: 512", ge=1
+    )
     learning_rate: float | None = setting(
         None, "AdamW's peak, then cosine to zero; none = a fortieth of generator.learning_rate, which is how CQ-SID's "
         "1e-6 stands to its 4e-5 before, and suits small models", unit="1/step", paper=f"{_CQ_SID}: 1e-6", gt=0,
@@ -40,7 +44,12 @@ class AlignmentRecipe(TrainingRecipe):
         gt=0, le=100,
     )  # fmt: skip
     injected: int = setting(
-        2, "k: ground-truth IDs put into each group; 0 = plain GRPO", unit="IDs", paper=f"{_CQ_SID}: 0, 2, 4", ge=0, le=256
+        2,
+        "k: ground-truth IDs put into each group; 0 = plain GRPO",
+        unit="IDs",
+        paper=f"{_CQ_SID}: 0, 2, 4",
+        ge=0,
+        le=256,
     )
     group_form: Literal["widened", "fixed"] = setting(
         "widened", "G + k members, or experts in the place of the last k rollouts", unit="choice",
@@ -68,7 +77,9 @@ class AlignmentRecipe(TrainingRecipe):
         unit="choice", paper=f"{_CQ_SID}: not stated",
     )  # fmt: skip
     kl_weight: float = setting(1.0, "weight of that KL", unit="weight", paper=_CQ_SID, ge=0)
-    paid: float = setting(1.0, "reward of a product that was bought for the query", unit="reward", paper=_CQ_SID, ge=-10, le=10)
+    paid: float = setting(
+        1.0, "reward of a product that was bought for the query", unit="reward", paper=_CQ_SID, ge=-10, le=10
+    )
     clicked: float = setting(1.0, "… that was clicked", unit="reward", paper=_CQ_SID, ge=-10, le=10)
     exposed: float = setting(0.5, "… that was shown", unit="reward", paper=_CQ_SID, ge=-10, le=10)
     valid: float = setting(0.1, "… of which nothing is known", unit="reward", paper=_CQ_SID, ge=-10, le=10)

@@ -63,6 +63,12 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def most_workers(self) -> int:
+        """Of the training that has most."""
+        trainings = [self.quantizer, self.generator, *([self.alignment] if self.alignment.enabled else [])]
+        return max(training.workers for training in trainings)
+
     @classmethod
     def build(cls, values: dict) -> "Recipe":
         """Validate; a contradiction or an unknown key raises RecipeError that names every field at fault."""

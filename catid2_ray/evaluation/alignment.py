@@ -18,6 +18,7 @@ from torch import Tensor
 
 from catid2_ray.errors import InputError
 from catid2_ray.evaluation.figures import COLOURS
+from catid2_ray.evaluation.pages import plain_page
 from catid2_ray.generator.alignment import Groups, group_advantages, group_logps, pack
 from catid2_ray.generator.vocabulary import PAD
 from catid2_ray.retrieval.beam import constrained_beam_search
@@ -62,7 +63,9 @@ def concentration(packed_R: np.ndarray, *, ids: int) -> dict[str, float]:
     }
 
 
-def recalls_of_ids(found_BK: Tensor, rows_BK: Tensor, judged_BJ: Tensor, relevant_BJ: Tensor, ks: Sequence[int]) -> Tensor:
+def recalls_of_ids(
+    found_BK: Tensor, rows_BK: Tensor, judged_BJ: Tensor, relevant_BJ: Tensor, ks: Sequence[int]
+) -> Tensor:
     """float32 B×len(ks), recall at product level; NaN for queries without a relevant product.
 
     `found_BK` packed IDs, best first, −1 = none; `rows_BK` how many products each has: an ID of g products takes g ranks,
@@ -117,17 +120,33 @@ def measure(
             **{f"recall@{k}": value for k, value in zip(KS, mean_X)}}  # fmt: skip
 
 
+def _lines(before: Mapping, after: Mapping) -> list[tuple[str, list[str], str]]:
+    """(heading, [before, after, change], reading) of every figure that both have."""
+    return [
+        (row.heading, [format(before[row.key], row.form), format(after[row.key], row.form),
+                       format(after[row.key] - before[row.key], "+" + row.form)], row.reading)
+        for row in ROWS if row.key in before and row.key in after
+    ]  # fmt: skip
+
+
 def alignment_table(before: Mapping, after: Mapping) -> Table:
-    """Before and after, for a terminal of 100 columns."""
+    """Before and after, for a terminal of 112 columns."""
     table = Table(box=SIMPLE_HEAD, title=f"Alignment, measured on {after['queries']:,} queries", title_justify="left")
     for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right"), ("", "left")):
         table.add_column(name, justify=justify, no_wrap=justify == "right")
-    for row in ROWS:
-        if row.key in before and row.key in after:
-            change = after[row.key] - before[row.key]
-            values = (format(before[row.key], row.form), format(after[row.key], row.form), format(change, "+" + row.form))
-            table.add_row(row.heading, *values, row.reading)
+    for heading, cells, reading in _lines(before, after):
+        table.add_row(heading, *cells, reading)
     return table
+
+
+def alignment_page(history: Sequence[Mapping], *, title: str, about: Mapping) -> str:
+    """One HTML page: the table of before, after and change, the pictures, and the settings `about`."""
+    last = history[-1]
+    groups = [
+        (f"Before, after and change, measured on {last['after']['queries']:,} queries", _lines(last["before"], last["after"])),
+        ("Settings", [(name, [str(value)], "") for name, value in about.items()]),
+    ]  # fmt: skip
+    return plain_page(title, groups, {"Training, and what it changed": alignment_picture(history, title=title)})
 
 
 _CURVES = (("reward", "reward of the rollouts"), ("kl", "KL to the start, nats"), ("entropy", "entropy, nats"),
@@ -146,7 +165,12 @@ def alignment_picture(history: Sequence[Mapping], *, title: str) -> Figure:
         panel.set_xlabel("block of steps", fontsize=8)
     before, after = history[-1]["before"], history[-1]["after"]
     keys = ("top_1_percent", "distinct", "top_1_mass")
-    groups = ((keys, "concentration"), (tuple(f"recall@{k}" for k in KS), "recall"), (("reward",), "reward"), (("entropy",), "entropy"))
+    groups = (
+        (keys, "concentration"),
+        (tuple(f"recall@{k}" for k in KS), "recall"),
+        (("reward",), "reward"),
+        (("entropy",), "entropy"),
+    )
     headings = {row.key: row.heading for row in ROWS}
     for panel, (names, label) in zip(axes[1], groups):
         at = np.arange(len(names))
@@ -159,6 +183,8 @@ def alignment_picture(history: Sequence[Mapping], *, title: str) -> Figure:
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
-    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(
+        *axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False
+    )
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure

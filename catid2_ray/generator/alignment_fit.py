@@ -62,7 +62,9 @@ def align(
             group["lr"] = learning_rate_at(step, steps, peak=learning_rate, warmup_share=warmup_share)
         loss, figures = module(asked["input_ids"], given)
         if not math.isfinite(loss.item()):
-            raise TrainingError(f"the alignment's loss is {loss.item()} at step {step}; lower the learning rate or clip")
+            raise TrainingError(
+                f"the alignment's loss is {loss.item()} at step {step}; lower the learning rate or clip"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)

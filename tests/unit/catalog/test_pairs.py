@@ -54,3 +54,16 @@ def test_a_missing_or_unreadable_column_is_named():
 def test_an_empty_table_gives_empty_tables():
     checked = check_pairs(PAIRS.empty_table())
     assert checked.good.num_rows == checked.bad.num_rows == checked.duplicates == 0
+
+
+def test_behaviour_stays_where_it_is_given_and_the_strongest_counts():
+    rows = pairs(
+        ("q1", "hinge", "a", 3.0, "train"),
+        ("q1", "hinge", "a", 3.0, "train"),
+        ("q1", "hinge", "b", 1.0, "train"),
+        ("q2", "lock", "b", 1.0, "train"),
+    )
+    checked = check_pairs(rows.append_column("behaviour", pa.array(["exposed", "paid", None, "stared"])))
+    assert [(row["product_id"], row["behaviour"]) for row in checked.good.to_pylist()] == [("a", "paid"), ("b", None)]
+    assert checked.duplicates == 1
+    assert checked.bad["reason"].to_pylist() == ["behaviour is none of exposed, clicked, paid"]
