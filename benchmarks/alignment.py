@@ -214,18 +214,20 @@ def report(found: dict, notes: str) -> str:
         + spread([r["training"]["without_variance"] for r in runs if (r["k"], r["kl_weight"]) == (k, weight)], ".1%")
         for k, weight in cells
     )
-    steps = sorted({run["steps"] for run in runs})
+    steps, settings = sorted({run["steps"] for run in runs}), found["settings"]
     return (
         f"# Alignment on {found['name']}\n\n"
-        f"Written by `benchmarks/alignment.py`: {found['generator']}; {steps[0]:,}–{steps[-1]:,} steps of {found['settings']['batch']} "
-        f"queries, group {found['settings']['group']}, learning rate {found['settings']['learning_rate']:g}, rollouts by "
-        f"{found['settings']['source']}; {len({run['seed'] for run in runs})} seeds, mean ± half their range; "
-        f"{np.mean([run['seconds'] for run in runs]):.0f} s of training a run. Measured on {runs[0]['after']['queries']:,} "
-        f"queries of {found['settings']['split']}. Machine: {found['machine']}.\n\n" + "\n".join(lines) + "\n\n"
+        f"Written by `benchmarks/alignment.py`: {found['generator']}; {steps[0]:,}–{steps[-1]:,} steps of "
+        f"{settings['batch']} queries, group {settings['group']}, learning rate {settings['learning_rate']:g}, rollouts by "
+        f"{settings['source']}, groups {settings['form']}, expert cap {settings['expert_cap']:g}; "
+        f"{len({run['seed'] for run in runs})} seeds, mean ± half their range; "
+        f"{np.mean([run['seconds'] for run in runs]):.0f} s of training a run. Measured on "
+        f"{runs[0]['after']['queries']:,} queries of {settings['split']}. Machine: {found['machine']}.\n\n"
+        + "\n".join(lines) + "\n\n"
         f"Groups without variance in the last tenth of training, experts included: {flat}.\n\n"
         + "\n".join(f"- {row.heading}: {row.reading}" for row in ROWS)
         + f"\n\n{notes}"
-    )
+    )  # fmt: skip
 
 
 def parsed() -> argparse.Namespace:

@@ -156,7 +156,7 @@ _CURVES = (("reward", "reward of the rollouts"), ("kl", "KL to the start, nats")
 def alignment_picture(history: Sequence[Mapping], *, title: str) -> Figure:
     """Training block by block: reward, KL, entropy, flat groups; below, concentration and recall before and after."""
     figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots(2, 4)
+    axes = figure.subplots(2, 4, width_ratios=(1.4, 1.4, 1, 1))
     for place, (key, label) in enumerate(_CURVES):
         panel = axes[0, place]
         panel.plot([record["epoch"] + 1 for record in history], [record[key] for record in history],
@@ -176,7 +176,7 @@ def alignment_picture(history: Sequence[Mapping], *, title: str) -> Figure:
         at = np.arange(len(names))
         for shift, (figures, colour, word) in enumerate(((before, COLOURS[5], "before"), (after, COLOURS[0], "after"))):
             bars = panel.bar(at + 0.4 * shift, [figures[name] for name in names], 0.38, color=colour, label=word)
-            panel.bar_label(bars, fmt="%.3g", fontsize=7)
+            panel.bar_label(bars, fmt="%.2g", fontsize=7)
         panel.set_xticks(at + 0.2, [headings[name] for name in names], fontsize=8)
         panel.set_title(label, fontsize=9, loc="left")
         panel.margins(y=0.12)
