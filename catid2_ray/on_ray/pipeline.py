@@ -162,7 +162,8 @@ def _base(job: Job, catalog: Manifest, current: Base | None) -> Base | None:
 
 def _refuse_relative(recipe: Recipe) -> None:
     """In a submitted job the working directory is a copy that Ray deletes, and that other nodes do not see."""
-    for name, uri in (("store", recipe.store), ("catalog.root", recipe.catalog.root)):
+    read = {"store": recipe.store, "catalog.root": recipe.catalog.root}
+    for name, uri in (read | {"alignment.ranker_scores": recipe.alignment.ranker_scores}).items():
         if os.environ.get("RAY_ADDRESS") and uri and "://" not in uri and not os.path.isabs(uri):
             raise RecipeError(
                 f"{name} {uri!r} is a relative path, but this job runs on a cluster, in a copy of the working directory "
