@@ -214,10 +214,10 @@ def report(found: dict, notes: str) -> str:
         + spread([r["training"]["without_variance"] for r in runs if (r["k"], r["kl_weight"]) == (k, weight)], ".1%")
         for k, weight in cells
     )
-    steps, settings = sorted({run["steps"] for run in runs}), found["settings"]
+    settings, steps = found["settings"], "–".join(f"{count:,}" for count in sorted({run["steps"] for run in runs}))
     return (
         f"# Alignment on {found['name']}\n\n"
-        f"Written by `benchmarks/alignment.py`: {found['generator']}; {steps[0]:,}–{steps[-1]:,} steps of "
+        f"Written by `benchmarks/alignment.py`: {found['generator']}; {steps} steps of "
         f"{settings['batch']} queries, group {settings['group']}, learning rate {settings['learning_rate']:g}, rollouts by "
         f"{settings['source']}, groups {settings['form']}, expert cap {settings['expert_cap']:g}; "
         f"{len({run['seed'] for run in runs})} seeds, mean ± half their range; "
