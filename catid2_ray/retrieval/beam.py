@@ -46,7 +46,7 @@ class _Starts(NamedTuple):
         """int64, the start of each range `index` (int64, any shape)."""
         if self.whole is None:
             return index + torch.searchsorted(self.extra, index.to(self.extra.dtype))
-        return _taken(self.whole, index)
+        return taken(self.whole, index)
 
 
 class _TrieTensors(NamedTuple):
@@ -57,7 +57,7 @@ class _TrieTensors(NamedTuple):
     row_start: list[_Starts]
 
 
-def _taken(table: Tensor, index: Tensor) -> Tensor:
+def taken(table: Tensor, index: Tensor) -> Tensor:
     """int64 `table[index]`; only what was taken is widened."""
     return table.index_select(0, index.flatten()).view(index.shape).long()
 
@@ -65,7 +65,8 @@ def _taken(table: Tensor, index: Tensor) -> Tensor:
 _TENSORS: WeakKeyDictionary[Trie, dict[torch.device, _TrieTensors]] = WeakKeyDictionary()
 
 
-def _tensors(trie: Trie, device: torch.device) -> _TrieTensors:
+def trie_tensors(trie: Trie, device: torch.device) -> _TrieTensors:
+    """The trie on that device; kept as long as the trie lives."""
     cached = _TENSORS.setdefault(trie, {})
     if device not in cached:
 
@@ -87,7 +88,7 @@ def _widths(beam_width: int | Sequence[int], levels: int) -> list[int]:
     return widths
 
 
-def _inputs(input_ids, attention_mask, device: torch.device) -> tuple[Tensor, Tensor]:
+def query_tensors(input_ids, attention_mask, device: torch.device) -> tuple[Tensor, Tensor]:
     ids_BT, mask_BT = torch.as_tensor(input_ids), torch.as_tensor(attention_mask)
     if ids_BT.ndim != 2 or mask_BT.shape != ids_BT.shape:
         raise InputError(
@@ -141,7 +142,7 @@ def _extend(beams: _Beams, step_logp_BMK: Tensor, trie: Trie, arrays: _TrieTenso
         before_BMC1 = allowed_before(kept, arrays.row_start[level + 1].at(torch.minimum(edge_BMC1, end_BM1)))
         live_BMC &= before_BMC1[..., 1:] > before_BMC1[..., :-1]
     child_BMC = torch.where(live_BMC, child_BMC, 0)
-    code_BMC = _taken(arrays.token[level + 1], child_BMC)
+    code_BMC = taken(arrays.token[level + 1], child_BMC)
     score_BMC = beams.logp_BM[..., None] + step_logp_BMK.gather(-1, code_BMC)
     live_BMC &= score_BMC > -torch.inf
     key_BC = _sort_key(score_BMC, child_BMC, live_BMC).flatten(1)
@@ -201,9 +202,9 @@ def constrained_beam_search(
         raise InputError(f"top_k must be ≥ 1 and normalize 'level' or 'vocabulary', found {top_k} and {normalize!r}")
     decoder = decoder_for(model, codes_per_level=trie.codes_per_level)
     device = decoder.device
-    ids_BT, mask_BT = _inputs(input_ids, attention_mask, device)
+    ids_BT, mask_BT = query_tensors(input_ids, attention_mask, device)
     kept = None if allowed is None else _filter(allowed, trie.rows, device)
-    arrays = _tensors(trie, device)
+    arrays = trie_tensors(trie, device)
     memory, cache = decoder.encode(ids_BT, mask_BT) if memory is None else memory, None
     root_B1 = torch.zeros(len(ids_BT), 1, dtype=torch.long, device=device)
     beams = _Beams(root_B1, root_B1.float(), root_B1, root_B1[..., None][..., :0])
