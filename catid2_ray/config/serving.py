@@ -18,10 +18,17 @@ class ExpansionRecipe(Section):
     """final = dense(q · d) + a · path + lexical_weight · BM25, over the products of the beams."""
 
     a: float = setting(
-        1.0, "weight of the path score beside the dense score", unit="weight", paper="a from 0 to 3 in GDR (2401.10487)", ge=0
+        1.0,
+        "weight of the path score beside the dense score",
+        unit="weight",
+        paper="a from 0 to 3 in GDR (2401.10487)",
+        ge=0,
     )
     path: Literal["softmax", "logp"] = setting(
-        "softmax", "path score: softmax of log P over the query's beams, or log P itself", unit="choice", paper="GDR (2401.10487)"
+        "softmax",
+        "path score: softmax of log P over the query's beams, or log P itself",
+        unit="choice",
+        paper="GDR (2401.10487)",
     )
     dense: Literal["tanh", "sigmoid", "dot", "none"] = setting(
         "tanh", "what is made of the product of query and product vector; none = no vectors", unit="choice",
@@ -60,7 +67,9 @@ class ServingRecipe(Section):
         "level", "log P over the codes of the level, as in training, or over the whole vocabulary", unit="choice"
     )
     weights: Literal["float32", "int8"] = setting(
-        "float32", "int8 copies the generator's matrices in 8 bits, for CPUs: faster, scores differ a little", unit="choice"
+        "float32",
+        "int8 copies the generator's matrices in 8 bits, for CPUs: faster, scores differ a little",
+        unit="choice",
     )
     stop_level: int | None = setting(
         None, "levels to search before the products of the prefixes are taken and re-scored; none = whole IDs",

@@ -7,11 +7,12 @@ A query enters a group when it has a relevant product in it, and recall there co
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.errors import InputError
-from catid2_ray.evaluation.metrics import recall_at
+from catid2_ray.evaluation.metrics import recall_at, recalls
 
 GROUPS = {"recall": "relevant", "recall_seen": "seen", "recall_unseen": "unseen"}
 
@@ -78,6 +79,21 @@ class Judgements:
             unseen=[groups[query_id][1] for query_id in order],
             dropped_pairs=before - chosen.num_rows,
         )
+
+
+def per_query(
+    judgements: Judgements,
+    ranked_by_method: Mapping[str, Sequence[Sequence[str]]],
+    ks: Sequence[int] = (5, 10, 20, 50, 100),
+) -> dict[str, dict[str, np.ndarray]]:
+    """{"recall" | "recall_seen" | "recall_unseen": {method: float64 Q×len(ks)}}: what `evaluate` averages, query by query.
+
+    Rows are in the order of `judgements.queries`; NaN where a query has no relevant product in the group.
+    """
+    return {
+        key: {method: recalls(ranked, getattr(judgements, group), ks) for method, ranked in ranked_by_method.items()}
+        for key, group in GROUPS.items()
+    }
 
 
 def evaluate(

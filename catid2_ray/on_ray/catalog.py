@@ -138,7 +138,9 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
         "taxonomy": taxonomy.digest,
         "width": width,
     }
-    return attempt.commit(files, rows=good, schema=schemas.fingerprint(schemas.products(width, recipe.filter_columns)), metrics=metrics)
+    return attempt.commit(
+        files, rows=good, schema=schemas.fingerprint(schemas.products(width, recipe.filter_columns)), metrics=metrics
+    )
 
 
 class _Source(NamedTuple):

@@ -1,7 +1,7 @@
 """The chain of stages and its cache: what is committed is found, what is not is made, and only then is Ray started.
 
-catalog → embeddings (→ queries, for kinds that learn from them) → quantizer → ids → examples → generator → evaluation →
-release
+catalog → embeddings (→ queries, for kinds that learn from them) → quantizer → ids → examples → generator → serving →
+evaluation → release
 """
 
 import contextlib
@@ -26,6 +26,7 @@ VERB_OF = {
     "ids": "assign_ids",
     "examples": "train_generator",
     "generator": "train_generator",
+    "serving": "evaluate",
     "evaluation": "evaluate",
 }
 
@@ -111,7 +112,7 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
 
 
 def _after_catalog(job: Job, parts: dict[str, Manifest], last: str) -> None:
-    from catid2_ray.on_ray import embed, evaluate, examples, realign, train_generator, train_quantizer
+    from catid2_ray.on_ray import embed, evaluate, examples, realign, serving, train_generator, train_quantizer
     from catid2_ray.on_ray.assign import stage as assign
 
     def quantizer(job: Job, parts: dict[str, Manifest]) -> Manifest:
@@ -124,6 +125,7 @@ def _after_catalog(job: Job, parts: dict[str, Manifest], last: str) -> None:
         "ids": assign.run,
         "examples": examples.run,
         "generator": train_generator.run,
+        "serving": serving.run,
         "evaluation": evaluate.run,
     }
     for name, run in stages.items():
@@ -182,7 +184,7 @@ def _gate_churn(recipe: Recipe, ids: Manifest) -> None:
         )
 
 
-_NEED_PAIRS = ("examples", "generator", "evaluation")
+_NEED_PAIRS = ("examples", "generator", "serving", "evaluation")
 
 
 def check_codes(recipe: Recipe, catalog: Manifest) -> None:

@@ -25,9 +25,9 @@ HEADER = "lexical.json"
 K1, B = 1.2, 0.75  # as in CHAP's baseline (Pyserini's names for them)
 _WORD = re.compile(r"(?u)\b\w\w+\b")
 _STOPWORDS = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to "
-    "was will with".split()
-)
+    ("a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "if", "in", "into", "is", "it", "no", "not", "of", "on", "or",
+     "such", "that", "the", "their", "then", "there", "these", "they", "this", "to", "was", "will", "with")
+)  # fmt: skip
 _AGAIN = "Make the serving part again"
 
 
@@ -72,19 +72,24 @@ class Block(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class LexicalIndex:
     """`start_N1` int64: row i has entries start[i] … start[i+1] − 1 of `term_P` (int32, ascending in a row) and
-    `weight_P` (float32, its share of a score). `vocabulary`: V words, ascending."""
+    `weight_P` (float32, its share of a score). `vocabulary`: V words, ascending; `idf_V` float32; `mean_length`: words per
+    row when the index was made."""
 
     start_N1: np.ndarray
     term_P: np.ndarray
     weight_P: np.ndarray
     vocabulary: pa.Array
+    idf_V: np.ndarray
+    mean_length: float
 
     @property
     def rows(self) -> int:
         return len(self.start_N1) - 1
 
     @classmethod
-    def write(cls, folder, blocks: Iterable[Block], *, vocabulary: pa.Array, frequency_V, rows: int, mean_length: float):
+    def write(
+        cls, folder, blocks: Iterable[Block], *, vocabulary: pa.Array, frequency_V, rows: int, mean_length: float
+    ):
         """Write the rows of `blocks`, in trie order, and open what was written.
 
         `vocabulary`: all words, ascending; `frequency_V`: in how many rows each occurs; `rows`: N; `mean_length`: words
@@ -100,19 +105,19 @@ class LexicalIndex:
         with (folder / "term.bin").open("wb") as terms, (folder / "weight.bin").open("wb") as weights:
             for block in blocks:
                 counts.append(block.count_N.astype(np.int64))
-                length_P = np.repeat(block.length_N, block.count_N)
-                damping_P = K1 * (1 - B + B * length_P / mean_length) if mean_length else np.ones(len(length_P))
-                weight_P = idf_V[block.term_P] * (block.times_P / (damping_P + block.times_P))
+                weight_P = _weights(block, idf_V, mean_length)
                 terms.write(np.ascontiguousarray(block.term_P, np.int32))
                 weights.write(np.ascontiguousarray(weight_P, np.float32))
         start_N1 = np.concatenate(([0], np.cumsum(np.concatenate(counts or [np.empty(0, np.int64)]))))
         if len(start_N1) != rows + 1:
             raise InputError(f"a lexical index of {rows} rows was given {len(start_N1) - 1}; pass every row once")
         np.save(folder / "start.npy", start_N1.astype(np.int64), allow_pickle=False)
+        np.save(folder / "idf.npy", idf_V.astype(np.float32), allow_pickle=False)
         table = pa.table({"word": vocabulary})
         with pa.ipc.new_file(str(folder / "vocabulary.arrow"), table.schema) as writer:
             writer.write_table(table)
         header = {"format": FORMAT, "rows": rows, "pairs": int(start_N1[-1]), "words": len(vocabulary)}
+        header["mean_length"] = float(mean_length)
         (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
         return cls.open(folder)
 
@@ -126,15 +131,39 @@ class LexicalIndex:
                 raise ArtifactError(
                     f"{folder / HEADER} has format {header['format']}, this version reads {FORMAT}. {_AGAIN}"
                 )
-            start_N1 = np.asarray(np.load(folder / "start.npy", mmap_mode="r", allow_pickle=False))
+            start_N1, idf_V = (
+                np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+                for name in ("start", "idf")
+            )
+            mean_length = header["mean_length"]
             term_P, weight_P = (_mapped(folder / f"{name}.bin", kind) for name, kind in _FILES)
-            words_ = pa.ipc.open_file(pa.memory_map(str(folder / "vocabulary.arrow"))).read_all()["word"].combine_chunks()
+            words_ = (
+                pa.ipc.open_file(pa.memory_map(str(folder / "vocabulary.arrow"))).read_all()["word"].combine_chunks()
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{folder} holds no lexical index ({type(error).__name__}: {error}). {_AGAIN}") from None
-        sizes = (len(start_N1) - 1, len(term_P), len(weight_P), len(words_))
-        if sizes != (header["rows"], header["pairs"], header["pairs"], header["words"]) or start_N1[-1] != len(term_P):
+            raise ArtifactError(
+                f"{folder} holds no lexical index ({type(error).__name__}: {error}). {_AGAIN}"
+            ) from None
+        sizes = (len(start_N1) - 1, len(term_P), len(weight_P), len(words_), len(idf_V))
+        expected = tuple(header[name] for name in ("rows", "pairs", "pairs", "words", "words"))
+        if sizes != expected or start_N1[-1] != len(term_P):
             raise ArtifactError(f"{folder}: its arrays have {sizes} entries, its header says {header}. {_AGAIN}")
-        return cls(start_N1, term_P, weight_P, words_)
+        return cls(start_N1, term_P, weight_P, words_, idf_V, mean_length)
+
+    def more(self, texts: Sequence[str]) -> "LexicalIndex":
+        """An index of other texts (rows 0, 1, …) with this one's vocabulary and weights; words that it lacks count
+        towards the length alone."""
+        counted = count_words(texts)
+        places = {word: self._place(word) for word in counted.words.unique().to_pylist()}
+        term_P = np.array(
+            [-1 if places[word] is None else places[word] for word in counted.words.to_pylist()], np.int32
+        )
+        row_P, known_P = np.repeat(np.arange(len(texts)), counted.count_N), term_P >= 0
+        count_N = np.bincount(row_P[known_P], minlength=len(texts))
+        block = Block(count_N, counted.length_N, term_P[known_P], counted.times[known_P])
+        weight_P = _weights(block, self.idf_V, self.mean_length).astype(np.float32)
+        start_N1 = np.concatenate(([0], np.cumsum(count_N))).astype(np.int64)
+        return LexicalIndex(start_N1, block.term_P, weight_P, self.vocabulary, self.idf_V, self.mean_length)
 
     def scores(self, queries: Sequence[str], row_BC) -> np.ndarray:
         """float32 B×C, the BM25 of each candidate for its query: 0 where no word is shared, and for row −1.
@@ -144,7 +173,9 @@ class LexicalIndex:
         """
         row_BC = np.asarray(row_BC)
         if row_BC.ndim != 2 or len(row_BC) != len(queries) or row_BC.dtype.kind not in "iu":
-            raise InputError(f"row_BC must be whole numbers, one row of them per query, found {row_BC.dtype} {row_BC.shape}")
+            raise InputError(
+                f"row_BC must be whole numbers, one row of them per query, found {row_BC.dtype} {row_BC.shape}"
+            )
         if row_BC.size and not -1 <= row_BC.min() <= row_BC.max() < self.rows:
             raise InputError(
                 f"rows must be −1…{self.rows - 1}, found {row_BC.min()} to {row_BC.max()}; take index and trie from one release"
@@ -188,6 +219,12 @@ class LexicalIndex:
             else:
                 high = middle
         return low if low < len(self.vocabulary) and self.vocabulary[low].as_py() == word else None
+
+
+def _weights(block: Block, idf_V: np.ndarray, mean_length: float) -> np.ndarray:
+    length_P = np.repeat(block.length_N, block.count_N)
+    damping_P = K1 * (1 - B + B * length_P / mean_length) if mean_length else np.ones(len(length_P))
+    return idf_V[block.term_P] * (block.times_P / (damping_P + block.times_P))
 
 
 _FILES = (("term", np.int32), ("weight", np.float32))

@@ -15,7 +15,12 @@ from catid2_ray.retrieval.lexical import Block, LexicalIndex, count_words, words
 
 MADE = generate(products=90, queries=30, seed=4)
 TEXTS = join_text(MADE.products, ("title", "description"))
-QUERIES = [*dict.fromkeys(MADE.pairs["query"].to_pylist())][:20] + ["hinge hinge steel", "zzz qqq", "the of", "Ärger 東京"]
+QUERIES = [*dict.fromkeys(MADE.pairs["query"].to_pylist())][:20] + [
+    "hinge hinge steel",
+    "zzz qqq",
+    "the of",
+    "Ärger 東京",
+]
 
 
 def build(folder, texts, size=40) -> LexicalIndex:
@@ -60,6 +65,14 @@ def test_texts_without_a_word(tmp_path):
     assert index.scores(["oak", "the"], [[0, 1, 2], [0, 1, 2]])[0].tolist()[:2] == [0, 0]
     empty = build(tmp_path / "empty", ["a", "of"])
     assert empty.scores(["oak"], [[0, 1]]).tolist() == [[0, 0]]
+
+
+def test_texts_that_come_later_are_weighed_alike(tmp_path):
+    index = build(tmp_path, TEXTS)
+    later = index.more([TEXTS[7], "zzz unknown words", TEXTS[3]])
+    assert later.rows == 3
+    old_BC = index.scores(QUERIES, np.tile([7, -1, 3], (len(QUERIES), 1)))
+    np.testing.assert_allclose(later.scores(QUERIES, np.tile([0, 1, 2], (len(QUERIES), 1))), old_BC, rtol=1e-5)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
