@@ -15,13 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.beam import BeamResult
-from catid2_ray.retrieval.filters import Filter
 from catid2_ray.retrieval.live import LiveView, result_rows
-from catid2_ray.retrieval.live_filters import LiveFilter
 from catid2_ray.retrieval.ordering import best_first, cut, top
+from catid2_ray.retrieval.rows import codes_of, filters_of
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
 
@@ -90,7 +88,7 @@ def expand(
     for name, bound in (("quota", quota), ("most", most)):
         if bound is not None and bound < 1:
             raise InputError(f"{name} must be ≥ 1, or None for no bound, found {bound}")
-    filters = _filters(allowed, trie, len(count_B))
+    filters = filters_of(allowed, trie, len(count_B))
     found = result_rows(result, trie, allowed=filters) if live else None
     parts = []
     for b, count in enumerate(count_B.tolist()):
@@ -174,18 +172,6 @@ def rescore(
     return _results(parts, trie.levels, top_k)
 
 
-def codes_of(trie: Trie | LiveView, rows) -> np.ndarray:
-    """int64 M×L, the whole ID of each row (of a live view: inserted ones too)."""
-    rows, base = np.asarray(rows, np.int64), trie.base if isinstance(trie, LiveView) else trie
-    codes_ML, old_M = np.empty((len(rows), base.levels), np.int64), rows < base.rows
-    codes_ML[old_M] = base.prefixes(base.levels, base.row_start[-1].holding(rows[old_M]))
-    if not old_M.all():
-        place_D = np.argsort(trie.inserted.order_D)
-        packed_M = trie.inserted.packed_D[place_D[rows[~old_M] - base.rows]]
-        codes_ML[~old_M] = DocidSpace(base.codes_per_level).unpack(packed_M)
-    return codes_ML
-
-
 def _ranges(result: BeamResult, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """(row ranges int64 B×K×2, empty beyond the count; count B), once they fit the trie and each other."""
     range_BK2, count_B = result.row_range_BK2.cpu().numpy().astype(np.int64), result.count_B.cpu().numpy()
@@ -242,35 +228,6 @@ def _order_inputs(order: str, vectors, query_BD, value_N, rows: int, queries: in
                 f"value_N must be one number for each of {rows} trie rows, found {value_N.dtype} of {value_N.shape}"
             )
     return query_BD, value_N
-
-
-def _filters(allowed, trie: Trie | LiveView, queries: int) -> list:
-    """A filter, or None, for each query."""
-    if isinstance(allowed, (list, tuple)) and any(
-        one is None or isinstance(one, (Filter, LiveFilter)) for one in allowed
-    ):
-        if len(allowed) != queries:
-            raise InputError(f"{len(allowed)} filters for {queries} queries; give one, or None, for each")
-        return [None if one is None else _filters(one, trie, 1)[0] for one in allowed]
-    if allowed is None or (isinstance(trie, LiveView) and isinstance(allowed, LiveFilter)):
-        return [allowed] * queries
-    if isinstance(trie, LiveView):
-        raise InputError(
-            f"a live view takes a LiveFilter, found {type(allowed).__name__}; compile it with LiveTrie.compile"
-        )
-    if not isinstance(allowed, Filter):
-        allowed = np.asarray(allowed)
-        if allowed.dtype != bool or allowed.shape != (trie.rows,):
-            raise InputError(
-                f"allowed must be a filter or {trie.rows} booleans, one per trie row, found {allowed.dtype} of "
-                f"{allowed.shape}"
-            )
-        allowed = Filter.of(allowed)
-    if len(allowed) != trie.rows:
-        raise InputError(
-            f"the filter is over {len(allowed)} rows, the trie has {trie.rows}; take both from one release"
-        )
-    return [allowed] * queries
 
 
 def _rows(range_K2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
