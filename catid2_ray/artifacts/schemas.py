@@ -77,13 +77,20 @@ def ids(levels: int) -> pa.Schema:
     )
 
 
+def pairs(columns) -> pa.Schema:
+    """PAIRS, with those of the optional columns `user` and `recent` (lists of strings) that are among `columns`."""
+    return pa.schema([*PAIRS, *(pa.field(n, pa.list_(pa.string())) for n in ("user", "recent") if n in columns)])
+
+
 def examples(tokens: int, levels: int) -> pa.Schema:
-    """Generator training rows: `kind` 0 = query→ID, 1 = title→ID; `input_ids` padded with 0."""
+    """Generator training rows: `kind` counts in config.EXAMPLE_KINDS (0 = query, 1 = title, 2 = span, 3 = user, 4 = synthetic),
+    `input_ids` are padded at their end, `weight` is what the row counts in the loss. A part's rows lie kind after kind."""
     return pa.schema(
         [
             ("part", pa.int32()),
             ("index", pa.int32()),
             ("kind", pa.int8()),
+            ("weight", pa.float32()),
             ("input_ids", pa.list_(pa.int32(), tokens)),
             ("codes", pa.list_(pa.int32(), levels)),
         ]

@@ -1,15 +1,18 @@
 """The check of judged (query, product) pairs at the door: good rows in the house schema, bad ones set aside.
 
-A query_id that appears in two splits cannot be seen inside one block of the table, so it is not this check's business.
+A log of users may add who asked: `user`, attributes such as ["age 20-29"], and `recent`, the product_ids looked at before,
+the latest last. A query_id that appears in two splits cannot be seen inside one block of the table, so it is not this
+check's business.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from catid2_ray.catalog.products import require_columns, string_column
+from catid2_ray.catalog.products import list_column, require_columns, string_column
 from catid2_ray.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -17,6 +20,9 @@ PAIRS = pa.schema(
     [("query_id", pa.string()), ("query", pa.string()), ("product_id", pa.string())]
     + [("relevance", pa.float64()), ("split", pa.string())]
 )
+
+USER_COLUMNS = {"user": "an attribute of user is empty", "recent": "a product_id in recent is empty"}
+_JOINT = "\x1f"  # separates list entries in keys; no text of a shop holds it
 
 
 class CheckedPairs(NamedTuple):
@@ -31,7 +37,8 @@ def check_pairs(table: pa.Table) -> CheckedPairs:
     """Split a table of pairs into good and bad rows; exact duplicates among the good ones are dropped and counted.
 
     `table`: query_id, query, product_id (strings), relevance (number, any scale), split (train, validation or test).
-    Queries are stripped. Raises InputError when a column is missing or of a type that cannot be read.
+    Optional: user, recent (lists of strings; null = empty). Queries and attributes are stripped. Raises InputError when a column
+    is missing or of a type that cannot be read.
     """
     require_columns(table, PAIRS.names, what="pairs table")
     columns = {name: string_column(table, name) for name in PAIRS.names if name != "relevance"}
@@ -48,30 +55,72 @@ def check_pairs(table: pa.Table) -> CheckedPairs:
         "relevance is not a finite number": pc.invert(pc.is_finite(columns["relevance"])),
         f"split is none of {', '.join(SPLITS)}": pc.invert(pc.is_in(columns["split"], pa.array(SPLITS))),
     }
+    for name, text in USER_COLUMNS.items():
+        if name in table.column_names:
+            columns[name], faults[text] = _texts(table, name, stripped=name == "user")
     reason = pa.nulls(table.num_rows, pa.string())
     for text, fault in faults.items():
         reason = pc.if_else(pc.and_(pc.is_null(reason), pc.fill_null(fault, True)), text, reason)
 
-    checked = pa.table({name: columns[name] for name in PAIRS.names}, schema=PAIRS)
+    checked = pa.table({name: columns[name] for name in columns_of(columns)}, schema=pairs_schema(columns))
     sound = pc.is_null(reason)
     bad = checked.select(["query_id", "query", "product_id"]).append_column("reason", reason)
     bad = bad.filter(pc.invert(sound)).sort_by(
         [(n, "ascending") for n in ("query_id", "product_id", "reason", "query")]
     )
     good = checked.filter(sound)
-    distinct = good.group_by(PAIRS.names).aggregate([]).select(PAIRS.names).cast(PAIRS)
-    order = ("product_id", "query_id", "split", "relevance", "query")
-    return CheckedPairs(
-        distinct.sort_by([(name, "ascending") for name in order]),
-        bad,
-        int(np.subtract(good.num_rows, distinct.num_rows)),
+    keys = {name: pc.binary_join(good[name], _JOINT) for name in USER_COLUMNS if name in good.column_names}
+    keyed = pa.table(
+        {**{name: good[name] for name in PAIRS.names}, **{f"{name} key": key for name, key in keys.items()}}
     )
+    place = keyed.append_column("place", pa.array(np.arange(good.num_rows)))
+    first = place.group_by(keyed.column_names).aggregate([("place", "min")])
+    order = ("product_id", "query_id", "split", "relevance", "query", *keyed.column_names[len(PAIRS.names) :])
+    first = first.sort_by([(name, "ascending") for name in order])
+    return CheckedPairs(good.take(first["place_min"]).combine_chunks(), bad, int(good.num_rows - first.num_rows))
+
+
+def columns_of(given) -> list[str]:
+    """The columns of good pairs where those in `given` are there."""
+    return [*PAIRS.names, *(name for name in USER_COLUMNS if name in given)]
+
+
+def pairs_schema(given) -> pa.Schema:
+    """PAIRS, with the optional columns that are in `given`."""
+    return pa.schema([*PAIRS, *(pa.field(name, pa.list_(pa.string())) for name in USER_COLUMNS if name in given)])
+
+
+def _texts(table: pa.Table, name: str, *, stripped: bool) -> tuple[pa.Array, pa.Array]:
+    """The column as lists of strings, null made empty, and bool: rows with an empty or missing entry."""
+    lists = list_column(table, name, pa.string())
+    length_N = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    entries = pc.list_flatten(lists)
+    entries = pc.utf8_trim_whitespace(entries) if stripped else entries
+    empty_C = pc.fill_null(_blank(entries), True).to_numpy(zero_copy_only=False)
+    row_C = np.repeat(np.arange(len(length_N)), length_N)
+    offsets = np.concatenate(([0], np.cumsum(length_N))).astype(np.int32)
+    clean = pa.ListArray.from_arrays(pa.array(offsets), entries, type=pa.list_(pa.string()))
+    return clean, pa.array(np.bincount(row_C[empty_C], minlength=len(length_N)) > 0)
 
 
 def _blank(column: pa.Array) -> pa.Array:
     return pc.equal(pc.utf8_trim_whitespace(column), "")
 
 
-def training_pairs(pairs: pa.Table, min_relevance: float) -> pa.Table:
-    """The rows of good pairs that teach: split train, relevance of at least `min_relevance`."""
-    return pairs.filter((pc.field("split") == "train") & (pc.field("relevance") >= min_relevance))
+def training_pairs(pairs: pa.Table, min_relevance: float, weights: Mapping[float, float] | None = None) -> pa.Table:
+    """The rows of good pairs that teach: split train, relevance of at least `min_relevance`, a weight above 0."""
+    chosen = pairs.filter((pc.field("split") == "train") & (pc.field("relevance") >= min_relevance))
+    return chosen if weights is None else chosen.filter(pa.array(pair_weights(chosen["relevance"], weights) > 0))
+
+
+def pair_weights(relevance, weights: Mapping[float, float] | None) -> np.ndarray:
+    """float32 N: the weight of the highest grade in `weights` that a pair reaches, 0 below all; 1 where None.
+
+    Grades may be strings, as in JSON.
+    """
+    relevance_N = np.asarray(relevance, np.float64)
+    if weights is None:
+        return np.ones(len(relevance_N), np.float32)
+    grades = sorted((float(grade), float(weight)) for grade, weight in weights.items())
+    place_N = np.searchsorted([grade for grade, _ in grades], relevance_N, side="right")
+    return np.array([0.0, *(weight for _, weight in grades)], np.float32)[place_N]

@@ -64,7 +64,7 @@ def check_products(
     for text, fault_N in faults.items():
         _mark(reason, fault_N, text)
     if width is not None:
-        columns["embedding"] = _check_embeddings(_list_column(table, "embedding", pa.float32()), width, reason)
+        columns["embedding"] = _check_embeddings(list_column(table, "embedding", pa.float32()), width, reason)
     shallow_N = depth_N < min_category_depth
     _mark(
         reason,
@@ -116,7 +116,8 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return combined.storage if isinstance(combined.type, pa.BaseExtensionType) else combined
 
 
-def _list_column(table: pa.Table, name: str, item: pa.DataType) -> pa.Array:
+def list_column(table: pa.Table, name: str, item: pa.DataType) -> pa.Array:
+    """One column as lists of `item`, one chunk; lists of any type that can be read so pass."""
     column = _one_chunk(table[name])
     try:
         # Through numpy's rules a double beyond float32 becomes an infinity, which the check then names row by row.
@@ -164,7 +165,7 @@ def _clean_paths(table: pa.Table, max_depth: int) -> tuple[pa.Array, np.ndarray]
     rows = table.num_rows
     if "category_path" not in table.column_names:
         return _lists(np.zeros(rows, np.int64), pa.array([], pa.string())), np.zeros(rows, np.int64)
-    column = _list_column(table, "category_path", pa.string())
+    column = list_column(table, "category_path", pa.string())
     length_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     names = pc.replace_substring(pc.list_flatten(column), PATH_SEPARATOR, " ")
     names = pc.fill_null(pc.utf8_trim_whitespace(names), "")

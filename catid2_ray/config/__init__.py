@@ -7,6 +7,7 @@ never its result, and so stay out of the keys of artefacts.
 
 from catid2_ray.config.base import NOT_STATED, Section
 from catid2_ray.config.data import CatalogRecipe, ClusterRecipe, EmbeddingRecipe
+from catid2_ray.config.examples import EXAMPLE_KINDS, ExamplesRecipe, StageRecipe
 from catid2_ray.config.generator import EvaluationRecipe, GeneratorRecipe, IdsRecipe
 from catid2_ray.config.kinds import KINDS
 from catid2_ray.config.quantizer import QuantizerRecipe
@@ -15,12 +16,14 @@ from catid2_ray.config.serving import ExpansionRecipe, ServingRecipe
 from catid2_ray.config.training import TrainingRecipe
 
 __all__ = [
+    "EXAMPLE_KINDS",
     "KINDS",
     "NOT_STATED",
     "CatalogRecipe",
     "ClusterRecipe",
     "EmbeddingRecipe",
     "EvaluationRecipe",
+    "ExamplesRecipe",
     "ExpansionRecipe",
     "GeneratorRecipe",
     "IdsRecipe",
@@ -28,6 +31,7 @@ __all__ = [
     "Recipe",
     "Section",
     "ServingRecipe",
+    "StageRecipe",
     "TrainingRecipe",
     "schema",
 ]

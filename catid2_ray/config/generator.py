@@ -1,10 +1,12 @@
 """Recipe sections after the quantizer: unique IDs, the generator, and what is measured."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from catid2_ray.config.base import Section, setting
+from catid2_ray.config.examples import ExamplesRecipe
+from catid2_ray.config.model import ModelRecipe
 from catid2_ray.config.training import TrainingRecipe
 
 
@@ -46,39 +48,43 @@ class IdsRecipe(Section):
     )  # fmt: skip
 
 
-class GeneratorRecipe(TrainingRecipe):
-    model: str = setting(
-        "small", "small (from the widths below, tokenizer trained on the catalogue) or a T5 by id or folder", unit="name",
-        paper="4.1: T5-base",
+class GeneratorRecipe(ExamplesRecipe, ModelRecipe, TrainingRecipe):
+    # How the work is spread, not what is trained: a rerun with other numbers finds the run's checkpoints and goes on.
+    workers: int = setting(
+        1, "training workers; the batches, and without dropout the losses, are the same on any number",
+        unit="processes", operational=True, ge=1,
     )  # fmt: skip
-    vocabulary: int = setting(8000, "subwords of the small tokenizer", unit="tokens", ge=100, le=100_000)
-    width: int = setting(192, "d_model of the small T5", unit="numbers", ge=16)
-    layers: int = setting(2, "encoder layers, and as many decoder layers", unit="layers", ge=1)
-    heads: int = setting(4, "attention heads", unit="heads", ge=1)
-    feed_forward: int = setting(512, "d_ff", unit="numbers", ge=16)
-    dropout: float = setting(0.1, "dropout", unit="share", ge=0, lt=1)
-    min_relevance: float = setting(
-        2.33, "pairs of the train split with at least this relevance teach", unit="grade", paper="4.1: labels E and S",
-        ge=0,
+    micro_batch: int | None = setting(
+        None, "examples that a worker runs at a time; none = its share of the batch", unit="examples", operational=True,
+        ge=1,
     )  # fmt: skip
-    titles_per_query: float = setting(1.0, "title→ID examples per query→ID example; 0 = none", unit="ratio", ge=0)
-    word_keep: float = setting(
-        0.5, "share of words kept when a title serves as a pseudo-query; 1 keeps titles whole", unit="share", gt=0, le=1,
+    activation_checkpointing: bool = setting(
+        False, "compute activations again in the backward pass, which saves memory for about a third more time",
+        unit="yes/no", operational=True,
     )  # fmt: skip
-    query_tokens: int = setting(24, "longest input", unit="tokens", ge=4, le=512)
-    level_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = setting(
-        None, "weight per level of the loss; none = 1", unit="weight"
-    )
-    label_smoothing: float = setting(0.0, "mass spread over the codes of the level", unit="share", ge=0, lt=1)
-    epochs: int = setting(30, "passes over the query→ID examples", unit="epochs", ge=1)
+    validate_every_epochs: int = setting(
+        1, "epochs between validations, where validation queries are searched; the last epoch is always validated",
+        unit="epochs", ge=1,
+    )  # fmt: skip
+    patience: int | None = setting(
+        None, "validations without a better score after which the training stops; none = all epochs. The best epoch is "
+        "exported either way", unit="validations", ge=1,
+    )  # fmt: skip
+    epochs: int = setting(30, "passes over the query→ID examples, where `stages` is empty", unit="epochs", ge=1)
     batch: int = setting(256, "global batch", unit="examples", ge=1)
     learning_rate: float = setting(1e-3, "AdamW's peak, then cosine to zero", unit="1/step", gt=0)
-    tokenizer_rows: int = setting(200_000, "products whose text the small tokenizer sees at most", unit="rows", ge=100)
+    validate_queries: int = setting(
+        0, "queries of the validation split whose recall@50 in the real search is measured while training; 0 = none",
+        unit="queries", ge=0,
+    )  # fmt: skip
 
     @model_validator(mode="after")
-    def _heads_divide(self):
-        if self.model == "small" and self.width % self.heads:
-            raise ValueError(f"width {self.width} does not divide by heads {self.heads}: choose a multiple")
+    def _the_encoder_can_read(self):
+        if self.model == "encoder_decoder" and "user" in self.kinds and self.user_recent:
+            raise ValueError(
+                f"user_recent {self.user_recent} puts ID tokens before a query, which the text encoder of model encoder_decoder "
+                "does not know: set user_recent to 0, or another model"
+            )
         return self
 
 

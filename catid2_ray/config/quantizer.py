@@ -132,6 +132,11 @@ class QuantizerRecipe(TrainingRecipe):
                 f"precision {self.precision} is not offered for the quantizer: codewords change between steps, and each time "
                 "all weights would be rounded; it is small enough for fp32"
             )
+        if self.micro_batch not in (None, self.batch // self.workers):
+            raise ValueError(
+                f"micro_batch {self.micro_batch} is not offered for the quantizer: eqs. 4, 5 and 7 compare the rows of a batch "
+                f"with each other, so that parts of it give another loss; leave it out, or lower batch {self.batch}"
+            )
         if (self.category_noise or self.category_masked) and (self.force_category or self.tree_categories):
             raise ValueError(
                 f"category_noise {self.category_noise} and category_masked {self.category_masked} change what training sees, "

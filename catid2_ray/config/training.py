@@ -1,4 +1,4 @@
-"""What the recipe's two trainings share: workers, DeepSpeed, schedule, checkpoints."""
+"""What the recipe's two trainings share: workers, DeepSpeed, batch arithmetic, schedule, checkpoints."""
 
 from typing import Literal
 
@@ -6,23 +6,64 @@ from pydantic import model_validator
 
 from catid2_ray.config.base import Section, setting
 
+_FP16 = (
+    "precision fp16 is not offered: T5's activations overflow its range of 65,504 and the loss turns to NaN. Use bf16, which has "
+    "float32's range, or fp32"
+)
+_ZERO_3 = (
+    "zero_stage 3 is not offered: it splits the weights themselves, which every epoch's validation, checkpoint and export need "
+    "whole. The models of this platform fit a worker: use zero_stage 2 with activation_checkpointing or a smaller micro_batch"
+)
+
 
 class TrainingRecipe(Section):
-    """What both trainings share. The global batch is split over the workers, so their number is part of the result."""
+    """What both trainings share. The global batch is split over the workers: micro_batch × accumulation × workers = batch."""
 
     workers: int = setting(1, "training workers", unit="processes", ge=1)
-    zero_stage: Literal[0, 1, 2] = setting(1, "DeepSpeed ZeRO stage", unit="stage")
+    micro_batch: int | None = setting(
+        None, "rows that a worker runs at a time, gradients being added up over the rest of its share of the batch; none = all "
+        "of its share", unit="rows", ge=1,
+    )  # fmt: skip
+    zero_stage: Literal[0, 1, 2] = setting(1, "DeepSpeed ZeRO stage; 3 is not offered", unit="stage")
     precision: Literal["fp32", "bf16"] = setting("fp32", "fp16 is not offered: T5 overflows in it", unit="choice")
     weight_decay: float = setting(1e-4, "AdamW's decay", unit="1/step", ge=0)
-    warmup_share: float = setting(0.05, "share of the steps with rising learning rate", unit="share", ge=0, le=0.5)
+    warmup_share: float = setting(
+        0.05, "share of the steps with rising learning rate, in each phase", unit="share", ge=0, le=0.5
+    )
+    decay: Literal["cosine", "inverse_sqrt", "constant"] = setting(
+        "cosine", "learning rate after the warm-up: cosine to zero; peak · √(warm-up steps / step); or constant",
+        unit="choice",
+    )  # fmt: skip
     clip: float = setting(1.0, "largest gradient norm", unit="norm", gt=0)
     checkpoint_every_epochs: int = setting(5, "epochs between checkpoints", unit="epochs", operational=True, ge=1)
+    checkpoint_every_steps: int | None = setting(
+        None, "steps between checkpoints, inside epochs too: what a worker's death costs at most; none = by epochs alone",
+        unit="steps", operational=True, ge=1,
+    )  # fmt: skip
     max_failures: int = setting(3, "worker deaths survived", unit="times", operational=True, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_with_reason(cls, values):
+        if isinstance(values, dict) and values.get("precision") in ("fp16", "float16", "half"):
+            raise ValueError(_FP16)
+        if isinstance(values, dict) and values.get("zero_stage") == 3:
+            raise ValueError(_ZERO_3)
+        return values
 
     @model_validator(mode="after")
     def _batch_divides(self):
         if self.batch % self.workers:
             raise ValueError(f"batch {self.batch} does not divide by workers {self.workers}: choose a multiple")
+        if self.micro_batch and self.batch % (self.micro_batch * self.workers):
+            share = self.batch // self.workers
+            fits = [size for size in range(1, share + 1) if share % size == 0]
+            near = sorted(fits, key=lambda size: (abs(size - self.micro_batch), size))[:2]
+            raise ValueError(
+                f"micro_batch {self.micro_batch} x accumulation x workers {self.workers} = batch {self.batch} has no whole "
+                f"accumulation ({self.batch / self.micro_batch / self.workers:.4g}): a worker's share of the batch is {share} "
+                f"rows, choose a micro_batch that divides it, such as {' or '.join(map(str, sorted(near)))}"
+            )
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError(
                 "precision bf16 needs zero_stage 1 or 2, which keep float32 master weights; found zero_stage 0"

@@ -1,7 +1,7 @@
 """Training examples: texts as token ids, titles thinned into pseudo-queries, and which rows make up step s.
 
 A batch is a pure function of (seed, step), drawn for all workers at once and then cut by rank, so resuming and
-changing the number of workers leave the stream of examples as it was. Numpy only.
+changing the number of workers leave the stream of examples as it was.
 
 B batch, T tokens, V vocabulary, L levels, N rows.
 """
@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from catid2_ray.errors import InputError, RecipeError
-from catid2_ray.generator.vocabulary import EOS, PAD
+from catid2_ray.generator.vocabulary import EOS, PAD, frame
 
 _CHUNK = 8192
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int) -> np.ndarray:
-    """int32 N×`length`: token ids, cut to `length`, `</s>` at the end, padded with 0.
+    """int32 N×`length`: token ids with the tokenizer's own marks (`</s>`; [CLS] and [SEP]), cut to `length`, padded on
+    the right with its padding token (0 in T5 and BERT).
 
     ID tokens or `</s>` written out in a text are read as plain characters. Raises InputError for a length below 2.
     """
@@ -33,6 +35,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length
             max_length=length,
             truncation=True,
             padding="max_length",
+            padding_side="right",
             split_special_tokens=True,
             return_attention_mask=False,
         )
@@ -40,28 +43,75 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length
     return ids_NT
 
 
-def drop_words(
-    input_ids_BT: np.ndarray, starts_word_V: np.ndarray, *, keep: float, generator: np.random.Generator
-) -> np.ndarray:
-    """int32 B×T: each word kept with probability `keep`, at least one word per row, `</s>` kept, moved to the left.
+class Cut(NamedTuple):
+    """`input_ids_NT` as `tokenize` gives them; `cut_N` bool: texts that were longer."""
 
-    Turns a title into something like a query, in the spirit of NCI's generated queries (Wang et al. 2022, section 3.2),
-    without a second model. Whole words fall, never parts of one.
+    input_ids_NT: np.ndarray
+    cut_N: np.ndarray
+
+
+def tokenize_cut(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int) -> Cut:
+    """`tokenize`, and which texts lost something by it."""
+    longer_NT = tokenize(tokenizer, texts, length=length + 1)
+    cut_N = longer_NT[:, length] != tokenizer.pad_token_id
+    marks = len(frame(tokenizer)[1])
+    # The end marks of a text that is one token too long move one place to the left, over its last word.
+    longer_NT[cut_N, length - marks : length] = longer_NT[cut_N, length - marks + 1 : length + 1]
+    return Cut(np.ascontiguousarray(longer_NT[:, :length]), cut_N)
+
+
+def kept_words(
+    input_ids_BT: np.ndarray,
+    starts_word_V: np.ndarray,
+    *,
+    keep: float,
+    generator: np.random.Generator,
+    pad: int = PAD,
+    special: Sequence[int] = (EOS,),
+) -> np.ndarray:
+    """bool B×T: which tokens stay when each word stays with probability `keep`, at least one word per row.
+
+    Whole words fall, never parts of one. Tokens in `special` always stay ([CLS] and [SEP] too); padding never does.
     """
     if not 0.0 < keep <= 1.0:
         raise RecipeError(f"keep must be in (0, 1], found {keep}")
-    real_BT = input_ids_BT > EOS
+    special_BT = np.isin(input_ids_BT, list(special))
+    real_BT = (input_ids_BT != pad) & ~special_BT
     begins_BT = real_BT & np.asarray(starts_word_V)[input_ids_BT]
     # A text cut by truncation, or led by an unknown character, may begin inside a word.
-    begins_BT[:, 0] |= real_BT[:, 0]
+    row_B, first_B = np.arange(len(real_BT)), real_BT.argmax(1)
+    begins_BT[row_B, first_B] |= real_BT[row_B, first_B]
     word_BT = np.cumsum(begins_BT, axis=1) - 1
     draw_BT = generator.random(input_ids_BT.shape)
     draw_BT[np.arange(input_ids_BT.shape[1]) >= word_BT[:, -1:] + 1] = 2.0
     kept_word_BT = draw_BT < keep
-    kept_word_BT[np.arange(len(draw_BT)), draw_BT.argmin(1)] = True
-    kept_BT = (real_BT & np.take_along_axis(kept_word_BT, np.maximum(word_BT, 0), 1)) | (input_ids_BT == EOS)
+    kept_word_BT[row_B, draw_BT.argmin(1)] = True
+    return (real_BT & np.take_along_axis(kept_word_BT, np.maximum(word_BT, 0), 1)) | (
+        special_BT & (input_ids_BT != pad)
+    )
+
+
+def drop_words(
+    input_ids_BT: np.ndarray,
+    starts_word_V: np.ndarray,
+    *,
+    keep: float,
+    generator: np.random.Generator,
+    pad: int = PAD,
+    special: Sequence[int] = (EOS,),
+) -> np.ndarray:
+    """int32 B×T: the tokens that `kept_words` keeps, moved to the left.
+
+    Turns a title into something like a query, in the spirit of NCI's generated queries (Wang et al. 2022, section 3.2),
+    without a second model.
+    """
+    kept_BT = kept_words(input_ids_BT, starts_word_V, keep=keep, generator=generator, pad=pad, special=special)
+    return _only(input_ids_BT, kept_BT, pad)
+
+
+def _only(input_ids_BT: np.ndarray, kept_BT: np.ndarray, pad: int) -> np.ndarray:
     order_BT = np.argsort(~kept_BT, axis=1, kind="stable")
-    return np.take_along_axis(np.where(kept_BT, input_ids_BT, PAD), order_BT, 1).astype(np.int32)
+    return np.take_along_axis(np.where(kept_BT, input_ids_BT, pad), order_BT, 1).astype(np.int32)
 
 
 class EpochOrder(NamedTuple):
@@ -97,19 +147,52 @@ def epoch_order(sizes: Mapping[str, int], ratio: Mapping[str, float], *, seed: i
     return EpochOrder(kinds, kind_N[shuffle_N], np.concatenate(rows)[shuffle_N])
 
 
+def mix_ratios(sizes: Mapping[str, int], mix: Mapping[str, float]) -> dict[str, float]:
+    """How often each kind's rows appear per epoch, where `mix` wants so many of them per row of "query".
+
+    Kinds that `mix` does not name have 0. Raises RecipeError for a kind that is wanted but has no row.
+    """
+    absent = [kind for kind, share in mix.items() if share and not sizes.get(kind)]
+    if absent:
+        raise RecipeError(
+            f"the mix wants {', '.join(absent)}, but there are no such examples (found {dict(sizes)}): take them out of the "
+            "mix, or bring the data they are made of"
+        )
+    return {kind: mix.get(kind, 0.0) * sizes["query"] / max(1, size) for kind, size in sizes.items()}
+
+
 class Batch(NamedTuple):
-    """`input_ids_BT` int32, no column of only padding; `codes_BL` int64."""
+    """`input_ids_BT` int32, no column of only padding; `codes_BL` int64; `weight_B` float32, None where all count 1."""
 
     input_ids_BT: np.ndarray
     codes_BL: np.ndarray
+    weight_B: np.ndarray | None = None
+
+    def inputs(self, device: torch.device) -> torch.Tensor:
+        """What the loss takes: int64 B×T on `device`."""
+        return torch.from_numpy(self.input_ids_BT).long().to(device)
+
+
+class Picked(NamedTuple):
+    """The rows of one worker's step: `kind_B` indexes the sorted kinds, `row_B` that kind's table; `input_ids_BT` as
+    they lie in the tables; `kept_BT` bool, the tokens that stay once words fell."""
+
+    kind_B: np.ndarray
+    row_B: np.ndarray
+    input_ids_BT: np.ndarray
+    kept_BT: np.ndarray
+    codes_BL: np.ndarray
+    weight_B: np.ndarray | None
 
 
 @dataclass
 class Examples:
-    """Every example of a training run: per kind ("query", "title") an int32 N×T table of ids and the N×L codes.
+    """Every example of a training run: per kind ("query", "title" …) an int32 N×T table of ids and the N×L codes.
 
-    `ratio`: how often a kind's rows appear per epoch (1.0 where unnamed). `drop_share` of the "title" rows of each
+    `ratio`: how often a kind's rows appear per epoch (1.0 where unnamed). `weight`: what each row of a kind counts in the loss
+    (1 where unnamed). `drop_share` of the "title" rows of each
     batch lose words with probability 1 − `keep`; needs `starts_word_V`. Tables may be memory-mapped; all have one T.
+    `pad`, `special`: the tokenizer's padding and the marks that never fall (`vocabulary.marks`).
     """
 
     input_ids: Mapping[str, np.ndarray]
@@ -118,6 +201,9 @@ class Examples:
     starts_word_V: np.ndarray | None = None
     keep: float = 0.5
     drop_share: float = 0.5
+    pad: int = PAD
+    special: tuple[int, ...] = (EOS,)
+    weight: Mapping[str, np.ndarray] = field(default_factory=dict)
     _epochs: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -146,7 +232,7 @@ class Examples:
             self._epochs[seed, epoch] = epoch_order(self.sizes, self.ratio, seed=seed, epoch=epoch)
         return self._epochs[seed, epoch]
 
-    def batch(self, *, seed: int, step: int, batch: int, rank: int = 0, workers: int = 1) -> Batch:
+    def pick(self, *, seed: int, step: int, batch: int, rank: int = 0, workers: int = 1) -> Picked:
         """The rows of `rank` in step `step`; `batch` counts all workers together. A pure function of its arguments."""
         if batch % workers:
             raise RecipeError(f"a batch of {batch} rows does not divide among {workers} workers")
@@ -155,17 +241,37 @@ class Examples:
         pick_B = (position * batch + np.arange(batch)) % len(order.kind_N)
         kind_B, row_B = order.kind_N[pick_B], order.row_N[pick_B]
         first = order.kinds[0]
-        ids_BT = np.zeros((batch, self.input_ids[first].shape[1]), np.int32)
+        ids_BT = np.full((batch, self.input_ids[first].shape[1]), self.pad, np.int32)
         codes_BL = np.zeros((batch, self.codes[first].shape[1]), np.int64)
+        kept_BT = np.zeros(ids_BT.shape, bool)
+        weight_B = np.ones(batch, np.float32) if self.weight else None
         for number, kind in enumerate(order.kinds):
             here_B = np.flatnonzero(kind_B == number)
+            if kind in self.weight:
+                weight_B[here_B] = self.weight[kind][row_B[here_B]]
             ids_BT[here_B] = self.input_ids[kind][row_B[here_B]]
             codes_BL[here_B] = self.codes[kind][row_B[here_B]]
+            kept_BT[here_B] = ids_BT[here_B] != self.pad
             if kind == "title" and self.starts_word_V is not None and self.drop_share > 0:
                 generator = np.random.default_rng((seed, 3, step))
                 thin_B = here_B[generator.random(len(here_B)) < self.drop_share]
-                ids_BT[thin_B] = drop_words(ids_BT[thin_B], self.starts_word_V, keep=self.keep, generator=generator)
+                kept_BT[thin_B] = kept_words(
+                    ids_BT[thin_B], self.starts_word_V, keep=self.keep, generator=generator, pad=self.pad,
+                    special=self.special,
+                )  # fmt: skip
         share = batch // workers
         mine = slice(rank * share, (rank + 1) * share)
-        used = max(1, int((ids_BT[mine] != PAD).any(0).nonzero()[0].max(initial=0)) + 1)
-        return Batch(ids_BT[mine, :used], codes_BL[mine])
+        return Picked(
+            kind_B[mine],
+            row_B[mine],
+            ids_BT[mine],
+            kept_BT[mine],
+            codes_BL[mine],
+            None if weight_B is None else weight_B[mine],
+        )
+
+    def batch(self, *, seed: int, step: int, batch: int, rank: int = 0, workers: int = 1) -> Batch:
+        """The texts and IDs of `pick`, as token ids."""
+        picked = self.pick(seed=seed, step=step, batch=batch, rank=rank, workers=workers)
+        used = max(1, int(picked.kept_BT.sum(1).max(initial=0)))
+        return Batch(_only(picked.input_ids_BT, picked.kept_BT, self.pad)[:, :used], picked.codes_BL, picked.weight_B)

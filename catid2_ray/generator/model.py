@@ -1,14 +1,23 @@
-"""Where a generator's weights come from: a small T5 from a config, or any pretrained T5 given the ID tokens.
+"""Where a generator's weights come from: a small T5 from a config, a pretrained T5 or causal model given the ID tokens, or
+a text encoder under our own decoder; `build_generator` makes any of them.
 
-In both the ID tokens are the model's last ΣK vocabulary rows, and the config says so in `docid_codes_per_level`, which
+In all the ID tokens are the model's last ΣK vocabulary rows, and the config says so in `docid_codes_per_level`, which
 survives `save_pretrained`; padded vocabularies (T5 has 32,128 rows for 32,100 tokens) are trimmed first.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, RecipeError
+from catid2_ray.generator.causal import CausalGenerator
+from catid2_ray.generator.encoder_decoder import encoder_decoder
+from catid2_ray.generator.heads import with_head
+from catid2_ray.generator.initial import init_docid_rows
 from catid2_ray.generator.vocabulary import EOS, PAD
 
 
@@ -55,42 +64,78 @@ def small_t5(
 
 
 def pretrained_t5(
-    name_or_folder: str, *, tokenizer: PreTrainedTokenizerFast, space: DocidSpace, seed: int = 0
+    name_or_folder: str,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    space: DocidSpace,
+    codebooks: Sequence[np.ndarray | None] | None = None,
+    seed: int = 0,
 ) -> T5ForConditionalGeneration:
     """Any T5 by hub id or folder, in float32, its vocabulary made to fit `tokenizer`, which must have the ID tokens.
 
-    New rows are the mean embedding plus noise of a fifth of the rows' spread, drawn from `seed`. A model that already
-    carries these ID tokens keeps their rows. Raises EncoderError when it cannot be loaded, is no T5, or its
-    vocabulary is smaller than the tokenizer's; RecipeError when the tokenizer lacks the ID tokens.
+    New rows come from `codebooks`, or are the mean embedding plus noise (`initial.init_docid_rows`), drawn from `seed`. A
+    model that already carries these ID tokens keeps their rows. Raises EncoderError when it cannot be loaded, is no T5, or
+    its vocabulary is smaller than the tokenizer's; RecipeError when the tokenizer lacks the ID tokens.
     """
+    _check_tokenizer(tokenizer, space)
+    model = _load(str(name_or_folder))
+    if _grow(model, name_or_folder, tokenizer, space):
+        init_docid_rows(model, codebooks, space=space, seed=seed)
+    if getattr(model.config, "decoder_start_token_id", None) is None:
+        model.config.decoder_start_token_id = PAD
+    return model
+
+
+def pretrained_causal(
+    name_or_folder: str,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    space: DocidSpace,
+    codebooks: Sequence[np.ndarray | None] | None = None,
+    seed: int = 0,
+) -> CausalGenerator:
+    """Any causal language model by hub id or folder, in float32, given the ID tokens as `pretrained_t5` gives them."""
+    _check_tokenizer(tokenizer, space)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(name_or_folder), dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa"
+        )
+    except Exception as error:
+        raise EncoderError(
+            f"no causal language model could be loaded from {str(name_or_folder)!r} ({type(error).__name__}: {error}); "
+            "offline, or an unknown id or folder: give a folder written by save_pretrained, or fix the id"
+        ) from error
+    grown = _grow(model, name_or_folder, tokenizer, space)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    causal = CausalGenerator(model, space)
+    if grown:
+        init_docid_rows(causal, codebooks, space=space, seed=seed)
+    return causal
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, space: DocidSpace) -> None:
     docid_rows = sum(space.codes_per_level)
-    base = len(tokenizer) - docid_rows
-    if tokenizer.convert_tokens_to_ids(space.tokens()[0]) != base:
+    if tokenizer.convert_tokens_to_ids(space.tokens()[0]) != len(tokenizer) - docid_rows:
         raise RecipeError(
             f"the tokenizer's last {docid_rows} entries are not the ID tokens; call with_docid_tokens first"
         )
-    model = _load(str(name_or_folder))
+
+
+def _grow(model, name_or_folder: str, tokenizer: PreTrainedTokenizerFast, space: DocidSpace) -> bool:
+    """Give the model the tokenizer's rows, the last of them without a meaning yet; False when it carried them already."""
+    base = len(tokenizer) - sum(space.codes_per_level)
     carried = getattr(model.config, "docid_codes_per_level", None)
     if model.config.vocab_size == len(tokenizer) and carried == list(space.codes_per_level):
-        return model
+        return False
     if model.config.vocab_size < base:
         raise EncoderError(
             f"{str(name_or_folder)!r} has {model.config.vocab_size} vocabulary rows, fewer than the tokenizer's "
             f"{base}; use the tokenizer that belongs to the model"
         )
     model.resize_token_embeddings(base, mean_resizing=False)
-    model.resize_token_embeddings(base + docid_rows, mean_resizing=False)
-    generator = torch.Generator().manual_seed(seed)
-    tables = {id(module.weight): module.weight for module in (model.shared, model.lm_head)}
-    with torch.no_grad():
-        for table_VD in tables.values():
-            mean_D, spread_D = table_VD[:base].mean(0), table_VD[:base].std(0)
-            noise_KD = torch.randn(docid_rows, table_VD.shape[1], generator=generator)
-            table_VD[base:] = mean_D + 0.2 * spread_D * noise_KD
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.docid_codes_per_level = list(space.codes_per_level)
-    if getattr(model.config, "decoder_start_token_id", None) is None:
-        model.config.decoder_start_token_id = PAD
-    return model
+    return True
 
 
 def _load(name_or_folder: str) -> T5ForConditionalGeneration:
@@ -107,3 +152,54 @@ def _load(name_or_folder: str) -> T5ForConditionalGeneration:
             f"{name_or_folder!r} is a {model.config.model_type!r} model, expected a T5; choose a T5 checkpoint"
         )
     return model
+
+
+def build_generator(
+    model: str,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    space: DocidSpace,
+    width: int,
+    layers: int,
+    heads: int,
+    feed_forward: int,
+    dropout: float,
+    encoder: str | None = None,
+    encoder_mode: str = "frozen",
+    decoder_layers: int | None = None,
+    causal: str | None = None,
+    head: str = "plain",
+    head_rank: int = 64,
+    codebooks: Sequence[np.ndarray | None] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """A generator of any kind, ready to train: what a recipe's section says, in plain values.
+
+    `model`: "small" (a T5 of `width`, `layers`, `heads`, `feed_forward`), "encoder_decoder" (text encoder `encoder`, frozen or
+    "tuned", under `decoder_layers` or else `layers` layers of the same sizes), "causal" (the language model `causal`), or
+    a T5's id or folder. `dropout` is a small T5's and a decoder's; pretrained models bring their own. `codebooks`: per
+    level K×Z, from which ID rows begin; None = the mean embedding. `head`: "plain" or "pawa". `tokenizer` has the ID tokens
+    as last entries, but for an encoder_decoder, which does not look for them.
+    """
+    sizes = {"width": width, "heads": heads, "feed_forward": feed_forward, "dropout": dropout, "seed": seed,
+             "codes_per_level": space.codes_per_level}  # fmt: skip
+    depth = decoder_layers or layers
+    if model == "small":
+        base = len(tokenizer) - sum(space.codes_per_level)
+        made = small_t5(vocabulary=base, layers=(layers, depth), **sizes)
+    elif model == "encoder_decoder":
+        if encoder is None or encoder_mode not in ("frozen", "tuned"):
+            raise RecipeError(
+                f"an encoder_decoder needs an encoder and encoder_mode frozen or tuned, found {encoder!r} and {encoder_mode!r}"
+            )
+        frozen = encoder_mode == "frozen"
+        made = encoder_decoder(encoder, layers=depth, frozen=frozen, pad=tokenizer.pad_token_id, **sizes)
+    elif model == "causal":
+        if causal is None:
+            raise RecipeError("model causal needs `causal`, the language model's id or folder")
+        made = pretrained_causal(causal, tokenizer=tokenizer, space=space, codebooks=codebooks, seed=seed)
+    else:
+        made = pretrained_t5(model, tokenizer=tokenizer, space=space, codebooks=codebooks, seed=seed)
+    if model in ("small", "encoder_decoder") and codebooks is not None:
+        init_docid_rows(made, codebooks, space=space, seed=seed)
+    return with_head(made, head, rank=head_rank, seed=seed)

@@ -12,84 +12,82 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import T5ForConditionalGeneration
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError, TrainingError
 from catid2_ray.generator.examples import Examples
-from catid2_ray.generator.vocabulary import PAD
+from catid2_ray.generator.lengths import length_groups
+from catid2_ray.generator.logits import docid_logits
+from catid2_ray.generator.losses import consistency as consistency_of
+from catid2_ray.generator.losses import cross_entropy
+from catid2_ray.generator.states import CachedExamples, TokenStates
+from catid2_ray.generator.vocabulary import pad_of
 from catid2_ray.schedule import learning_rate_at, seed_from
+
+# Fewer rows than these are not worth a pass of their own; with them, padding stays under a tenth on 2 cores' batches.
+_LEAST_ROWS, _LEAST_ROWS_GPU, _MOST_GROUPS = 16, 64, 8
+
+
+class Targets(NamedTuple):
+    """What the scores are measured against besides the right codes. `smoothing`: share of the mass over the level's
+    codes; `near`: per level K×K from `losses.near_codes` or None (evenly); `consistency`: weight of the second pass under
+    another dropout, in train mode only (0.15 in NCI)."""
+
+    smoothing: float = 0.0
+    near: Sequence[Tensor | None] | None = None
+    consistency: float = 0.0
 
 
 def level_losses(
-    model: T5ForConditionalGeneration,
-    input_ids_BT: Tensor,
+    model: nn.Module,
+    inputs: Tensor | TokenStates,
     codes_BL: Tensor,
     *,
     space: DocidSpace,
+    weight_B: Tensor | None = None,
     label_smoothing: float = 0.0,
-    length_groups: int | None = None,
+    near: Sequence[Tensor | None] | None = None,
+    consistency: float = 0.0,
+    most_groups: int | None = None,
 ) -> Tensor:
     """float L: −log p(code_l | query, code_<l), mean over the batch, one figure per level.
 
-    Teacher forcing over L decoder positions: the start token, then the ID tokens but for the last. Padding is 0.
+    `model`: any kind of generator (`logits.docid_logits`). `inputs`: token ids B×T padded at their end as the model's
+    config says (0 in T5), or an EncoderDecoder's cached states. `label_smoothing`, `near`, `consistency`: see Targets.
     Averages over workers of equal batches equal one process with all rows. (CAT-ID², section 3.4, NLL of ID tokens.)
-    `length_groups`: rows are run in that many groups of like length, so that short queries are not padded to the
-    longest title; the figures stay the same. By default one per 64 rows, at most 4, on CPU, where that gives 1.6
-    times the speed; 1 elsewhere.
+    `weight_B`: what each row counts (1 where None); the divisor stays the number of rows, so that this holds with weights
+    too. Rows are run in groups of like length (`lengths.length_groups`), at most `most_groups`, so that short queries are
+    not padded to the longest title; the figures stay the same.
     """
-    first_L = _first_rows(model, codes_BL, space)
-    on_cpu = input_ids_BT.device.type == "cpu"
-    groups = length_groups or (max(1, min(4, len(codes_BL) // 64)) if on_cpu else 1)
-    if groups == 1:
-        sums = [_summed_losses(model, input_ids_BT, codes_BL, space, first_L, label_smoothing)]
-    else:
-        length_B = (input_ids_BT != PAD).sum(1)
-        order_B = length_B.argsort(stable=True)
-        sums = []
-        for row_G in order_B.tensor_split(min(groups, len(order_B))):
-            used = max(1, int(length_B[row_G[-1]]))
-            ids_GT, codes_GL = input_ids_BT[row_G, :used], codes_BL[row_G]
-            sums.append(_summed_losses(model, ids_GT, codes_GL, space, first_L, label_smoothing))
+    targets = Targets(label_smoothing, near, consistency if model.training else 0.0)
+    cached, on_cpu = isinstance(inputs, TokenStates), codes_BL.device.type == "cpu"
+    length_B = (inputs.mask_BT if cached else inputs != pad_of(model)).sum(1).cpu().numpy()
+    least = 1 if most_groups else _LEAST_ROWS if on_cpu else _LEAST_ROWS_GPU
+    sums = []
+    for row_G in length_groups(length_B, least=least, most=most_groups or _MOST_GROUPS):
+        used = max(1, int(length_B[row_G].max()))
+        index_G = slice(None) if len(row_G) == len(length_B) else torch.from_numpy(row_G).to(codes_BL.device)
+        part = TokenStates(*(x[index_G, :used] for x in inputs)) if cached else inputs[index_G, :used]
+        weight_G = None if weight_B is None else weight_B[index_G]
+        sums.append(_summed_losses(model, part, codes_BL[index_G], space, weight_G, targets))
     return torch.stack(sums).sum(0) / len(codes_BL)
 
 
-def _first_rows(model: T5ForConditionalGeneration, codes_BL: Tensor, space: DocidSpace) -> list[int]:
-    """The vocabulary row of each level's code 0."""
-    rows = len(model.lm_head.weight)
-    first_L = [rows - sum(space.codes_per_level[level:]) for level in range(space.levels)]
-    if first_L[0] < 0 or codes_BL.shape[-1] != space.levels:
-        raise RecipeError(
-            f"IDs of {space.codes_per_level} do not fit a model of {rows} vocabulary rows and codes of shape "
-            f"{tuple(codes_BL.shape)}; build the model and the codes with the same quantizer"
-        )
-    return first_L
-
-
-def _summed_losses(model, ids_BT: Tensor, codes_BL: Tensor, space: DocidSpace, first_L, label_smoothing) -> Tensor:
-    """float L, summed over the rows. Padding has no influence."""
-    config, weight_VD = model.config, model.lm_head.weight
-    mask_BT = ids_BT != PAD
-    memory_BTD = model.encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-    start = getattr(config, "decoder_start_token_id", None) or PAD
-    previous_BL = F.pad(codes_BL[:, :-1] + torch.tensor(first_L[:-1], device=codes_BL.device), (1, 0), value=start)
-    hidden_BLD = model.decoder(
-        input_ids=previous_BL, encoder_hidden_states=memory_BTD, encoder_attention_mask=mask_BT, use_cache=False
-    ).last_hidden_state
-    # Some T5 scale the hidden state, some (v1.1) do not; the config records which, whether or not the head is tied.
-    if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
-        hidden_BLD = hidden_BLD * config.d_model**-0.5
-    losses = [
-        F.cross_entropy(
-            F.linear(hidden_BLD[:, level], weight_VD[first : first + k]).float(),
-            codes_BL[:, level],
-            label_smoothing=label_smoothing,
-            reduction="sum",
-        )
-        for level, (first, k) in enumerate(zip(first_L, space.codes_per_level))
-    ]
+def _summed_losses(model, inputs, codes_BL: Tensor, space: DocidSpace, weight_B, targets: Targets) -> Tensor:
+    """float L, summed over the rows, each times its weight."""
+    passes = [docid_logits(model, inputs, codes_BL, space=space) for _ in range(2 if targets.consistency else 1)]
+    losses = []
+    for level in range(space.levels):
+        near_KK = None if targets.near is None else targets.near[level]
+        both = [
+            cross_entropy(logits[level], codes_BL[:, level], smoothing=targets.smoothing, near_KK=near_KK)
+            for logits in passes
+        ]
+        loss_B = sum(both) / len(both)
+        if targets.consistency:
+            loss_B = loss_B + targets.consistency * consistency_of(passes[0][level], passes[1][level])
+        losses.append(loss_B.sum() if weight_B is None else loss_B @ weight_B.to(loss_B.dtype))
     return torch.stack(losses)
 
 
@@ -103,46 +101,67 @@ def _over_levels(loss_L: Tensor, level_weights: Sequence[float] | None) -> Tenso
 
 
 def docid_loss(
-    model: T5ForConditionalGeneration,
-    input_ids_BT: Tensor,
+    model: nn.Module,
+    inputs: Tensor | TokenStates,
     codes_BL: Tensor,
     *,
     space: DocidSpace,
+    weight_B: Tensor | None = None,
     level_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
+    near: Sequence[Tensor | None] | None = None,
+    consistency: float = 0.0,
 ) -> Tensor:
     """Scalar: `level_losses` summed over levels, or their weighted mean where `level_weights` (L numbers) are given."""
-    loss_L = level_losses(model, input_ids_BT, codes_BL, space=space, label_smoothing=label_smoothing)
+    loss_L = level_losses(
+        model,
+        inputs,
+        codes_BL,
+        space=space,
+        weight_B=weight_B,
+        label_smoothing=label_smoothing,
+        near=near,
+        consistency=consistency,
+    )
     return _over_levels(loss_L, level_weights)
 
 
 class DocidLoss(nn.Module):
     """`docid_loss` as a module around the model, for engines that want to own `forward` (DDP, DeepSpeed).
 
-    `forward(input_ids_BT, codes_BL)` returns the scalar loss; `model` is the T5 to save.
+    `forward(inputs, codes_BL, weight_B)` returns the scalar loss; `model` is the generator to save.
     """
 
     def __init__(
         self,
-        model: T5ForConditionalGeneration,
+        model: nn.Module,
         *,
         space: DocidSpace,
         level_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
+        near: Sequence[Tensor | None] | None = None,
+        consistency: float = 0.0,
     ):
         super().__init__()
         self.model = model
-        self.settings = {"space": space, "level_weights": level_weights, "label_smoothing": label_smoothing}
+        self.settings = {
+            "space": space, "level_weights": level_weights, "label_smoothing": label_smoothing, "consistency": consistency
+        }  # fmt: skip
+        self.levels = space.levels if near is not None else 0
+        for level in range(self.levels):
+            self.register_buffer(f"near_{level}", near[level], persistent=False)
 
-    def forward(self, input_ids_BT: Tensor, codes_BL: Tensor) -> Tensor:
-        return docid_loss(self.model, input_ids_BT, codes_BL, **self.settings)
+    def forward(self, inputs: Tensor | TokenStates, codes_BL: Tensor, weight_B: Tensor | None = None) -> Tensor:
+        near = [getattr(self, f"near_{level}") for level in range(self.levels)] or None
+        return docid_loss(self.model, inputs, codes_BL, weight_B=weight_B, near=near, **self.settings)
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
     """Two groups for AdamW: matrices decay; norms and embeddings, where rare rows would only shrink, do not."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     decays = [
-        weight.ndim > 1 and not any(part in name for part in ("shared", "lm_head", "bias")) for name, weight in named
+        weight.ndim > 1 and not any(part in name for part in ("shared", "lm_head", "embed", "bias"))
+        for name, weight in named
     ]
     return [
         {"params": [w for (_, w), decay in zip(named, decays) if decay], "weight_decay": weight_decay},
@@ -159,8 +178,8 @@ class FitResult(NamedTuple):
 
 
 def fit(
-    model: T5ForConditionalGeneration,
-    examples: Examples,
+    model: nn.Module,
+    examples: Examples | CachedExamples,
     *,
     space: DocidSpace,
     steps: int,
@@ -172,6 +191,8 @@ def fit(
     clip: float = 1.0,
     level_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
+    near: Sequence[Tensor | None] | None = None,
+    consistency: float = 0.0,
     seed: int = 0,
     resume: FitResult | None = None,
     on_step: Callable[[int, float], None] | None = None,
@@ -186,7 +207,14 @@ def fit(
     if resume is not None:
         # Loading shares tensors with the state it is given; a copy leaves `resume` usable again.
         optimizer.load_state_dict(copy.deepcopy(resume.optimizer))
-    loss_of = DocidLoss(model, space=space, level_weights=level_weights, label_smoothing=label_smoothing)
+    loss_of = DocidLoss(
+        model,
+        space=space,
+        level_weights=level_weights,
+        label_smoothing=label_smoothing,
+        near=near,
+        consistency=consistency,
+    ).to(device)
     losses = []
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -197,7 +225,9 @@ def fit(
                 group["lr"] = rate
             torch.manual_seed(seed_from(seed, step))
             loss = loss_of(
-                torch.from_numpy(rows.input_ids_BT).long().to(device), torch.from_numpy(rows.codes_BL).to(device)
+                rows.inputs(device),
+                torch.from_numpy(rows.codes_BL).to(device),
+                None if rows.weight_B is None else torch.from_numpy(rows.weight_B).to(device),
             )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -5,6 +5,7 @@ punctuation that says nothing about a product is dropped.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -53,8 +54,12 @@ def train_tokenizer(texts: Iterable[str], *, size: int) -> PreTrainedTokenizerFa
     )
 
 
-def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a pretrained model, by hub id or local folder. Raises EncoderError when it cannot be had."""
+def load_tokenizer(name_or_folder: str, *, kind: str = "t5") -> PreTrainedTokenizerFast:
+    """The tokenizer of a pretrained model, by hub id or local folder. Raises EncoderError when it cannot be had.
+
+    `kind`: a "t5" must pad with 0 and end with 1; the tokenizer of an "encoder_decoder"'s text encoder must have a
+    padding token; a "causal" model's that has none pads with its end-of-text token, which no text contains.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
     except Exception as error:
@@ -62,12 +67,38 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
             f"no tokenizer could be loaded from {str(name_or_folder)!r} ({type(error).__name__}: {error}); "
             "give a folder with tokenizer.json, a hub id that exists, or make the model hub reachable"
         ) from error
-    if tokenizer.pad_token_id != PAD or tokenizer.eos_token_id != EOS:
+    if kind == "t5" and (tokenizer.pad_token_id != PAD or tokenizer.eos_token_id != EOS):
         raise EncoderError(
             f"the tokenizer of {str(name_or_folder)!r} has <pad>={tokenizer.pad_token_id} and "
             f"</s>={tokenizer.eos_token_id}, expected {PAD} and {EOS} as in every T5; choose a T5 model"
         )
+    if kind == "causal" and tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise EncoderError(
+            f"the tokenizer of {str(name_or_folder)!r} has no padding token, which texts of unlike length need; choose "
+            "another model"
+        )
     return tokenizer
+
+
+class Marks(NamedTuple):
+    """Token ids that are no text: padding, and what a tokenizer puts around every text ([CLS], [SEP], `</s>`)."""
+
+    pad: int
+    special: tuple[int, ...]
+
+
+def marks(tokenizer: PreTrainedTokenizerFast) -> Marks:
+    """The marks of any tokenizer that has a padding token."""
+    named = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return Marks(tokenizer.pad_token_id, tuple(sorted({m for m in named if m is not None} - {tokenizer.pad_token_id})))
+
+
+def pad_of(model) -> int:
+    """The padding token of a generator's texts."""
+    pad = getattr(model.config, "pad_token_id", None)
+    return PAD if pad is None else pad
 
 
 def with_docid_tokens(tokenizer: PreTrainedTokenizerFast, space: DocidSpace) -> PreTrainedTokenizerFast:
@@ -95,6 +126,12 @@ def with_docid_tokens(tokenizer: PreTrainedTokenizerFast, space: DocidSpace) -> 
         )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in tokens], special_tokens=True)
     return tokenizer
+
+
+def frame(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """The marks that the tokenizer sets before and after every text: ([], [</s>]) for T5, ([CLS], [SEP]) for BERT."""
+    marks = list(tokenizer("")["input_ids"])
+    return (marks[:-1], marks[-1:]) if marks[-1:] != [tokenizer.bos_token_id] else (marks, [])
 
 
 def starts_word(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:

@@ -270,11 +270,12 @@ class _WriteProducts:
 
 class _WritePairs(_WriteProducts):
     table = "pairs"
-    wanted = needed = tuple(schemas.PAIRS.names)
+    needed = tuple(schemas.PAIRS.names)
+    wanted = (*needed, "user", "recent")
 
     def write(self, part: int, group: pa.Table) -> dict:
         checked = check_pairs(group)
-        table = schemas.conform(checked.good, schemas.PAIRS, where=f"pairs, part {part}")
+        table = schemas.conform(checked.good, schemas.pairs(checked.good.column_names), where=f"pairs, part {part}")
         highest = pc.max(table.filter(pc.field("split") == "train")["relevance"]).as_py()
         return self._result(part, table, checked, "pairs/part", train_relevance_max=highest or 0.0)
 

@@ -119,6 +119,8 @@ def remote_bar(label: str, total: int, unit: str):
 
 def reporter():
     """Called inside a worker: report(done, note, epochs), `epochs` in the last checkpoint; never blocks, never fails."""
+    if not ray.is_initialized():
+        return lambda done, note="", epochs=0: None
     try:
         board = ray.get_actor(f"{_ACTOR}-{ray.get_runtime_context().get_job_id()}")
     except ValueError:

@@ -105,9 +105,9 @@ class ShardRows:
     def take(self, index: np.ndarray) -> dict[str, np.ndarray]:
         return {name: array[index] for name, array in self._arrays.items()}
 
-    def epoch(self, order: np.ndarray, *, steps: int, batch: int) -> Iterator[dict[str, np.ndarray]]:
-        """Exactly `steps` batches of `batch` rows in the given order, from its start again where it is too short."""
-        for step in range(steps):
+    def epoch(self, order: np.ndarray, *, steps: int, batch: int, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """The batches `first` … `steps` − 1 of `batch` rows in the given order, from its start again where it is too short."""
+        for step in range(first, steps):
             yield self.take(np.take(order, np.arange(step * batch, (step + 1) * batch), mode="wrap"))
 
 
@@ -124,7 +124,8 @@ class StreamedRows:
     def seek(self, epoch: int) -> None:
         self._epoch = epoch
 
-    def epoch(self, order: np.ndarray, *, steps: int, batch: int) -> Iterator[dict[str, np.ndarray]]:
+    def epoch(self, order: np.ndarray, *, steps: int, batch: int, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """The batches `first` … `steps` − 1 of the epoch; those before are read too, as the shuffle goes on from them."""
         generator = np.random.default_rng([self._seed, self._epoch])
         self._epoch += 1
         given = 0
@@ -141,8 +142,9 @@ class StreamedRows:
                 shuffled = generator.permutation(size)
                 whole = size // batch
                 for number in range(min(whole, steps - given)):
-                    chosen = shuffled[number * batch : (number + 1) * batch]
-                    yield {name: values[chosen] for name, values in window.items()}
+                    if given >= first:
+                        chosen = shuffled[number * batch : (number + 1) * batch]
+                        yield {name: values[chosen] for name, values in window.items()}
                     given += 1
                 window = {name: values[shuffled[whole * batch :]] for name, values in window.items()}
                 if given == steps:

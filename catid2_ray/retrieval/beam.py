@@ -106,12 +106,14 @@ def constrained_beam_search(
     levels: int | None = None,
     allowed=None,
     normalize: str = "level",
+    memory=None,
 ) -> BeamResult:
     """The `top_k` most likely IDs of each query that a beam of `beam_width` (one number, or one per level) finds.
 
-    `model`: a T5 whose last ΣK vocabulary rows are the ID tokens, or any `Decoder` of the trie's IDs. `trie`: a `Trie`,
-    or a `LiveView`, whose live products alone are found, as in a trie rebuilt from them. `input_ids`, `attention_mask`:
-    integers B×T. `levels`: stop after so many, at clusters (None: all L); P is then that of the prefix. `allowed`: a
+    `model`: any kind of generator whose last ΣK vocabulary rows are the ID tokens, or any `Decoder` of the trie's IDs.
+    `trie`: a `Trie`, or a `LiveView`, whose live products alone are found, as in a trie rebuilt from them. `input_ids`,
+    `attention_mask`: integers B×T. `memory`: what `decoder.encode` gave for these queries, where the caller has it already
+    (an EncoderDecoder's holds the queries' dense vectors). `levels`: stop after so many, at clusters (None: all L); P is then that of the prefix. `allowed`: a
     `Filter`, or bool N over trie rows (of a live view: a `LiveFilter`, or bool over base rows and inserted products), or
     a list of B of these or None; IDs without an allowed row are never returned (a range may still hold rows that are not
     allowed). `normalize`: scores are log-probabilities over the "level"'s codes, as in training, or over the whole
@@ -133,7 +135,7 @@ def constrained_beam_search(
     ids_BT, mask_BT = checked_queries(input_ids, attention_mask, decoder)
     filters = requested(allowed, trie, len(ids_BT), device)
     arrays = tensors(trie, device)
-    memory, cache = decoder.encode(ids_BT, mask_BT), None
+    memory, cache = decoder.encode(ids_BT, mask_BT) if memory is None else memory, None
     root_B1 = torch.zeros(len(ids_BT), 1, dtype=torch.long, device=device)
     beams = _Beams(arrays.root(len(ids_BT)), root_B1.float(), root_B1, root_B1[..., None][..., :0])
     code_BM, finite = root_B1, torch.ones((), dtype=torch.bool, device=device)

@@ -16,7 +16,8 @@ from catid2_ray.errors import InputError
 from catid2_ray.retrieval.filters import Filter, FilterTensors, stacked
 from catid2_ray.retrieval.live import LiveView
 from catid2_ray.retrieval.live_filters import LiveFilter
-from catid2_ray.retrieval.t5_decoder import Decoder, T5Decoder
+from catid2_ray.retrieval.decoders import decoder_for
+from catid2_ray.retrieval.t5_decoder import Decoder
 from catid2_ray.retrieval.trie import Trie
 
 
@@ -51,9 +52,9 @@ def checked_levels(levels: int | None, trie: Trie | LiveView) -> int:
 
 
 def decoder_of(model, trie: Trie | LiveView) -> Decoder:
-    """`model` itself if it is a Decoder for the trie's IDs, a plain T5 in its wrapper."""
+    """`model` itself if it is a Decoder for the trie's IDs, else what `decoder_for` makes of it."""
     if not hasattr(model, "decode_step"):
-        return T5Decoder(model, codes_per_level=trie.codes_per_level)
+        return decoder_for(model, codes_per_level=trie.codes_per_level)
     carried = getattr(model, "codes_per_level", None)
     if carried is None or tuple(carried) != tuple(trie.codes_per_level):
         found = "does not say its codes_per_level" if carried is None else f"has codes per level {list(carried)}"

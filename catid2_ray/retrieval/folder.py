@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from catid2_ray.errors import ArtifactError, InputError, ReleaseError
+from catid2_ray.generator.saved import load_generator
 from catid2_ray.retrieval.filters import FilterIndex
 from catid2_ray.retrieval.lexical import LexicalIndex
 from catid2_ray.retrieval.products import Products
@@ -58,8 +58,7 @@ def opened(
             f"int8 weights are for CPUs and float32, found device {device} and dtype {dtype}; set weights=float32"
         )
     try:
-        model = T5ForConditionalGeneration.from_pretrained(folder / "generator", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "generator")
+        model, tokenizer = load_generator(folder / "generator")
         codes_per_level = tuple(settings["codes_per_level"])
         products = _products(folder)
         expansion = settings.get("expansion")

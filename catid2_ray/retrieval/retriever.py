@@ -16,33 +16,17 @@ from torch import Tensor
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, QueryError
 from catid2_ray.generator.examples import tokenize
-from catid2_ray.generator.vocabulary import PAD
 from catid2_ray.retrieval import folder as folders
 from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
+from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.filters import Filter, FilterIndex
 from catid2_ray.retrieval.live import LiveTrie, LiveView
 from catid2_ray.retrieval.live_filters import LiveFilter
 from catid2_ray.retrieval.products import Newcomer, Products
 from catid2_ray.retrieval.rescoring import Expansion, Hit, beam_hits, expanded_hits
-from catid2_ray.retrieval.t5_decoder import T5Decoder
 from catid2_ray.retrieval.trie import Trie
 
 MAX_K = 1000
-
-
-class _Remembering:
-    """A decoder that keeps the dense vectors which its last `encode` gave, if it gives any."""
-
-    def __init__(self, decoder):
-        self._decoder, self.dense_BE = decoder, None
-
-    def __getattr__(self, name):
-        return getattr(self._decoder, name)
-
-    def encode(self, *inputs):
-        memory = self._decoder.encode(*inputs)
-        self.dense_BE = getattr(memory, "dense_BE", None)
-        return memory
 
 
 class _Found(NamedTuple):
@@ -85,9 +69,7 @@ class Retriever:
         batch: int = 32,
     ):
         codes = trie.codes_per_level
-        self.decoder = (
-            model if hasattr(model, "decode_step") else T5Decoder(model, codes_per_level=codes, weights=weights)
-        )
+        self.decoder = decoder_for(model, codes_per_level=codes, weights=weights)
         self.tokenizer, self.space = tokenizer, DocidSpace(tuple(codes))
         self.products = products or Products(folders.column(product_ids), folders.column(titles))
         self.products.check(trie.rows)
@@ -190,19 +172,23 @@ class Retriever:
             found.result, view, products, self.expansion, queries=queries, query_BD=query_BD, k=k, allowed=allowed
         )
 
+    def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor, object]:
+        """(token ids B×T, mask B×T, what the decoder's encoder makes of them)."""
+        ids_BT = tokenize(self.tokenizer, texts, length=self.query_tokens)
+        mask_BT = ids_BT != self.tokenizer.pad_token_id
+        used, device = max(1, int(mask_BT.any(0).sum())), self.decoder.device
+        ids_BT, mask_BT = ids_BT[:, :used].to(device), mask_BT[:, :used].to(device)
+        with torch.inference_mode():
+            return ids_BT, mask_BT, self.decoder.encode(ids_BT, mask_BT)
+
     def _search(self, queries: list[str], view: LiveView, k: int, allowed) -> _Found:
-        ids_BT = tokenize(self.tokenizer, queries, length=self.query_tokens)
-        mask_BT = ids_BT != PAD
-        used = int(mask_BT.any(0).sum())
-        decoder, widths = (
-            _Remembering(self.decoder),
-            [max(width, self._needed(k)) for width in self.widths[: self.levels]],
-        )
+        ids_BT, mask_BT, memory = self._encoded(queries)
+        widths = [max(width, self._needed(k)) for width in self.widths[: self.levels]]
         result = constrained_beam_search(
-            decoder, view, ids_BT[:, :used], mask_BT[:, :used], beam_width=widths,
-            top_k=widths[-1] if self.expansion else k, allowed=allowed, normalize=self.normalize, levels=self.levels,
+            self.decoder, view, ids_BT, mask_BT, beam_width=widths, top_k=widths[-1] if self.expansion else k,
+            allowed=allowed, normalize=self.normalize, levels=self.levels, memory=memory,
         )  # fmt: skip
-        return _Found(result, decoder.dense_BE)
+        return _Found(result, getattr(memory, "dense_BE", None))
 
     def _vectors(self, texts: list[str], dense_BE: Tensor | None) -> Tensor:
         """The queries' vectors, of length 1 where the products' are."""
@@ -211,7 +197,7 @@ class Retriever:
         elif dense_BE is not None:
             vector_BD = dense_BE.float().cpu()
         else:
-            raise InputError("re-scoring by vectors needs an encoder for queries; give encode_query")
+            raise InputError("there is no encoder for vectors of queries and new products; give encode_query")
         return torch.nn.functional.normalize(vector_BD, dim=-1) if self.expansion.unit_vectors else vector_BD
 
     def insert(self, newcomers: Sequence[Newcomer], codes_ML, columns=None) -> None:
@@ -237,11 +223,8 @@ class Retriever:
         for one in newcomers:
             vector_D = one.vector_D
             if vector_D is None:
-                if self.encode_query is None:
-                    raise InputError(
-                        f"product {one.product_id!r} has no vector, and there is no encoder; give its vector"
-                    )
-                vector_D = self.encode_query([one.title])[0]
+                dense_BE = None if self.encode_query else getattr(self._encoded([one.title])[2], "dense_BE", None)
+                vector_D = self._vectors([one.title], dense_BE)[0]
             vector_D = np.asarray(vector_D, np.float32)
             if vector_D.shape != (width,) or not np.isfinite(vector_D).all():
                 raise InputError(f"the vector of product {one.product_id!r} must be {width} finite numbers")

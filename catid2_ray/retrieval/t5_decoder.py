@@ -41,11 +41,13 @@ class Decoder(Protocol):
 
 
 class T5Memory(NamedTuple):
-    """Per decoder layer the cross-attention's keys and values B×H×T×E; which tokens are real, B×1×1×T."""
+    """Per decoder layer the cross-attention's keys and values B×H×T×E; which tokens are real, B×1×1×T; the queries' dense
+    vectors, where the encoder gives them in the same pass (`EncoderDecoder`)."""
 
     keys: list[Tensor]
     values: list[Tensor]
     real_B11T: Tensor
+    dense_BE: Tensor | None = None
 
 
 class T5Cache(NamedTuple):
@@ -59,7 +61,8 @@ class T5Cache(NamedTuple):
 
 
 class T5Decoder:
-    """`Decoder` over a `T5ForConditionalGeneration` whose last ΣK vocabulary rows are the ID tokens, level by level.
+    """`Decoder` over a `T5ForConditionalGeneration` or an `EncoderDecoder` whose last ΣK vocabulary rows are the ID tokens,
+    level by level, with a plain or a prefix-aware head (`generator/heads.py`).
 
     Any size, tied or untied head, float32 or half precision. `weights`: "float32" reads the model's own weights,
     whatever their type; "int8" copies the matrices of encoder and decoder in 8 bits now, for CPUs only (`int8.py`).
@@ -82,6 +85,7 @@ class T5Decoder:
         self.model, self.config, self.codes_per_level, self.weights = model, model.config, codes_per_level, weights
         parts = model.encoder, model.decoder.block
         self.encoder, self.blocks = parts if weights == "float32" else map(int8_copy, parts)
+        self.head = getattr(model, "pawa", None)
         self.first = [rows - sum(codes_per_level[level:]) for level in range(len(codes_per_level))]
         self.scale = self.config.d_model**-0.5 if _scales_output(self.config) else 1.0
         attention = model.decoder.block[0].layer[0].SelfAttention
@@ -109,14 +113,16 @@ class T5Decoder:
         was_training = self.encoder.training
         self.encoder.eval()
         try:
-            states_BTD = self.encoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT).last_hidden_state
+            encoded = self.encoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT)
         finally:
             self.encoder.train(was_training)
+        states_BTD = encoded.last_hidden_state
         cross = [block.layer[1].EncDecAttention for block in self.blocks]
         return T5Memory(
             [self._heads(attention.k(states_BTD)).transpose(1, 2) for attention in cross],
             [self._heads(attention.v(states_BTD)).transpose(1, 2) for attention in cross],
             attention_mask_BT.bool()[:, None, None, :],
+            getattr(encoded, "dense_BE", None),
         )
 
     def decode_step(self, level, memory: T5Memory, cache: T5Cache | None, parent_BM: Tensor, code_BM: Tensor):
@@ -173,12 +179,17 @@ class T5Decoder:
         weight = dense.wo.weight
         return dense.wo(inner if weight is None else inner.to(weight.dtype)).to(hidden_BMD.dtype)
 
+    def _adapted(self, level: int, hidden_BMD: Tensor, prefix_BML: Tensor) -> Tensor:
+        if self.head is None:
+            return hidden_BMD
+        return self.head(level, hidden_BMD, prefix_BML, self.model.shared.weight, self.first)
+
     def level_logits(self, level: int, hidden_BMD: Tensor, prefix_BML: Tensor) -> Tensor:
-        first = self.first[level]
+        first, hidden_BMD = self.first[level], self._adapted(level, hidden_BMD, prefix_BML)
         return F.linear(hidden_BMD, self.model.lm_head.weight[first : first + self.codes_per_level[level]])
 
     def log_partition(self, level: int, hidden_BMD: Tensor, prefix_BML: Tensor) -> Tensor:
-        return self.model.lm_head(hidden_BMD).float().logsumexp(-1)
+        return self.model.lm_head(self._adapted(level, hidden_BMD, prefix_BML)).float().logsumexp(-1)
 
 
 def _ancestors(cache: T5Cache, parent_BM: Tensor) -> list[Tensor]:

@@ -33,7 +33,7 @@ def recipe_of(shop, store, **sections) -> Recipe:
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in TINY.items()}
     values |= {"store": str(store), "catalog": {"root": str(shop), "rows_per_part": 100}}
     values["quantizer"] = {"kind": "rq_kmeans", "codes_per_level": [8, 8, 8, 8], "kmeans_sample": 200}
-    values["generator"] |= {"epochs": 1, "titles_per_query": 0.1}
+    values["generator"] |= {"epochs": 1, "mix": {"query": 1, "title": 0.1}}
     for section, change in sections.items():
         values[section] = values[section] | change
     return Recipe.build(values)

@@ -20,11 +20,12 @@ import torch.multiprocessing as mp
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import QuantizerRecipe
-from catid2_ray.on_ray import progress
 from catid2_ray.on_ray.arrays import fixed_lists
+from catid2_ray.on_ray.engine import Gather, start_engine
+from catid2_ray.on_ray.loop import Seat, Training
 from catid2_ray.on_ray.shards import RankRange, ShardRows
+from catid2_ray.on_ray.task import Run
 from catid2_ray.on_ray.train_quantizer import QuantizerTask
-from catid2_ray.on_ray.worker import Run, _engine, _epoch, _Gather
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.quantizer.step import Extras, LossWeights, parameter_groups, training_loss
 
@@ -74,7 +75,7 @@ def train_exactly(rank: int, world: int, changes: dict, settings: dict, uniform:
         )
         loss = training_loss(
             model, embedding_ND[mine], category_NH[mine], weights=weights, extras=extras,
-            gather=_Gather.apply if world > 1 else None,
+            gather=Gather.apply if world > 1 else None,
         )  # fmt: skip
         assert set(loss.terms) >= TERMS - set(changes)
         optimiser.zero_grad()
@@ -109,22 +110,22 @@ def run_of(*, rows: int, workers: int, batch: int = BATCH, **changes) -> Run:
     )
 
 
-def started_engine(run: Run, batch: int):
+def started_module(run: Run) -> torch.nn.Module:
     torch.manual_seed(1)
     module = run.task.build()
     run.task.start(module)
-    return _engine(run, module, batch)
+    return module
 
 
 def train_with_deepspeed(rank: int, world: int) -> dict:
     """The same 20 steps in float32 through the engine of the training loop."""
     embedding_ND, category_NH = catalogue(STEPS * BATCH)
     run, losses = run_of(rows=STEPS * BATCH, workers=world), []
-    engine = started_engine(run, BATCH // world)
+    engine = start_engine(run, started_module(run), run.batches(world))
     for step in range(STEPS):
         mine = rows_of(step, rank, world, BATCH)
         batch = {"embedding": embedding_ND[mine].float(), "category": category_NH[mine]}
-        loss, terms = run.task.loss(engine, batch, gather=_Gather.apply if world > 1 else None)
+        loss, terms = run.task.loss(engine, batch, gather=Gather.apply if world > 1 else None)
         assert set(terms) >= TERMS
         engine.backward(loss)
         engine.step()
@@ -154,23 +155,22 @@ class Blocks:
 
 def train_unequal_shards(rank: int, world: int, sampler: str) -> dict:
     """Two epochs of the training loop on 83 rows, 41 and 42 of them: 16 rows a step and rank, three steps an epoch."""
-    progress.reporter = lambda: lambda *_: None
     run, seen = run_of(rows=83, workers=world, batch=32, sampler=sampler), []
-    batch, steps = run.geometry(world)
     if rank:  # stands for a machine that rounds otherwise: what it would revive and refit must not count
         run.task.sample_ND = run.task.sample_ND[::-1] + np.float32(0.1)
-    engine = started_engine(run, batch)
     span = RankRange(run.rows, rank=rank, world=world)
     with tempfile.TemporaryDirectory() as folder:
         rows = ShardRows(Blocks(run), span, run.task.columns, Path(folder))
         watched = rows.take
         rows.take = lambda index: seen.append(index) or watched(index)
-        history = []
-        for epoch in range(run.settings.epochs):
-            history.append(_epoch(run, engine, rows, epoch, history, batch=batch, steps=steps, rank=rank, world=world))
+        seat = Seat(rank=rank, world=world, rows=None, hand_in=lambda *_: None)
+        training = Training(run, seat, started_module(run), Path(folder))
+        with training.metered():
+            while not training.epoch(rows):
+                pass
     drawn = [len(np.unique(index)) for index in seen if not isinstance(index, slice)]
-    losses = torch.tensor([record["loss"] for record in history])
-    return {"rows": span.rows, "drawn": drawn, "losses": losses, "state": engine.module.state_dict()}
+    losses = torch.tensor([record["loss"] for record in training.state.history])
+    return {"rows": span.rows, "drawn": drawn, "losses": losses, "state": training.engine.module.state_dict()}
 
 
 def run_rank(rank: int, folder: str, world: int) -> None:
@@ -227,7 +227,7 @@ def test_two_ranks_with_zero_1_train_what_one_process_trains(trained):
 def test_shards_of_unequal_length_take_equal_steps_and_end(trained, sampler):
     first, second = trained["first"][sampler], trained["second"][sampler]
     assert (first["rows"], second["rows"]) == (41, 42)
-    assert run_of(rows=83, workers=WORLD, batch=32).geometry(WORLD) == (16, 3)
+    assert run_of(rows=83, workers=WORLD, batch=32).batches(WORLD).plan.place(0).steps == 3
     assert first["drawn"] == second["drawn"] == [16] * 6
     torch.testing.assert_close(first["losses"], second["losses"])
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)

@@ -15,8 +15,10 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import QuantizerRecipe
 from catid2_ray.errors import TrainingError
 from catid2_ray.on_ray import checkpoints
+from catid2_ray.on_ray.checkpoints import State
+from catid2_ray.on_ray.engine import Gather, start_engine
+from catid2_ray.on_ray.task import Run
 from catid2_ray.on_ray.train_quantizer import QuantizerTask
-from catid2_ray.on_ray.worker import Run, _engine, _Gather
 
 WORLD = 2
 
@@ -30,7 +32,7 @@ def join(rank: int, folder: str) -> None:
 def gather_rank(rank: int, folder: str) -> None:
     join(rank, folder)
     rows = torch.arange(6, dtype=torch.float64).reshape(WORLD, 3)[rank : rank + 1].clone().requires_grad_()
-    everything = _Gather.apply(rows)
+    everything = Gather.apply(rows)
     loss = (everything[0] * everything[1]).sum()
     loss.backward()
     torch.save({"loss": loss.detach(), "grad": rows.grad}, f"{folder}/{rank}.pt")
@@ -67,7 +69,8 @@ def run_of(stage: int, *, rows: int = 40, workers: int = WORLD, batch: int = 8, 
     (40, 1, 8, (8, 5)), (41, 1, 8, (8, 6)), (40, 2, 8, (4, 5)), (10, 2, 4096, (5, 1)), (11, 2, 4096, (5, 2)), (3, 2, 4, (1, 2)),
 ])  # fmt: skip
 def test_ranks_agree_on_batch_and_steps(rows, workers, batch, expected):
-    assert run_of(0, rows=rows, workers=workers, batch=batch).geometry(workers) == expected
+    found = run_of(0, rows=rows, workers=workers, batch=batch).batches(workers)
+    assert (found.rank_rows, found.plan.place(0).steps) == expected
 
 
 def train_rank(rank: int, folder: str, stage: int, ema: float | None) -> None:
@@ -81,12 +84,12 @@ def train_rank(rank: int, folder: str, stage: int, ema: float | None) -> None:
         torch.manual_seed(0)
         module = run.task.build()
         run.task.start(module)
-        return _engine(run, module, 4)
+        return start_engine(run, module, run.batches(WORLD))
 
     def steps(engine, numbers):
         for number in numbers:
             batch = {"embedding": rows[number], "category": categories}
-            loss, _ = run.task.loss(engine, batch, gather=_Gather.apply)
+            loss, _ = run.task.loss(engine, batch, gather=Gather.apply)
             engine.backward(loss)
             engine.step()
 
@@ -94,21 +97,24 @@ def train_rank(rank: int, folder: str, stage: int, ema: float | None) -> None:
     steps(straight, range(6))
     first = fresh()
     steps(first, range(3))
-    saved = Path(folder) / "checkpoint"
-    saved.mkdir(exist_ok=True)
-    checkpoints.save(saved, first, rank=rank, world=WORLD, epochs_done=3, history=[{"loss": 1.0}])
+    saved = Path(folder) / "run" / "step-3"
+    saved.mkdir(parents=True, exist_ok=True)
+    checkpoints.save(saved, first, rank=rank)
+    checkpoints.seal(saved, State(epoch=3, history=[{"loss": 1.0}], world=WORLD, batch=8), rank=rank)
     dist.barrier()
+    _, state = checkpoints.newest_whole(Store(folder), "run")
+    assert state.epoch == 3 and state.history == [{"loss": 1.0}]
     second = fresh()
-    state = checkpoints.load(saved, second, rank=rank, world=WORLD)
-    assert state["epochs_done"] == 3 and state["history"] == [{"loss": 1.0}]
+    checkpoints.load(saved, second, state, rank=rank, world=WORLD, batch=8, whole_rows=False)
     steps(second, range(3, 6))
     one, other = straight.module.state_dict(), second.module.state_dict()
     different = [name for name in one if not torch.equal(one[name], other[name])]
-    try:
-        checkpoints.load(saved, second, rank=rank, world=WORLD + 1)
-        refused = ""
-    except TrainingError as error:
-        refused = str(error)
+    refused = []
+    for changes in ({"world": WORLD + 1, "batch": 12}, {"world": WORLD + 1, "batch": 12, "whole_rows": True}):
+        try:
+            checkpoints.load(saved, second, state, rank=rank, **{"whole_rows": False, **changes})
+        except TrainingError as error:
+            refused.append(str(error))
     torch.save({"different": different, "refused": refused}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -120,9 +126,6 @@ def test_a_checkpoint_continues_exactly_and_refuses_another_world(tmp_path, stag
     for rank in range(WORLD):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert found["different"] == []
-        assert "written by 2 workers, this run has 3" in found["refused"]
-
-
-def test_an_incomplete_checkpoint_is_named(tmp_path):
-    with pytest.raises(TrainingError, match="incomplete: optimiser-1.pt or state.json is missing"):
-        checkpoints.load(tmp_path, None, rank=1, world=2)
+        by_workers, by_batch = found["refused"]
+        assert "written by 2 workers, this run has 3: each worker draws from its own range" in by_workers
+        assert "batch of 8 rows by 2 workers, this run with 3 has 12: its steps are others" in by_batch

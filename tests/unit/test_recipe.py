@@ -123,8 +123,14 @@ def test_what_the_paper_states_names_its_section(path):
         ({"quantizer": {"codes_per_level": [256, 1, 256, 256]}}, ["quantizer.codes_per_level.1: ", "found 1"]),
         ({"quantizer": {"codes_per_level": []}}, ["quantizer.codes_per_level: "]),
         ({"quantizer": {"hidden": []}}, ["quantizer.hidden: "]),
-        ({"quantizer": {"zero_stage": 3}}, ["quantizer.zero_stage: ", "found 3"]),
-        ({"quantizer": {"precision": "fp16"}}, ["quantizer.precision: ", "'fp16'"]),
+        ({"quantizer": {"zero_stage": 4}}, ["quantizer.zero_stage: ", "found 4"]),
+        ({"quantizer": {"precision": "fp8"}}, ["quantizer.precision: ", "'fp8'"]),
+        (
+            {"generator": {"zero_stage": 3}},
+            ["generator: zero_stage 3 is not offered: it splits the weights", "use zero_stage 2"],
+        ),
+        ({"generator": {"precision": "fp16"}}, ["generator: precision fp16 is not offered: T5's activations overflow"]),
+        ({"generator": {"decay": "linear"}}, ["generator.decay: ", "'inverse_sqrt'"]),
         ({"generator": {"dropout": 1}}, ["generator.dropout: ", "less than 1"]),
         ({"generator": {"level_weights": [1, 1, -1, 1]}}, ["generator.level_weights.2: ", "found -1"]),
         ({"embedding": {"text": ["name"]}}, ["embedding.text.0: ", "'name'"]),
@@ -164,8 +170,21 @@ def test_a_catalogue_has_exactly_one_source(catalog):
         (MINIMAL | {"generator": {"batch": 9, "workers": 2}}, ["generator: ", "batch 9 does not divide by workers 2"]),
         (MINIMAL | {"generator": {"level_weights": [1, 1, 1]}},
          ["generator.level_weights has 3 entries, quantizer.codes_per_level 4"]),
+        (MINIMAL | {"generator": {"mix": {"query": 1, "synthetic": 1}}}, ["mix asks for synthetic queries, but doc2query names no model"]),
+        (MINIMAL | {"generator": {"mix": {"title": 0}}}, ["generator: ", "leaves no example to train on"]),
+        (MINIMAL | {"generator": {"mix": {"titel": 1}}}, ["generator.mix.titel", "found 'titel'"]),
+        (MINIMAL | {"generator": {"stages": [{"mix": {"title": 0}}]}}, ["generator.stages.0: ", "leaves stage 'train' without an example"]),
+        (MINIMAL | {"generator": {"stages": [{"name": "a"}, {"name": "a"}]}}, ["stages are named ['a', 'a']", "its own name"]),
+        (MINIMAL | {"generator": {"span_tokens": 24, "query_tokens": 24}}, ["span_tokens 24 exceeds query_tokens 24"]),
+        (MINIMAL | {"generator": {"relevance_weights": {3: 1.0}}}, ["relevance_weights begin at 3.0, above min_relevance 2.33"]),
+        (MINIMAL | {"generator": {"relevance_weights": {1: 0}}}, ["leave no pair that teaches"]),
         (MINIMAL | {"quantizer": {"precision": "bf16"}}, ["quantizer: ", "precision bf16 is not offered for the quantizer"]),
         (MINIMAL | {"generator": {"precision": "bf16", "zero_stage": 0}}, ["generator: ", "found zero_stage 0"]),
+        (
+            MINIMAL | {"generator": {"batch": 256, "workers": 2, "micro_batch": 48}},
+            ["micro_batch 48 x accumulation x workers 2 = batch 256", "(2.667)", "share of the batch is 128 rows", "32 or 64"],
+        ),
+        (MINIMAL | {"quantizer": {"batch": 64, "micro_batch": 32}}, ["quantizer: micro_batch 32 is not offered", "batch 64"]),
         (MINIMAL | {"generator": {"width": 100, "heads": 3}}, ["generator: ", "width 100 does not divide by heads 3"]),
         (MINIMAL | {"serving": {"stop_level": 2}}, ["serving: ", "stop_level 2 finds prefixes, not products", "serving.expansion"]),
         (MINIMAL | {"serving": {"stop_level": 5, "expansion": {}}}, ["serving.stop_level 5 is beyond the 4 levels"]),
@@ -193,6 +212,20 @@ def test_what_is_near_a_contradiction_is_fine():
 def test_what_is_served_is_as_wide_as_what_is_evaluated_unless_told():
     assert Recipe.build(MINIMAL | {"evaluation": {"beam_width": 7}}).beam_width == 7
     assert Recipe.build(MINIMAL | {"serving": {"beam_width": [2, 3, 4, 5]}}).beam_width == (2, 3, 4, 5)
+
+
+def test_a_generator_without_stages_has_one_and_kinds_are_those_of_any_stage():
+    flat = Recipe.build(MINIMAL | {"generator": {"epochs": 7, "mix": {"title": 2}}}).generator
+    assert [(stage.name, stage.mix, stage.epochs) for stage in flat.plan] == [("train", {"title": 2.0}, 7)]
+    assert flat.kinds == ("query", "title")
+    stages = [
+        {"name": "titles", "mix": {"span": 1}},
+        {"name": "users", "mix": {"user": 1, "title": 0}, "learning_rate": 4e-5},
+    ]
+    recipe = Recipe.build(MINIMAL | {"generator": {"stages": stages, "relevance_weights": {2: 0.5, 3: 1}}})
+    assert recipe.generator.kinds == ("query", "span", "user")
+    assert [stage.learning_rate for stage in recipe.generator.plan] == [None, 4e-5]
+    assert Recipe.build(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 def test_a_recipe_is_frozen():
@@ -298,6 +331,8 @@ def test_identity_leaves_out_what_cannot_change_the_result():
     for path in FIELDS:
         node, inside = identity, not any(path == name or path.startswith(f"{name}.") for name in operational)
         for key in path.split("."):
+            if isinstance(node, list):  # sections in a list, such as stages, are there when the recipe names some
+                break
             node = node.get(key, "absent") if isinstance(node, dict) else "absent"
         assert (node != "absent") == inside, path
     elsewhere = Recipe.build(

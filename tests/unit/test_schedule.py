@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from catid2_ray.schedule import learning_rate_at, seed_from
+from catid2_ray.schedule import Phase, Place, Plan, learning_rate_at, seed_from
 
 
 def test_seeds_are_the_same_in_every_process():
@@ -45,3 +45,39 @@ def test_the_rate_half_way_down():
     assert learning_rate_at(55, 100, peak=2.0, warmup_share=0.1) == pytest.approx(1.0)
     assert learning_rate_at(4, 100, peak=2.0, warmup_share=0.1) == pytest.approx(1.0)
     assert learning_rate_at(0, 1, peak=2.0, warmup_share=0.0) == 2.0
+
+
+def test_the_other_ways_down():
+    given = {"peak": 2.0, "warmup_share": 0.1}
+    rates = [learning_rate_at(step, 100, decay="inverse_sqrt", **given) for step in range(100)]
+    assert rates[9] == 2.0 and rates[39] == pytest.approx(1.0) and rates == sorted(rates[:10]) + rates[10:]
+    assert all(rates[step] > rates[step + 1] for step in range(9, 99))
+    assert [learning_rate_at(step, 100, decay="constant", **given) for step in (4, 10, 99)] == [1.0, 2.0, 2.0]
+    assert learning_rate_at(3, 100, peak=2.0, warmup_share=0.0, decay="inverse_sqrt") == 1.0
+
+
+PHASES = (Phase(2, 10, 1.0), Phase(1, 3, 0.5), Phase(3, 8, 0.1))
+
+
+def test_epochs_and_steps_count_through_all_phases():
+    plan = Plan(PHASES, batch=4)
+    assert (plan.epochs, plan.steps) == (6, 2 * 3 + 1 + 3 * 2)
+    assert [plan.place(epoch) for epoch in range(6)] == [
+        Place(0, 0, 3), Place(0, 3, 3), Place(1, 6, 1), Place(2, 7, 2), Place(2, 9, 2), Place(2, 11, 2),
+    ]  # fmt: skip
+    assert [plan.steps_before(epoch) for epoch in (0, 3, 6)] == [0, 7, 13]
+    with pytest.raises(IndexError, match="the plan has 6 epochs"):
+        plan.place(6)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "inverse_sqrt", "constant"])
+def test_every_phase_warms_up_and_decays_over_its_own_steps(decay):
+    plan, found = Plan(PHASES, batch=4), []
+    for epoch in range(plan.epochs):
+        steps = range(plan.place(epoch).steps)
+        found += [plan.learning_rate(epoch, step, warmup_share=0.4, decay=decay) for step in steps]
+    expected = []
+    for phase, steps in zip(PHASES, (6, 1, 6)):
+        given = {"peak": phase.learning_rate, "warmup_share": 0.4, "decay": decay}
+        expected += [learning_rate_at(step, steps, **given) for step in range(steps)]
+    assert found == expected

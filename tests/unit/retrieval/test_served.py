@@ -183,7 +183,7 @@ def test_a_release_that_lacks_what_it_asks_for(served, folder, tmp_path):
     (tmp_path / "retriever.json").write_text(json.dumps({"codes_per_level": [4, 4], "expansion": {"b": 1}}))
     with pytest.raises(ArtifactError, match="publish it again"):
         Retriever.open(tmp_path)
-    with pytest.raises(InputError, match="needs an encoder for queries; give encode_query"):
+    with pytest.raises(InputError, match="there is no encoder for vectors of queries"):
         Retriever.open(served).retrieve(["oak"], k=1)
     with pytest.raises(InputError, match="stopping at level 1 of 2 finds prefixes; give expansion settings"):
         Retriever.open(copy(folder, _fresh(tmp_path), stop_level=1))

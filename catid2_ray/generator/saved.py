@@ -1,0 +1,95 @@
+"""A generator of any kind as a folder of safetensors and JSON, with its tokenizer.
+
+`generator.json` says the kind; a folder without it is a plain T5 as `T5ForConditionalGeneration.save_pretrained` leaves
+it, and T5s and causal models stay readable by transformers itself.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from catid2_ray.docid import DocidSpace
+from catid2_ray.errors import ArtifactError
+from catid2_ray.generator.causal import CausalGenerator
+from catid2_ray.generator.encoder_decoder import EncoderDecoder, without_pooler
+from catid2_ray.generator.heads import with_head
+
+_HEAD = "head.safetensors"
+
+
+def save_generator(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> None:
+    """Write model and tokenizer into `folder`, in the precision that the weights have."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {}
+    if isinstance(model, CausalGenerator):
+        about = {"kind": "causal", "codes_per_level": list(model.space.codes_per_level)}
+        model.model.save_pretrained(folder)
+    elif isinstance(model, EncoderDecoder):
+        about = {"kind": "encoder_decoder", "frozen": model.encoder.frozen, "decoder": model.config.to_dict()}
+        model.encoder.text.config.save_pretrained(folder / "text")
+        save_model(model, str(folder / "model.safetensors"))
+    else:
+        head = getattr(model, "pawa", None)
+        weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("pawa.")}
+        model.save_pretrained(folder, state_dict=weights)
+        if head is not None:
+            about = {"kind": "t5", "head": "pawa"}
+            save_model(head, str(folder / _HEAD))
+    if about:
+        (folder / "generator.json").write_text(json.dumps(about, indent=1, sort_keys=True), encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+
+
+def load_generator(folder: str | os.PathLike) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """(model in evaluation mode on CPU, tokenizer). Raises ArtifactError for a folder that holds no generator."""
+    folder = Path(folder)
+    try:
+        path = folder / "generator.json"
+        about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"kind": "t5"}
+        model = _LOADERS[about["kind"]](folder, about)
+        # AutoTokenizer would rebuild some tokenizers by the model's type and not as they were saved.
+        saved = (folder / "tokenizer.json").exists()
+        tokenizer = (PreTrainedTokenizerFast if saved else AutoTokenizer).from_pretrained(folder)
+    except Exception as error:  # transformers, safetensors and torch each have error trees of their own
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(
+            f"{folder} holds no generator that can be read ({type(error).__name__}: {first_line}); export it again"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _load_t5(folder: Path, about: dict) -> nn.Module:
+    model = T5ForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
+    if about.get("head", "plain") != "plain":
+        with_head(model, about["head"], rank=model.config.docid_head_rank).pawa.to(model.dtype)
+        load_model(model.pawa, str(folder / _HEAD))
+    return model
+
+
+def _load_encoder_decoder(folder: Path, about: dict) -> nn.Module:
+    text = without_pooler(AutoModel.from_config(AutoConfig.from_pretrained(folder / "text")))
+    model = EncoderDecoder(text, T5Config.from_dict(about["decoder"]), frozen=about["frozen"])
+    with_head(model, getattr(model.config, "docid_head", "plain"), rank=getattr(model.config, "docid_head_rank", 1))
+    load_model(model, str(folder / "model.safetensors"))
+    return model
+
+
+def _load_causal(folder: Path, about: dict) -> nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+    return CausalGenerator(model, DocidSpace(about["codes_per_level"]))
+
+
+_LOADERS = {"t5": _load_t5, "encoder_decoder": _load_encoder_decoder, "causal": _load_causal}

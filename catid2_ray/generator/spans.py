@@ -1,0 +1,106 @@
+"""Pieces of a product's description as inputs, so that a model learns which text an ID stands for.
+
+As DSI (2202.06991) has it the first tokens of a document, as NCI (2206.02743, section 3.2) has it windows at random beside
+them. Which windows is a pure function of (seed, product): it does not depend on the other products, nor on parts.
+
+N products, S spans, C all tokens of all descriptions end to end, T tokens of an input.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from catid2_ray.errors import InputError
+from catid2_ray.generator.vocabulary import frame
+
+SHORTEST = 4  # tokens; below, a description says nothing about its product
+_CHUNK = 4096
+
+
+class Spans(NamedTuple):
+    """`input_ids_ST` int32, padded at the end; `row_S`: the product of each, ascending; `too_short`: products without one."""
+
+    input_ids_ST: np.ndarray
+    row_S: np.ndarray
+    too_short: int
+
+
+def uniform(key_N: np.ndarray, *numbers: int) -> np.ndarray:
+    """float64 N in [0, 1), a hash of each key and the numbers (splitmix64's finaliser, once a number)."""
+    hash_N = np.asarray(key_N).astype(np.uint64)
+    for number in numbers:
+        hash_N = hash_N + np.uint64((0x9E3779B97F4A7C15 * (2 * int(number) + 1)) & (2**64 - 1))
+        hash_N = (hash_N ^ (hash_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        hash_N = (hash_N ^ (hash_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        hash_N = hash_N ^ (hash_N >> np.uint64(31))
+    return (hash_N >> np.uint64(11)) * 2.0**-53
+
+
+def span_places(length_N: np.ndarray, key_N: np.ndarray, *, tokens: int, windows: int, seed: int):
+    """(row_S, start_S) int64: where the spans of texts of `length_N` tokens begin; the first of each text at 0.
+
+    A text longer than `tokens` has up to `windows` more, one drawn in each of as many equal stretches of the places that
+    are left, so that they are distinct and lie over the whole text. Texts under SHORTEST tokens have none.
+    """
+    length_N = np.asarray(length_N)
+    room_N = np.where(length_N >= SHORTEST, np.maximum(length_N - tokens, 0), 0)
+    more_N = np.minimum(room_N, windows)
+    row_S, start_S = [np.flatnonzero(length_N >= SHORTEST)], []
+    start_S.append(np.zeros(len(row_S[0]), np.int64))
+    for number in range(windows):
+        row_W = np.flatnonzero(more_N > number)
+        draw_W = uniform(key_N[row_W], seed, number)
+        row_S.append(row_W)
+        start_S.append(1 + np.floor((number + draw_W) * room_N[row_W] / more_N[row_W]).astype(np.int64))
+    rows, starts = np.concatenate(row_S), np.concatenate(start_S)
+    order = np.argsort(rows, kind="stable")
+    return rows[order], starts[order]
+
+
+def description_spans(
+    tokenizer: PreTrainedTokenizerFast,
+    descriptions: Sequence[str | None],
+    key_N: np.ndarray,
+    *,
+    tokens: int,
+    windows: int,
+    length: int,
+    seed: int,
+) -> Spans:
+    """Inputs of `length` tokens from N descriptions (None or empty: none); `key_N` uint64 tells the products apart.
+
+    A span has at most `tokens` tokens of text. Raises InputError where these and the tokenizer's own marks exceed `length`.
+    """
+    before, after = frame(tokenizer)
+    marks = len(before) + len(after)
+    if tokens < 1 or tokens + marks > length:
+        raise InputError(f"spans of {tokens} tokens and {marks} marks do not fit inputs of {length}; lower span_tokens")
+    found = []
+    for start in range(0, len(descriptions), _CHUNK):
+        texts = [text or "" for text in descriptions[start : start + _CHUNK]]
+        encoded = tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]  # fmt: skip
+        length_N = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        flat_C = np.fromiter(chain.from_iterable(encoded), np.int32, int(length_N.sum()))
+        row_S, start_S = span_places(length_N, key_N[start : start + _CHUNK], tokens=tokens, windows=windows, seed=seed)
+        end_S = np.minimum(start_S + tokens, length_N[row_S])
+        place_ST = (start_S + np.cumsum(length_N)[row_S] - length_N[row_S])[:, None] + np.arange(tokens)
+        inside_ST = np.arange(tokens) < (end_S - start_S)[:, None]
+        ids_ST = np.full((len(row_S), length), tokenizer.pad_token_id, np.int32)
+        ids_ST[:, : len(before)] = before
+        row_I, place_I = np.nonzero(inside_ST)
+        ids_ST[row_I, len(before) + place_I] = flat_C[place_ST[inside_ST]]
+        for number, mark in enumerate(after):
+            ids_ST[np.arange(len(row_S)), len(before) + end_S - start_S + number] = mark
+        found.append(Spans(ids_ST, row_S + start, int((length_N < SHORTEST).sum())))
+    if not found:
+        return Spans(np.zeros((0, length), np.int32), np.zeros(0, np.int64), 0)
+    return Spans(
+        np.concatenate([part.input_ids_ST for part in found]),
+        np.concatenate([part.row_S for part in found]),
+        sum(part.too_short for part in found),
+    )
