@@ -263,5 +263,13 @@ def retriever_settings(manifests: dict[str, Manifest], *, release: str, beam_wid
         "release": release,
     }
     if beam_width is None and "serving" in manifests:
-        return settings | manifests["serving"].settings
+        served = manifests["serving"].settings
+        return settings | served | ({"shared_encoder": True} if _same_encoder(served, manifests["generator"]) else {})
     return settings | {"beam_width": beam_width or manifests["evaluation"].settings["beam_width"]}
+
+
+def _same_encoder(served: dict, generator: Manifest) -> bool:
+    """Whether the generator reads a query with the very encoder that made the products' vectors, so that one pass does."""
+    made, encoder = generator.settings, served.get("encoder") or {}
+    frozen = made.get("model") == "encoder_decoder" and made.get("encoder_mode") == "frozen"
+    return frozen and encoder.get("name") is not None and made.get("encoder") == encoder["name"]

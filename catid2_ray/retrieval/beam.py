@@ -112,12 +112,13 @@ def constrained_beam_search(
 
     `model`: any kind of generator whose last ΣK vocabulary rows are the ID tokens, or any `Decoder` of the trie's IDs.
     `trie`: a `Trie`, or a `LiveView`, whose live products alone are found, as in a trie rebuilt from them. `input_ids`,
-    `attention_mask`: integers B×T. `memory`: what `decoder.encode` gave for these queries, where the caller has it already
-    (an EncoderDecoder's holds the queries' dense vectors). `levels`: stop after so many, at clusters (None: all L); P is then that of the prefix. `allowed`: a
-    `Filter`, or bool N over trie rows (of a live view: a `LiveFilter`, or bool over base rows and inserted products), or
-    a list of B of these or None; IDs without an allowed row are never returned (a range may still hold rows that are not
-    allowed). `normalize`: scores are log-probabilities over the "level"'s codes, as in training, or over the whole
-    "vocabulary", as in `generate` with length_penalty 0; never over the survivors.
+    `attention_mask`: integers B×T. `memory`: what `decoder.encode` gave for these queries, where the caller has it
+    already (an EncoderDecoder's holds the queries' dense vectors). `levels`: stop after so many, at clusters (None: all
+    L); P is then that of the prefix. `allowed`: a `Filter`, or bool N over trie rows (of a live view: a `LiveFilter`, or
+    bool over base rows and inserted products), or a list of B of these or None; IDs without an allowed row are never
+    returned (a range may still hold rows that are not allowed). `normalize`: scores are log-probabilities over the
+    "level"'s codes, as in training, or over the whole "vocabulary", as in `generate` with length_penalty 0; never over
+    the survivors.
 
     With `beam_width` ≥ number of IDs this is the exact ranking. Fewer results than `top_k` come back when the trie,
     the filter or the last beam has no more. Raises InputError for a width, `top_k` or `levels` that is no whole number

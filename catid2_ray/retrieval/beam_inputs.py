@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from catid2_ray.errors import InputError
+from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.filters import Filter, FilterTensors, stacked
 from catid2_ray.retrieval.live import LiveView
 from catid2_ray.retrieval.live_filters import LiveFilter
-from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.t5_decoder import Decoder
 from catid2_ray.retrieval.trie import Trie
 

@@ -174,7 +174,7 @@ class Retriever:
 
     def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor, object]:
         """(token ids B×T, mask B×T, what the decoder's encoder makes of them)."""
-        ids_BT = tokenize(self.tokenizer, texts, length=self.query_tokens)
+        ids_BT = torch.as_tensor(tokenize(self.tokenizer, texts, length=self.query_tokens)).long()
         mask_BT = ids_BT != self.tokenizer.pad_token_id
         used, device = max(1, int(mask_BT.any(0).sum())), self.decoder.device
         ids_BT, mask_BT = ids_BT[:, :used].to(device), mask_BT[:, :used].to(device)

@@ -286,6 +286,16 @@ def test_a_release_of_before_the_serving_part_is_served_by_the_beam_it_was_evalu
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "mode, encoder, shared", [("frozen", "a/b", True), ("tuned", "a/b", False), ("frozen", "c/d", False)]
+)
+def test_one_pass_serves_where_the_generator_reads_with_the_products_encoder(chain, local_store, mode, encoder, shared):
+    parts = chain(local_store, "one")
+    parts["serving"].settings["encoder"] = {"name": "a/b", "tokens": 64}
+    parts["generator"].settings.update(model="encoder_decoder", encoder_mode=mode, encoder=encoder)
+    assert releases.retriever_settings(parts, release="r").get("shared_encoder", False) == shared
+
+
 def test_parts_are_the_stages_in_order():
     assert PARTS == (
         "catalog", "embeddings", "quantizer", "ids", "examples", "generator", "serving", "evaluation"
