@@ -185,7 +185,8 @@ def serving_folder(
     embeddings: Manifest | None = None,
 ) -> Path:  # fmt: skip
     """A local folder that `retrieval.Retriever.open` reads: generator/, trie/, products.arrow and retriever.json; of
-    `serving` what it holds (vectors/, value.npy, columns.arrow, lexical/), of `embeddings` the fitted encoder/, if any.
+    `serving` what it holds (product_names.npy, vectors/, value.npy, columns.arrow, lexical/), of `embeddings` the fitted
+    encoder/, if any.
 
     The parts are links to what `fetch` gives, so opening a second replica on a node copies nothing. `settings` goes to
     retriever.json (`retriever_settings`).
@@ -230,7 +231,7 @@ def serving_folder(
     return folder
 
 
-_SERVED = ("vectors", "value.npy", "columns.arrow", "lexical")
+_SERVED = ("product_names.npy", "vectors", "value.npy", "columns.arrow", "lexical")
 
 
 def default_cache() -> Path:

@@ -30,6 +30,7 @@ from catid2_ray.on_ray.groups import read_group, write_groups
 from catid2_ray.on_ray.parts import map_parts
 from catid2_ray.on_ray.pipeline import Job
 from catid2_ray.retrieval.lexical import Block, LexicalIndex, count_words
+from catid2_ray.retrieval.product_names import ProductNames
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import VectorStore
 
@@ -57,7 +58,7 @@ def needs_of(settings: dict) -> Needs:
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
-    """The serving artefact: serving.json, and as needed vectors/, value.npy, columns.arrow and lexical/."""
+    """The serving artefact: serving.json, product_names.npy, and as needed vectors/, value.npy, columns.arrow, lexical/."""
     parents = {role: parts[role] for role in ("catalog", "embeddings", "ids")}
     settings = settings_of(job.recipe, parts)
     return job.produce("serving", settings, parents, lambda attempt: _make(job, attempt, parents))
@@ -88,15 +89,18 @@ def settings_of(recipe: Recipe, parts: dict[str, Manifest]) -> dict:
 def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     store, needs = job.store, needs_of(attempt.settings)
     files = [store.write_file(attempt.name("serving.json"), json.dumps(attempt.settings, indent=1).encode())]
-    if any(needs):
-        with tempfile.TemporaryDirectory() as local:
-            trie = Trie.open(fetch(store, parents["ids"], Path(local) / "cache", below=("trie/",)) / "trie")
-            rows = _Rows.spread(job, attempt, parents, trie, needs)
-            folder = Path(local) / "made"
-            folder.mkdir()
+    with tempfile.TemporaryDirectory() as local:
+        ids, folder = (
+            fetch(store, parents["ids"], Path(local) / "cache", below=("trie/", "products.arrow")),
+            Path(local) / "made",
+        )
+        products = pa.ipc.open_file(pa.memory_map(str(ids / "products.arrow"))).read_all()
+        ProductNames(products["product_id"]).save(folder)
+        if any(needs):
+            rows = _Rows.spread(job, attempt, parents, Trie.open(ids / "trie"), needs)
             rows.write(folder, (attempt.settings["expansion"] or {}).get("unit_vectors", True))
-            files += store.upload(folder, attempt.folder)
-        store.delete_folder(attempt.name("exchange"))
+        files += store.upload(folder, attempt.folder)
+    store.delete_folder(attempt.name("exchange"))
     return attempt.commit(files, rows=parents["ids"].rows, metrics={"made": sorted(_made(needs))})
 
 

@@ -3,7 +3,8 @@
     retriever.json    settings        generator/      a saved model with its tokenizer
     trie/             all IDs         products.arrow  product_id and title, rows in trie order, memory-mapped
 and as the release has them
-    vectors/  value.npy  columns.arrow (for filters)  lexical/  encoder/ (read by who makes the query encoder)
+    product_names.npy  vectors/  value.npy  columns.arrow (for filters)  lexical/
+    encoder/ (read by who makes the query encoder)
 """
 
 import json
@@ -17,6 +18,7 @@ from catid2_ray.errors import ArtifactError, InputError, ReleaseError
 from catid2_ray.generator.saved import load_generator
 from catid2_ray.retrieval.filters import FilterIndex
 from catid2_ray.retrieval.lexical import LexicalIndex
+from catid2_ray.retrieval.product_names import ProductNames
 from catid2_ray.retrieval.products import Products
 from catid2_ray.retrieval.rescoring import Expansion
 from catid2_ray.retrieval.trie import Trie
@@ -78,6 +80,7 @@ def opened(
         "tokenizer": tokenizer,
         "trie": trie,
         "products": products,
+        "names": ProductNames.open(folder, products.product_ids) if (folder / "product_names.npy").exists() else None,
         "index": _index(folder, products, trie.rows),
         "beam_width": settings.get("beam_width", 100),
         "stop_level": settings.get("stop_level"),

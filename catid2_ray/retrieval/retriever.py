@@ -22,6 +22,7 @@ from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.filters import Filter, FilterIndex
 from catid2_ray.retrieval.live import LiveTrie, LiveView
 from catid2_ray.retrieval.live_filters import LiveFilter
+from catid2_ray.retrieval.product_names import ProductNames
 from catid2_ray.retrieval.products import Newcomer, Products
 from catid2_ray.retrieval.rescoring import Expansion, Hit, beam_hits, expanded_hits
 from catid2_ray.retrieval.trie import Trie
@@ -38,10 +39,11 @@ class Retriever:
     """Answers queries with products.
 
     `product_ids` and `titles`: one per trie row, in trie order (sequence or Arrow array); or `products`, all that is known
-    of the rows. `beam_width`: a number, or one per level. `stop_level`: levels to search (None: whole IDs), which needs
-    `expansion`. `encode_query`: texts → floats B×D, for re-scoring by vectors; left out, the decoder's encoder gives them.
-    `index`: columns for filters; without it requests filter by product id alone. `query_tokens`: longer queries are cut.
-    `batch`: queries per search at a beam of 100; wider beams take fewer, as memory grows with both.
+    of the rows, and `names`, their ids sorted (made here where left out). `beam_width`: a number, or one per level.
+    `stop_level`: levels to search (None: whole IDs), which needs `expansion`. `encode_query`: texts → floats B×D, for
+    re-scoring by vectors; left out, the decoder's encoder gives them. `index`: columns for filters; without it requests
+    filter by product id alone. `query_tokens`: longer queries are cut. `batch`: queries per search at a beam of 100; wider
+    beams take fewer, as memory grows with both.
 
     Raises ReleaseError when products and trie differ in length, InputError when the model does not fit the trie or
     re-scoring lacks what it needs.
@@ -56,6 +58,7 @@ class Retriever:
         *,
         titles=None,
         products: Products | None = None,
+        names: ProductNames | None = None,
         index: FilterIndex | None = None,
         beam_width: int | Sequence[int] = 100,
         stop_level: int | None = None,
@@ -74,7 +77,9 @@ class Retriever:
         self.products = products or Products(folders.column(product_ids), folders.column(titles))
         self.products.check(trie.rows)
         self.live = LiveTrie(
-            trie, product_ids=self.products.product_ids, index=index or folders.index_of(self.products.product_ids)
+            trie,
+            product_ids=names or self.products.product_ids,
+            index=index or folders.index_of(self.products.product_ids),
         )
         self.widths = (
             [beam_width] * trie.levels if isinstance(beam_width, int) else [int(width) for width in beam_width]

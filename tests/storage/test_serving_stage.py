@@ -16,6 +16,7 @@ from catid2_ray.evaluation.baselines.bm25 import Bm25
 from catid2_ray.on_ray import serving
 from catid2_ray.on_ray.arrays import fixed_lists
 from catid2_ray.retrieval.lexical import LexicalIndex
+from catid2_ray.retrieval.product_names import ProductNames
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import VectorStore
 
@@ -69,6 +70,16 @@ def parents(local_store, make):
         if kind == "ids":
             trie = Trie.from_sorted(np.sort(packed), codes_per_level=SPACE.codes_per_level, shared=True)
             trie.save(local_store.path(attempt.name("trie")))
+            named = table.take(pa.array(trie_order)).select(["product_id", "title"])
+            with pa.ipc.new_file(local_store.path(attempt.name("products.arrow")), named.schema) as writer:
+                writer.write_table(named)
+            entries.append(
+                {
+                    "name": attempt.name("products.arrow"),
+                    "bytes": local_store.sizes(attempt.folder)["products.arrow"],
+                    "sha256": "p",
+                }
+            )
             entries += [
                 {"name": attempt.name(f"trie/{name}"), "bytes": size, "sha256": name}
                 for name, size in local_store.sizes(attempt.name("trie")).items()
@@ -98,6 +109,8 @@ def test_every_row_is_in_its_place(local_store, parents, monkeypatch, tmp_path, 
     monkeypatch.setattr(serving, "RANGE_ROWS", range_rows)
     manifest = run(local_store, made, monkeypatch, **ALL)
     folder = fetch(local_store, manifest, tmp_path)
+    names = ProductNames.open(folder, table["product_id"])
+    assert names.rows(table["product_id"].to_pylist()[::9] + ["nobody"]).tolist() == [*range(0, ROWS, 9), -1]
     stored = VectorStore.open(folder / "vectors")
     unit_ND = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
     np.testing.assert_allclose(stored.vectors_ND, unit_ND, atol=1e-3)
@@ -120,16 +133,18 @@ def test_ranges_change_no_byte(local_store, parents, monkeypatch):
         manifest = run(local_store, parents[0], monkeypatch, **ALL)
         digests |= {(entry["name"], entry["sha256"]) for entry in manifest.files if "columns" not in entry["name"]}
         local_store.delete_folder(f"artifacts/serving/{manifest.key}")
-    assert len({name for name, _ in digests}) == len(digests) == 10
+    assert len({name for name, _ in digests}) == len(digests) == 11
 
 
 def test_what_is_not_needed_is_not_made(local_store, parents, monkeypatch):
     manifest = run(local_store, parents[0], monkeypatch, evaluation={"beam_width": 9})
-    assert [entry["name"] for entry in manifest.files] == ["serving.json"] and manifest.settings["beam_width"] == 9
+    assert [entry["name"] for entry in manifest.files] == ["product_names.npy", "serving.json"] and manifest.settings[
+        "beam_width"
+    ] == 9
     assert json.loads(local_store.read(manifest.file("serving.json"))) == manifest.settings
     by_value = {"serving": {"expansion": {"dense": "none", "order": "value"}, "beam_width": [1, 2, 3, 4]}}
     manifest = run(local_store, parents[0], monkeypatch, **by_value)
-    assert [entry["name"] for entry in manifest.files] == ["serving.json", "value.npy"]
+    assert [entry["name"] for entry in manifest.files] == ["product_names.npy", "serving.json", "value.npy"]
     assert manifest.settings["beam_width"] == [1, 2, 3, 4] and manifest.settings["encoder"] is None
 
 

@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from catid2_ray.errors import ArtifactError, QueryError, ReleaseError
@@ -45,7 +44,7 @@ def test_products_that_share_an_id_are_all_named_and_filters_hold(parts):
     hits = retriever.retrieve(["steel hinge"], k=3)[0]
     assert [hit.product_id for hit in hits[:2]] == ["p0", "p6"] and hits[0].title is None and len(hits) == 3
     allowed = trie.order_N != 0
-    index = FilterIndex({"product_id": pa.array(retriever.product_ids)})
+    index = FilterIndex({"product_id": retriever.products.product_ids})
     for chosen in (allowed, index.compile({"not": {"products": ["p0"]}})):
         kept = retriever.retrieve(["steel hinge"], k=3, allowed=chosen)[0]
         assert kept[0].product_id == "p6" and "p0" not in [hit.product_id for hit in kept]
