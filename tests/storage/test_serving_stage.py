@@ -73,13 +73,8 @@ def parents(local_store, make):
             named = table.take(pa.array(trie_order)).select(["product_id", "title"])
             with pa.ipc.new_file(local_store.path(attempt.name("products.arrow")), named.schema) as writer:
                 writer.write_table(named)
-            entries.append(
-                {
-                    "name": attempt.name("products.arrow"),
-                    "bytes": local_store.sizes(attempt.folder)["products.arrow"],
-                    "sha256": "p",
-                }
-            )
+            size = local_store.sizes(attempt.folder)["products.arrow"]
+            entries.append({"name": attempt.name("products.arrow"), "bytes": size, "sha256": "p"})
             entries += [
                 {"name": attempt.name(f"trie/{name}"), "bytes": size, "sha256": name}
                 for name, size in local_store.sizes(attempt.name("trie")).items()

@@ -1,11 +1,12 @@
 """The protocol: which pairs count, and what seen and unseen mean for a query that has both."""
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from catid2_ray.catalog.pairs import PAIRS
 from catid2_ray.errors import InputError
-from catid2_ray.evaluation.protocol import Judgements, evaluate
+from catid2_ray.evaluation.protocol import Judgements, evaluate, per_query
 
 ROWS = [
     ("q2", "lock", "b", 3.0, "test"),
@@ -55,6 +56,16 @@ def test_a_group_counts_only_its_own_products():
         "queries": {"all": 2, "seen": 1, "unseen": 2},
         "dropped_pairs": 2,
     }
+
+
+def test_recall_query_by_query_is_what_is_averaged():
+    ranked = {"beam": [["a"], ["x", "b"]]}
+    found = per_query(judged(), ranked, ks=(1, 2))
+    assert found["recall"]["beam"].tolist() == [[0.5, 0.5], [0.0, 1.0]]
+    assert found["recall_seen"]["beam"][0].tolist() == [1, 1] and np.isnan(found["recall_seen"]["beam"][1]).all()
+    figures = evaluate(judged(), ranked, ks=(1, 2))
+    for key, methods in found.items():
+        assert np.nanmean(methods["beam"], 0).tolist() == list(figures[key]["beam"].values())
 
 
 def test_an_empty_group_has_no_figure():
