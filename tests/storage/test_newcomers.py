@@ -34,7 +34,7 @@ def parts(local_store, tmp_path):
     encoder = LsaEncoder.fit(TITLES, width=4, vocabulary=50, seed=0)
     encoder.save(tmp_path / "encoder")
     torch.manual_seed(0)
-    quantizer = ResidualQuantizer(4, hidden=(8,), latent=3, codes_per_level=SPACE.codes_per_level)
+    quantizer = ResidualQuantizer(width=4, hidden=(8,), latent=3, codes_per_level=SPACE.codes_per_level)
     quantizer.save(tmp_path / "quantizer")
     recipe = Recipe.build({"catalog": {"root": "x"}, "embedding": {"width": 4, "text": ["title"]}}).model_dump(
         mode="json"
