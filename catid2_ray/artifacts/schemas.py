@@ -5,6 +5,7 @@ by product_id, and part i of one table holds the same products in the same order
 """
 
 import hashlib
+from collections.abc import Mapping
 
 import pyarrow as pa
 
@@ -30,9 +31,18 @@ PAIRS = pa.schema(
 )
 
 
-def products(width: int | None) -> pa.Schema:
-    """PRODUCTS, with a float32 embedding column of `width` numbers where embeddings are given."""
-    return PRODUCTS if width is None else PRODUCTS.append(pa.field("embedding", pa.list_(pa.float32(), width)))
+_FILTER_TYPES = {
+    "string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(),
+    "list<string>": pa.list_(pa.string()),
+}  # fmt: skip
+
+
+def products(width: int | None, filter_columns: Mapping[str, str] | None = None) -> pa.Schema:
+    """PRODUCTS, the recipe's filter columns, and a float32 embedding column of `width` numbers where embeddings are given."""
+    schema = PRODUCTS
+    for name, kind in (filter_columns or {}).items():
+        schema = schema.append(pa.field(name, _FILTER_TYPES[kind]))
+    return schema if width is None else schema.append(pa.field("embedding", pa.list_(pa.float32(), width)))
 
 
 def embeddings(width: int, depth: int) -> pa.Schema:

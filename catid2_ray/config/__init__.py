@@ -13,6 +13,7 @@ from catid2_ray.config.generator import EvaluationRecipe, GeneratorRecipe, IdsRe
 from catid2_ray.config.kinds import KINDS
 from catid2_ray.config.quantizer import QuantizerRecipe
 from catid2_ray.config.recipe import Recipe, schema
+from catid2_ray.config.serving import ExpansionRecipe, ServingRecipe
 from catid2_ray.config.training import TrainingRecipe
 
 __all__ = [
@@ -25,11 +26,13 @@ __all__ = [
     "EmbeddingRecipe",
     "EvaluationRecipe",
     "ExamplesRecipe",
+    "ExpansionRecipe",
     "GeneratorRecipe",
     "IdsRecipe",
     "QuantizerRecipe",
     "Recipe",
     "Section",
+    "ServingRecipe",
     "StageRecipe",
     "TrainingRecipe",
     "schema",

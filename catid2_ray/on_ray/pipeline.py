@@ -1,7 +1,7 @@
 """The chain of stages and its cache: what is committed is found, what is not is made, and only then is Ray started.
 
 catalog → embeddings (→ queries, for kinds that learn from them) → quantizer → ids → examples → generator (→ prompts →
-generator aligned, where the recipe asks for it) → evaluation → release
+generator aligned, where the recipe asks for it) → serving → evaluation → release
 """
 
 import contextlib
@@ -28,6 +28,7 @@ VERB_OF = {
     "generator": "train_generator",
     "prompts": "align_generator",
     "aligned": "align_generator",
+    "serving": "evaluate",
     "evaluation": "evaluate",
 }
 
@@ -119,7 +120,7 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
 
 
 def _after_catalog(job: Job, parts: dict[str, Manifest], last: str) -> None:
-    from catid2_ray.on_ray import align, embed, evaluate, examples, realign, train_generator, train_quantizer
+    from catid2_ray.on_ray import align, embed, evaluate, examples, realign, serving, train_generator, train_quantizer
     from catid2_ray.on_ray.assign import stage as assign
 
     def quantizer(job: Job, parts: dict[str, Manifest]) -> Manifest:
@@ -133,6 +134,7 @@ def _after_catalog(job: Job, parts: dict[str, Manifest], last: str) -> None:
         "examples": examples.run,
         "generator": train_generator.run,
         "aligned": align.run,
+        "serving": serving.run,
         "evaluation": evaluate.run,
     }
     for name, run in stages.items():
@@ -192,7 +194,7 @@ def _gate_churn(recipe: Recipe, ids: Manifest) -> None:
         )
 
 
-_NEED_PAIRS = ("examples", "generator", "aligned", "evaluation")
+_NEED_PAIRS = ("examples", "generator", "aligned", "serving", "evaluation")
 
 
 def check_codes(recipe: Recipe, catalog: Manifest) -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from catid2_ray.errors import InputError
-from catid2_ray.retrieval.beam import constrained_beam_search, query_tensors, taken, trie_tensors
-from catid2_ray.retrieval.t5_decoder import T5Decoder
+from catid2_ray.retrieval.beam import constrained_beam_search
+from catid2_ray.retrieval.beam_inputs import checked_queries, decoder_of
 from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.trie_tensors import tensors
 
 
 class Rollouts(NamedTuple):
@@ -31,16 +32,12 @@ class Rollouts(NamedTuple):
 
 def beam_rollouts(model, trie: Trie, input_ids, attention_mask, *, group: int, beam_width: int) -> Rollouts:
     """The `group` best IDs that a beam of `beam_width` finds: MiniOneRec's rollouts, the same ones until the model moves."""
-    decoder = _decoder(model, trie)
+    decoder = decoder_of(model, trie)
     found = constrained_beam_search(
         decoder, trie, input_ids, attention_mask, beam_width=max(group, beam_width), top_k=group
     )
     # Inference tensors may not be saved for a backward pass; clones may.
     return Rollouts(*(part.to(decoder.device).clone() for part in (found.docid_BKL, found.logp_BK, found.count_B)))
-
-
-def _decoder(model, trie: Trie):
-    return model if hasattr(model, "decode_step") else T5Decoder(model, codes_per_level=trie.codes_per_level)
 
 
 @torch.no_grad()
@@ -56,15 +53,15 @@ def sample_rollouts(
         raise InputError(
             f"a rollout needs group ≥ 1 and a temperature above 0, found {group} and {temperature}; 0 is the beam"
         )
-    decoder = _decoder(model, trie)
+    decoder = decoder_of(model, trie)
     device = decoder.device
     noise = torch.Generator(device=device).manual_seed(seed)
-    ids_BT, mask_BT = query_tensors(input_ids, attention_mask, device)
-    memory, cache, arrays = decoder.encode(ids_BT, mask_BT), None, trie_tensors(trie, device)
-    node_BM = code_BM = parent_BM = torch.zeros(len(ids_BT), 1, dtype=torch.long, device=device)
-    prefix_BML, logp_BM = node_BM[..., None][..., :0], node_BM.float()
+    ids_BT, mask_BT = checked_queries(input_ids, attention_mask, decoder)
+    memory, cache, arrays = decoder.encode(ids_BT, mask_BT), None, tensors(trie, device)
+    code_BM = parent_BM = torch.zeros(len(ids_BT), 1, dtype=torch.long, device=device)
+    place, prefix_BML, logp_BM = arrays.root(len(ids_BT)), code_BM[..., None][..., :0], code_BM.float()
     # φ: log of the constrained probability; the perturbed score of a node is that of the best ID below it.
-    phi_BM, score_BM = node_BM.float(), node_BM.float()
+    phi_BM, score_BM = code_BM.float(), code_BM.float()
     for level in range(trie.levels):
         hidden_BMD, cache = decoder.decode_step(level, memory, cache, parent_BM, code_BM)
         logits_BMK = decoder.level_logits(level, hidden_BMD, prefix_BML).float()
@@ -72,20 +69,18 @@ def sample_rollouts(
             raise InputError(
                 "the model gives NaN or infinite logits; its weights are damaged or its precision overflows"
             )
-        start_BM1, end_BM1 = (arrays.child_start[level].at(node_BM + i)[..., None] for i in (0, 1))
-        child_BMC = start_BM1 + torch.arange(trie.widest[level], device=device)
-        live_BMC = (child_BMC < end_BM1) & (score_BM > -torch.inf)[..., None]
-        code_BMC = taken(arrays.token[level + 1], torch.where(live_BMC, child_BMC, 0))
+        found = arrays.children(level, place, score_BM > -torch.inf, prefix_BML, None)
+        code_BMC, live_BMC = found.code_BMC, found.live_BMC
         chance_BMC = (logits_BMK.gather(-1, code_BMC) / temperature).masked_fill(~live_BMC, -torch.inf)
         phi_BMC = phi_BM[..., None] + chance_BMC - _finite(chance_BMC.logsumexp(-1, keepdim=True))
         score_BMC = _perturbed(phi_BMC, score_BM, live_BMC, noise)
         own_BMC = logp_BM[..., None] + logits_BMK.log_softmax(-1).gather(-1, code_BMC)
         best = score_BMC.flatten(1).topk(min(group, score_BMC[0].numel()), dim=1)
-        score_BM, parent_BM = best.values, best.indices // trie.widest[level]
-        node_BM, code_BM, phi_BM, logp_BM = (
-            values.flatten(1).gather(1, best.indices) for values in (child_BMC, code_BMC, phi_BMC, own_BMC)
+        score_BM, parent_BM = best.values, best.indices // found.widest
+        code_BM, phi_BM, logp_BM = (
+            values.flatten(1).gather(1, best.indices) for values in (code_BMC, phi_BMC, own_BMC)
         )
-        node_BM = node_BM.masked_fill(score_BM == -torch.inf, 0)
+        place = arrays.kept(level, found, best.indices, code_BM)
         kept_BML = prefix_BML.gather(1, parent_BM[..., None].expand(-1, -1, level))
         prefix_BML = torch.cat((kept_BML, code_BM[..., None]), 2)
     return _padded(prefix_BML, logp_BM, score_BM > -torch.inf, group)

@@ -218,7 +218,7 @@ def test_a_batch_answers_as_its_queries_do_alone():
     together = expand(result, trie, vectors=store_of(vectors), query_BD=query, quota=5)
     assert together.count_B.tolist() == [10, 5, 0]
     for b in range(3):
-        one = BeamResult(*(field[b : b + 1] for field in result))
+        one = BeamResult(*(None if field is None else field[b : b + 1] for field in result))
         alone = expand(one, trie, vectors=store_of(vectors), query_BD=query[b : b + 1], quota=5)
         count = int(alone.count_B[0])
         for ours, theirs in zip(alone[:3], together[:3]):
