@@ -17,6 +17,7 @@ from catid2_ray.errors import ArtifactError, QueryError, ReleaseError
 from catid2_ray.generator.examples import tokenize
 from catid2_ray.generator.vocabulary import PAD
 from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
+from catid2_ray.retrieval.filters import Filter
 from catid2_ray.retrieval.t5_decoder import T5Decoder
 from catid2_ray.retrieval.trie import Trie
 
@@ -133,7 +134,7 @@ class Retriever:
     def retrieve(self, queries: Sequence[str], *, k: int, allowed=None) -> list[list[Hit]]:
         """At most `k` products per query, best first; products of one ID in row order.
 
-        `allowed`: bool per trie row, or None for all. Raises QueryError when any query or k cannot be answered.
+        `allowed`: a `Filter`, bool per trie row, or None for all. Raises QueryError when any query or k cannot be answered.
         """
         for query in queries:
             self.check(query, k=k)
@@ -148,12 +149,13 @@ class Retriever:
         """Rows of each result, expanded, filtered and cut, with their products."""
         picked = []
         ranges, docids, scores = result.row_range_BK2.tolist(), result.docid_BKL.tolist(), result.logp_BK.tolist()
+        allows = allowed.allows if isinstance(allowed, Filter) else None if allowed is None else allowed.__getitem__
         for query, count in enumerate(result.count_B.tolist()):
             found = (
                 (row, docid, score)
                 for (first, end), docid, score in zip(ranges[query][:count], docids[query], scores[query])
                 for row in range(first, end)
-                if allowed is None or allowed[row]
+                if allows is None or allows(row)
             )
             picked.append([entry for entry, _ in zip(found, range(k))])
         # Row by row: `take` on a chunked column costs time in proportion to the catalogue, an index does not.

@@ -12,6 +12,7 @@ from catid2_ray.generator.examples import Examples, tokenize
 from catid2_ray.generator.model import small_t5
 from catid2_ray.generator.step import fit
 from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
+from catid2_ray.retrieval.filters import FilterIndex
 from catid2_ray.retrieval.retriever import Hit, Retriever
 from catid2_ray.retrieval.trie import Trie
 
@@ -77,8 +78,10 @@ def test_products_that_share_an_id_are_all_named_and_filters_hold(parts):
     hits = retriever.retrieve(["steel hinge"], k=3)[0]
     assert [hit.product_id for hit in hits[:2]] == ["p0", "p6"] and hits[0].title is None and len(hits) == 3
     allowed = trie.order_N != 0
-    kept = retriever.retrieve(["steel hinge"], k=3, allowed=allowed)[0]
-    assert kept[0].product_id == "p6" and "p0" not in [hit.product_id for hit in kept]
+    index = FilterIndex({"product_id": pa.array(retriever.product_ids)})
+    for chosen in (allowed, index.compile({"not": {"products": ["p0"]}})):
+        kept = retriever.retrieve(["steel hinge"], k=3, allowed=chosen)[0]
+        assert kept[0].product_id == "p6" and "p0" not in [hit.product_id for hit in kept]
 
 
 def test_odd_but_answerable_queries(folder):
