@@ -130,6 +130,8 @@ def read_header(folder: Path) -> dict:
         fits = fits and all(-(-b // a) <= w <= k for a, b, w, k in zip(nodes, nodes[1:], widest, codes))
         fits = fits and isinstance(header["sorted"], bool) and isinstance(header["shared"], bool)
         fits = fits and (header["shared"] or rows == nodes[-1])
+        # Tries saved before there was an identity have none.
+        fits = fits and isinstance(header.setdefault("identity", None), (str, type(None)))
         fits = fits and all(type(number) is int for number in (rows, *codes, *nodes, *widest))
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder / HEADER} is no trie header ({error!r}). {_AGAIN}") from None

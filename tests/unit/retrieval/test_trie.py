@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catid2_ray.docid import DocidSpace
-from catid2_ray.errors import ArtifactError, InputError
+from catid2_ray.errors import ArtifactError, InputError, ReleaseError
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.trie_arrays import Starts
 from tests.oracles.trie import DictTrie, starts_of
@@ -114,6 +114,26 @@ def test_item_range_refuses_what_is_no_prefix():
     for prefix in ([2], [0, -1], [0, 0, 0]):
         with pytest.raises(InputError, match="is no prefix of an ID"):
             trie.item_range(prefix)
+
+
+def test_a_saved_trie_tells_of_which_ids_it_is(tmp_path):
+    trie = Trie.build([[0, 1], [1, 0]], codes_per_level=(2, 2))
+    trie.save(tmp_path / "none")
+    trie.save(tmp_path / "named", identity="sha256:1")
+    opened = Trie.open(tmp_path / "named", identity="sha256:1")
+    opened.save(tmp_path / "again")
+    assert Trie.open(tmp_path / "again").identity == opened.identity == "sha256:1"
+    assert trie.identity is None and Trie.open(tmp_path / "none").identity is None
+    for name, says in (("named", "'sha256:1'"), ("none", "None")):
+        with pytest.raises(ReleaseError, match=f"a trie of other IDs: it says {says}, expected 'sha256:2'"):
+            Trie.open(tmp_path / name, identity="sha256:2")
+    header = json.loads((tmp_path / "none" / "trie.json").read_text())
+    del header["identity"]
+    (tmp_path / "none" / "trie.json").write_text(json.dumps(header))
+    assert Trie.open(tmp_path / "none").identity is None
+    (tmp_path / "none" / "trie.json").write_text(json.dumps(header | {"identity": 7}))
+    with pytest.raises(ArtifactError, match="contradicts itself"):
+        Trie.open(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
