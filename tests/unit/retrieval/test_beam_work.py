@@ -119,7 +119,7 @@ def test_no_step_reads_a_tensor_on_the_host(parts):
 @pytest.mark.parametrize(
     "backend",
     [
-        "aot_eager",
+        "eager",
         pytest.param(
             "inductor",
             marks=pytest.mark.skipif(
