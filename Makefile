@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/catid2 reindex --recipe jobs/recipes/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

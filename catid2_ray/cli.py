@@ -251,6 +251,44 @@ def evaluate(
     Console().print(closing_table(figures))
 
 
+@app.command("prepare-esci")
+def prepare_esci(
+    source: Annotated[str, typer.Option(help="folder or s3:// prefix with the two published parquet files")],
+    categories: Annotated[
+        str, typer.Option(help="JSON lines in the manner of ESCI-S (asin, category, locale), plain, .gz or .zst")
+    ],
+    locale: Annotated[str, typer.Option(help="us, es or jp")],
+    out: Annotated[str, typer.Option(help="folder or s3:// prefix to write; then a recipe's catalog.root")],
+    version: Annotated[str, typer.Option(help="small (without easy queries) or large")] = "small",
+    corpus: Annotated[
+        str, typer.Option(help="judged = products that a judgement names; all = of the locale")
+    ] = "judged",
+    validation: Annotated[float, typer.Option(help="share of the training queries that validate")] = 0.02,
+    seed: Annotated[int, typer.Option(help="seed of that choice")] = 0,
+    keep_unseen: Annotated[
+        bool, typer.Option("--keep-unseen", help="keep test products that no training pair names, unlike the paper")
+    ] = False,
+) -> None:
+    """Turn the published ESCI files into products and pairs by the paper's rules, with its Table 1 beside our counts."""
+    from catid2_ray.evaluation.report import rich_tables
+    from catid2_ray.evaluation.table_one import NOTE
+    from catid2_ray.on_ray.prepare_esci import prepare_esci as run
+
+    done = run(
+        source, categories, out, locale=locale, version=version, corpus=corpus, validation=validation, seed=seed,
+        keep_unseen=keep_unseen,
+    )  # fmt: skip
+    console = Console()
+    console.print(rich_tables(done.sections))
+    console.print(NOTE, highlight=False)
+    if not done.made:
+        console.print(f"Nothing changed: {done.root} holds this preparation already.", soft_wrap=True)
+    console.print(
+        f"\nTry next:\n  catid2 reindex --recipe jobs/recipes/esci_{locale}.yaml --set catalog.root={done.root} --set store=STORE",
+        soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
+
+
 @app.command()
 def recipe(
     show_schema: Annotated[
@@ -273,6 +311,11 @@ def main() -> None:
 def run_compare_ids() -> None:
     """Entry point of `python -m jobs.compare_ids`."""
     guarded(lambda: typer.run(compare_ids))
+
+
+def run_prepare_esci() -> None:
+    """Entry point of `python -m jobs.prepare_esci`."""
+    guarded(lambda: typer.run(prepare_esci))
 
 
 def run_reindex() -> None:

@@ -109,6 +109,11 @@ class Store:
         with self._doing("look up", name):
             return self.fs.exists(self.path(name))
 
+    def size(self, name: str) -> int:
+        """Bytes of one object; StorageError where it does not exist."""
+        with self._doing("look up", name):
+            return self.fs.info(self.path(name))["size"]
+
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every object below a folder, by its name relative to the folder; one listing, empty where nothing is."""
         with self._doing("look up", folder):
@@ -212,6 +217,12 @@ class Store:
             with opened or pa.memory_map(self.path(name)) as source:
                 yield source
 
+    @contextlib.contextmanager
+    def open_stream(self, name: str):
+        """An Arrow file for reading from the start on, from S3 some megabytes ahead; a failure in the block is this file's."""
+        with self._doing("read", name), self.arrow_fs.open_input_file(self.path(name)) as source:
+            yield source
+
     def parquet_files(self, name: str) -> list[str]:
         """The table `name`: `name.parquet`, or every .parquet below the folder `name`; StorageError where there is neither."""
         if self.exists(f"{name}.parquet"):
@@ -225,11 +236,14 @@ class Store:
             )
         return files
 
-    def parquet_file(self, name: str) -> pq.ParquetFile:
-        """An opened parquet file (schema, row count, batches); InputError where it is none."""
+    def parquet_file(self, name: str, *, buffer: int = 0) -> pq.ParquetFile:
+        """An opened parquet file (schema, row count, batches); InputError where it is none.
+
+        `buffer`: bytes of a column that are read at a time; 0 = all of a row group, which may be the whole file.
+        """
         with self._doing("read", name):
             try:
-                return pq.ParquetFile(self.path(name), filesystem=self.arrow_fs)
+                return pq.ParquetFile(self.path(name), filesystem=self.arrow_fs, buffer_size=buffer)
             except pa.ArrowInvalid as error:
                 raise InputError(f"{self.uri_of(name)} is not a whole parquet file: {error}") from None
 
@@ -241,18 +255,22 @@ class Store:
                 return f"{info['size']}:{str(info.get('ETag', info.get('LastModified'))).strip(chr(34))}"
             return sha256_of(Path(self.path(name)))
 
+    def put(self, source: Path, name: str) -> None:
+        """Copy one local file, of any size, to `name`."""
+        with self._doing("write", name):
+            if self.is_s3:
+                self.fs.put_file(str(source), self.path(name))
+            else:
+                with self._temporary(name) as temporary:
+                    shutil.copyfile(source, temporary)
+                    os.replace(temporary, self.path(name))
+
     def upload(self, folder: Path, name: str) -> list[dict]:
         """Copy every file of a local folder below `name`; returns their manifest entries, sorted by name."""
         entries = []
         for source in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             target = f"{name}/{source.relative_to(folder).as_posix()}"
-            with self._doing("write", target):
-                if self.is_s3:
-                    self.fs.put_file(str(source), self.path(target))
-                else:
-                    with self._temporary(target) as temporary:
-                        shutil.copyfile(source, temporary)
-                        os.replace(temporary, self.path(target))
+            self.put(source, target)
             entries.append({"name": target, "bytes": source.stat().st_size, "sha256": sha256_of(source)})
         return entries
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.catalog.products import require_columns
+from catid2_ray.catalog.scripts import pairs_of_unspaced
 from catid2_ray.errors import EncoderError, InputError
 
 TEXT_COLUMNS = ("title", "category_path", "description")
@@ -56,8 +57,8 @@ class Encoder(Protocol):
 class LsaEncoder:
     """Latent semantic analysis: TF-IDF of words and word pairs (1 + log tf), projected on the first D singular vectors.
 
-    Deerwester et al. 1990; scikit-learn computes both halves. Made by `fit` or `load`. A text without any known word
-    gets the mean direction of the texts it was fitted on.
+    Deerwester et al. 1990; scikit-learn computes both halves. In Japanese and Chinese, character pairs are the words.
+    Made by `fit` or `load`. A text without any known word gets the mean direction of the texts it was fitted on.
     """
 
     def __init__(self, terms: list[str], idf_V: np.ndarray, components_DV: np.ndarray, mean_D: np.ndarray):
@@ -82,7 +83,7 @@ class LsaEncoder:
 
         vectorizer = TfidfVectorizer(max_features=vocabulary, **_tfidf_settings())
         try:
-            weight_NV = vectorizer.fit_transform(texts)
+            weight_NV = vectorizer.fit_transform(pairs_of_unspaced(text) for text in texts)
         except ValueError as error:
             raise InputError(f"the encoder found no word in {len(texts)} texts; check embedding.text") from error
         if min(weight_NV.shape) < width:
@@ -103,7 +104,7 @@ class LsaEncoder:
         """float32 N×D, rows of length 1; a row depends on its own text only."""
         if not len(texts):
             return np.empty((0, self.width), np.float32)
-        weight_NV = self._vectorizer.transform(texts)
+        weight_NV = self._vectorizer.transform(pairs_of_unspaced(text) for text in texts)
         return _unit_rows(np.asarray(weight_NV @ self.components_DV.T), self.mean_D)
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -154,8 +155,9 @@ class HuggingFaceEncoder:
     """Any Hugging Face text model by id or local folder: mean of the last hidden states over real tokens, length 1.
 
     `batch`: texts per forward pass; `tokens`: longer texts are cut to this many. float32 throughout; of an
-    encoder-decoder model only the encoder is used. Texts are batched by length and answered in their own order; padding
-    moves a row by less than 1e-5. Raises EncoderError when the model cannot be loaded.
+    encoder-decoder model only the encoder is used. Every pass has `batch` rows of one of few lengths (multiples of 8),
+    filled up where need be, so that a text's vector is the same bit for bit whatever texts are encoded with it; another
+    `batch` may move it by 1e-5. Raises EncoderError when the model cannot be loaded.
     """
 
     def __init__(self, name_or_folder: str, *, batch: int, tokens: int, device: str = "cpu"):
@@ -177,17 +179,26 @@ class HuggingFaceEncoder:
         if not len(texts):
             return vector_ND
         encoded = self._tokenizer(list(texts), truncation=True, max_length=self.tokens, return_token_type_ids=False)
-        order = np.argsort([len(ids) for ids in encoded["input_ids"]], kind="stable")
+        length_N = np.array([min(-(-len(ids) // 8) * 8, self.tokens) for ids in encoded["input_ids"]])
         with torch.no_grad():
-            for start in range(0, len(order), self.batch):
-                rows = order[start : start + self.batch]
-                part = {key: [encoded[key][row] for row in rows] for key in ("input_ids", "attention_mask")}
-                padded = self._tokenizer.pad(part, return_tensors="pt").to(self.device)
-                hidden_BTD = self._model(**padded).last_hidden_state
-                mask_BT1 = padded["attention_mask"].unsqueeze(-1).to(hidden_BTD.dtype)
-                pooled_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
-                vector_ND[rows] = torch.nn.functional.normalize(pooled_BD, dim=-1).cpu().numpy()
+            for length in np.unique(length_N):
+                rows_N = np.flatnonzero(length_N == length)
+                for start in range(0, len(rows_N), self.batch):
+                    rows = rows_N[start : start + self.batch]
+                    vector_ND[rows] = self._pooled(encoded, np.resize(rows, self.batch), int(length))[: len(rows)]
         return vector_ND
+
+    def _pooled(self, encoded, rows: np.ndarray, length: int) -> np.ndarray:
+        """float32 len(rows)×D: one forward pass over texts padded to `length` tokens."""
+        import torch
+
+        part = {key: [encoded[key][row] for row in rows] for key in ("input_ids", "attention_mask")}
+        padded = self._tokenizer.pad(part, padding="max_length", max_length=length, return_tensors="pt")
+        padded = padded.to(self.device)
+        hidden_BTD = self._model(**padded).last_hidden_state
+        mask_BT1 = padded["attention_mask"].unsqueeze(-1).to(hidden_BTD.dtype)
+        pooled_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
+        return torch.nn.functional.normalize(pooled_BD, dim=-1).cpu().numpy()
 
 
 def _load_pretrained(name: str):

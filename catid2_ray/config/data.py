@@ -93,6 +93,6 @@ class EmbeddingRecipe(Section):
     lsa_vocabulary: int = setting(50_000, "terms that lsa keeps at most", unit="terms", ge=10)
     sample_rows: int = setting(50_000, "rows that lsa is fitted on at most", unit="rows", ge=100)
     tokens: int = setting(64, "longest text that the encoder reads", unit="tokens", ge=4, le=4096)
-    batch: int = setting(64, "texts per forward pass", unit="texts", operational=True, ge=1)
+    batch: int = setting(64, "texts per forward pass; another number may change the last bits", unit="texts", ge=1)
     workers: int = setting(2, "actors that embed", unit="actors", operational=True, ge=1)
     gpus_per_worker: float = setting(0, "of an embedding actor; 0 = CPU", unit="GPUs", operational=True, ge=0)

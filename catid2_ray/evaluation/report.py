@@ -39,8 +39,12 @@ def sections(figures: Mapping) -> list[Section]:
 
 def closing_table(figures: Mapping) -> Group:
     """The sections as rich tables, to be printed by a console of 80 columns or more."""
+    return rich_tables(sections(figures))
+
+
+def rich_tables(parts: Sequence[Section]) -> Group:
     tables = []
-    for section in sections(figures):
+    for section in parts:
         table = Table(
             title=section.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, min_width=TABLE_WIDTH
         )
@@ -54,8 +58,12 @@ def closing_table(figures: Mapping) -> Group:
 
 def markdown(figures: Mapping) -> str:
     """The sections as Markdown tables under third-level headings, ending in a newline."""
+    return markdown_tables(sections(figures))
+
+
+def markdown_tables(parts: Sequence[Section]) -> str:
     blocks = []
-    for title, header, rows in sections(figures):
+    for title, header, rows in parts:
         lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)]), *(_row(row) for row in rows)]
         blocks.append(f"### {title}\n\n" + "\n".join(lines) + "\n")
     return "\n".join(blocks)

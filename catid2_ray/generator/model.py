@@ -147,7 +147,10 @@ def _load(name_or_folder: str) -> T5ForConditionalGeneration:
             "unknown id or folder: give a folder written by save_pretrained, fix the id, or build a small T5 from a "
             "config instead"
         ) from error
-    if model.config.model_type != "t5":
+    # mT5 is T5 v1.1 with another vocabulary: the same modules and names, and no scaling of the last state.
+    if model.config.model_type == "mt5":
+        model.config.scale_decoder_outputs = False
+    if model.config.model_type not in ("t5", "mt5"):
         raise EncoderError(
             f"{name_or_folder!r} is a {model.config.model_type!r} model, expected a T5; choose a T5 checkpoint"
         )

@@ -1,7 +1,8 @@
 """The subword vocabulary: a tokenizer trained on the catalogue's own text, plus one token per (level, code) at its end.
 
 Letters and numbers are split from each other, so "10ft" and "10 ft" are the same tokens and "3/4" stays whole;
-punctuation that says nothing about a product is dropped.
+punctuation that says nothing about a product is dropped. Japanese, which has no spaces, is split where its script changes:
+a rough word boundary that needs no dictionary, and without which a whole title would be one word.
 """
 
 from collections.abc import Iterable
@@ -16,8 +17,13 @@ from catid2_ray.errors import EncoderError, InputError, RecipeError
 
 PAD, EOS, UNK = 0, 1, 2
 _SPECIAL = ("<pad>", "</s>", "<unk>")
-# A number with its decimal point or fraction | letters with their marks | the few signs that carry a unit or a meaning.
-_WORD = r"""\d+(?:[./]\d+)*|[\p{L}\p{M}]+|[%"'#&+°$]"""
+# A number with its decimal point or fraction | Chinese characters | hiragana | katakana | any other letters with their marks
+# | the few signs that carry a unit or a meaning. The prolongation mark ー belongs to both kana, but to no script.
+_WORD = (
+    r"\d+(?:[./]\d+)*|\p{Han}+|[\p{Hiragana}ー]+|[\p{Katakana}ー]+"
+    r"|[[\p{L}\p{M}]&&[^\p{Han}\p{Hiragana}\p{Katakana}ー]]+"
+    r"""|[%"'#&+°$]"""
+)
 
 
 def train_tokenizer(texts: Iterable[str], *, size: int) -> PreTrainedTokenizerFast:

@@ -182,19 +182,21 @@ def _assign(point_BGZ, book_KZ, taken_BK, solver):
 
 def _order_twins(code_BG, cost_BGK, point_BGZ):
     """Among products at one point, the lower product_id takes the nearer of their codes."""
-    count, members, width = point_BGZ.shape
-    # A sum with weights of no common measure brings equal points together; what lies between is found by comparing.
-    key_BG = (point_BGZ * np.sqrt(2.0 + np.arange(width))).sum(axis=2)
-    order_BG = np.argsort(key_BG, axis=1, kind="stable")
-    point_BGZ = np.take_along_axis(point_BGZ, order_BG[..., None], axis=1)
-    new_BG = np.ones((count, members), bool)
-    new_BG[:, 1:] = (point_BGZ[:, 1:] != point_BGZ[:, :-1]).any(axis=2)
-    if new_BG.all():
+    # Equal points have equal sums. Only prefixes with equal sums are looked at; there coordinates decide, in row order.
+    key_BG = np.sort((point_BGZ * np.sqrt(2.0 + np.arange(point_BGZ.shape[2]))).sum(axis=2), axis=1)
+    tied = np.flatnonzero((key_BG[:, 1:] == key_BG[:, :-1]).any(axis=1))
+    if not len(tied):
         return code_BG
+    order_TG = np.lexsort(np.moveaxis(point_BGZ[tied], 2, 0), axis=-1)
+    point_TGZ = np.take_along_axis(point_BGZ[tied], order_TG[..., None], axis=1)
+    new_TG = np.ones(order_TG.shape, bool)
+    new_TG[:, 1:] = (point_TGZ[:, 1:] != point_TGZ[:, :-1]).any(axis=2)
     own_BG = np.take_along_axis(cost_BGK, code_BG[..., None], axis=2)[..., 0]
-    own_BG, sorted_BG = (np.take_along_axis(array, order_BG, axis=1) for array in (own_BG, code_BG))
-    near = np.lexsort((sorted_BG.ravel(), own_BG.ravel(), np.cumsum(new_BG)))
-    np.put_along_axis(code_BG, order_BG, sorted_BG.ravel()[near].reshape(count, members), axis=1)
+    own_TG, sorted_TG = (np.take_along_axis(array[tied], order_TG, axis=1) for array in (own_BG, code_BG))
+    near = np.lexsort((sorted_TG.ravel(), own_TG.ravel(), np.cumsum(new_TG)))
+    ordered_TG = np.empty_like(order_TG)
+    np.put_along_axis(ordered_TG, order_TG, sorted_TG.ravel()[near].reshape(order_TG.shape), axis=1)
+    code_BG[tied] = ordered_TG
     return code_BG
 
 

@@ -1,5 +1,6 @@
 """A release that lives: append, refuse, two at once, then a full re-ID on top; codes by k-means, a generator of one epoch."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from catid2_ray.errors import CommitConflict, QualityGateError, RecipeError, Rel
 from catid2_ray.on_ray.append import append
 from catid2_ray.on_ray.reindex import GateFailed, append_items, publish, reindex
 from catid2_ray.retrieval.retriever import Retriever
+from tests.command import run, write_recipe
 from tests.conftest import TINY
 
 MADE = generate(products=300, queries=120, seed=3)
@@ -91,13 +93,18 @@ def test_appended_products_are_served_by_the_old_generator(copied):
     again = append_items(recipe)
     assert again.made == []
     assert again.release.name == release.name and releases.pointer(store)[0] == 2
-    # A third release on top of it, and the way back: products that return while in quarantine get their own IDs.
+    # A third release on top of it, and the way back: products that return while in quarantine get their own IDs. As a user
+    # does it, with a job.
     write_shop(folder / "shop", first=0, end=300)
-    third = append_items(recipe)
-    assert third.figures["number"] == 3 and third.figures["ledger"]["retired"] == 0
-    assert before.items() <= ids_of(store, third.parts["ids"]).items()
-    assert third.parts["generator"].digest == first.parts["generator"].digest
-    assert third.release.manifests(store)["ids"].extends["ids"] == [
+    path = write_recipe(folder, recipe.model_dump(mode="json"))
+    ended = run("jobs.append_items", "--recipe", path, "--json", folder / "append.json")
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads((folder / "append.json").read_text())
+    assert figures["number"] == 3 and figures["ledger"]["retired"] == 0 and figures["release"] in ended.stdout
+    third = releases.current(store).manifests(store)
+    assert before.items() <= ids_of(store, third["ids"]).items()
+    assert third["generator"].digest == first.parts["generator"].digest
+    assert third["ids"].extends["ids"] == [
         outcome.parts["ids"].digest,
         first.parts["ids"].digest,
     ]
@@ -157,6 +164,10 @@ def test_a_full_re_id_goes_on_from_the_release_and_its_churn_is_gated(copied):
     ):
         reindex(recipe)
     assert releases.pointer(store) == (1, first.release.name) and not store.exists("artifacts/generator/none")
+    # A kind of IDs that is not followed has no churn to compare with the gate.
+    unfollowed = {"quantizer": {"kind": "rq_kmeans", "ids": "suffix"}, "ids": {"max_churn": 0.5}}
+    with pytest.raises(QualityGateError, match="changes since release r-.* cannot be counted: only unique IDs of the same"):
+        reindex(recipe_of(folder / "shop", folder / "store", **unfollowed))
     outcome = reindex(recipe_of(folder / "shop", folder / "store", **warm, ids={"max_churn": 1.0}))
     figures = outcome.figures
     assert figures["number"] == 2 and figures["base"] == first.release.name

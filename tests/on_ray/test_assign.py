@@ -137,7 +137,7 @@ def test_parts_and_buckets_give_what_one_call_gives(world):
     assert set(ledger["status"].to_pylist()) == {"new"} and set(ledger["since"].to_pylist()) == {1}
 
 
-@pytest.mark.parametrize("ids", [{"bucket_rows": 1_000_000}, {"bucket_rows": 1_500, "workers": 2}])
+@pytest.mark.parametrize("ids", [{"bucket_rows": 1_000_000}, {"bucket_rows": 1_500, "workers": 4}])
 def test_buckets_and_workers_change_no_byte(world, ids):
     _, recipe, parts = world
     other = recipe.model_copy(update={"ids": recipe.ids.model_copy(update=ids)})
@@ -156,15 +156,17 @@ def test_other_parts_give_the_same_ids(world, tmp_path):
     assert ids_of(other, assigned(other, found)) == ids_of(recipe, assigned(recipe, parts))
 
 
-def test_a_worker_killed_in_the_middle_changes_no_byte(world):
+@pytest.mark.parametrize("written", ["codes", "moves"])
+def test_a_worker_killed_in_the_middle_changes_no_byte(world, written):
+    """Killed while rows are brought to their buckets, and while what was decided is brought back."""
     _, recipe, parts = world
     undisturbed = assigned(recipe, parts).digest
     killed, done = [], threading.Event()
 
-    def kill_at_the_first_move():
+    def kill_at_the_first_files():
         while not done.is_set() and len(killed) < 2:
-            moved = list(Store(recipe.store).fs.glob(f"{recipe.store}/artifacts/ids/*/*/exchange/moves-*.arrow"))
-            if len(moved) > len(killed):
+            found = list(Store(recipe.store).fs.glob(f"{recipe.store}/artifacts/ids/*/*/exchange/{written}-*.arrow"))
+            if len(found) > len(killed):
                 for process in psutil.Process().children(recursive=True):
                     if "ray::MapBatches" in " ".join(process.cmdline()):
                         process.kill()
@@ -172,7 +174,7 @@ def test_a_worker_killed_in_the_middle_changes_no_byte(world):
                         break
             time.sleep(0.002)
 
-    watch = threading.Thread(target=kill_at_the_first_move)
+    watch = threading.Thread(target=kill_at_the_first_files)
     watch.start()
     try:
         assert assigned(recipe, parts).digest == undisturbed
@@ -198,14 +200,18 @@ def test_other_modes_equal_one_call(world):
     folder, recipe, parts = world
     names, codes_NL, residual_NZ, _ = coded(recipe, parts)
     packed_N = DocidSpace(CODES).pack(codes_NL)
-    for mode in ("suffix", "digits", "cluster"):
-        other = recipe_of(folder, ids={"cluster_max": 5} if mode == "cluster" else {})
+    value_N = table_of(recipe, parts["catalog"])["value"].to_numpy()
+    for mode, split in [("suffix", None), ("digits", None), *(("cluster", way) for way in ("kmeans", "value", "random"))]:
+        other = recipe_of(folder, ids={"cluster_max": 5, "cluster_split": split} if split else {})
         other = other.model_copy(update={"quantizer": other.quantizer.model_copy(update={"ids": mode})})
         if mode == "cluster":
             size = np.unique(packed_N, return_inverse=True, return_counts=True)
             large_N = size[2][size[1]] > 5
             number_N = np.zeros(len(names), np.int64)
-            found = split_clusters(packed_N[large_N], residual_NZ[large_N], names[large_N], t_max=5, method="kmeans")
+            found = split_clusters(
+                packed_N[large_N], residual_NZ[large_N], names[large_N], t_max=5, method=split, value_N=value_N[large_N],
+                seed=recipe.seed,
+            )  # fmt: skip
             number_N[large_N] = found.group_N
             expected = np.column_stack([codes_NL, number_N])
         else:
@@ -262,10 +268,21 @@ def test_append_moves_no_id_and_the_ledger_goes_on(world, tmp_path):
         codes_NL[fresh_N], residual_NZ[fresh_N], books, names[fresh_N], occupied=occupied, method="exact"
     )
     assert [after[name] for name in names[fresh_N]] == [tuple(row) for row in whole.codes_NL.tolist()]
-    # Two releases later the quarantine is over.
     third = assigned(later, found, base_on(later, found, second), keeps=True)
     assert third.metrics["ledger"]["kept"] == 3250 and third.metrics["encoded"] == 0
     assert ids_of(later, third) == after and third.extends["ids"] == [second.digest, first.digest]
+    # Two releases after they left the quarantine is over: copies of the products that are gone get the free IDs.
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    old = pq.read_table(folder / "data" / "products.parquet")
+    again = old.slice(0, 50).set_column(0, "product_id", pa.array([f"again-{number:02d}" for number in range(50)]))
+    write_catalogue(copies, pa.concat_tables([pq.read_table(tmp_path / "data" / "products.parquet"), again]))
+    last = recipe_of(copies, rows_per_part=400).model_copy(update={"store": recipe.store})
+    found = parts_of(last, "embeddings") | {"quantizer": parts["quantizer"]}
+    fourth = assigned(last, found, base_on(last, found, third), keeps=True)
+    reused = {before[name] for name in gone} & set(ids_of(last, fourth).values())
+    assert fourth.metrics["ledger"]["new"] == 50 and reused
+    assert fourth.metrics["churn"]["after"]["addresses_reused"] == 0  # nobody of the release before had them
 
 
 def test_a_full_re_id_reports_its_churn(world, tmp_path):

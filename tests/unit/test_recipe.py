@@ -12,6 +12,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from catid2_ray.catalog.sources.esci import GAINS
 from catid2_ray.config import NOT_STATED, Recipe, Section, schema
 from catid2_ray.errors import RecipeError
 
@@ -366,6 +367,19 @@ def test_every_recipe_of_the_project_loads(path):
     if needs_root:
         with pytest.raises(RecipeError, match="catalog.root"):
             Recipe.load(path)
+
+
+@pytest.mark.parametrize("locale, codes", [("us", 512), ("es", 256), ("jp", 512)])
+def test_the_esci_recipes_are_as_the_paper_prints_them(locale, codes):
+    recipe = Recipe.load(RECIPES[0].with_name(f"esci_{locale}.yaml"), ["catalog.root=elsewhere"])
+    quantizer = recipe.quantizer
+    assert (quantizer.dispersion, quantizer.hierarchical, quantizer.cluster_scale) == (0.1, 1e-4, 1.0)
+    assert quantizer.codes_per_level == (codes,) * 4 and (quantizer.batch, quantizer.epochs) == (4096, 300)
+    assert not quantizer.refit and quantizer.revive_every_epochs == 0
+    assert (recipe.catalog.min_category_depth, recipe.catalog.max_category_depth) == (3, 3)
+    assert recipe.generator.model.endswith("t5-base") and recipe.ids.method == "sinkhorn"
+    for section in (recipe.generator, recipe.evaluation):
+        assert [label for label, gain in GAINS.items() if gain >= section.min_relevance] == ["E", "S"]
 
 
 def test_the_recipes_that_the_readme_runs_are_there():

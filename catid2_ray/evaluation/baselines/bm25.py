@@ -10,16 +10,20 @@ from collections.abc import Sequence
 import bm25s
 import numpy as np
 
+from catid2_ray.catalog.scripts import UNSPACED, pairs_of_unspaced
 from catid2_ray.errors import CapacityError, InputError
 
 MAX_PRODUCTS = 5_000_000
+_WORD = rf"(?u)\b\w\w+\b|[{UNSPACED}]"
 
 
 class Bm25:
     """BM25 of N texts, Lucene's form; k1 1.2 and b 0.75 as in CHAP's baseline (Pyserini's names for them).
 
     `product_ids`, `texts`: N each, in one order; words of two letters or more, lower case, English stop words left out,
-    no stemming. Raises InputError when the two differ in length or are empty, CapacityError above MAX_PRODUCTS.
+    no stemming. Japanese and Chinese, which have no spaces, are indexed as character pairs and single characters and asked
+    for by pairs; a query's lone character is asked for as such. Raises InputError when the two differ in length or are
+    empty, CapacityError above MAX_PRODUCTS.
     """
 
     def __init__(self, product_ids: Sequence[str], texts: Sequence[str], *, k1: float = 1.2, b: float = 0.75):
@@ -32,7 +36,7 @@ class Bm25:
         # Sorted by id once, a product's position is its rank among equal scores, whatever order the caller had.
         order = np.argsort(np.asarray(product_ids, dtype=object))
         self.product_ids = [str(product_ids[i]) for i in order]
-        tokens = _tokenize([texts[i] for i in order])
+        tokens = _tokenize([pairs_of_unspaced(texts[i], singles=True) for i in order])
         self._index = None
         if any(tokens):
             self._index = bm25s.BM25(k1=k1, b=b, method="lucene")
@@ -43,7 +47,7 @@ class Bm25:
 
         Equal scores stand in the order of their product ids, so results repeat exactly.
         """
-        return [self._best(tokens, k) for tokens in _tokenize(queries)]
+        return [self._best(tokens, k) for tokens in _tokenize([pairs_of_unspaced(query) for query in queries])]
 
     def _best(self, tokens: list[str], k: int) -> list[str]:
         known = [token for token in tokens if self._index is not None and token in self._index.vocab_dict]
@@ -60,4 +64,6 @@ class Bm25:
 
 
 def _tokenize(texts: Sequence[str]) -> list[list[str]]:
-    return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False) if len(texts) else []
+    if not len(texts):
+        return []
+    return bm25s.tokenize(list(texts), token_pattern=_WORD, stopwords="en", return_ids=False, show_progress=False)

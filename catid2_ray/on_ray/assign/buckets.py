@@ -141,8 +141,8 @@ class ResolveRegions(ResolveBucket):
             table = table.filter(pa.array(inside_N))
             packed.append(matrix(table["packed"]))
             rows.append(table.append_column("position", pa.array(np.full(table.num_rows, position, np.int32))))
-        taken_M = np.concatenate([self.taken(bucket) for bucket in range(work.buckets)])
-        taken_M = np.sort(taken_M[self._inside(taken_M, spec["regions"])])
+        taken = (self.taken(bucket) for bucket in range(work.buckets))
+        taken_M = np.sort(np.concatenate([taken_M[self._inside(taken_M, spec["regions"])] for taken_M in taken]))
         name = work.name("moves", work.buckets + spec["position"])
         report = self.resolve(np.concatenate(packed), taken_M, pa.concat_tables(rows).combine_chunks(), name)
         return {"position": spec["position"], "overflowed": report["overflowed"]}

@@ -59,6 +59,19 @@ def test_lsa_puts_like_with_like():
     assert brass @ other > steel @ other
 
 
+def test_lsa_tells_japanese_titles_apart_though_they_have_no_spaces(tmp_path):
+    titles = [
+        f"{how}{what}"
+        for what in ("折りたたみ傘", "ワイヤレスイヤホン")
+        for how in ("防水", "軽量な", "人気の", "黒い")
+    ]
+    encoder = LsaEncoder.fit(titles, width=2, vocabulary=200, seed=1)
+    umbrella, other, earphone = encoder.encode(["大きい折りたたみ傘", "防水の折りたたみ傘", "新型ワイヤレスイヤホン"])
+    assert umbrella @ other > 0.9 > 0.5 > umbrella @ earphone
+    encoder.save(tmp_path)
+    assert np.array_equal(LsaEncoder.load(tmp_path).encode(titles), encoder.encode(titles))
+
+
 def test_lsa_says_why_it_cannot_be_fitted_or_loaded(tmp_path):
     with pytest.raises(InputError, match="set embedding.width to at most"):
         LsaEncoder.fit(TEXTS, width=64, vocabulary=50, seed=1)
@@ -100,6 +113,9 @@ def test_a_pretrained_encoder_answers_in_order_whatever_the_batch(folder):
     one_by_one = np.concatenate([encoder.encode([text]) for text in texts])
     np.testing.assert_allclose(vectors, one_by_one, atol=1e-5)
     assert np.array_equal(encoder.encode(texts), vectors)
+    # The same bits whatever stands beside a text, and in whatever order.
+    assert np.array_equal(np.concatenate([encoder.encode([text]) for text in texts]), vectors)
+    assert np.array_equal(encoder.encode(texts[::-1])[::-1], vectors)
     assert encoder.encode([]).shape == (0, 8)
     long = " ".join(["steel"] * 40)
     cut = HuggingFaceEncoder(folder, batch=4, tokens=3).encode([long, "steel steel steel"])

@@ -47,3 +47,27 @@ def test_catalogues_without_words_and_no_queries():
     assert Bm25(["a"], ["hinge"]).retrieve([], k=3) == []
     with pytest.raises(InputError, match="one text per product, found 2 ids and 1 texts"):
         Bm25(["a", "b"], ["x"])
+
+
+JAPANESE = {
+    "j1": "折りたたみ傘 レディース 晴雨兼用 UVカット",
+    "j2": "ワイヤレスイヤホン Bluetooth 防水",
+    "j3": "防水スプレー 靴用",
+    "j4": "ﾜｲﾔﾚｽ充電器 ＵＳＢ",
+}
+
+
+@pytest.mark.parametrize(
+    "query, best, found",
+    [
+        ("傘", "j1", "j1"),
+        ("折り畳み傘", "j1", "j1"),
+        ("防水イヤホン", "j2", "j2 j3 j4"),
+        ("ワイヤレス 充電", "j4", "j2 j4"),
+        ("usb", "j4", "j4"),
+        ("靴", "j3", "j3"),
+    ],
+)
+def test_japanese_is_found_without_spaces(query, best, found):
+    ranked = Bm25(list(JAPANESE), list(JAPANESE.values())).retrieve([query, "冷蔵庫"], k=4)
+    assert ranked[0][0] == best and sorted(ranked[0]) == found.split() and ranked[1] == []

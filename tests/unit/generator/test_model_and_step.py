@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, RecipeError, TrainingError
@@ -72,6 +72,21 @@ def test_a_padded_pretrained_vocabulary_is_trimmed_and_extended(tmp_path, scaled
     carrying = pretrained_t5(tmp_path / "carrying", tokenizer=tokenizer, space=SPACE, seed=9)
     assert torch.equal(carrying.shared.weight, model.shared.weight)
     assert carrying.config.scale_decoder_outputs == scaled
+
+
+def test_an_mt5_is_loaded_as_the_t5_that_it_is(tmp_path):
+    tokenizer = with_docid_tokens(train_tokenizer(["折りたたみ傘 ステンレス 水筒"] * 3, size=64), SPACE)
+    base = len(tokenizer) - 12
+    sizes = {"vocab_size": base + 5, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    original = MT5ForConditionalGeneration(MT5Config(**sizes, tie_word_embeddings=False)).eval()
+    original.save_pretrained(tmp_path / "mt5")
+    model = pretrained_t5(tmp_path / "mt5", tokenizer=tokenizer, space=SPACE).eval()
+    model.save_pretrained(tmp_path / "carrying")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 4]])}
+    with torch.no_grad():
+        expected = original(**inputs).logits[..., :base]
+        for ours in (model, pretrained_t5(tmp_path / "carrying", tokenizer=tokenizer, space=SPACE).eval()):
+            torch.testing.assert_close(ours(**inputs).logits[..., :base], expected)
 
 
 def test_a_model_that_cannot_be_had_is_an_error_in_words(tmp_path):

@@ -42,6 +42,15 @@ def test_numbers_and_units_mean_the_same_however_they_are_written(tokenizer):
     assert words(tokenizer, "3/4 in. x 10ft, baño") == ["3/4", "in", "x", "10", "ft", "baño"]
 
 
+def test_japanese_is_split_where_its_script_changes():
+    tokenizer = train_tokenizer(["折りたたみ傘 メンズTシャツ 綿100% ラーメン らーめん 日々の靴"] * 4, size=200)
+    text = "折りたたみ傘 Ｔシャツ 綿100% ラーメン らーめん 日々の靴"
+    ids = np.array(tokenizer(text)["input_ids"])
+    assert tokenizer.unk_token_id not in ids
+    expected = ["折", "りたたみ", "傘", "t", "シャツ", "綿", "100", "%", "ラーメン", "らーめん", "日々", "の", "靴"]
+    assert tokenizer.decode(ids[:-1]).split() == expected and starts_word(tokenizer)[ids].sum() == len(expected)
+
+
 def test_id_tokens_are_the_last_entries_level_after_level(tokenizer):
     base = len(tokenizer)
     assert with_docid_tokens(tokenizer, SPACE) is tokenizer

@@ -151,6 +151,20 @@ def test_quiet_products_may_stay_away_as_occupied_ids(catalogue):
     assert len(np.unique(np.concatenate([found.codes_NL, catalogue["occupied"]]), axis=0)) == 2000
 
 
+@pytest.mark.parametrize("method", ["sinkhorn", "exact", "greedy"])
+def test_of_twins_the_lower_product_id_gets_the_nearer_code_whoever_stands_between(method):
+    rng = np.random.default_rng(11)
+    for _ in range(50):
+        one, other = np.zeros((2, 8))
+        # √(2 + 0) · 2 = √(2 + 6) · 1: two points whose sums agree.
+        one[0], other[6] = 2.0, 1.0
+        residual = np.array([one, other, one, other, one])
+        books = [np.zeros((1, 8)), rng.normal(size=(7, 8))]
+        found = assign_unique(np.zeros((5, 2), int), residual, books, list("abcde"), method=method)
+        cost_N = ((residual - books[1][found.codes_NL[:, 1]]) ** 2).sum(1)
+        assert (np.diff(cost_N[[0, 2, 4]]) >= 0).all() and cost_N[1] <= cost_N[3]
+
+
 def test_a_full_catalogue_uses_every_id():
     rng = np.random.default_rng(1)
     books = [rng.normal(size=(k, 3)) for k in (3, 4, 5)]
