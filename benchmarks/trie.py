@@ -270,38 +270,21 @@ def step_ratio(cases: list[dict]) -> dict:
     return {"ratio": ratios, "goal": GOAL_STEP_RATIO, "met": ratios["ours"] <= GOAL_STEP_RATIO}
 
 
+COLUMNS = {
+    "IDs": ("ids",), "build, µs per ID": ("build_us_per_id",), "bytes per ID beside it": ("bytes_beside_id",),
+    "bytes of the ID": ("bytes_codes",), "opening, s": ("open_seconds",),
+    "peak of building, bytes per ID": ("build_peak_bytes_per_id",), "masked step, µs": ("step_us", "ours"),
+    "… dense + CSR": ("step_us", "dense"), "… dict": ("step_us", "dict"),
+    "dense: build": ("dense", "build_us_per_id"), "dense: bytes": ("dense", "bytes_per_id"),
+    "dict: build": ("dict", "build_us_per_id"), "dict: bytes": ("dict", "bytes_per_id"),
+}  # fmt: skip
+
+
 def rendered(report: dict) -> str:
     rows = []
     for case in report["cases"]:
-        step, dense, plain = case["step_us"], case["dense"], case.get("dict", {})
-        rows.append(
-            [
-                case["ids"],
-                case["build_us_per_id"],
-                case["bytes_beside_id"],
-                case["bytes_codes"],
-                case["open_seconds"] * 1e3,
-            ]
-            + [case["build_peak_bytes_per_id"], step["ours"], step["dense"], step.get("dict")]
-            + [dense["build_us_per_id"], dense["bytes_per_id"], plain.get("build_us_per_id"), plain.get("bytes_per_id")]
-        )
-    names = [
-        "IDs",
-        "build, µs per ID",
-        "bytes per ID beside it",
-        "bytes of the ID",
-        "opening, ms",
-        "peak of building, bytes per ID",
-    ]
-    names += [
-        "masked step, µs",
-        "… dense + CSR",
-        "… dict",
-        "dense: build",
-        "dense: bytes",
-        "dict: build",
-        "dict: bytes",
-    ]
+        picked = [case.get(first, {}) for first, *_ in COLUMNS.values()]
+        rows.append([value.get(*rest) if rest else value for value, (_, *rest) in zip(picked, COLUMNS.values())])
     goals = [
         [f"{name} at {case['ids']:,} IDs", limit, case[name], case["goals_met"][name]]
         for name, limit in report["goals"].items()
@@ -313,7 +296,7 @@ def rendered(report: dict) -> str:
     return (
         f"# The trie\n\nWritten by `benchmarks/trie.py`: codes per level {report['codes_per_level']}, {report['beams']} beams, "
         f"one thread, medians. The masked step is the sum over levels. Machine: {report['machine']}.\n\n"
-        + table(names, rows)
+        + table(list(COLUMNS), rows)
         + "\nAt most is asked for:\n\n"
         + table(["goal", "at most", "found", "met"], goals)
         + f"\nThe same ratio of the others: {json.dumps(ends['ratio'])}.\n"

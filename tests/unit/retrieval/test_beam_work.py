@@ -3,6 +3,7 @@
 Counted by hooks on a plain T5, so that a change that repeats work fails here before a benchmark tells.
 """
 
+import os
 import shutil
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.oracles.beam import Table
 from tests.unit.retrieval.test_beam import WORDS, model_for, random_ids, random_queries
 
 CODES = (8, 9, 10)
+WIDE = {"beam_width": 6, "top_k": 6, "levels": 2}
 
 
 @pytest.fixture
@@ -114,15 +116,31 @@ def test_no_step_reads_a_tensor_on_the_host(parts):
     assert not [name for name in names if "_local_scalar_dense" in name or "nonzero" in name]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
-def test_a_compiled_step_finds_the_same(parts):
-    """Without a graph break; one level, one query, so that it takes seconds."""
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(
+                os.environ.get("CATID2_COMPILE") != "1" or shutil.which("g++") is None,
+                reason="half a minute of C++ compiler: CATID2_COMPILE=1 asks for it",
+            ),
+        ),
+    ],
+)
+def test_a_compiled_step_finds_the_same(parts, backend):
+    """One graph per level without a break, and none anew for other queries."""
     model, trie, query, mask = parts
     plain, decoder = (T5Decoder(model, codes_per_level=CODES) for _ in range(2))
-    compiled = torch.compile(decoder.decode_step, fullgraph=True, dynamic=False)
-    decoder.decode_step = compiled
-    mine, expected = (
-        constrained_beam_search(one, trie, query, mask, beam_width=6, top_k=6, levels=2) for one in (decoder, plain)
-    )
-    assert torch.equal(mine.docid_BKL, expected.docid_BKL)
-    torch.testing.assert_close(mine.logp_BK, expected.logp_BK, atol=1e-5, rtol=0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    decoder.decode_step = torch.compile(decoder.decode_step, fullgraph=True, dynamic=False, backend=backend)
+    for asked in (query, query.flip(0)):
+        mine, expected = (
+            constrained_beam_search(one, trie, asked, mask.flip(0) if asked is not query else mask, **WIDE)
+            for one in (decoder, plain)
+        )
+        assert torch.equal(mine.docid_BKL, expected.docid_BKL)
+        torch.testing.assert_close(mine.logp_BK, expected.logp_BK, atol=1e-5, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

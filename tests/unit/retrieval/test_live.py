@@ -272,8 +272,7 @@ def test_filters_know_inserted_products_by_their_columns():
 
 def test_many_inserts_are_few_blocks_of_filter_rows():
     index = FilterIndex({"stock": pa.array([1, 2])})
-    live = live_of([(0, 0), (1, 1)], index=index)
-    live.base.__dict__["shared"] = True
+    live = LiveTrie(Trie.build([[0, 0], [1, 1]], codes_per_level=(3, 3), shared=True), index=index)
     for number in range(60):
         live.insert(f"n{number}", [0, 1], {"stock": number})
     assert len(live.filters._blocks) <= 6 and live.filters.inserted == 60
@@ -292,7 +291,11 @@ def test_the_delta_is_bounded():
 
 
 @settings(max_examples=60, deadline=None)
-@given(names=st.lists(st.none() | st.text(max_size=3), max_size=12, unique_by=lambda name: name or object()))
+@given(
+    names=st.lists(
+        st.none() | st.text(max_size=3), max_size=12, unique_by=lambda name: object() if name is None else name
+    )
+)
 def test_names_are_found_as_in_a_dictionary(names):
     made = ProductNames(pa.chunked_array([names[:4], names[4:]], pa.string()))
     asked = [name for name in names if name is not None] + ["nothing", "\U0001f600z", "\uffff"]
@@ -314,7 +317,7 @@ def test_names_are_saved_with_a_release(tmp_path):
 
 
 def test_a_change_by_name_does_not_read_the_catalogue():
-    """100 changes take a fraction of what one scan of all names for each would (0.25 s for 20 million names)."""
+    """A binary search reads 18 or 19 of 200,000 names."""
     ids = pa.array(np.arange(200_000)).cast(pa.string())
     live = LiveTrie(Trie.from_sorted(np.arange(200_000), codes_per_level=(512, 512)), product_ids=ids)
     read = []
