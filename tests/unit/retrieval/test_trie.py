@@ -72,6 +72,15 @@ def test_starts_are_read_as_if_written_out(sizes):
         starts[[len(plain)]]
 
 
+def test_few_entries_are_looked_up_without_reading_the_exceptions():
+    sizes = np.random.default_rng(0).choice([1] * 29 + [2, 3], 6000)
+    starts = Starts.of(np.cumsum(sizes) - sizes, int(sizes.sum()))
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    assert len(starts.extra) > 200
+    for entries in (*np.arange(0, len(owner), 3)[:, None], np.array([0, len(owner) - 1]), np.empty(0, int)):
+        assert starts.holding(entries).tolist() == owner[entries].tolist()
+
+
 @settings(max_examples=60, deadline=None)
 @given(table=id_tables())
 def test_sorted_ids_give_the_same_trie_and_need_no_order(table):
