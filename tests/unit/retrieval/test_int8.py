@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from catid2_ray.errors import InputError
-from catid2_ray.retrieval.int8 import Int8Linear, int8_copy
+from catid2_ray.retrieval.int8 import Int8Linear, int8_copy, weight_steps
 
 
 def plain(x, weight):
-    """Round both sides to 8 bits, row by row, and multiply in double precision."""
+    """Round both sides to 8 bits (weights to what the CPU sums exactly), row by row, and multiply in double precision."""
 
-    def rounded(rows):
-        scale = [max(max(abs(v) for v in row) / 127, 1e-30) for row in rows.tolist()]
+    def rounded(rows, steps=127):
+        scale = [max(max(abs(v) for v in row) / steps, 1e-30) for row in rows.tolist()]
         return torch.tensor([[round(v / s) * s for v in row] for row, s in zip(rows.tolist(), scale)]).double()
 
-    return rounded(x) @ rounded(weight).T
+    return rounded(x) @ rounded(weight, weight_steps()).T
 
 
 @settings(max_examples=25, deadline=None)
@@ -27,10 +27,18 @@ def test_it_equals_plain_arithmetic(rows, inputs, outputs, seed):
     x, weight = torch.randn(rows, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
     expected = plain(x, weight)
     # A number half-way between two codes may round differently in float32 and float64: one unit of one product.
-    unit = float(x.abs().max() * weight.abs().max()) / 127
+    unit = float(x.abs().max() * weight.abs().max()) / weight_steps()
     torch.testing.assert_close(Int8Linear(weight)(x).double(), expected, atol=1.1 * unit, rtol=0)
     rarely = ((Int8Linear(weight)(x).double() - expected).abs() > 1e-4 * unit * inputs).float().mean()
     assert rarely < 0.2
+
+
+def test_the_largest_sums_do_not_overflow():
+    """All inputs and weights at their largest, of both signs: every product is as far from 0 as it can be."""
+    sign = torch.tensor([1.0, -1.0]).repeat(64)
+    for x, weight in ((torch.ones(9, 128), torch.ones(8, 128)), (-sign.repeat(9, 1), sign.repeat(8, 1))):
+        expected = x.double() @ weight.double().T
+        torch.testing.assert_close(Int8Linear(weight)(x).double(), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(600, 24), (2, 300, 24), (1, 24), (0, 24), (24,)])
