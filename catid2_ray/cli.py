@@ -192,6 +192,23 @@ def report_ids(
 
 
 @app.command()
+def align(recipe: RecipeOption, overrides: SetOption = None, html_file: HtmlOption = None) -> None:
+    """Align the trained generator of a recipe by reinforcement; show what it did, and draw it as one page."""
+    import json
+
+    from catid2_ray.evaluation.alignment import alignment_page, alignment_table
+    from catid2_ray.on_ray.reindex import run_verb
+
+    loaded = Recipe.load(recipe, overrides or [])
+    store, made = run_verb(loaded, "align_generator")
+    history = json.loads(store.read(made.file("history.json")))
+    Console(width=max(112, Console().width)).print(alignment_table(made.metrics["before"], made.metrics["after"]))
+    page = alignment_page(history, title=f"Alignment: {loaded.name}", about=loaded.alignment.identity())
+    print(f"The page with pictures: {_keep_page(page, html_file, loaded, 'alignment.html')}")
+    print(store.uri_of(made.name))
+
+
+@app.command()
 def search(
     query: str,
     store: StoreOption = _DEFAULT_STORE,

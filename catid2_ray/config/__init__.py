@@ -5,6 +5,7 @@ is silent the field says "not stated in the paper". Fields marked operational ch
 never its result, and so stay out of the keys of artefacts.
 """
 
+from catid2_ray.config.alignment import AlignmentRecipe
 from catid2_ray.config.base import NOT_STATED, Section
 from catid2_ray.config.data import CatalogRecipe, ClusterRecipe, EmbeddingRecipe
 from catid2_ray.config.examples import EXAMPLE_KINDS, ExamplesRecipe, StageRecipe
@@ -19,6 +20,7 @@ __all__ = [
     "EXAMPLE_KINDS",
     "KINDS",
     "NOT_STATED",
+    "AlignmentRecipe",
     "CatalogRecipe",
     "ClusterRecipe",
     "EmbeddingRecipe",

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError, model_validator
 
+from catid2_ray.config.alignment import AlignmentRecipe
 from catid2_ray.config.base import Section, setting
 from catid2_ray.config.data import CatalogRecipe, ClusterRecipe, EmbeddingRecipe
 from catid2_ray.config.generator import EvaluationRecipe, GeneratorRecipe, IdsRecipe
@@ -29,6 +30,7 @@ class Recipe(Section):
     quantizer: QuantizerRecipe = setting(QuantizerRecipe(), "stage 1", unit="section")
     ids: IdsRecipe = setting(IdsRecipe(), "stage 2", unit="section")
     generator: GeneratorRecipe = setting(GeneratorRecipe(), "stage 3", unit="section")
+    alignment: AlignmentRecipe = setting(AlignmentRecipe(), "after stage 3, off by default", unit="section")
     serving: ServingRecipe = setting(ServingRecipe(), "how a release answers queries", unit="section")
     evaluation: EvaluationRecipe = setting(EvaluationRecipe(), "what is measured before publication", unit="section")
     sample_queries: tuple[str, ...] = setting(
@@ -91,6 +93,12 @@ class Recipe(Section):
     def beam_width(self) -> int | tuple[int, ...]:
         """What is served and, as "served", evaluated."""
         return self.evaluation.beam_width if self.serving.beam_width is None else self.serving.beam_width
+
+    @property
+    def most_workers(self) -> int:
+        """Of the training that has most."""
+        trainings = [self.quantizer, self.generator, *([self.alignment] if self.alignment.enabled else [])]
+        return max(training.workers for training in trainings)
 
     @classmethod
     def build(cls, values: dict) -> "Recipe":

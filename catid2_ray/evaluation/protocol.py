@@ -81,21 +81,6 @@ class Judgements:
         )
 
 
-def per_query(
-    judgements: Judgements,
-    ranked_by_method: Mapping[str, Sequence[Sequence[str]]],
-    ks: Sequence[int] = (5, 10, 20, 50, 100),
-) -> dict[str, dict[str, np.ndarray]]:
-    """{"recall" | "recall_seen" | "recall_unseen": {method: float64 Q×len(ks)}}: what `evaluate` averages, query by query.
-
-    Rows are in the order of `judgements.queries`; NaN where a query has no relevant product in the group.
-    """
-    return {
-        key: {method: recalls(ranked, getattr(judgements, group), ks) for method, ranked in ranked_by_method.items()}
-        for key, group in GROUPS.items()
-    }
-
-
 def evaluate(
     judgements: Judgements,
     ranked_by_method: Mapping[str, Sequence[Sequence[str]]],
@@ -117,6 +102,23 @@ def evaluate(
             values = recall_at(ranked, wanted, ks) if asked else dict.fromkeys(ks)
             figures[key][method] = {str(k): value for k, value in values.items()}
     return figures | {"queries": counts, "dropped_pairs": judgements.dropped_pairs}
+
+
+def per_query_recalls(
+    judgements: Judgements,
+    ranked_by_method: Mapping[str, Sequence[Sequence[str]]],
+    ks: Sequence[int] = (5, 10, 20, 50, 100),
+) -> dict[str, dict[str, np.ndarray]]:
+    """Group ("all", "seen", "unseen") → method → float64 Q×len(ks), what `evaluate` averages: for the paired bootstrap.
+
+    Rows follow `judgements.queries`; NaN where a query has no relevant product in the group, for every method alike.
+    """
+    return {
+        "all" if group == "relevant" else group: {
+            method: recalls(ranked, getattr(judgements, group), ks) for method, ranked in ranked_by_method.items()
+        }
+        for group in GROUPS.values()
+    }
 
 
 def _strings(ids: Collection[str] | pa.Array) -> pa.Array:

@@ -106,11 +106,14 @@ def drop_words(
     without a second model.
     """
     kept_BT = kept_words(input_ids_BT, starts_word_V, keep=keep, generator=generator, pad=pad, special=special)
-    return _only(input_ids_BT, kept_BT, pad)
+    thin_BT = only_kept(input_ids_BT, kept_BT, pad=pad)
+    return np.pad(thin_BT, ((0, 0), (0, input_ids_BT.shape[1] - thin_BT.shape[1])), constant_values=pad)
 
 
-def _only(input_ids_BT: np.ndarray, kept_BT: np.ndarray, pad: int) -> np.ndarray:
-    order_BT = np.argsort(~kept_BT, axis=1, kind="stable")
+def only_kept(input_ids_BT: np.ndarray, kept_BT: np.ndarray, *, pad: int = PAD) -> np.ndarray:
+    """int32 B×T': the tokens that are kept, moved to the left, with no column of only padding."""
+    used = max(1, int(kept_BT.sum(1).max(initial=0)))
+    order_BT = np.argsort(~kept_BT, axis=1, kind="stable")[:, :used]
     return np.take_along_axis(np.where(kept_BT, input_ids_BT, pad), order_BT, 1).astype(np.int32)
 
 
@@ -273,5 +276,5 @@ class Examples:
     def batch(self, *, seed: int, step: int, batch: int, rank: int = 0, workers: int = 1) -> Batch:
         """The texts and IDs of `pick`, as token ids."""
         picked = self.pick(seed=seed, step=step, batch=batch, rank=rank, workers=workers)
-        used = max(1, int(picked.kept_BT.sum(1).max(initial=0)))
-        return Batch(_only(picked.input_ids_BT, picked.kept_BT, self.pad)[:, :used], picked.codes_BL, picked.weight_B)
+        ids_BT = only_kept(picked.input_ids_BT, picked.kept_BT, pad=self.pad)
+        return Batch(ids_BT, picked.codes_BL, picked.weight_B)

@@ -39,8 +39,8 @@ def dense(states_BTE: Tensor, mask_BT: Tensor) -> Tensor:
 class StateCache:
     """Token states of N texts on local disk, memory-mapped; made by `build`.
 
-    A folder holds `states.f16` (raw, tokens × E), `start.npy` (U + 1), `text.npy` (N, which different text a row is) and
-    `cache.json`, written last. Raises ArtifactError when the folder holds no complete cache.
+    A folder holds `states.f16` (raw, tokens × E), `start.npy` (U + 1), `text.npy` (N, which different text a row is),
+    `hash.npy` (U, of each text's ids) and `cache.json`, written last. Raises ArtifactError when the folder holds no complete cache.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -49,12 +49,15 @@ class StateCache:
             self.about = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
             self.start_U1 = np.load(folder / "start.npy", allow_pickle=False)
             self.text_N = np.load(folder / "text.npy", allow_pickle=False, mmap_mode="r")
+            self.hash_U = np.load(folder / "hash.npy", allow_pickle=False)
             shape = (int(self.start_U1[-1]), int(self.about["width"]))
             self.states = np.memmap(folder / "states.f16", np.float16, "r", shape=shape)
         except (OSError, ValueError, KeyError) as error:
             raise ArtifactError(
                 f"{folder} holds no complete cache of token states ({type(error).__name__}: {error}); build it again"
             ) from error
+
+        self._by_hash_U = np.argsort(self.hash_U)
 
     def __len__(self) -> int:
         return len(self.text_N)
@@ -76,7 +79,12 @@ class StateCache:
         folder with the cache of another encoder or other texts.
         """
         folder, ids_NT = Path(folder), np.ascontiguousarray(input_ids_NT, np.int32)
-        identity = {"encoder": encoder.digest(), "texts": hashlib.sha256(ids_NT).hexdigest(), "rows": len(ids_NT)}
+        identity = {
+            "encoder": encoder.digest(),
+            "pad": encoder.pad,
+            "texts": hashlib.sha256(ids_NT).hexdigest(),
+            "rows": len(ids_NT),
+        }
         if (folder / "cache.json").exists():
             found = cls(folder)
             if {name: found.about.get(name) for name in identity} != identity:
@@ -103,20 +111,44 @@ class StateCache:
                 out.write(states_BTE[mask_BT].to(torch.float16).numpy().tobytes())
                 if on_progress is not None:
                     on_progress(min(first + batch, len(ids_UT)), len(ids_UT))
+        hash_U = _hashes(ids_UT, encoder.pad)
+        if len(np.unique(hash_U)) < len(hash_U):
+            raise InputError("two different texts have one 64-bit hash, which chance does not explain; report it")
+        np.save(folder / "hash.npy", hash_U)
         np.save(folder / "start.npy", np.concatenate(([0], np.cumsum(length_U))).astype(np.int64))
         np.save(folder / "text.npy", place_U[text_N.reshape(-1)].astype(np.int32))
         (folder / "cache.json.part").write_text(json.dumps({**identity, "width": width}), encoding="utf-8")
         os.replace(folder / "cache.json.part", folder / "cache.json")
         return cls(folder)
 
+    def find(self, input_ids_BT: np.ndarray) -> np.ndarray:
+        """int64 B: the number, for `take_texts`, of each text that is padded as the cache's texts were, to any length.
+
+        Raises InputError for a text that the cache was not built from.
+        """
+        hash_B = _hashes(input_ids_BT, self.about["pad"])
+        place_B = np.searchsorted(self.hash_U, hash_B, sorter=self._by_hash_U).clip(max=len(self.hash_U) - 1)
+        text_B = self._by_hash_U[place_B]
+        unknown_B = self.hash_U[text_B] != hash_B
+        if unknown_B.any():
+            raise InputError(
+                f"row {int(unknown_B.argmax())} is a text that the cache of token states was not built from; build it from "
+                "every text of the training"
+            )
+        return text_B
+
     def take(self, rows: np.ndarray, keep_BT: np.ndarray | None = None) -> TokenStates:
-        """float16 states of texts `rows` (B), on CPU, cut to the longest; what stands at padding means nothing.
+        """`take_texts` of the texts of rows 0 … N − 1."""
+        return self.take_texts(self.text_N[rows], keep_BT)
+
+    def take_texts(self, text_B: np.ndarray, keep_BT: np.ndarray | None = None) -> TokenStates:
+        """float16 states of different texts 0 … U − 1, on CPU, cut to the longest; what stands at padding means nothing.
 
         `keep_BT`: bool over the token columns that the cache was built from; tokens left out are left out of the
         states, and the others move to the left. Raises InputError when it keeps padding.
         """
-        text_B = self.text_N[rows]
-        start_B1, length_B = self.start_U1[text_B][:, None], np.diff(self.start_U1)[text_B]
+        start_B1 = self.start_U1[text_B][:, None]
+        length_B = self.start_U1[np.asarray(text_B) + 1] - start_B1[:, 0]
         if keep_BT is None:
             kept_B, place_BT = length_B, np.arange(max(1, length_B.max(initial=1)))[None]
         else:
@@ -128,6 +160,12 @@ class StateCache:
         # Padding reads the text's first token, which is in the processor's cache already.
         index_BT = np.where(mask_BT, start_B1 + place_BT, np.minimum(start_B1, len(self.states) - 1))
         return TokenStates(torch.from_numpy(np.take(self.states, index_BT, axis=0)), torch.from_numpy(mask_BT))
+
+
+def _hashes(ids_BT: np.ndarray, pad: int) -> np.ndarray:
+    """uint64 B, of the real tokens and their places: a sum of each id times a number of its place, modulo 2^64."""
+    factor_T = np.random.default_rng(0).integers(0, 2**63, ids_BT.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
+    return np.where(ids_BT == pad, 0, ids_BT.astype(np.int64) + 1).astype(np.uint64) @ factor_T
 
 
 def _lengths(ids_UT: np.ndarray, pad: int) -> np.ndarray:

@@ -59,7 +59,7 @@ def with_users(
     if rows:
         words_BA[:] = tokenizer(
             list(attributes), add_special_tokens=False, split_special_tokens=True, max_length=attribute_tokens,
-            truncation=True, padding="max_length", return_attention_mask=False,
+            truncation=True, padding="max_length", padding_side="right", return_attention_mask=False,
         )["input_ids"]  # fmt: skip
     first_L = base + np.cumsum((0, *space.codes_per_level[:-1]))
     ids_BPL = np.full((rows, recent, space.levels), pad, np.int32)

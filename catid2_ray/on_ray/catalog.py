@@ -44,6 +44,8 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
             table: [[name, source.fingerprint(name)] for name in _files(source, table)]
             for table in ("products", "pairs")
         }
+        if _logged(source):
+            settings["behaviour"] = True
     return job.produce("catalog", settings, {}, lambda attempt: _prepare(job, attempt, width))
 
 
@@ -52,6 +54,12 @@ def _files(source: Store, table: str) -> list[str]:
     if table == "pairs" and not (source.exists("pairs.parquet") or source.exists("pairs")):
         return []
     return source.parquet_files(table)
+
+
+def _logged(source: Store) -> bool:
+    """Whether the pairs say what searchers did."""
+    files = _files(source, "pairs")
+    return bool(files) and "behaviour" in source.parquet_file(files[0]).schema_arrow.names
 
 
 def _given_width(job: Job) -> int | None:
@@ -131,6 +139,7 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
         "paths_cut": sum(result["cut_paths"] for result in products),
         "pairs_table": bool(tables["pairs"].files),
         "pairs": sum(result["good"] for result in pairs),
+        "behaviour": "behaviour" in tables["pairs"].columns,
         "train_relevance_max": max((result["train_relevance_max"] for result in pairs), default=0.0),
         "pairs_duplicate": sum(result["duplicates"] for result in pairs),
         "pairs_set_aside": sum(result["bad"] for result in pairs),
@@ -271,7 +280,7 @@ class _WriteProducts:
 class _WritePairs(_WriteProducts):
     table = "pairs"
     needed = tuple(schemas.PAIRS.names)
-    wanted = (*needed, "user", "recent")
+    wanted = (*needed, "user", "recent", "behaviour")
 
     def write(self, part: int, group: pa.Table) -> dict:
         checked = check_pairs(group)

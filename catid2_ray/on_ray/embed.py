@@ -48,10 +48,9 @@ def run(job: Job, parts: dict[str, Manifest], *, frozen: dict[str, Manifest] | N
     return job.produce("embeddings", settings, parents, lambda attempt: _embed(job, attempt, parents))
 
 
-def model_identity(name: str) -> dict:
+def model_identity(name: str | None) -> dict:
     """For a model in a local folder, the digest of its files, so that exchanging it under the same path is noticed."""
-    folder = Path(name).expanduser()
-    if name in ("lsa", "small") or not folder.is_dir():
+    if name in (None, "lsa", "small") or not (folder := Path(name).expanduser()).is_dir():
         return {}
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {"model_files": digest_of([[path.relative_to(folder).as_posix(), sha256_of(path)] for path in files])}

@@ -132,10 +132,13 @@ def _judge(
             for table in (store.read_table(catalog.file(e["name"]), columns=["product_id"]) for e in catalog.parts())
         ]
     )["product_id"]
-    train_from = parts["examples"].settings["min_relevance"]
+    taught = {
+        "min_relevance": parts["examples"].settings["min_relevance"],
+        "weights": parts["examples"].settings.get("relevance_weights"),
+    }
     seen = pa.concat_arrays(
         [
-            pc.unique(training_pairs(table, train_from)["product_id"].combine_chunks())
+            pc.unique(training_pairs(table, **taught)["product_id"].combine_chunks())
             for table in (
                 store.read_table(catalog.file(e["name"]), columns=["product_id", "split", "relevance"])
                 for e in catalog.named("pairs/part-")

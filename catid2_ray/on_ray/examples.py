@@ -36,7 +36,16 @@ from catid2_ray.on_ray.pipeline import Job
 from catid2_ray.schedule import seed_from
 
 KIND = {name: number for number, name in enumerate(EXAMPLE_KINDS)}
-_DECIDING = ("model", "vocabulary", "min_relevance", "relevance_weights", "query_tokens", "tokenizer_rows")
+_DECIDING = (
+    "model",
+    "encoder",
+    "causal",
+    "vocabulary",
+    "min_relevance",
+    "relevance_weights",
+    "query_tokens",
+    "tokenizer_rows",
+)
 _DECIDING_OF = {
     "span": ("span_tokens", "span_windows"),
     "user": ("user_tokens", "user_recent"),
@@ -55,7 +64,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     recipe = job.recipe.generator
     deciding = [*_DECIDING, *(name for kind in recipe.kinds for name in _DECIDING_OF.get(kind, ()))]
     settings = {name: value for name, value in recipe.identity().items() if name in deciding}
-    settings |= {**model_identity(recipe.model), "seed": job.recipe.seed, "kinds": list(recipe.kinds)}
+    settings |= {**model_identity(recipe.pretrained), "seed": job.recipe.seed, "kinds": list(recipe.kinds)}
     if "synthetic" in recipe.kinds:
         settings["doc2query_files"] = model_identity(recipe.doc2query)
     parents = {role: parts[role] for role in ("catalog", "ids")}
@@ -81,7 +90,7 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         progress.event("fit", what="tokenizer", subwords=recipe.vocabulary)
         tokenizer = train_tokenizer(_texts(job, catalog), size=recipe.vocabulary)
     else:
-        tokenizer = load_tokenizer(recipe.model)
+        tokenizer = load_tokenizer(recipe.pretrained, kind=recipe.kind)
     tokenizer = with_docid_tokens(tokenizer, space)
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save_pretrained(local)

@@ -263,7 +263,7 @@ class Training:
             folder = Path(local)
             checkpoints.save(folder, self.engine, rank=seat.rank)
             if self.first:
-                self.meter.checkpointed(self._steps_done, state.epoch)
+                self.meter.flush()
                 checkpoints.keep_files(self.local / TENSORBOARD, folder / TENSORBOARD)
                 if self.best_weights is not None:
                     save_file(self.best_weights, folder / checkpoints.BEST)
@@ -274,6 +274,7 @@ class Training:
             seat.hand_in(figures, folder, checkpoints.new_name(self._steps_done))
         self._saved_at = self._steps_done
         if self.meter:
+            self.meter.checkpointed(self._steps_done, state.epoch)
             self.meter.skip_time()
 
     def _export(self, folder: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from catid2_ray.on_ray import progress
 
 FOLDER = "tensorboard"
-_MATMUL_SIDE, _MATMULS = 1024, 8
+_MATMUL_SIDE, _MATMULS = 1024, 4
 # Dense peak in FLOP/s by a part of the device's name: (bf16, fp32 without TF32), from NVIDIA's data sheets.
 _GPU_PEAKS = {
     "H200": (989e12, 67e12),
@@ -66,7 +66,7 @@ class Meter:
         self._board = SummaryWriter(str(folder), purge_step=steps_done + 1, flush_secs=30)
         self._gauges = _gauges(stage)
         self._report = progress.reporter()
-        self._rows, self._since, self._score = 0, time.perf_counter(), None
+        self._rows, self._since, self._score, self._last_note = 0, time.perf_counter(), None, ""
 
     def count(self, rows: int) -> None:
         self._rows += rows
@@ -85,7 +85,8 @@ class Meter:
             if self._flops:
                 figures["mfu"] = rows * self._flops / passed / self._peak
         self._tell(step, figures)
-        self._report(step, self._note(epoch, figures))
+        self._last_note = self._note(epoch, figures)
+        self._report(step, self._last_note)
         return figures
 
     def score(self, step: int, figures: dict) -> None:
@@ -96,9 +97,13 @@ class Meter:
         if "score" in numbers:
             self._tell(step, {"score": numbers["score"]})
 
-    def checkpointed(self, step: int, epochs: int) -> None:
+    def flush(self) -> None:
+        """All that was told is in the event files."""
         self._board.flush()
-        self._report(step, f"epoch {epochs}", epochs)
+
+    def checkpointed(self, step: int, epochs: int) -> None:
+        """Call when the checkpoint is stored: after that, the log says so."""
+        self._report(step, self._last_note, epochs)
 
     def close(self) -> None:
         self._board.close()

@@ -10,10 +10,10 @@ from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import check_pairs
 from catid2_ray.config import ClusterRecipe, Recipe
-from catid2_ray.errors import QualityGateError
+from catid2_ray.errors import QualityGateError, RecipeError
 from catid2_ray.on_ray import cluster, evaluate, progress
 from catid2_ray.on_ray.append import append
-from catid2_ray.on_ray.pipeline import VERB_OF, Job, chain
+from catid2_ray.on_ray.pipeline import ROLE_OF, VERB_OF, Job, chain
 
 _SECONDS_OF = {"catalog": "catalog", "embeddings": "embed", "quantizer": "quantizer", "ids": "assign", "examples": "examples",
                "generator": "generator", "serving": "serving", "evaluation": "evaluate"}  # fmt: skip
@@ -31,9 +31,14 @@ class Outcome:
 
 def run_verb(recipe: Recipe, verb: str) -> tuple[Store, Manifest]:
     """One verb's stages alone; the stages before must be committed (ArtifactError names the job to run first)."""
+    if verb == "align_generator" and not recipe.alignment.enabled:
+        raise RecipeError(
+            "alignment.enabled is off, and what is published would not be aligned: set alignment.enabled=true in the recipe"
+        )
     stages = [stage for stage, name in VERB_OF.items() if name == verb]
     with Job.open(recipe, only=stages) as job:
-        return job.store, chain(job, stages[-1])[stages[-1]]
+        last = stages[-1]
+        return job.store, chain(job, last)[ROLE_OF.get(last, last)]
 
 
 def publish(recipe: Recipe) -> tuple[Store, Release]:

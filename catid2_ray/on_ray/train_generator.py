@@ -1,4 +1,4 @@
-"""Stage 3b: train the seq2seq generator, query → ID tokens, with Ray Train and DeepSpeed; export a plain T5 checkpoint."""
+"""Stage 3b: train the seq2seq generator, query → ID tokens, with Ray Train and DeepSpeed; export it as a folder."""
 
 import json
 import tempfile
@@ -12,23 +12,31 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import fetch
 from catid2_ray.config import GeneratorRecipe, StageRecipe
 from catid2_ray.docid import DocidSpace
-from catid2_ray.generator.examples import drop_words, epoch_order, mix_ratios
-from catid2_ray.generator.model import pretrained_t5, small_t5
+from catid2_ray.generator.examples import epoch_order, kept_words, mix_ratios, only_kept
+from catid2_ray.generator.losses import near_codes
+from catid2_ray.generator.model import build_generator
+from catid2_ray.generator.saved import save_generator
+from catid2_ray.generator.states import TokenStates
 from catid2_ray.generator.step import DocidLoss, parameter_groups
-from catid2_ray.generator.vocabulary import load_tokenizer, starts_word
+from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word
 from catid2_ray.on_ray import validation, worker
+from catid2_ray.on_ray.assign.buckets import codebooks
+from catid2_ray.on_ray.assign.work import open_coder
 from catid2_ray.on_ray.embed import model_identity
 from catid2_ray.on_ray.examples import KIND
 from catid2_ray.on_ray.pipeline import Job
 from catid2_ray.on_ray.shards import PartReader
+from catid2_ray.on_ray.token_states import open_states
 from catid2_ray.schedule import Phase
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
-    """The generator artefact: a folder that `T5ForConditionalGeneration.from_pretrained` loads, with its tokenizer."""
+    """The generator artefact: a folder that `generator.saved.load_generator` loads, with its tokenizer."""
     recipe, examples = job.recipe.generator, parts["examples"]
     parents = {"ids": parts["ids"], "examples": examples}
-    settings = {**recipe.identity(), **model_identity(recipe.model), "seed": job.recipe.seed}
+    if _needs_codewords(recipe):
+        parents["quantizer"] = parts["quantizer"]
+    settings = {**recipe.identity(), **model_identity(recipe.pretrained), "seed": job.recipe.seed}
     if recipe.validate_queries:
         settings["validate_from"] = job.recipe.evaluation.min_relevance
     return job.produce("generator", settings, parents, lambda attempt: _train(job, attempt, parts, parents))
@@ -38,7 +46,7 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
     recipe, examples = job.recipe.generator, parents["examples"]
     with tempfile.TemporaryDirectory() as cache:
         folder = fetch(job.store, examples, Path(cache), below=("tokenizer/",))
-        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        tokenizer = load_tokenizer(str(folder / "tokenizer"), kind=recipe.kind)
     counts = {kind: examples.metrics[f"{kind}_examples"] for kind in recipe.kinds}
     checked = None
     if recipe.validate_queries:
@@ -47,7 +55,9 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
             min_relevance=job.recipe.evaluation.min_relevance, query_tokens=recipe.query_tokens,
         )  # fmt: skip
     space = DocidSpace(parents["ids"].metrics["codes_per_level"])
-    task = GeneratorTask(recipe, tokenizer, space, counts, job.recipe.seed, validation=checked)
+    task = GeneratorTask(
+        recipe, tokenizer, space, counts, job.recipe.seed, validation=checked, codebooks=_codebooks(job, parts, space)
+    )
     run = worker.Run(
         task=task, settings=recipe, seed=job.recipe.seed, threads=job.recipe.cluster.threads_per_worker,
         device="cuda" if job.recipe.cluster.gpus_per_worker else "cpu", store=job.store, rows=examples,
@@ -60,10 +70,27 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
     return manifest
 
 
+def _needs_codewords(recipe: GeneratorRecipe) -> bool:
+    return recipe.new_rows == "codewords" or recipe.smoothing == "near"
+
+
+def _codebooks(job: Job, parts: dict[str, Manifest], space: DocidSpace) -> list[np.ndarray | None] | None:
+    """Per level the quantizer's codewords, where the recipe uses them; None for a level whose codes have none, such as a
+    suffix's or a tree's."""
+    if not _needs_codewords(job.recipe.generator):
+        return None
+    coder = open_coder(job.store, parts["quantizer"])
+    books = codebooks(coder) if hasattr(coder, "codebooks") else []
+    fit = [book if len(book) == k else None for book, k in zip(books, space.codes_per_level)]
+    return fit + [None] * (space.levels - len(fit))
+
+
 class GeneratorTask:
     """Examples of all kinds as the stages mix them; titles lose words at random, so that they look like queries.
 
     `counts`: rows of each kind in the whole artefact. `validation`: what to search with after an epoch, or None.
+    `codebooks`: per level K×Z, from which ID rows begin and which say what codes are near. With a frozen text encoder a
+    rank is fed its token states instead of ids (`token_states.py`).
     """
 
     reader = PartReader(("kind", "weight", "input_ids", "codes"))
@@ -79,7 +106,10 @@ class GeneratorTask:
         seed: int,
         *,
         validation: validation.Validation | None = None,
+        codebooks: list[np.ndarray | None] | None = None,
     ):
+        self.codebooks, self.marks, self.states = codebooks, marks(tokenizer), None
+        self.frozen = recipe.model == "encoder_decoder" and recipe.encoder_mode == "frozen"
         self.recipe, self.tokenizer, self.space, self.counts, self.seed = recipe, tokenizer, space, counts, seed
         self.validation = validation
         self.ratios = [mix_ratios(counts, stage.mix) for stage in recipe.plan]
@@ -102,17 +132,20 @@ class GeneratorTask:
 
     def build(self) -> DocidLoss:
         recipe = self.recipe
-        if recipe.model == "small":
-            model = small_t5(
-                vocabulary=len(self.tokenizer) - sum(self.space.codes_per_level), width=recipe.width, layers=recipe.layers,
-                heads=recipe.heads, feed_forward=recipe.feed_forward, dropout=recipe.dropout,
-                codes_per_level=self.space.codes_per_level, seed=self.seed,
-            )  # fmt: skip
-        else:
-            model = pretrained_t5(recipe.model, tokenizer=self.tokenizer, space=self.space, seed=self.seed)
+        model = build_generator(
+            recipe.model, tokenizer=self.tokenizer, space=self.space, width=recipe.width, layers=recipe.layers,
+            heads=recipe.heads, feed_forward=recipe.feed_forward, dropout=recipe.dropout, encoder=recipe.encoder,
+            encoder_mode=recipe.encoder_mode, decoder_layers=recipe.decoder_layers, causal=recipe.causal, head=recipe.head,
+            head_rank=recipe.head_rank, seed=self.seed,
+            codebooks=self.codebooks if recipe.new_rows == "codewords" else None,
+        )  # fmt: skip
+        near = None
+        if recipe.smoothing == "near":
+            near = near_codes(self.codebooks, temperature=recipe.smoothing_temperature)
         return DocidLoss(
-            model, space=self.space, level_weights=recipe.level_weights, label_smoothing=recipe.label_smoothing
-        )
+            model, space=self.space, level_weights=recipe.level_weights, label_smoothing=recipe.label_smoothing, near=near,
+            consistency=recipe.passes_weight,
+        )  # fmt: skip
 
     def parameter_groups(self, module: DocidLoss, *, weight_decay: float) -> list[dict]:
         return parameter_groups(module, weight_decay=weight_decay)
@@ -125,7 +158,10 @@ class GeneratorTask:
 
     def order(self, rows, *, seed: int, epoch: int, batch: int, steps: int) -> np.ndarray:
         """Rows of the epoch's stage as it mixes them, shuffled; a pure function of (seed, epoch)."""
-        kind_N, ratio = rows.take(slice(None))["kind"], self.ratios[self.stage_of(epoch)]
+        table, ratio = rows.take(slice(None)), self.ratios[self.stage_of(epoch)]
+        kind_N = table["kind"]
+        if self.frozen and self.states is None:
+            self.states = open_states(self.recipe.encoder, table["input_ids"], pad=self.marks.pad)
         places = {kind: np.flatnonzero(kind_N == KIND[kind]) for kind in ratio}
         sizes = {kind: len(place) for kind, place in places.items() if len(place)}
         order = epoch_order(sizes, {kind: ratio[kind] for kind in sizes}, seed=seed, epoch=epoch)
@@ -136,36 +172,43 @@ class GeneratorTask:
         return row_N
 
     def prepare(self, columns: dict[str, np.ndarray], *, seed: int) -> dict[str, np.ndarray]:
-        input_ids_BT = columns["input_ids"].copy()
-        title_B = columns["kind"] == KIND["title"]
+        """The whole texts and which of their tokens stay; `trim` takes the others out."""
+        ids_BT, title_B = columns["input_ids"], columns["kind"] == KIND["title"]
+        kept_BT = ids_BT != self.marks.pad
         if self.recipe.word_keep < 1 and title_B.any():
-            input_ids_BT[title_B] = drop_words(
-                input_ids_BT[title_B],
-                self.starts_word_V,
-                keep=self.recipe.word_keep,
-                generator=np.random.default_rng(seed),
-            )
-        return {"input_ids": input_ids_BT, "codes": columns["codes"], "weight": columns["weight"]}
+            kept_BT[title_B] = kept_words(
+                ids_BT[title_B], self.starts_word_V, keep=self.recipe.word_keep, generator=np.random.default_rng(seed),
+                pad=self.marks.pad, special=self.marks.special,
+            )  # fmt: skip
+        return {"input_ids": ids_BT, "kept": kept_BT, "codes": columns["codes"], "weight": columns["weight"]}
 
     def trim(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Without the columns that are padding in every row."""
-        used = int(np.flatnonzero((columns["input_ids"] != 0).any(0)).max(initial=0)) + 1
-        return {**columns, "input_ids": columns["input_ids"][:, :used]}
+        """The tokens that stay, as ids or states, without columns that are padding in every row."""
+        ids_BT, kept_BT = columns["input_ids"], columns["kept"]
+        rest = {"codes": columns["codes"], "weight": columns["weight"]}
+        if self.states is None:
+            return {"input_ids": only_kept(ids_BT, kept_BT, pad=self.marks.pad), **rest}
+        states = self.states.take_texts(self.states.find(ids_BT), kept_BT)
+        return {"states": states.states_BTE.numpy(), "real": states.mask_BT.numpy(), **rest}
 
     def flops_per_example(self, module: DocidLoss) -> float:
-        """6 · weights · tokens (Kaplan et al. 2020, appendix B): the encoder's by query_tokens, which counts padding, the
-        decoder's by levels, and each level's rows of the projection. Attention's products of pairs are left out."""
-        encoder, decoder = module.model.encoder, module.model.decoder
-        embeddings = {id(weight) for weight in (module.model.shared.weight, module.model.lm_head.weight)}
+        """6 · weights · tokens (Kaplan et al. 2020, appendix B): an encoder's by query_tokens, which counts padding, a
+        decoder's by levels, a causal model's by both, and each level's rows of the projection. Attention's products of
+        pairs are left out, and so is a frozen encoder, whose states are computed once."""
+        model, levels, tokens = module.model, self.space.levels, self.recipe.query_tokens
+        embeddings = {id(model.shared.weight), id(model.lm_head.weight)}
 
         def weights(part: torch.nn.Module) -> int:
-            return sum(weight.numel() for weight in part.parameters() if id(weight) not in embeddings)
+            return sum(w.numel() for w in part.parameters() if w.requires_grad and id(w) not in embeddings)
 
-        projected = sum(self.space.codes_per_level) * module.model.lm_head.weight.shape[1]
-        return 6.0 * (weights(encoder) * self.recipe.query_tokens + weights(decoder) * self.space.levels + projected)
+        projected = sum(self.space.codes_per_level) * model.lm_head.weight.shape[1]
+        if self.recipe.kind == "causal":
+            return 6.0 * (weights(model) * (tokens + levels - 1) + projected)
+        return 6.0 * (weights(model.encoder) * tokens + weights(model.decoder) * levels + projected)
 
     def loss(self, engine, batch: dict[str, torch.Tensor], *, gather) -> tuple[torch.Tensor, dict]:
-        return engine(batch["input_ids"].long(), batch["codes"].long(), batch["weight"]), {}
+        inputs = TokenStates(batch["states"], batch["real"]) if "states" in batch else batch["input_ids"].long()
+        return engine(inputs, batch["codes"].long(), batch["weight"]), {}
 
     def validate(self, module: DocidLoss, epoch: int) -> dict:
         """Recall@50 of the real search on the sample; nothing where none was asked for."""
@@ -177,6 +220,5 @@ class GeneratorTask:
         return ({"stage": plan[self.stage_of(epoch)].name} if len(plan) > 1 else {}), False
 
     def export(self, module: DocidLoss, folder: Path, history: list[dict]) -> None:
-        module.model.float().cpu().save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_generator(module.model.float().cpu(), self.tokenizer, folder)
         (folder / "history.json").write_text(json.dumps(history, indent=1))

@@ -166,7 +166,9 @@ def test_a_full_re_id_goes_on_from_the_release_and_its_churn_is_gated(copied):
     assert releases.pointer(store) == (1, first.release.name) and not store.exists("artifacts/generator/none")
     # A kind of IDs that is not followed has no churn to compare with the gate.
     unfollowed = {"quantizer": {"kind": "rq_kmeans", "ids": "suffix"}, "ids": {"max_churn": 0.5}}
-    with pytest.raises(QualityGateError, match="changes since release r-.* cannot be counted: only unique IDs of the same"):
+    with pytest.raises(
+        QualityGateError, match="changes since release r-.* cannot be counted: only unique IDs of the same"
+    ):
         reindex(recipe_of(folder / "shop", folder / "store", **unfollowed))
     outcome = reindex(recipe_of(folder / "shop", folder / "store", **warm, ids={"max_churn": 1.0}))
     figures = outcome.figures

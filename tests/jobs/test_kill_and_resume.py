@@ -18,7 +18,7 @@ def digests(uri) -> dict[str, str]:
 
 def test_killed_jobs_end_in_the_same_digests(tiny, tmp_path):
     tiny["quantizer"] |= TWO_WORKERS
-    tiny["generator"] |= TWO_WORKERS
+    tiny["generator"] |= TWO_WORKERS | {"checkpoint_every_steps": 3}
     undisturbed = write_recipe(tmp_path, tiny)
     first = run("jobs.reindex", "--recipe", undisturbed, "--set", f"store={tmp_path}/a")
     assert first.returncode == 0, first.stderr[-3000:]

@@ -201,7 +201,11 @@ def test_other_modes_equal_one_call(world):
     names, codes_NL, residual_NZ, _ = coded(recipe, parts)
     packed_N = DocidSpace(CODES).pack(codes_NL)
     value_N = table_of(recipe, parts["catalog"])["value"].to_numpy()
-    for mode, split in [("suffix", None), ("digits", None), *(("cluster", way) for way in ("kmeans", "value", "random"))]:
+    for mode, split in [
+        ("suffix", None),
+        ("digits", None),
+        *(("cluster", way) for way in ("kmeans", "value", "random")),
+    ]:
         other = recipe_of(folder, ids={"cluster_max": 5, "cluster_split": split} if split else {})
         other = other.model_copy(update={"quantizer": other.quantizer.model_copy(update={"ids": mode})})
         if mode == "cluster":

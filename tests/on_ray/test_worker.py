@@ -23,30 +23,12 @@ from catid2_ray.on_ray.train_quantizer import QuantizerTask
 WORLD = 2
 
 
-def join(rank: int, folder: str) -> None:
-    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-
-
-def gather_rank(rank: int, folder: str) -> None:
-    join(rank, folder)
+def gather_rows(rank: int) -> dict:
     rows = torch.arange(6, dtype=torch.float64).reshape(WORLD, 3)[rank : rank + 1].clone().requires_grad_()
     everything = Gather.apply(rows)
     loss = (everything[0] * everything[1]).sum()
     loss.backward()
-    torch.save({"loss": loss.detach(), "grad": rows.grad}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_gather_gives_all_rows_and_gradients_summed_over_ranks(tmp_path):
-    mp.spawn(gather_rank, args=(str(tmp_path),), nprocs=WORLD)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
-    rows = torch.arange(6, dtype=torch.float64).reshape(WORLD, 3)
-    assert found[0]["loss"] == found[1]["loss"] == (rows[0] * rows[1]).sum()
-    # Each rank's loss is the same global scalar, so the sum over ranks is WORLD times its gradient.
-    torch.testing.assert_close(found[0]["grad"], WORLD * rows[1:2])
-    torch.testing.assert_close(found[1]["grad"], WORLD * rows[0:1])
+    return {"loss": loss.detach(), "grad": rows.grad}
 
 
 def run_of(stage: int, *, rows: int = 40, workers: int = WORLD, batch: int = 8, **more) -> Run:
@@ -73,9 +55,8 @@ def test_ranks_agree_on_batch_and_steps(rows, workers, batch, expected):
     assert (found.rank_rows, found.plan.place(0).steps) == expected
 
 
-def train_rank(rank: int, folder: str, stage: int, ema: float | None) -> None:
+def continue_training(rank: int, folder: str, stage: int, ema: float | None) -> dict:
     """Six steps straight through, and three, a checkpoint, a new engine, three more: the weights must be equal bit for bit."""
-    join(rank, folder)
     run = run_of(stage, ema=ema)
     rows = torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(rank + 1))
     categories = torch.zeros(4, 1, dtype=torch.long)
@@ -115,16 +96,42 @@ def train_rank(rank: int, folder: str, stage: int, ema: float | None) -> None:
             checkpoints.load(saved, second, state, rank=rank, **{"whole_rows": False, **changes})
         except TrainingError as error:
             refused.append(str(error))
-    torch.save({"different": different, "refused": refused}, f"{folder}/{rank}.pt")
+    return {"different": different, "refused": refused}
+
+
+CASES = [(0, None), (1, None), (2, None), (1, 0.9)]
+
+
+def run_rank(rank: int, folder: str) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(WORLD), "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    found = {"gather": gather_rows(rank)}
+    found |= {case: continue_training(rank, f"{folder}/{number}", *case) for number, case in enumerate(CASES)}
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("stage, ema", [(0, None), (1, None), (2, None), (1, 0.9)])
-def test_a_checkpoint_continues_exactly_and_refuses_another_world(tmp_path, stage, ema, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    mp.spawn(train_rank, args=(str(tmp_path), stage, ema), nprocs=WORLD)
-    for rank in range(WORLD):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    """What each of two gloo processes found; one pair for all cases, since starting one costs seconds."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run_rank, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def test_gather_gives_all_rows_and_gradients_summed_over_ranks(ranks):
+    found = [rank["gather"] for rank in ranks]
+    rows = torch.arange(6, dtype=torch.float64).reshape(WORLD, 3)
+    assert found[0]["loss"] == found[1]["loss"] == (rows[0] * rows[1]).sum()
+    # Each rank's loss is the same global scalar, so the sum over ranks is WORLD times its gradient.
+    torch.testing.assert_close(found[0]["grad"], WORLD * rows[1:2])
+    torch.testing.assert_close(found[1]["grad"], WORLD * rows[0:1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_continues_exactly_and_refuses_another_world(ranks, case):
+    for found in (rank[case] for rank in ranks):
         assert found["different"] == []
         by_workers, by_batch = found["refused"]
         assert "written by 2 workers, this run has 3: each worker draws from its own range" in by_workers

@@ -13,7 +13,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from catid2_ray.catalog.sources.esci import GAINS
-from catid2_ray.config import NOT_STATED, Recipe, Section, schema
+from catid2_ray.config import NOT_STATED, GeneratorRecipe, Recipe, Section, schema
 from catid2_ray.errors import RecipeError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
@@ -168,15 +168,21 @@ def test_a_catalogue_has_exactly_one_source(catalog):
         ({"catalog": {"synthetic": {}, "min_category_depth": 3, "max_category_depth": 2}},
          ["catalog.min_category_depth 3 exceeds catalog.max_category_depth 2", "every product would be set aside"]),
         (MINIMAL | {"quantizer": {"workers": 3}}, ["quantizer: ", "batch 4096 does not divide by workers 3"]),
+        (MINIMAL | {"alignment": {"group_form": "fixed", "injected": 8}},
+         ["alignment: ", "injected 8 fills a fixed group of 8: at least one rollout must stay"]),
+        (MINIMAL | {"alignment": {"steps": 30, "report_every": 20}}, ["steps 30 does not divide by report_every 20"]),
+        (MINIMAL | {"alignment": {"report_every": 50, "updates": 4}}, ["report_every 50 does not divide by updates 4"]),
+        (MINIMAL | {"alignment": {"ranker": "a:b", "ranker_scores": "s.parquet"}}, ["ranker and ranker_scores are both"]),
+        (MINIMAL | {"alignment": {"ranker": "a.b"}}, ["ranker 'a.b' is not of the form module:function"]),
+        (MINIMAL | {"alignment": {"grades": [[2, 1], [1, 0]]}}, ["grades must rise in relevance"]),
+        (MINIMAL | {"alignment": {"batch": 9, "workers": 2}}, ["alignment: ", "batch 9 does not divide by workers 2"]),
         (MINIMAL | {"generator": {"batch": 9, "workers": 2}}, ["generator: ", "batch 9 does not divide by workers 2"]),
         (MINIMAL | {"generator": {"level_weights": [1, 1, 1]}},
          ["generator.level_weights has 3 entries, quantizer.codes_per_level 4"]),
-        (MINIMAL | {"generator": {"mix": {"query": 1, "synthetic": 1}}},
-         ["mix asks for synthetic queries, but doc2query names no model"]),
+        (MINIMAL | {"generator": {"mix": {"query": 1, "synthetic": 1}}}, ["mix asks for synthetic queries, but doc2query"]),
         (MINIMAL | {"generator": {"mix": {"title": 0}}}, ["generator: ", "leaves no example to train on"]),
         (MINIMAL | {"generator": {"mix": {"titel": 1}}}, ["generator.mix.titel", "found 'titel'"]),
-        (MINIMAL | {"generator": {"stages": [{"mix": {"title": 0}}]}},
-         ["generator.stages.0: ", "leaves stage 'train' without an example"]),
+        (MINIMAL | {"generator": {"stages": [{"mix": {"title": 0}}]}}, ["generator.stages.0: ", "leaves stage 'train' without"]),
         (MINIMAL | {"generator": {"stages": [{"name": "a"}, {"name": "a"}]}}, ["stages are named ['a', 'a']", "its own name"]),
         (MINIMAL | {"generator": {"span_tokens": 24, "query_tokens": 24}}, ["span_tokens 24 exceeds query_tokens 24"]),
         (MINIMAL | {"generator": {"relevance_weights": {3: 1.0}}}, ["relevance_weights begin at 3.0, above min_relevance 2.33"]),
@@ -212,11 +218,6 @@ def test_what_is_near_a_contradiction_is_fine():
     Recipe.build({"catalog": {"root": "s3://bucket/catalogue", "synthetic": None}})
 
 
-def test_what_is_served_is_as_wide_as_what_is_evaluated_unless_told():
-    assert Recipe.build(MINIMAL | {"evaluation": {"beam_width": 7}}).beam_width == 7
-    assert Recipe.build(MINIMAL | {"serving": {"beam_width": [2, 3, 4, 5]}}).beam_width == (2, 3, 4, 5)
-
-
 def test_a_generator_without_stages_has_one_and_kinds_are_those_of_any_stage():
     flat = Recipe.build(MINIMAL | {"generator": {"epochs": 7, "mix": {"title": 2}}}).generator
     assert [(stage.name, stage.mix, stage.epochs) for stage in flat.plan] == [("train", {"title": 2.0}, 7)]
@@ -229,6 +230,11 @@ def test_a_generator_without_stages_has_one_and_kinds_are_those_of_any_stage():
     assert recipe.generator.kinds == ("query", "span", "user")
     assert [stage.learning_rate for stage in recipe.generator.plan] == [None, 4e-5]
     assert Recipe.build(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_what_is_served_is_as_wide_as_what_is_evaluated_unless_told():
+    assert Recipe.build(MINIMAL | {"evaluation": {"beam_width": 7}}).beam_width == 7
+    assert Recipe.build(MINIMAL | {"serving": {"beam_width": [2, 3, 4, 5]}}).beam_width == (2, 3, 4, 5)
 
 
 def test_a_recipe_is_frozen():
@@ -384,3 +390,43 @@ def test_the_esci_recipes_are_as_the_paper_prints_them(locale, codes):
 
 def test_the_recipes_that_the_readme_runs_are_there():
     assert {"quickstart", "home_depot"} <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"model": "encoder_decoder"}, "model encoder_decoder needs encoder, an id or folder"),
+        ({"model": "causal"}, "model causal needs causal, an id or folder"),
+        ({"encoder": "e"}, "encoder 'e' is set, but model is 'small': set model to encoder_decoder"),
+        ({"encoder_mode": "tuned"}, "encoder_mode tuned belongs to model encoder_decoder, found model 'small'"),
+        ({"model": "causal", "causal": "c", "head": "pawa"}, "head pawa needs a T5 or an encoder_decoder"),
+        ({"model": "t5-base", "decoder_layers": 3}, "decoder_layers 3 is set, but model 't5-base' brings its own"),
+        ({"consistency": 0.1, "dropout": 0}, "consistency 0.1 compares passes under unlike dropout, but dropout is 0"),
+        ({"smoothing": "near"}, "smoothing near spreads the mass label_smoothing, which is 0"),
+        (
+            {"model": "encoder_decoder", "encoder": "e", "mix": {"query": 1, "user": 1}},
+            "user_recent 3 puts ID tokens before a query, which the text encoder",
+        ),
+    ],
+)
+def test_generators_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        GeneratorRecipe(**settings)
+
+
+def test_a_generators_kind_and_source_follow_from_its_model():
+    found = [
+        GeneratorRecipe(**settings)
+        for settings in (
+            {},
+            {"model": "t5-base"},
+            {"model": "encoder_decoder", "encoder": "e"},
+            {"model": "causal", "causal": "c"},
+        )
+    ]
+    assert [(recipe.kind, recipe.pretrained) for recipe in found] == [
+        ("small", None), ("t5", "t5-base"), ("encoder_decoder", "e"), ("causal", "c"),
+    ]  # fmt: skip
+    assert [GeneratorRecipe(head=head, dropout=d).passes_weight for head, d in (("plain", 0.1), ("pawa", 0.1), ("pawa", 0))] == [
+        0.0, 0.15, 0.0,
+    ]  # fmt: skip

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import bm25s
 import numpy as np
 
-from catid2_ray.catalog.scripts import UNSPACED, pairs_of_unspaced
 from catid2_ray.errors import CapacityError, InputError
+from catid2_ray.scripts import UNSPACED, pairs_of_unspaced
 
 MAX_PRODUCTS = 5_000_000
 _WORD = rf"(?u)\b\w\w+\b|[{UNSPACED}]"
@@ -49,11 +49,19 @@ class Bm25:
         """
         return [self._best(tokens, k) for tokens in _tokenize([pairs_of_unspaced(query) for query in queries])]
 
-    def _best(self, tokens: list[str], k: int) -> list[str]:
+    def scores(self, query: str) -> np.ndarray:
+        """float32 N, the score of every product in the order of `self.product_ids`; 0 where no word is shared."""
+        (tokens,) = _tokenize([pairs_of_unspaced(query)])
+        return self._scores(tokens)
+
+    def _scores(self, tokens: list[str]) -> np.ndarray:
         known = [token for token in tokens if self._index is not None and token in self._index.vocab_dict]
-        if not known or k < 1:
+        return self._index.get_scores(known) if known else np.zeros(len(self.product_ids), np.float32)
+
+    def _best(self, tokens: list[str], k: int) -> list[str]:
+        score_N = self._scores(tokens)
+        if k < 1:
             return []
-        score_N = self._index.get_scores(known)
         matching = np.flatnonzero(score_N > 0)
         if len(matching) > k:
             # Keep every product that ties with the k-th, so the cut cannot depend on the partition's order.

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from catid2_ray.catalog.pairs import PAIRS, check_pairs
+from catid2_ray.catalog.pairs import PAIRS, check_pairs, pair_weights, training_pairs
 from catid2_ray.errors import InputError
 
 
@@ -54,3 +54,45 @@ def test_a_missing_or_unreadable_column_is_named():
 def test_an_empty_table_gives_empty_tables():
     checked = check_pairs(PAIRS.empty_table())
     assert checked.good.num_rows == checked.bad.num_rows == checked.duplicates == 0
+
+
+def with_users(users, recent):
+    table = pairs(*(("q", "hinge", "a", 2.0, "train") for _ in users))
+    return table.append_column("user", pa.array(users)).append_column("recent", pa.array(recent))
+
+
+def test_who_asked_makes_two_rows_of_one_pair_and_empty_entries_are_faults():
+    checked = check_pairs(
+        with_users(
+            [["f"], [" f "], ["m"], None, ["x", " "], ["y"]],
+            [["p1", "p2"], ["p1", "p2"], ["p1", "p2"], None, [], ["p", None]],
+        )
+    )
+    assert [(row["user"], row["recent"]) for row in checked.good.to_pylist()] == [
+        ([], []), (["f"], ["p1", "p2"]), (["m"], ["p1", "p2"])
+    ]  # fmt: skip
+    assert checked.duplicates == 1
+    assert checked.bad["reason"].to_pylist() == ["a product_id in recent is empty", "an attribute of user is empty"]
+    with pytest.raises(InputError, match="column recent: expected a list of string per row, found string"):
+        check_pairs(pairs(("q", "x", "a", 1.0, "train")).append_column("recent", pa.array(["p1"])))
+
+
+def test_a_pair_weighs_as_the_highest_grade_that_it_reaches():
+    table = pairs(*(("q", "hinge", name, grade, "train") for name, grade in zip("abcd", (1.0, 2.0, 2.5, 3.0))))
+    assert pair_weights(table["relevance"], {"3.0": 1.0, "2.0": 0.5}).tolist() == [0.0, 0.5, 0.5, 1.0]
+    assert pair_weights(table["relevance"], None).tolist() == [1.0] * 4
+    assert training_pairs(table, 2.0)["product_id"].to_pylist() == ["b", "c", "d"]
+    assert training_pairs(table, 1.0, {1: 1.0, 2: 0.0, 3: 1.0})["product_id"].to_pylist() == ["a", "d"]
+
+
+def test_behaviour_stays_where_it_is_given_and_the_strongest_counts():
+    rows = pairs(
+        ("q1", "hinge", "a", 3.0, "train"),
+        ("q1", "hinge", "a", 3.0, "train"),
+        ("q1", "hinge", "b", 1.0, "train"),
+        ("q2", "lock", "b", 1.0, "train"),
+    )
+    checked = check_pairs(rows.append_column("behaviour", pa.array(["exposed", "paid", None, "stared"])))
+    assert [(row["product_id"], row["behaviour"]) for row in checked.good.to_pylist()] == [("a", "paid"), ("b", None)]
+    assert checked.duplicates == 1
+    assert checked.bad["reason"].to_pylist() == ["behaviour is none of exposed, clicked, paid"]

@@ -42,6 +42,18 @@ def test_ranking_equals_the_formula(query, k):
         assert index.retrieve([query], k=k) == [by_formula(query)[:k]]
 
 
+def test_scores_are_those_of_the_ranking():
+    index = Bm25(list(TEXTS), list(TEXTS.values()))
+    score_N = index.scores("steel hinge")
+    assert score_N.dtype == "float32" and (score_N[[2, 4]] == 0).all()
+    by_score = sorted(zip(-score_N, index.product_ids))
+    assert [p for score, p in by_score if score < 0] == by_formula("steel hinge")
+    assert index.scores("unheard").tolist() == [0] * 5
+    assert Bm25(["a"], [""]).scores("hinge").tolist() == [0]
+    unspaced = Bm25(["a", "b"], ["電子レンジ", "電話"])
+    assert (unspaced.scores("電子") > 0).tolist() == [True, False]
+
+
 def test_catalogues_without_words_and_no_queries():
     assert Bm25(["a", "b"], ["", "the"]).retrieve(["hinge", ""], k=3) == [[], []]
     assert Bm25(["a"], ["hinge"]).retrieve([], k=3) == []

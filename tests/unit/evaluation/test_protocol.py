@@ -6,7 +6,7 @@ import pytest
 
 from catid2_ray.catalog.pairs import PAIRS
 from catid2_ray.errors import InputError
-from catid2_ray.evaluation.protocol import Judgements, evaluate, per_query
+from catid2_ray.evaluation.protocol import GROUPS, Judgements, evaluate, per_query_recalls
 
 ROWS = [
     ("q2", "lock", "b", 3.0, "test"),
@@ -58,14 +58,14 @@ def test_a_group_counts_only_its_own_products():
     }
 
 
-def test_recall_query_by_query_is_what_is_averaged():
-    ranked = {"beam": [["a"], ["x", "b"]]}
-    found = per_query(judged(), ranked, ks=(1, 2))
-    assert found["recall"]["beam"].tolist() == [[0.5, 0.5], [0.0, 1.0]]
-    assert found["recall_seen"]["beam"][0].tolist() == [1, 1] and np.isnan(found["recall_seen"]["beam"][1]).all()
-    figures = evaluate(judged(), ranked, ks=(1, 2))
-    for key, methods in found.items():
-        assert np.nanmean(methods["beam"], 0).tolist() == list(figures[key]["beam"].values())
+def test_per_query_recalls_are_what_the_figures_average():
+    ranked = {"beam": [["a"], ["x", "b"]], "bm25": [["b", "a"], []]}
+    found, figures = per_query_recalls(judged(), ranked, (1, 2)), evaluate(judged(), ranked, (1, 2))
+    assert list(found) == ["all", "seen", "unseen"]
+    np.testing.assert_array_equal(found["seen"]["beam"], [[1, 1], [np.nan, np.nan]])
+    for group, key in zip(found, GROUPS):
+        for method, recall_QK in found[group].items():
+            assert np.nanmean(recall_QK, 0).tolist() == list(figures[key][method].values())
 
 
 def test_an_empty_group_has_no_figure():

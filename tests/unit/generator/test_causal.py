@@ -85,7 +85,7 @@ def test_the_loss_is_the_models_own_log_probability(parts):
         found_L = level_losses(model, torch.from_numpy(ids).long(), torch.from_numpy(codes_NL), space=SPACE)
         torch.testing.assert_close(found_L, torch.stack(single).mean(0))
     found_L = level_losses(
-        model, torch.from_numpy(ids_NT).long(), torch.from_numpy(codes_NL), space=SPACE, length_groups=2
+        model, torch.from_numpy(ids_NT).long(), torch.from_numpy(codes_NL), space=SPACE, most_groups=2
     )
     np.testing.assert_allclose(found_L.detach(), np.mean(expected_NL, 0), rtol=1e-5)
 

@@ -93,8 +93,8 @@ def test_the_loss_is_the_mean_over_single_rows_with_ids_and_with_states(folder, 
     ]
     expected_L = torch.stack(single).mean(0)
     for groups in (1, 3):
-        torch.testing.assert_close(level_losses(model, ids, codes, space=SPACE, length_groups=groups), expected_L)
-        cached_L = level_losses(model, cache.take(np.arange(6)), codes, space=SPACE, length_groups=groups)
+        torch.testing.assert_close(level_losses(model, ids, codes, space=SPACE, most_groups=groups), expected_L)
+        cached_L = level_losses(model, cache.take(np.arange(6)), codes, space=SPACE, most_groups=groups)
         torch.testing.assert_close(cached_L, expected_L, atol=2e-3, rtol=2e-3)
 
 

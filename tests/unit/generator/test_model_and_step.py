@@ -137,6 +137,10 @@ def test_levels_are_summed_or_weighed_and_halves_average_to_the_whole():
         torch.testing.assert_close(grouped_L, loss_L)
     weighed = docid_loss(model, ids_BT, codes_BL, space=SPACE, level_weights=(2, 1, 1))
     torch.testing.assert_close(weighed, (2 * loss_L[0] + loss_L[1] + loss_L[2]) / 4)
+    weight_B = torch.tensor([1.0, 0.5, 0.0, 1.0, 2.0, 1.0])
+    of_each = torch.stack([docid_loss(model, ids_BT[[i]], codes_BL[[i]], space=SPACE) for i in range(6)])
+    weighted = docid_loss(model, ids_BT, codes_BL, space=SPACE, weight_B=weight_B)
+    torch.testing.assert_close(weighted, (weight_B * of_each).mean())
     smooth = docid_loss(model, ids_BT, codes_BL, space=SPACE, label_smoothing=0.5)
     assert smooth.isfinite() and smooth != whole
     with pytest.raises(RecipeError, match="do not fit a model of 42 vocabulary rows"):

@@ -57,6 +57,7 @@ def made(tmp_path_factory):
             "store": str(folder / "store"), "seed": 5,
             "catalog": {"root": str(folder), "rows_per_part": 40},
             "generator": {
+                "new_rows": "mean",
                 "vocabulary": 400, "min_relevance": 2, "relevance_weights": {2: 0.5, 3: 1.0}, "mix": MIX, "query_tokens": 10,
                 "user_tokens": 4, "user_recent": 2, "span_tokens": 6, "span_windows": 2, "doc2query_per_product": 2,
                 "doc2query": save_tiny_doc2query(folder / "doc2query"),
@@ -202,7 +203,7 @@ class Held:
     """Rows as the worker holds them."""
 
     def __init__(self, table):
-        self.columns = {name: matrix(table[name]) for name in ("kind", "weight", "input_ids", "codes")}
+        self.columns = {name: matrix(table[name]) for name in GeneratorTask.columns}
 
     def take(self, index):
         return {name: values[index] for name, values in self.columns.items()}
@@ -245,7 +246,8 @@ def test_only_titles_lose_words_and_weights_go_along(made):
     task, rows = task_of(made), Held(read_all(made, made.examples))
     columns = rows.take(np.arange(len(rows.columns["kind"])))
     fed = task.prepare(columns, seed=3)
-    changed = (fed["input_ids"] != columns["input_ids"]).any(1)
+    assert np.array_equal(fed["input_ids"], columns["input_ids"])
+    changed = (fed["kept"] != (columns["input_ids"] != 0)).any(1)
     assert set(columns["kind"][changed]) == {EXAMPLE_KINDS.index("title")} and changed.sum() > 50
     assert np.array_equal(fed["weight"], columns["weight"]) and set(fed["weight"]) == {0.5, 1.0}
     assert task.trim(fed)["input_ids"].any(0).all()

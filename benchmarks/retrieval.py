@@ -1,0 +1,334 @@
+"""Generative retrieval beside and together with BM25 and dense retrieval, on human-graded pairs; no Ray, one thread.
+
+    python benchmarks/retrieval.py --catalog DATA/home_depot --encoder MODELS/all-MiniLM-L6-v2 \
+        [--generator FOLDER --trie FOLDER] [--cache FOLDER] [--out benchmarks/results/retrieval.md] [--json FILE]
+
+`--generator`: a saved generator with its tokenizer; `--trie`: the folder of an ids artefact (trie/ with products.arrow
+beside it). Without them the three rivals alone are measured. Every weight, the stop level, the width of the beam and the
+quota are chosen on the validation split; the test split is asked once. All methods return 100 products (BM25 fewer where
+fewer share a word). `--cache` keeps the vectors of titles. Prose beside the figures: OUT's name with _notes. The last
+line printed is the run's JSON. Data and models are not part of the project: without --catalog it says so and ends.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import fusion
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from fusion import BESIDE_PATH, KS, LEXICAL, LISTED, PATHS, RETURNED, Search, Setting, Split
+from surroundings import machine, rounded
+from title_vectors import TOKENS, model_digest, text_vectors
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+from catid2_ray.catalog.pairs import training_pairs
+from catid2_ray.catalog.products import check_products
+from catid2_ray.catalog.text import HuggingFaceEncoder
+from catid2_ray.docid import DocidSpace
+from catid2_ray.evaluation.baselines.bm25 import Bm25
+from catid2_ray.evaluation.bootstrap import bootstrap_means
+from catid2_ray.evaluation.protocol import Judgements, per_query_recalls
+from catid2_ray.generator.examples import tokenize
+from catid2_ray.generator.vocabulary import PAD
+from catid2_ray.retrieval.beam import constrained_beam_search
+from catid2_ray.retrieval.t5_decoder import T5Decoder
+from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.vectors import VectorStore
+
+HERE = Path(__file__).parent
+TRAIN_FROM, RELEVANT_FROM = 2.33, 2.67
+QUERY_TOKENS, QUERIES_AT_ONCE = 32, 8
+RIVALS = ("BM25", "dense", "BM25 + dense")
+EVERYTHING = ("everything, the beams' products", "everything, beams ∪ lists")
+
+
+def products_in_order(options) -> tuple[pa.Table, Trie | None]:
+    """(product_id and title in trie order, or by id where there is no trie; the trie)."""
+    table = pq.read_table(Path(options.catalog) / "products.parquet")
+    good = check_products(table, width=None, min_category_depth=0, max_category_depth=1).good
+    good = good.select(["product_id", "title"])
+    if options.trie is None:
+        return good, None
+    trie = Trie.open(options.trie / "trie")
+    names = pa.ipc.open_file(pa.memory_map(str(options.trie / "products.arrow"))).read_all()["product_id"]
+    place = pa.compute.index_in(names.combine_chunks(), good["product_id"].combine_chunks())
+    if place.null_count or len(names) != trie.rows or len(good) != trie.rows:
+        raise SystemExit(
+            f"{options.trie} has {trie.rows} IDs for {len(names)} products, {place.null_count} of them not in "
+            f"{options.catalog}, which has {len(good)}; take both from one catalogue"
+        )
+    return good.take(place), trie
+
+
+def splits(options, products: pa.Table, vector_ND: np.ndarray, encoder, model: str) -> dict[str, Split]:
+    """The queries of validation and test with every product's dense and lexical score."""
+    pairs = pq.read_table(Path(options.catalog) / "pairs.parquet")
+    names = products["product_id"].to_pylist()
+    row = {name: number for number, name in enumerate(names)}
+    index = Bm25(names, products["title"].to_pylist())
+    by_id_N = np.array([row[name] for name in index.product_ids])
+    found = {}
+    for split in ("validation", "test"):
+        judgements = Judgements.from_pairs(
+            pairs, split=split, min_relevance=RELEVANT_FROM, known=names,
+            seen=training_pairs(pairs, TRAIN_FROM)["product_id"].unique(),
+        )  # fmt: skip
+        query_QD = text_vectors(encoder, judgements.queries, model=model, cache=options.cache)
+        lexical_QN = np.empty((len(judgements.queries), len(names)), np.float32)
+        for query, text in enumerate(judgements.queries):
+            lexical_QN[query, by_id_N] = index.scores(text)
+        relevant = [np.array(sorted(row[name] for name in wanted)) for wanted in judgements.relevant]
+        found[split] = Split(judgements, query_QD, query_QD @ vector_ND.T, lexical_QN, relevant)
+    return found
+
+
+def prefix_trie(trie: Trie, level: int) -> Trie:
+    """The first `level` codes of every ID as a trie of its own; rows stay as they are."""
+    space = DocidSpace(trie.codes_per_level[:level])
+    size_n = np.diff(np.asarray(trie.row_start[level]).astype(np.int64))
+    packed_n = space.pack(trie.prefixes(level, np.arange(trie.nodes(level))))
+    return Trie.from_sorted(np.repeat(packed_n, size_n), codes_per_level=space.codes_per_level, shared=True)
+
+
+def search(decoder, tokenizer, trie: Trie, queries: list[str], level: int, width: int) -> Search:
+    """Beam search of `width`, stopped after `level` codes, a few queries at once; widths beyond the nodes are cut."""
+    ids_QT = tokenize(tokenizer, queries, length=QUERY_TOKENS)
+    part_trie = trie if level == trie.levels else prefix_trie(trie, level)
+    width, parts = min(width, part_trie.nodes(level)), []
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        ids_BT = ids_QT[start : start + QUERIES_AT_ONCE]
+        ids_BT = ids_BT[:, : int((ids_BT != PAD).any(0).sum())]
+        parts.append(constrained_beam_search(decoder, part_trie, ids_BT, ids_BT != PAD, beam_width=width, top_k=width))
+    return Search(level, width, fusion.joined(parts))
+
+
+def rivals(found: dict[str, Split]) -> tuple[dict, Setting, str]:
+    """Lists of the three rivals on the test split, and the weight and scale of BM25 beside dense."""
+    asked, every_N = found["validation"], np.arange(found["test"].dense_QN.shape[1])
+    grids = {
+        scale: fusion.best_setting(asked, lambda query: every_N, scale=scale, search=None, paths={}, lexicals=LEXICAL)
+        for scale in ("best", "raw")
+    }
+    scale = max(grids, key=lambda name: grids[name].value)
+    test = found["test"]
+    matching = [np.flatnonzero(score_N > 0) for score_N in test.lexical_QN]
+    lists = {
+        "BM25": [fusion.best_rows(test.lexical_QN[q][row_M], row_M, RETURNED) for q, row_M in enumerate(matching)],
+        "dense": fusion.fused_rows(test, 0, scale, RETURNED),
+        "BM25 + dense": fusion.fused_rows(test, grids[scale].lexical, scale, RETURNED),
+    }
+    return lists, grids[scale], scale
+
+
+def agree(split: Split, tried: list[Search], setting: Setting, trie: Trie, store: VectorStore, scale: str) -> None:
+    """Raise SystemExit unless choosing and `retrieval.expansion` rank the same products alike; near-ties may differ."""
+    few = split._replace(relevant=split.relevant[:20], dense_QN=split.dense_QN[:20])
+    one = next(one for one in tried if (one.level, one.width) == (setting.level, setting.width))
+    rows = list(fusion.expanded_rows(few, one, trie, store, setting.quota))
+    ours = fusion.rescored_lists(few, one, setting, trie, store, scale)
+    plain = fusion.union_lists(few, one, setting, rows.__getitem__, scale)
+    for query, (one_K, other_K) in enumerate(zip(ours, plain, strict=True)):
+        if len(one_K) != len(other_K) or len(np.intersect1d(one_K, other_K)) < 0.98 * len(one_K):
+            raise SystemExit(
+                f"validation query {query}: what was tuned and what rescore returns are not the same products"
+            )
+
+
+def generative(options, found: dict[str, Split], trie: Trie, store: VectorStore, weight: Setting, scale: str):
+    """(lists on the test split, the setting of each) of everything that asks the generator."""
+    model = T5ForConditionalGeneration.from_pretrained(options.generator, use_safetensors=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.generator)
+    decoder = T5Decoder(model, codes_per_level=trie.codes_per_level)
+    asked, test = found["validation"], found["test"]
+    listed = {name: fusion.fused_rows(split, weight.lexical, scale, LISTED) for name, split in found.items()}
+
+    def searched(split: Split, level: int, width: int) -> Search:
+        return search(decoder, tokenizer, trie, split.judgements.queries, level, width)
+
+    tried = [searched(asked, trie.levels, width) for width in options.beams]
+    tried += [searched(asked, level, width) for level in range(1, trie.levels) for width in options.clusters]
+    tried = list({(one.level, one.width): one for one in tried}.values())
+
+    def pool(split_name: str, one: Search, quota, union: bool):
+        rows = list(fusion.expanded_rows(found[split_name], one, trie, store, quota))
+        if not union:
+            return rows.__getitem__
+        return lambda query: np.union1d(rows[query], listed[split_name][query])
+
+    def chosen(levels, *, lexicals, quotas=(None,), union=False) -> Setting:
+        paths = {path: (0, *steps) if union and path == "logp" else steps for path, steps in PATHS.items()}
+
+        def tuned(one: Search, quota) -> Setting:
+            rows_of = pool("validation", one, quota, union)
+            return fusion.best_setting(
+                asked, rows_of, scale=scale, search=one, paths=paths, lexicals=lexicals, quota=quota
+            )
+
+        best = max((tuned(one, None) for one in tried if one.level in levels), key=lambda setting: setting.value)
+        one = next(one for one in tried if (one.level, one.width) == (best.level, best.width))
+        return max((best, *(tuned(one, quota) for quota in quotas if quota)), key=lambda setting: setting.value)
+
+    beside = tuple(share * weight.lexical for share in BESIDE_PATH)
+    full, clusters = (trie.levels,), tuple(range(1, trie.levels))
+    quotas = tuple(options.quotas)
+    settings = {
+        "beam + dense": chosen(full, lexicals=(0,)),
+        "cluster + dense": chosen(clusters, lexicals=(0,), quotas=quotas),
+        EVERYTHING[0]: chosen(full + clusters, lexicals=beside, quotas=quotas),
+        EVERYTHING[1]: chosen(full + clusters, lexicals=beside, quotas=quotas, union=True),
+    }  # fmt: skip
+    agree(asked, tried, settings[EVERYTHING[0]], trie, store, scale)
+    again: dict[tuple[int, int], Search] = {}
+    for level, width in {(trie.levels, RETURNED), *((s.level, s.width) for s in settings.values())}:
+        again[level, width] = searched(test, level, width)
+    beam = next(one for (level, width), one in again.items() if level == trie.levels and width == RETURNED)
+    lists = {"beam alone": fusion.beam_lists(test, beam)}
+    for name, setting in settings.items():
+        one = again[setting.level, setting.width]
+        if name == EVERYTHING[1]:
+            rows_of = pool("test", one, setting.quota, True)
+            lists[name] = list(fusion.union_lists(test, one, setting, rows_of, scale))
+        else:
+            lists[name] = list(fusion.rescored_lists(test, one, setting, trie, store, scale))
+    return lists, settings
+
+
+def figures_of(judgements: Judgements, ranked: dict[str, list[list[str]]]) -> dict:
+    """[mean, low, high] of each method's recall, and of everything minus each rival, by group and cut-off."""
+    figures = {}
+    compared = [(method, rival) for method in EVERYTHING if method in ranked for rival in RIVALS]
+    for group, recall_QK in per_query_recalls(judgements, ranked, KS).items():
+        asked_Q = ~np.isnan(recall_QK["BM25"][:, 0])
+        columns = [recall_QK[method] for method in ranked]
+        columns += [recall_QK[method] - recall_QK[rival] for method, rival in compared]
+        found = iter(bootstrap_means(np.concatenate(columns, 1)[asked_Q]))
+        cells = {key: {str(k): list(next(found)) for k in KS} for key in (*ranked, *compared)}
+        ahead = {method: {rival: cells[method, rival] for rival in RIVALS} for method in EVERYTHING if method in ranked}
+        recall = {method: cells[method] for method in ranked}
+        figures[group] = {"queries": int(asked_Q.sum()), "recall": recall, "ahead": ahead}
+    return figures
+
+
+def measured(options, folder: str) -> dict:
+    started = time.perf_counter()
+    products, trie = products_in_order(options)
+    model = model_digest(options.encoder)
+    encoder = HuggingFaceEncoder(str(options.encoder), batch=64, tokens=TOKENS)
+    by_id = products.sort_by("product_id")
+    vector_ND = text_vectors(encoder, by_id["title"].to_pylist(), model=model, cache=options.cache)
+    place_N = pa.compute.index_in(products["product_id"].combine_chunks(), by_id["product_id"].combine_chunks())
+    store = VectorStore.write(folder, [vector_ND[place_N.to_numpy()]], normalize=True)
+    found = splits(options, products, store.vectors_ND.astype(np.float32), encoder, model)
+    lists, weight, scale = rivals(found)
+    settings = {"BM25 + dense": weight}
+    if trie is not None:
+        more, chosen = generative(options, found, trie, store, weight, scale)
+        lists, settings = lists | more, settings | chosen
+    names = np.array(products["product_id"].to_pylist(), object)
+    judgements = found["test"].judgements
+    ranked = {method: [names[row_K].tolist() for row_K in rows] for method, rows in lists.items()}
+    return {
+        "benchmark": "retrieval", "machine": machine(), "threads": 1, "catalog": Path(options.catalog).name,
+        "products": len(names), "encoder": options.encoder.name, "ids": list(trie.codes_per_level) if trie else None,
+        "generator": options.generator.name if options.generator else None, "lexical_scale": scale,
+        "validation_queries": len(found["validation"].relevant), "dropped_pairs": judgements.dropped_pairs,
+        "settings": {name: setting._asdict() for name, setting in settings.items()},
+        "groups": figures_of(judgements, ranked),
+        "returned": {method: float(np.mean([len(row) for row in rows])) for method, rows in ranked.items()},
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+
+
+def _interval(mean: float, low: float, high: float, *, sign: str = "") -> str:
+    return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def _verdict(low: float, high: float) -> str:
+    return "ahead" if low > 0 else "behind" if high < 0 else "no difference shown"
+
+
+def _setting(name: str, setting: dict) -> str:
+    beams = "–"
+    if setting["level"]:
+        quota = f"{setting['quota']} products each" if setting["quota"] else "all their products"
+        beams = f"{setting['width']} of {setting['level']} codes, {quota}"
+    path = f"{setting['a']:g} · {setting['path']}" if setting["level"] else "–"
+    return f"| {name} | {beams} | {path} | {setting['lexical']:g} | {setting['value']:.3f} |"
+
+
+def report(figures: dict, notes: str) -> str:
+    asked = f"{figures['groups']['all']['queries']:,}"
+    model = (
+        f"generator `{figures['generator']}` on IDs of {figures['ids']} codes"
+        if figures["ids"]
+        else "no generator given"
+    )
+    lexical = "BM25 over the query's best" if figures["lexical_scale"] == "best" else f"BM25 / {fusion.RAW:g}"
+    lines = [
+        f"# Retrieval on {figures['catalog']}\n",
+        f"Written by `benchmarks/retrieval.py`: {figures['products']:,} products, {asked} test queries; {model}; dense: "
+        f"{figures['encoder']} as it is, cosine of titles, exhaustive. Machine: {figures['machine']}; one thread.\n",
+        f"Relevant: relevance ≥ {RELEVANT_FROM}. *Seen* products are named by a training pair of relevance ≥ {TRAIN_FROM}. "
+        f"final = dense + a · path + b · lexical, lexical = {lexical}. Everything that can be chosen was chosen on the "
+        f"{figures['validation_queries']} validation queries by the mean recall at {', '.join(map(str, KS))}, once for all "
+        f"cut-offs. Each method returns {RETURNED} products; mean returned: "
+        + ", ".join(f"{name} {count:.4g}" for name, count in figures["returned"].items())
+        + ". In brackets: 95 % interval of the bootstrap over queries (10,000 resamples); differences are paired.\n",
+    ]
+    for group, part in figures["groups"].items():
+        lines += [f"## {group.capitalize()} products ({part['queries']:,} queries)\n"]
+        lines += ["| method | " + " | ".join(f"recall@{k}" for k in KS) + " |", "|---|" + "---|" * len(KS)]
+        for method, cells in part["recall"].items():
+            lines.append(f"| {method} | " + " | ".join(_interval(*cells[str(k)]) for k in KS) + " |")
+        lines.append("")
+        if part["ahead"]:
+            lines += ["| difference | " + " | ".join(f"@{k}" for k in KS) + " |", "|---|" + "---|" * len(KS)]
+        for method, by_rival in part["ahead"].items():
+            for rival, cells in by_rival.items():
+                shown = [f"{_interval(*cells[str(k)], sign='+')} {_verdict(*cells[str(k)][1:])}" for k in KS]
+                lines.append(f"| {method} − {rival} | " + " | ".join(shown) + " |")
+        lines += [""] * bool(part["ahead"])
+    lines += [
+        "## What was chosen\n",
+        "| method | beams | a · path | b | mean recall on validation |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [_setting(name, setting) for name, setting in figures["settings"].items()]
+    return "\n".join(lines) + "\n" + (f"\n{notes}" if notes else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--catalog", help="folder with products.parquet and pairs.parquet")
+    parser.add_argument("--encoder", type=Path, help="folder of a sentence encoder")
+    parser.add_argument("--generator", type=Path, help="folder of a saved generator")
+    parser.add_argument("--trie", type=Path, help="folder with trie/ and products.arrow")
+    parser.add_argument("--beams", type=int, nargs="+", default=[100, 300], help="widths tried over whole IDs")
+    parser.add_argument("--clusters", type=int, nargs="+", default=[20, 100, 400], help="widths tried at other levels")
+    parser.add_argument("--quotas", type=int, nargs="*", default=[10, 30], help="products per beam tried, beside all")
+    parser.add_argument("--cache", type=Path, help="folder that keeps vectors of texts")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "retrieval.md")
+    parser.add_argument("--json", type=Path, help="also write the JSON object here")
+    options = parser.parse_args()
+    if not (options.catalog and options.encoder):
+        print(json.dumps({"skipped": "no data: give --catalog FOLDER and --encoder FOLDER"}))
+        return
+    if (options.generator is None) != (options.trie is None):
+        parser.error("--generator and --trie go together; give both, or neither to measure the rivals alone")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = rounded(measured(options, folder))
+    notes = options.out.with_name(f"{options.out.stem}_notes.md")
+    options.out.write_text(report(figures, notes.read_text() if notes.exists() else ""))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

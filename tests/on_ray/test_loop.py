@@ -1,0 +1,292 @@
+"""The training loop without Ray: kills, changes of workers, accumulation, early stopping, on a generator of a few thousand weights.
+
+Unusual: one process and two gloo ranks run side by side, each all of its cases; they hand each other stopped runs by the
+store. A worker's death is an exception in a step, and what a checkpoint loses then is a file taken away.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from catid2_ray.artifacts.manifest import Manifest
+from catid2_ray.artifacts.store import Store
+from catid2_ray.config import GeneratorRecipe
+from catid2_ray.docid import DocidSpace
+from catid2_ray.errors import RecipeError, TrainingError
+from catid2_ray.generator.examples import tokenize
+from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
+from catid2_ray.on_ray import checkpoints
+from catid2_ray.on_ray.arrays import fixed_lists
+from catid2_ray.on_ray.engine import share_objects, start_engine
+from catid2_ray.on_ray.examples import QUERY, TITLE
+from catid2_ray.on_ray.loop import Seat, run_training
+from catid2_ray.on_ray.task import Run
+from catid2_ray.on_ray.train_generator import GeneratorTask
+from catid2_ray.schedule import Phase
+
+SPACE, ROWS, TOKENS = DocidSpace((4, 4)), 60, 10
+TEXTS = [
+    f"{a} {b} {c}" for a in ("steel", "copper", "oak") for b in ("hinge", "pipe") for c in ("small", "wide", "10 ft")
+]
+
+
+class Blocks:
+    """Stands in for Ray's iterator: all examples in one part."""
+
+    def __init__(self, tokenizer):
+        row_N = np.arange(ROWS)
+        input_ids = tokenize(tokenizer, [TEXTS[row % len(TEXTS)] for row in row_N], length=TOKENS)
+        self.table = pa.table(
+            {
+                "kind": np.where(row_N < 40, QUERY, TITLE).astype(np.int8),
+                "input_ids": fixed_lists(input_ids, pa.int32()),
+                "codes": fixed_lists(np.stack((row_N % 4, row_N // 4 % 4), 1), pa.int32()),
+                "part": np.zeros(ROWS, np.int32),
+                "index": row_N.astype(np.int32),
+            }
+        )
+
+    def iter_batches(self, *, batch_size, batch_format):
+        yield self.table
+
+
+class Watched(GeneratorTask):
+    """A generator's task in two phases that dies before a given step, and whose validations are scripted."""
+
+    dies_at: int | None = None
+    scores: tuple[float, ...] = ()
+
+    def phases(self, rows: int) -> list[Phase]:
+        return [Phase(1, 40, 3e-3), Phase(max(1, len(self.scores) - 1), ROWS, 2e-3)]
+
+    def loss(self, engine, batch, *, gather):
+        self.seen = getattr(self, "seen", 0) + 1
+        if self.seen == self.dies_at:
+            raise InterruptedError(f"step {self.dies_at}")
+        return super().loss(engine, batch, gather=gather)
+
+
+class Scored(Watched):
+    def validate(self, module, epoch: int) -> dict:
+        self.kept = getattr(self, "kept", []) + [checkpoints.copies(module)]
+        return {"score": self.scores[epoch], "queries": 7}
+
+
+def run_of(folder: str, name: str, *, world: int, kind=Watched, scores=(), dies_at=None, **changes) -> Run:
+    settings = {
+        "width": 16, "layers": 1, "heads": 2, "feed_forward": 32, "dropout": 0.0, "word_keep": 0.5, "batch": 16, "clip": 0.5,
+        "workers": world, "checkpoint_every_steps": 2, "query_tokens": TOKENS, "decay": "inverse_sqrt", "vocabulary": 100,
+    }  # fmt: skip
+    recipe = GeneratorRecipe(**settings | changes)
+    tokenizer = with_docid_tokens(train_tokenizer(TEXTS, size=100), SPACE)
+    task = kind(recipe, tokenizer, SPACE, {"query": 40, "title": 20}, seed=3)
+    task.scores, task.dies_at = scores, dies_at
+    files = [{"name": "part-00000.parquet", "part": 0, "rows": ROWS}]
+    rows = Manifest(
+        kind="k", key="k", digest="d", folder="f", files=files, parents={}, settings={}, recipe={}, rows=ROWS
+    )
+    return Run(
+        task=task, settings=recipe, seed=3, threads=1, device="cpu", store=Store(folder), rows=rows, name=name
+    )  # fmt: skip
+
+
+def train(run: Run, rank: int, world: int) -> None:
+    """To the end, or to the scripted death."""
+
+    def hand_in(figures: dict, folder: Path, name: str) -> None:
+        (name,) = share_objects([name], world, "cpu")
+        run.store.upload(folder, f"{run.folder}/{name}")
+        if world > 1:
+            dist.barrier()
+
+    seat = Seat(rank=rank, world=world, rows=Blocks(run.task.tokenizer), hand_in=hand_in)
+    try:
+        run_training(run, seat)
+    except InterruptedError:
+        assert run.task.dies_at
+
+
+def found(run: Run) -> dict:
+    folder, state = checkpoints.newest_whole(run.store, run.folder)
+    local = Path(run.store.path(folder))
+    return {"state": state, "weights": load_file(local / "export" / "model.safetensors"), "files": sorted(state.files)}
+
+
+def all_cases(rank: int, folder: str, world: int) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
+    results = {}
+
+    def case(name: str, *deaths: int, take_away: str = "", **settings) -> Run:
+        for dies_at in (*deaths, None):
+            run = run_of(folder, f"{name}-{world}", world=world, dies_at=dies_at, **settings)
+            train(run, rank, world)
+            if world > 1:
+                dist.barrier()
+            if dies_at and take_away and rank == 0:
+                newest, _ = checkpoints.newest_whole(run.store, run.folder)
+                Path(run.store.path(f"{newest}/{take_away}")).unlink()
+        if rank == 0:
+            results[name] = found(run)
+        return run
+
+    # Stopped first, for the others to go on with; 2 + 4 steps follow the checkpoint after step 4.
+    stopped = run_of(folder, f"moving-{world}", world=world, dies_at=6)
+    train(stopped, rank, world)
+    case("undisturbed")
+    # Steps 3 and 4 are lost with the checkpoint, from step 2 on it is done again.
+    case("killed", 5, 4, take_away="optimiser-0.pt")
+    case("accumulated", micro_batch=4, activation_checkpointing=True, zero_stage=2)
+    if world > 1:
+        half = {"precision": "bf16", "zero_stage": 2, "dropout": 0.1}
+        case("half", **half)
+        case("half killed", 5, **half)
+    else:
+        run = case("scored", 6, kind=Scored, scores=(0.1, 0.5, 0.2, 0.4, 0.9), patience=2)
+        results["scored"]["kept"] = run.task.kept
+        results["to the end"] = None
+        case("to the end", kind=Scored, scores=(0.5, 0.2))
+    Path(folder, f"done-{world}-{rank}").touch()
+    for other in range(3 - world):
+        deadline = time.monotonic() + 200
+        while not Path(folder, f"done-{3 - world}-{other}").exists():
+            assert time.monotonic() < deadline, "the other world did not finish"
+            time.sleep(0.05)
+    moved = run_of(folder, f"moving-{3 - world}", world=world)
+    train(moved, rank, world)
+    if rank == 0:
+        results["moved"] = found(moved)
+        torch.save(results, f"{folder}/{world}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[int, dict]:
+    folder = str(tmp_path_factory.mktemp("loop"))
+    groups = [mp.spawn(all_cases, args=(folder, world), nprocs=world, join=False) for world in (1, 2)]
+    deadline = time.monotonic() + 400
+    try:
+        for group in groups:
+            while not group.join(timeout=1):
+                assert time.monotonic() < deadline, "the ranks wait for each other"
+    finally:
+        for process in (process for group in groups for process in group.processes):
+            process.kill()
+    return {world: torch.load(f"{folder}/{world}.pt", weights_only=False) for world in (1, 2)}
+
+
+def losses(result: dict) -> list[float]:
+    return [record["loss"] for record in result["state"].history]
+
+
+def same(one: dict, other: dict) -> bool:
+    """Bit for bit: weights and history."""
+    weights, others = one["weights"], other["weights"]
+    return one["state"].history == other["state"].history and all(torch.equal(weights[k], others[k]) for k in weights)
+
+
+def close(one: dict, other: dict) -> None:
+    """Losses to 1e-5, weights to 1e-3 of their length: float32 added up in another order, through Adam."""
+    assert losses(one) == pytest.approx(losses(other), abs=1e-5)
+    for name, weight in one["weights"].items():
+        assert torch.linalg.vector_norm(weight - other["weights"][name]) < 1e-3 * weight.norm(), name
+
+
+def test_a_run_ends_after_its_phases_with_everything_that_is_published(trained):
+    result = trained[1]["undisturbed"]
+    assert (
+        result["state"].finished
+        and result["state"].epoch == 2
+        and [r["epoch"] for r in result["state"].history] == [0, 1]
+    )
+    assert losses(result)[1] < losses(result)[0]
+    for file in ("model.safetensors", "optimiser-0.pt", "export/model.safetensors", "export/history.json"):
+        assert file in result["files"]
+    assert any(file.startswith("tensorboard/events") for file in result["files"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_inside_epochs_a_run_ends_in_the_same_bits_though_the_newest_checkpoint_is_partial(trained, world):
+    assert same(trained[world]["killed"], trained[world]["undisturbed"])
+
+
+def test_two_ranks_and_one_rank_give_the_same_loss_curve(trained):
+    close(trained[2]["undisturbed"], trained[1]["undisturbed"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_accumulated_and_recomputed_the_batch_is_the_same(trained, world):
+    close(trained[world]["accumulated"], trained[world]["undisturbed"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_another_number_of_workers_goes_on_from_the_checkpoint(trained, world):
+    moved = trained[world]["moved"]
+    assert moved["state"].world == world and moved["state"].finished
+    close(moved, trained[1]["undisturbed"])
+
+
+def test_bfloat16_goes_on_exactly_too(trained):
+    assert same(trained[2]["half killed"], trained[2]["half"])
+    assert losses(trained[2]["half"]) != losses(trained[2]["undisturbed"])
+
+
+def test_training_stops_when_the_score_does_not_rise_and_publishes_the_best_epoch(trained):
+    result = trained[1]["scored"]
+    history = result["state"].history
+    assert [record["score"] for record in history] == [0.1, 0.5, 0.2, 0.4] and history[0]["queries"] == 7
+    assert history[-1]["best_epoch"] == 1 and history[-1]["best_score"] == 0.5 and history[-1]["stopped_early"]
+    # Killed in the second epoch: the task that went on kept the weights of epochs 1, 2 and 3.
+    best = result["kept"][0]
+    assert len(result["kept"]) == 3
+    assert all(torch.equal(weight, best[f"model.{name}"]) for name, weight in result["weights"].items())
+    assert not torch.equal(best["model.shared.weight"], result["kept"][-1]["model.shared.weight"])
+
+
+def test_without_patience_all_epochs_run_and_the_best_is_published(trained):
+    last = trained[1]["to the end"]["state"].history[-1]
+    assert (last["epoch"], last["best_epoch"], last["stopped_early"]) == (1, 0, False)
+
+
+def test_a_batch_is_cut_as_its_arithmetic_says():
+    batches = run_of("unused", "a", world=2, micro_batch=4).batches(2)
+    assert (batches.micro, batches.accumulation, batches.rank_rows) == (4, 2, 8)
+    assert batches.arithmetic == "micro_batch 4 x accumulation 2 x workers 2 = batch 16"
+    assert run_of("unused", "a", world=2, batch=1000, micro_batch=100).batches(2).plan.batch == 40, (
+        "the first phase's rows"
+    )
+
+
+def test_phases_of_nothing_are_refused():
+    run = run_of("unused", "a", world=1)
+    run.task.phases = lambda rows: [Phase(1, 40, 1e-3), Phase(2, 0, 1e-3)]
+    with pytest.raises(
+        TrainingError, match=r"at least one epoch and one row, found \[\(1, 40, 0.001\), \(2, 0, 0.001\)\]"
+    ):
+        run.batches(1)
+
+
+def test_activation_checkpointing_needs_a_model_that_offers_it():
+    run = run_of("unused", "a", world=1, activation_checkpointing=True)
+    with pytest.raises(RecipeError, match="activation_checkpointing: Linear holds no model that offers it"):
+        start_engine(run, torch.nn.Linear(2, 2), run.batches(1))
+
+
+def test_the_flops_of_an_example_are_six_a_weight_and_token():
+    run = run_of(tempfile.gettempdir(), "a", world=1)
+    module = run.task.build()
+    t5 = module.model
+    weights = {name: weight.numel() for name, weight in t5.named_parameters()}
+    encoder = sum(size for name, size in weights.items() if name.startswith("encoder."))
+    decoder = sum(size for name, size in weights.items() if name.startswith("decoder."))
+    assert run.task.flops_per_example(module) == 6 * (encoder * TOKENS + decoder * 2 + 8 * 16)
