@@ -15,7 +15,12 @@ from catid2_ray.retrieval.lexical import Block, LexicalIndex, count_words, words
 from catid2_ray.scripts import pairs_of_unspaced
 
 MADE = generate(products=90, queries=30, seed=4)
-TEXTS = join_text(MADE.products, ("title", "description"))[:86] + ["折りたたみ傘 55cm", "日傘 oak", "東京タワー 傘", "手袋"]
+TEXTS = join_text(MADE.products, ("title", "description"))[:86] + [
+    "折りたたみ傘 55cm",
+    "日傘 oak",
+    "東京タワー 傘",
+    "手袋",
+]
 QUERIES = [*dict.fromkeys(MADE.pairs["query"].to_pylist())][:20] + [
     "hinge hinge steel",
     "zzz qqq",
