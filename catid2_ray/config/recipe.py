@@ -65,6 +65,12 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def most_workers(self) -> int:
+        """Of the training that has most."""
+        trainings = [self.quantizer, self.generator, *([self.alignment] if self.alignment.enabled else [])]
+        return max(training.workers for training in trainings)
+
     @model_validator(mode="after")
     def _serving_fits(self):
         serving, quantizer = self.serving, self.quantizer
@@ -93,12 +99,6 @@ class Recipe(Section):
     def beam_width(self) -> int | tuple[int, ...]:
         """What is served and, as "served", evaluated."""
         return self.evaluation.beam_width if self.serving.beam_width is None else self.serving.beam_width
-
-    @property
-    def most_workers(self) -> int:
-        """Of the training that has most."""
-        trainings = [self.quantizer, self.generator, *([self.alignment] if self.alignment.enabled else [])]
-        return max(training.workers for training in trainings)
 
     @classmethod
     def build(cls, values: dict) -> "Recipe":

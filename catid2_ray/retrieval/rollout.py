@@ -58,10 +58,10 @@ def sample_rollouts(
     noise = torch.Generator(device=device).manual_seed(seed)
     ids_BT, mask_BT = checked_queries(input_ids, attention_mask, decoder)
     memory, cache, arrays = decoder.encode(ids_BT, mask_BT), None, tensors(trie, device)
-    node_BM = code_BM = parent_BM = torch.zeros(len(ids_BT), 1, dtype=torch.long, device=device)
-    prefix_BML, logp_BM = node_BM[..., None][..., :0], node_BM.float()
+    code_BM = parent_BM = torch.zeros(len(ids_BT), 1, dtype=torch.long, device=device)
+    place, prefix_BML, logp_BM = arrays.root(len(ids_BT)), code_BM[..., None][..., :0], code_BM.float()
     # φ: log of the constrained probability; the perturbed score of a node is that of the best ID below it.
-    phi_BM, score_BM = node_BM.float(), node_BM.float()
+    phi_BM, score_BM = code_BM.float(), code_BM.float()
     for level in range(trie.levels):
         hidden_BMD, cache = decoder.decode_step(level, memory, cache, parent_BM, code_BM)
         logits_BMK = decoder.level_logits(level, hidden_BMD, prefix_BML).float()
@@ -69,18 +69,18 @@ def sample_rollouts(
             raise InputError(
                 "the model gives NaN or infinite logits; its weights are damaged or its precision overflows"
             )
-        found = arrays.children(level, (node_BM,), score_BM > -torch.inf, prefix_BML, None)
-        code_BMC, child_BMC, live_BMC = found.code_BMC, found.rank_BMC, found.live_BMC
+        found = arrays.children(level, place, score_BM > -torch.inf, prefix_BML, None)
+        code_BMC, live_BMC = found.code_BMC, found.live_BMC
         chance_BMC = (logits_BMK.gather(-1, code_BMC) / temperature).masked_fill(~live_BMC, -torch.inf)
         phi_BMC = phi_BM[..., None] + chance_BMC - _finite(chance_BMC.logsumexp(-1, keepdim=True))
         score_BMC = _perturbed(phi_BMC, score_BM, live_BMC, noise)
         own_BMC = logp_BM[..., None] + logits_BMK.log_softmax(-1).gather(-1, code_BMC)
         best = score_BMC.flatten(1).topk(min(group, score_BMC[0].numel()), dim=1)
         score_BM, parent_BM = best.values, best.indices // found.widest
-        node_BM, code_BM, phi_BM, logp_BM = (
-            values.flatten(1).gather(1, best.indices) for values in (child_BMC, code_BMC, phi_BMC, own_BMC)
+        code_BM, phi_BM, logp_BM = (
+            values.flatten(1).gather(1, best.indices) for values in (code_BMC, phi_BMC, own_BMC)
         )
-        node_BM = node_BM.masked_fill(score_BM == -torch.inf, 0)
+        place = arrays.kept(level, found, best.indices, code_BM)
         kept_BML = prefix_BML.gather(1, parent_BM[..., None].expand(-1, -1, level))
         prefix_BML = torch.cat((kept_BML, code_BM[..., None]), 2)
     return _padded(prefix_BML, logp_BM, score_BM > -torch.inf, group)

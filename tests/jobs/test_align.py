@@ -36,7 +36,7 @@ def test_a_recipe_with_behaviour_is_aligned_and_published(tmp_path):
     values = {name: dict(part) if isinstance(part, dict) else part for name, part in TINY.items()}
     values |= {"store": str(tmp_path / "store"), "catalog": {"root": str(tmp_path / "shop"), "rows_per_part": 100}}
     values["quantizer"] = {"kind": "rq_kmeans", "codes_per_level": [8, 8, 8, 8], "kmeans_sample": 200}
-    values["generator"] |= {"epochs": 1, "titles_per_query": 0.1}
+    values["generator"] |= {"epochs": 1, "mix": {"query": 1.0, "title": 0.1}}
     values["alignment"] = ALIGNMENT | {"ranker": "tests.jobs.test_align:ranked"}
     outcome = reindex(Recipe.build(values))
     assert {"generator", "prompts", "aligned"} <= set(outcome.made)
