@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.catalog.products import require_columns
-from catid2_ray.catalog.scripts import pairs_of_unspaced
 from catid2_ray.errors import EncoderError, InputError
+from catid2_ray.scripts import pairs_of_unspaced
 
 TEXT_COLUMNS = ("title", "category_path", "description")
 PATH_JOINER = " > "

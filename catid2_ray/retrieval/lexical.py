@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 
 from catid2_ray.errors import ArtifactError, InputError
+from catid2_ray.scripts import UNSPACED, pairs_of_unspaced
 
 FORMAT = 1
 HEADER = "lexical.json"
 K1, B = 1.2, 0.75  # as in CHAP's baseline (Pyserini's names for them)
-_WORD = re.compile(r"(?u)\b\w\w+\b")
+_WORD = re.compile(rf"(?u)\b\w\w+\b|[{UNSPACED}]")
 _STOPWORDS = frozenset(
     ("a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "if", "in", "into", "is", "it", "no", "not", "of", "on", "or",
      "such", "that", "the", "their", "then", "there", "these", "they", "this", "to", "was", "will", "with")
@@ -31,9 +32,11 @@ _STOPWORDS = frozenset(
 _AGAIN = "Make the serving part again"
 
 
-def words(text: str) -> list[str]:
-    """Words of two letters or more, lower case, English stop words left out, no stemming."""
-    return [word for word in _WORD.findall(text.lower()) if word not in _STOPWORDS]
+def words(text: str, *, indexed: bool = False) -> list[str]:
+    """Words of two letters or more, lower case, English stop words left out, no stemming; Japanese and Chinese by pairs of
+    characters and, where a text is `indexed`, single ones too."""
+    found = _WORD.findall(pairs_of_unspaced(text, singles=indexed).lower())
+    return [word for word in found if word not in _STOPWORDS]
 
 
 class Counted(NamedTuple):
@@ -48,7 +51,7 @@ class Counted(NamedTuple):
 
 def count_words(texts: Sequence[str]) -> Counted:
     """What `LexicalIndex.write` needs to know of texts; words ascend inside a text."""
-    counters = [Counter(words(text)) for text in texts]
+    counters = [Counter(words(text, indexed=True)) for text in texts]
     ordered = [sorted(counter) for counter in counters]
     times = [counter[word] for counter, names in zip(counters, ordered) for word in names]
     return Counted(

@@ -116,7 +116,7 @@ def test_every_row_is_in_its_place(local_store, parents, monkeypatch, tmp_path, 
     assert columns.to_pylist() == table.select(["market", "price"]).to_pylist()
     index = LexicalIndex.open(folder / "lexical")
     oracle = Bm25([f"{row:03d}" for row in range(ROWS)], table["title"].to_pylist())
-    expected = oracle._index.get_scores(["oak", "hinge"])
+    expected = oracle.scores("oak hinge")
     np.testing.assert_allclose(index.scores(["oak hinge"], np.arange(ROWS)[None])[0], expected, rtol=1e-5)
     assert local_store.names(f"{manifest.folder}/exchange") == []
 

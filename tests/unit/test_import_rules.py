@@ -13,11 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STAGES = {"catalog", "quantizer", "identifiers", "generator", "retrieval"}
-BASE = {"errors", "docid", "schedule"}
+BASE = {"errors", "docid", "schedule", "scripts"}
 BELOW_JOBS = BASE | STAGES | {"config", "artifacts", "evaluation", "on_ray"}
 MAY_IMPORT = {
     "errors": set(),
     "schedule": set(),
+    "scripts": set(),
     "docid": {"errors"},
     "config": {"errors", "docid"},
     "artifacts": {"errors", "docid", "config"},

@@ -218,11 +218,6 @@ def test_what_is_near_a_contradiction_is_fine():
     Recipe.build({"catalog": {"root": "s3://bucket/catalogue", "synthetic": None}})
 
 
-def test_what_is_served_is_as_wide_as_what_is_evaluated_unless_told():
-    assert Recipe.build(MINIMAL | {"evaluation": {"beam_width": 7}}).beam_width == 7
-    assert Recipe.build(MINIMAL | {"serving": {"beam_width": [2, 3, 4, 5]}}).beam_width == (2, 3, 4, 5)
-
-
 def test_a_generator_without_stages_has_one_and_kinds_are_those_of_any_stage():
     flat = Recipe.build(MINIMAL | {"generator": {"epochs": 7, "mix": {"title": 2}}}).generator
     assert [(stage.name, stage.mix, stage.epochs) for stage in flat.plan] == [("train", {"title": 2.0}, 7)]
@@ -235,6 +230,11 @@ def test_a_generator_without_stages_has_one_and_kinds_are_those_of_any_stage():
     assert recipe.generator.kinds == ("query", "span", "user")
     assert [stage.learning_rate for stage in recipe.generator.plan] == [None, 4e-5]
     assert Recipe.build(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_what_is_served_is_as_wide_as_what_is_evaluated_unless_told():
+    assert Recipe.build(MINIMAL | {"evaluation": {"beam_width": 7}}).beam_width == 7
+    assert Recipe.build(MINIMAL | {"serving": {"beam_width": [2, 3, 4, 5]}}).beam_width == (2, 3, 4, 5)
 
 
 def test_a_recipe_is_frozen():

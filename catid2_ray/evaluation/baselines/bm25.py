@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import bm25s
 import numpy as np
 
-from catid2_ray.catalog.scripts import UNSPACED, pairs_of_unspaced
 from catid2_ray.errors import CapacityError, InputError
+from catid2_ray.scripts import UNSPACED, pairs_of_unspaced
 
 MAX_PRODUCTS = 5_000_000
 _WORD = rf"(?u)\b\w\w+\b|[{UNSPACED}]"

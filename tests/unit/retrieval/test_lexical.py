@@ -12,9 +12,15 @@ from catid2_ray.catalog.text import join_text
 from catid2_ray.errors import ArtifactError, InputError
 from catid2_ray.evaluation.baselines.bm25 import Bm25, _tokenize
 from catid2_ray.retrieval.lexical import Block, LexicalIndex, count_words, words
+from catid2_ray.scripts import pairs_of_unspaced
 
 MADE = generate(products=90, queries=30, seed=4)
-TEXTS = join_text(MADE.products, ("title", "description"))
+TEXTS = join_text(MADE.products, ("title", "description"))[:86] + [
+    "折りたたみ傘 55cm",
+    "日傘 oak",
+    "東京タワー 傘",
+    "手袋",
+]
 QUERIES = [*dict.fromkeys(MADE.pairs["query"].to_pylist())][:20] + [
     "hinge hinge steel",
     "zzz qqq",
@@ -48,16 +54,18 @@ def test_scores_are_those_of_bm25s(tmp_path):
     row_BC[:, 45:] = -1
     found_BC = index.scores(QUERIES, row_BC)
     for b, query in enumerate(QUERIES):
-        known = [token for token in _tokenize([query])[0] if token in oracle._index.vocab_dict]
-        expected_N = oracle._index.get_scores(known) if known else np.zeros(len(TEXTS))
-        np.testing.assert_allclose(found_BC[b, :45], expected_N[row_BC[b, :45]], rtol=1e-5)
+        np.testing.assert_allclose(found_BC[b, :45], oracle.scores(query)[row_BC[b, :45]], rtol=1e-5)
         assert (found_BC[b, 45:] == 0).all()
     assert (found_BC[:20] > 0).any() and (found_BC[21:23] == 0).all()
 
 
 def test_words_are_those_of_the_baseline():
     texts = [*TEXTS, *QUERIES, "A 3-in. drill, for the M8 x 1.25mm (x_y) İstanbul ß1"]
-    assert [words(text) for text in texts] == _tokenize(texts)
+    texts += ["折りたたみ傘 55cm 傘", "ｶﾒﾗ ＵＳＢ 東京タワー", "手袋"]
+    assert [words(text) for text in texts] == _tokenize([pairs_of_unspaced(text) for text in texts])
+    assert [words(text, indexed=True) for text in texts] == _tokenize(
+        [pairs_of_unspaced(text, singles=True) for text in texts]
+    )
 
 
 def test_texts_without_a_word(tmp_path):

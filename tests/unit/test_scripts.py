@@ -2,7 +2,7 @@
 
 import pytest
 
-from catid2_ray.catalog.scripts import pairs_of_unspaced
+from catid2_ray.scripts import pairs_of_unspaced
 
 
 @pytest.mark.parametrize(
