@@ -25,7 +25,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from surroundings import machine, rounded
-from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.catalog.text import LsaEncoder, join_text
@@ -36,6 +35,7 @@ from catid2_ray.generator.alignment_fit import align
 from catid2_ray.generator.examples import Examples, tokenize
 from catid2_ray.generator.model import small_t5
 from catid2_ray.generator.rewards import judged_rows, relevance_rewards
+from catid2_ray.generator.saved import load_generator, save_generator
 from catid2_ray.generator.step import fit
 from catid2_ray.generator.vocabulary import starts_word, train_tokenizer, with_docid_tokens
 from catid2_ray.identifiers.collisions import assign_unique
@@ -61,20 +61,9 @@ class World:
     pairs: pa.Table
 
 
-def loaded(folder: Path):
-    """(model, tokenizer) of a saved generator of any kind."""
-    try:
-        from catid2_ray.generator.saved import load_generator
-    except ModuleNotFoundError:
-        model = T5ForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
-    model, tokenizer = load_generator(folder)
-    return model.eval(), tokenizer
-
-
 def served(options) -> World:
     folder = Path(options.serving)
-    model, tokenizer = loaded(Path(options.generator) if options.generator else folder / "generator")
+    model, tokenizer = load_generator(Path(options.generator) if options.generator else folder / "generator")
     trie = Trie.open(folder / "trie")
     products = pa.ipc.open_file(pa.memory_map(str(folder / "products.arrow"))).read_all()["product_id"].combine_chunks()
     leaves = np.arange(trie.nodes(trie.levels))
@@ -109,7 +98,7 @@ def synthetic(work: Path, *, sft_steps: int) -> World:
     folder = work / f"generator-{sft_steps}"
     if not folder.exists():
         train_first(folder, made, ids, codes_NL, space, steps=sft_steps)
-    model, tokenizer = loaded(folder)
+    model, tokenizer = load_generator(folder)
     packed_N = space.pack(codes_NL)
     trie = Trie.build(codes_NL, codes_per_level=SYNTHETIC_CODES)
     return World("synthetic", model, tokenizer, trie, ids, packed_N, made.pairs)
@@ -130,8 +119,7 @@ def train_first(folder: Path, made, ids, codes_NL, space: DocidSpace, *, steps: 
         dropout=0.0, codes_per_level=space.codes_per_level,
     )  # fmt: skip
     fit(model, examples, space=space, steps=steps, batch=256, learning_rate=2e-3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_generator(model, tokenizer, folder)
 
 
 def prompts_of(world: World, *, split: str, relevant_from: float, length: int) -> tuple[Callable, int]:
@@ -158,7 +146,7 @@ def prompts_of(world: World, *, split: str, relevant_from: float, length: int) -
 
     def take(at: np.ndarray) -> dict[str, torch.Tensor]:
         found = {name: values[torch.as_tensor(at)].to(device) for name, values in table.items()}
-        used = int((found["input_ids"] != 0).any(0).sum())
+        used = int((found["input_ids"] != world.tokenizer.pad_token_id).any(0).sum())
         return found | {"input_ids": found["input_ids"][:, :used]}
 
     return take, len(names)

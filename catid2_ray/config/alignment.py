@@ -125,6 +125,11 @@ class AlignmentRecipe(TrainingRecipe):
                 raise ValueError(
                     f"{name} {getattr(self, name)} does not divide by {whole} {getattr(self, whole)}: choose a multiple"
                 )
+        if self.checkpoint_every_steps and self.checkpoint_every_steps % self.updates:
+            raise ValueError(
+                f"checkpoint_every_steps {self.checkpoint_every_steps} does not divide by updates {self.updates}: a run that "
+                "resumes between the updates of a rollout would roll out anew; choose a multiple"
+            )
         if self.ranker and self.ranker_scores:
             raise ValueError("ranker and ranker_scores are both set: one ranker gives the bonus, so drop one of them")
         if self.ranker and ":" not in self.ranker:

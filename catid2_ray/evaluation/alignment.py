@@ -20,7 +20,7 @@ from catid2_ray.errors import InputError
 from catid2_ray.evaluation.figures import COLOURS
 from catid2_ray.evaluation.pages import plain_page
 from catid2_ray.generator.alignment import Groups, group_advantages, group_logps, pack
-from catid2_ray.generator.vocabulary import PAD
+from catid2_ray.generator.vocabulary import pad_of
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.environment import Environment
 from catid2_ray.schedule import seed_from
@@ -101,7 +101,9 @@ def measure(
         packed.append(pack(groups.codes_BNL, space)[real_BN].cpu().numpy())
         own, known = (group_logps(each, ids_BT, groups.codes_BNL, space=space) for each in (model, reference))
         share_BN = real_BN / real_BN.sum(1, keepdim=True)
-        found = constrained_beam_search(model, trie, ids_BT, ids_BT != PAD, beam_width=beam_width, top_k=max(KS))
+        found = constrained_beam_search(
+            model, trie, ids_BT, ids_BT != pad_of(model), beam_width=beam_width, top_k=max(KS)
+        )
         found_BK = pack(found.docid_BKL, space).masked_fill(found.docid_BKL[..., 0] < 0, -1)
         rows_BK = found.row_range_BK2.diff(dim=-1)[..., 0]
         recall.append(recalls_of_ids(found_BK, rows_BK, asked["judged"].cpu(), asked["relevant"].cpu(), KS))

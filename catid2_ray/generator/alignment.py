@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError
-from catid2_ray.generator.vocabulary import PAD
+from catid2_ray.generator.logits import decoder_logits, docid_logits, memory_of
+from catid2_ray.generator.states import TokenStates
 
 _FLAT = 1e-6  # rewards nearer to each other than this are equal
 
@@ -154,41 +154,18 @@ def cap_experts(advantage_BN: Tensor, logp_BN: Tensor, groups: Groups, *, cap: f
 def group_logps(model, input_ids_BT: Tensor, codes_BNL: Tensor, *, space: DocidSpace) -> list[Tensor]:
     """Per level float32 B×N×K_l, log p of every code after the member's own codes before it, over the level's codes.
 
-    The query is encoded once for all members of its group. `model`: a T5 whose last ΣK vocabulary rows are the ID tokens,
-    or a model with `docid_logits(input_ids, codes)`.
+    `model`: any kind of generator (`logits.docid_logits`). The query is encoded once for all members of its group, but by
+    models with a `docid_logits` of their own.
     """
     batch, members, levels = codes_BNL.shape
     codes_RL = codes_BNL.flatten(0, 1)
     if hasattr(model, "docid_logits"):
-        logits = model.docid_logits(input_ids_BT.repeat_interleave(members, 0), codes_RL)
+        logits = docid_logits(model, input_ids_BT.repeat_interleave(members, 0), codes_RL, space=space)
     else:
-        logits = _t5_logits(model, input_ids_BT, codes_RL, members, space)
+        memory = memory_of(model, input_ids_BT)
+        repeated = TokenStates(*(part.repeat_interleave(members, 0) for part in memory))
+        logits = decoder_logits(model, repeated, codes_RL, space=space)
     return [level_RK.float().log_softmax(-1).unflatten(0, (batch, members)) for level_RK in logits]
-
-
-def _t5_logits(model, input_ids_BT: Tensor, codes_RL: Tensor, members: int, space: DocidSpace) -> list[Tensor]:
-    rows = len(model.lm_head.weight)
-    first_L = [rows - sum(space.codes_per_level[level:]) for level in range(space.levels)]
-    if first_L[0] < 0 or codes_RL.shape[-1] != space.levels:
-        raise RecipeError(
-            f"IDs of {space.codes_per_level} do not fit a model of {rows} vocabulary rows and codes of "
-            f"{codes_RL.shape[-1]} levels; take both from one release"
-        )
-    config, mask_BT = model.config, input_ids_BT != PAD
-    memory_BTD = model.encoder(input_ids=input_ids_BT, attention_mask=mask_BT).last_hidden_state
-    start = getattr(config, "decoder_start_token_id", None) or PAD
-    previous_RL = F.pad(codes_RL[:, :-1] + torch.tensor(first_L[:-1], device=codes_RL.device), (1, 0), value=start)
-    hidden_RLD = model.decoder(
-        input_ids=previous_RL, encoder_hidden_states=memory_BTD.repeat_interleave(members, 0),
-        encoder_attention_mask=mask_BT.repeat_interleave(members, 0), use_cache=False,
-    ).last_hidden_state  # fmt: skip
-    if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
-        hidden_RLD = hidden_RLD * config.d_model**-0.5
-    weight_VD = model.lm_head.weight
-    return [
-        F.linear(hidden_RLD[:, level], weight_VD[first : first + k])
-        for level, (first, k) in enumerate(zip(first_L, space.codes_per_level))
-    ]
 
 
 def taken(logps: list[Tensor], codes_BNL: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import default_cache, fetch
@@ -25,6 +24,7 @@ from catid2_ray.errors import RecipeError
 from catid2_ray.evaluation.alignment import measure
 from catid2_ray.generator.alignment import AlignmentLoss, Objective
 from catid2_ray.generator.alignment_fit import prompt_order
+from catid2_ray.generator.saved import load_generator, save_generator
 from catid2_ray.generator.step import parameter_groups
 from catid2_ray.on_ray import prompts, worker
 from catid2_ray.on_ray.arrays import matrix
@@ -32,6 +32,7 @@ from catid2_ray.on_ray.pipeline import Job
 from catid2_ray.on_ray.shards import PartReader
 from catid2_ray.retrieval.environment import CalledRanker, Environment, Rules
 from catid2_ray.retrieval.trie import Trie
+from catid2_ray.schedule import seed_from
 
 _SFT_TO_RL = 40  # CQ-SID: 4e-5 in its last supervised stage, 1e-6 in EG-GRPO
 _FIGURES = ("reward", "kl", "entropy", "without_variance", "experts", "clipped", "loss")
@@ -45,7 +46,8 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     open_ranker(recipe.ranker)  # a name that cannot be imported is found here, before any work
     parents = {"trained": trained, "ids": parts["ids"], "examples": parts["examples"]}
     parents["prompts"] = prompts.run(job, parts)
-    rate = recipe.learning_rate or job.recipe.generator.learning_rate / _SFT_TO_RL
+    last = job.recipe.generator.plan[-1]
+    rate = recipe.learning_rate or (last.learning_rate or job.recipe.generator.learning_rate) / _SFT_TO_RL
     settings = {**recipe.identity(), "learning_rate": rate, "seed": job.recipe.seed}
     del settings["enabled"]
     recipe = recipe.model_copy(update={"learning_rate": rate})
@@ -111,14 +113,18 @@ class AlignTask:
         scored = ["scored", "score"] if recipe.ranker_scores else []
         self.columns = ["number", "input_ids", "judged", "reward", "relevant", *scored]
         self.reader = PartReader(tuple(self.columns))
-        self._experience, self._figures, self._left = None, {}, 0
+        self._rolled: dict[bytes, tuple] = {}
 
     def _generator(self):
-        return T5ForConditionalGeneration.from_pretrained(self._folder, use_safetensors=True).eval()
+        return load_generator(self._folder)[0]
 
     @cached_property
     def _folder(self) -> Path:
         return fetch(self.store, self.parents["trained"], default_cache())
+
+    @cached_property
+    def _tokenizer(self):
+        return load_generator(self._folder)[1]
 
     @cached_property
     def _reference(self):
@@ -160,7 +166,8 @@ class AlignTask:
 
     def order(self, rows, *, seed: int, epoch: int, batch: int, steps: int) -> np.ndarray:
         """Each rollout's prompts, `updates` times over; which they are depends on the step, not on the length of a block."""
-        updates, self._left = self.recipe.updates, 0
+        updates = self.recipe.updates
+        self._rolled.clear()
         first = epoch * steps // updates
         rolled = [
             prompt_order(rows.rows, rollout=first + number, batch=batch, seed=seed)
@@ -169,21 +176,25 @@ class AlignTask:
         return np.concatenate([np.tile(order_B, updates) for order_B in rolled])
 
     def prepare(self, columns: dict[str, np.ndarray], *, seed: int) -> dict[str, np.ndarray]:
-        used = int(np.flatnonzero((columns["input_ids"] != 0).any(0)).max(initial=0)) + 1
-        return {**columns, "input_ids": columns["input_ids"][:, :used].astype(np.int64), "seed": np.array([seed])}
+        ids_BT = columns["input_ids"]
+        used = int(np.flatnonzero((ids_BT != self._tokenizer.pad_token_id).any(0)).max(initial=0)) + 1
+        return {**columns, "input_ids": ids_BT[:, :used].astype(np.int64), "seed": np.full(len(ids_BT), seed)}
 
     def loss(self, engine, batch: dict[str, torch.Tensor], *, gather) -> tuple[torch.Tensor, dict]:
-        if self._left == 0:
+        """A rollout is kept by its prompts until its updates are done: a step may come in several pieces (micro_batch)."""
+        key = batch["number"].cpu().numpy().tobytes()
+        experience, figures, left = self._rolled.pop(key, (None, {}, self.recipe.updates))
+        if experience is None:
             model = engine.module.model
             first = next(model.parameters())
-            self._experience, self._figures = self._environment.experience(
+            experience, figures = self._environment.experience(
                 model, self._reference.to(first.device, first.dtype), batch, objective=self.objective,
-                seed=int(batch["seed"]),
+                seed=seed_from(int(batch["seed"][0]), int(batch["number"][0])),
             )  # fmt: skip
-            self._left = self.recipe.updates
-        self._left -= 1
-        loss, figures = engine(batch["input_ids"], self._experience)
-        return loss, {**self._figures, **figures}
+        if left > 1:
+            self._rolled[key] = experience, figures, left - 1
+        loss, changing = engine(batch["input_ids"], experience)
+        return loss, {**figures, **changing}
 
     def end_epoch(self, module: AlignmentLoss, *, epoch: int, means: dict, history: list[dict]) -> tuple[dict, bool]:
         """Before the first block's end the start weights are measured, at the last the aligned ones."""
@@ -227,6 +238,5 @@ class AlignTask:
         return measure(model, reference, environment, asked, count=len(found["number"]), seed=self.seed)
 
     def export(self, module: AlignmentLoss, folder: Path, history: list[dict]) -> None:
-        module.model.float().cpu().save_pretrained(folder)
-        AutoTokenizer.from_pretrained(self._folder).save_pretrained(folder)
+        save_generator(module.model.float().cpu(), self._tokenizer, folder)
         (folder / "history.json").write_text(json.dumps(history, indent=1))

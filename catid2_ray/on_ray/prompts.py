@@ -74,7 +74,7 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         )
     arguments = {
         "store": job.store, "folder": attempt.folder, "exchange": exchange, "parts": len(found), "recipe": recipe,
-        "examples": parents["examples"], "relevant_from": job.recipe.evaluation.min_relevance,
+        "examples": parents["examples"], "kind": job.recipe.generator.kind, "relevant_from": job.recipe.evaluation.min_relevance,
         "behaviour": bool(catalog.metrics.get("behaviour")),
         "low": min(low for low, _ in ranges), "high": max(high for _, high in ranges),
     }  # fmt: skip
@@ -145,13 +145,13 @@ class _MakePrompts:
 
     def __init__(
         self, *, store: Store, folder: str, exchange: str, parts: int, recipe: AlignmentRecipe, examples: Manifest,
-        relevant_from: float, behaviour: bool, low: float, high: float,
+        kind: str, relevant_from: float, behaviour: bool, low: float, high: float,
     ):  # fmt: skip
         self.store, self.folder, self.exchange, self.parts, self.recipe = store, folder, exchange, parts, recipe
         self.relevant_from, self.behaviour, self.low, self.high = relevant_from, behaviour, low, high
         self.schema, self.length = _schema(examples, recipe), examples.settings["query_tokens"]
         tokens = fetch(store, examples, default_cache(), below=("tokenizer/",))
-        self.tokenizer = load_tokenizer(str(tokens / "tokenizer"))
+        self.tokenizer = load_tokenizer(str(tokens / "tokenizer"), kind=kind)
 
     def __call__(self, spec: dict) -> dict:
         bucket = spec["position"]

@@ -19,7 +19,7 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, RecipeError
 from catid2_ray.generator.alignment import Experience, Groups, Objective, collect, pack
 from catid2_ray.generator.rewards import expert_candidates, graded, looked_up, ranker_bonus, unpack
-from catid2_ray.generator.vocabulary import PAD
+from catid2_ray.generator.vocabulary import pad_of
 from catid2_ray.retrieval.rollout import Rollouts, beam_rollouts, leaves_of, sample_rollouts
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.schedule import seed_from
@@ -91,7 +91,7 @@ class Environment:
         return DocidSpace(tuple(self.trie.codes_per_level))
 
     def rollouts(self, model, input_ids_BT: Tensor, *, seed: int) -> Rollouts:
-        mask_BT, rules = input_ids_BT != PAD, self.rules
+        mask_BT, rules = input_ids_BT != pad_of(model), self.rules
         if rules.source == "beam":
             return beam_rollouts(
                 model, self.trie, input_ids_BT, mask_BT, group=rules.group, beam_width=rules.beam_width

@@ -46,8 +46,9 @@ def sample_rollouts(
 ) -> Rollouts:
     """`group` IDs drawn without replacement, or all where the trie has fewer. A pure function of its arguments.
 
-    `model`: a T5 or a `Decoder`. `temperature` divides the logits before they are renormalised over the children; above 1
-    explores more. Raises InputError for a group below 1, a temperature of 0, or what the beam search refuses.
+    `model`: any kind of generator, or a `Decoder`. `temperature` divides the logits before they are renormalised over the
+    children; above 1 explores more. Raises InputError for a group below 1, a temperature of 0, or what the beam search
+    refuses.
     """
     if group < 1 or not temperature > 0:
         raise InputError(

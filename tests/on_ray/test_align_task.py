@@ -222,6 +222,30 @@ def test_the_task_rolls_out_updates_measures_and_exports(shop, monkeypatch, tmp_
     assert not torch.equal(again.shared.weight, task._reference.shared.weight)
 
 
+def test_pieces_of_a_step_keep_their_rollouts_apart(shop, monkeypatch):
+    made, recipe = make(shop, monkeypatch, enabled=True, updates=2, batch=4, group=4)
+    task = AlignTask(recipe.alignment, shop[0], {**shop[3], "prompts": made}, seed=0)
+    module = task.build()
+    rows, rolled = Rows(shop[0], made, task.columns), []
+    order = task.order(rows, seed=1, epoch=0, batch=4, steps=4)
+    whole = type(task._environment).experience
+    monkeypatch.setattr(
+        type(task._environment), "experience",
+        lambda self, *a, **k: rolled.append(a[2]["number"].tolist()) or whole(self, *a, **k),
+    )  # fmt: skip
+    engine = type("Engine", (), {"module": module, "__call__": lambda self, *inputs: module(*inputs)})()
+    for step in range(4):
+        batch = task.prepare(rows.take(order[4 * step : 4 * step + 4]), seed=step)
+        for start in (0, 2):  # as with micro_batch 2
+            piece = {
+                name: torch.from_numpy(np.ascontiguousarray(values[start : start + 2]))
+                for name, values in batch.items()
+            }
+            assert torch.isfinite(task.loss(engine, piece, gather=None)[0])
+    number_N = rows.columns["number"]
+    assert rolled == [number_N[order[at : at + 2]].tolist() for at in (0, 2, 8, 10)] and not task._rolled
+
+
 def test_a_ranker_that_cannot_be_called_is_refused_before_any_work():
     assert open_ranker(None) is None
     assert open_ranker("tests.on_ray.test_align_task:late")("red hinge", ["p03"]) == [3.0]

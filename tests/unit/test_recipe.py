@@ -173,6 +173,8 @@ def test_a_catalogue_has_exactly_one_source(catalog):
         (MINIMAL | {"alignment": {"steps": 30, "report_every": 20}}, ["steps 30 does not divide by report_every 20"]),
         (MINIMAL | {"alignment": {"report_every": 50, "updates": 4}}, ["report_every 50 does not divide by updates 4"]),
         (MINIMAL | {"alignment": {"ranker": "a:b", "ranker_scores": "s.parquet"}}, ["ranker and ranker_scores are both"]),
+        (MINIMAL | {"alignment": {"updates": 2, "checkpoint_every_steps": 3}},
+         ["checkpoint_every_steps 3 does not divide by updates 2"]),
         (MINIMAL | {"alignment": {"ranker": "a.b"}}, ["ranker 'a.b' is not of the form module:function"]),
         (MINIMAL | {"alignment": {"grades": [[2, 1], [1, 0]]}}, ["grades must rise in relevance"]),
         (MINIMAL | {"alignment": {"batch": 9, "workers": 2}}, ["alignment: ", "batch 9 does not divide by workers 2"]),

@@ -8,11 +8,16 @@ import torch
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, RecipeError
-from catid2_ray.generator.alignment import Groups, Objective
+from catid2_ray.generator.alignment import Groups, Objective, group_logps, taken
 from catid2_ray.generator.alignment_fit import align, prompt_order
-from catid2_ray.generator.model import small_t5
+from catid2_ray.generator.encoder_decoder import encoder_decoder
+from catid2_ray.generator.examples import tokenize
+from catid2_ray.generator.heads import with_head
+from catid2_ray.generator.model import pretrained_causal, small_t5
+from catid2_ray.generator.vocabulary import load_tokenizer, with_docid_tokens
 from catid2_ray.retrieval.environment import CalledRanker, Environment, Rules
 from catid2_ray.retrieval.trie import Trie
+from tests.unit.generator.text_models import bert_tokenizer, save_bert, save_qwen, word_tokenizer
 
 SPACE = DocidSpace((5, 5, 5))
 RNG = np.random.default_rng(0)
@@ -103,6 +108,37 @@ def test_alignment_raises_the_reward_of_what_is_rolled_out(source):
         model.load_state_dict(reference.state_dict())
     again = align(model, **settings | {"stop": lambda step: step == 3})
     assert again == history[:3], "a run is a function of its seed"
+
+
+def kinds(folder):
+    """An encoder and decoder with a PAWA head, and a causal model padded on the right; with texts of theirs."""
+    encoder = with_head(
+        encoder_decoder(
+            save_bert(folder / "bert"), width=16, layers=2, heads=2, feed_forward=24, dropout=0.1,
+            codes_per_level=SPACE.codes_per_level,
+        ),
+        "pawa", rank=6,
+    )  # fmt: skip
+    with torch.no_grad():
+        encoder.pawa.up.weight.normal_(std=2.0, generator=torch.Generator().manual_seed(0))
+    word_tokenizer().save_pretrained(folder / "words")
+    words = with_docid_tokens(load_tokenizer(str(folder / "words"), kind="causal"), SPACE)
+    causal = pretrained_causal(save_qwen(folder / "qwen", tied=True), tokenizer=words, space=SPACE)
+    texts = ["steel hinge", "oak", "copper pipe door"]
+    yield encoder.eval(), tokenize(bert_tokenizer(), texts, length=6)
+    yield causal.eval(), tokenize(words, texts, length=4)
+
+
+def test_other_kinds_of_generators_are_rolled_out_as_they_are_trained(tmp_path):
+    """The search's log-probability of an ID is the one whose gradient is taken."""
+    environment = Environment(TRIE, Rules(group=4))
+    for model, ids_NT in kinds(tmp_path):
+        ids_BT = torch.from_numpy(ids_NT).long()
+        found = environment.rollouts(model, ids_BT, seed=3)
+        logps = group_logps(model, ids_BT, found.codes_BGL, space=SPACE)
+        torch.testing.assert_close(taken(logps, found.codes_BGL).sum(-1), found.logp_BG, atol=1e-4, rtol=1e-4)
+        taken(logps, found.codes_BGL).sum().backward()
+        assert model.lm_head.weight.grad.abs().sum() > 0
 
 
 def test_prompts_come_once_a_pass():
