@@ -24,19 +24,18 @@ import torch
 from fusion import BESIDE_PATH, KS, LEXICAL, LISTED, PATHS, RETURNED, Search, Setting, Split
 from surroundings import machine, rounded
 from title_vectors import TOKENS, model_digest, text_vectors
-from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.products import check_products
 from catid2_ray.catalog.text import HuggingFaceEncoder
-from catid2_ray.docid import DocidSpace
 from catid2_ray.evaluation.baselines.bm25 import Bm25
 from catid2_ray.evaluation.bootstrap import bootstrap_means
 from catid2_ray.evaluation.protocol import Judgements, per_query_recalls
 from catid2_ray.generator.examples import tokenize
+from catid2_ray.generator.saved import load_generator
 from catid2_ray.generator.vocabulary import PAD
 from catid2_ray.retrieval.beam import constrained_beam_search
-from catid2_ray.retrieval.t5_decoder import T5Decoder
+from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import VectorStore
 
@@ -87,23 +86,15 @@ def splits(options, products: pa.Table, vector_ND: np.ndarray, encoder, model: s
     return found
 
 
-def prefix_trie(trie: Trie, level: int) -> Trie:
-    """The first `level` codes of every ID as a trie of its own; rows stay as they are."""
-    space = DocidSpace(trie.codes_per_level[:level])
-    size_n = np.diff(np.asarray(trie.row_start[level]).astype(np.int64))
-    packed_n = space.pack(trie.prefixes(level, np.arange(trie.nodes(level))))
-    return Trie.from_sorted(np.repeat(packed_n, size_n), codes_per_level=space.codes_per_level, shared=True)
-
-
 def search(decoder, tokenizer, trie: Trie, queries: list[str], level: int, width: int) -> Search:
     """Beam search of `width`, stopped after `level` codes, a few queries at once; widths beyond the nodes are cut."""
     ids_QT = tokenize(tokenizer, queries, length=QUERY_TOKENS)
-    part_trie = trie if level == trie.levels else prefix_trie(trie, level)
-    width, parts = min(width, part_trie.nodes(level)), []
+    width, parts = min(width, trie.nodes(level)), []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         ids_BT = ids_QT[start : start + QUERIES_AT_ONCE]
         ids_BT = ids_BT[:, : int((ids_BT != PAD).any(0).sum())]
-        parts.append(constrained_beam_search(decoder, part_trie, ids_BT, ids_BT != PAD, beam_width=width, top_k=width))
+        settings = {"beam_width": width, "top_k": width, "levels": level}
+        parts.append(constrained_beam_search(decoder, trie, ids_BT, ids_BT != PAD, **settings))
     return Search(level, width, fusion.joined(parts))
 
 
@@ -141,9 +132,8 @@ def agree(split: Split, tried: list[Search], setting: Setting, trie: Trie, store
 
 def generative(options, found: dict[str, Split], trie: Trie, store: VectorStore, weight: Setting, scale: str):
     """(lists on the test split, the setting of each) of everything that asks the generator."""
-    model = T5ForConditionalGeneration.from_pretrained(options.generator, use_safetensors=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.generator)
-    decoder = T5Decoder(model, codes_per_level=trie.codes_per_level)
+    model, tokenizer = load_generator(options.generator)
+    decoder = decoder_for(model, codes_per_level=trie.codes_per_level)
     asked, test = found["validation"], found["test"]
     listed = {name: fusion.fused_rows(split, weight.lexical, scale, LISTED) for name, split in found.items()}
 

@@ -1,5 +1,6 @@
 """What every benchmark says about where it ran, and how it rounds; the other files here import it as scripts do."""
 
+import json
 import os
 import platform
 import re
@@ -32,3 +33,34 @@ def rounded(value):
     if isinstance(value, list):
         return [rounded(inner) for inner in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def table(names: list[str], rows: list[list]) -> str:
+    """A Markdown table; floats to four significant digits, None as a dash."""
+
+    def shown(value) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return (
+            "–"
+            if value is None
+            else f"{value:.4g}"
+            if isinstance(value, float)
+            else f"{value:,}"
+            if isinstance(value, int)
+            else str(value)
+        )
+
+    lines = [names, ["---"] * len(names), *([shown(value) for value in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def finish(report: dict, text: str, options) -> None:
+    """Write the JSON object to `options.json` and `text` to `options.out`, where they are given, with the notes that lie
+    beside it as NAME_notes.md; print the object as the last line."""
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.out:
+        notes = options.out.with_name(f"{options.out.stem}_notes.md")
+        options.out.write_text(text + (f"\n{notes.read_text()}" if notes.exists() else ""))
+    print(json.dumps(report))

@@ -4,6 +4,7 @@ Results go to standard output, progress and events to standard error. A delibera
 of its class; anything else is a bug and keeps its traceback.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -99,18 +100,27 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
 _OPEN: dict[str, object] = {}
 
 
-def _answer(console: Console, store: Store, query: str, *, k: int) -> None:
-    from catid2_ray.retrieval.retriever import Retriever
+def _answer(console: Console, store: Store, query: str, *, k: int, expression: dict | None = None) -> None:
+    from catid2_ray.on_ray.live_log import LiveLog, LiveUpdates
+    from catid2_ray.on_ray.query_encoder import open_retriever
 
     release = releases.current(store)
     if release.name not in _OPEN:
-        _OPEN[release.name] = Retriever.open(releases.release_folder(store, release, releases.default_cache()))
-    hits = _OPEN[release.name].retrieve([query], k=k)[0]
+        opened = open_retriever(releases.release_folder(store, release, releases.default_cache()))
+        LiveUpdates(opened, LiveLog(store, release.name)).catch_up()
+        _OPEN[release.name] = opened
+    hits = _OPEN[release.name].retrieve([query], k=k, filters=[expression])[0]
     table = Table(title=f"“{query}”  ({release.name})", title_justify="left", box=None, pad_edge=False)
-    for column, justify in (("product", "left"), ("ID", "left"), ("log P", "right"), ("title", "left")):
-        table.add_column(column, justify=justify, no_wrap=column != "title")
+    # Scores that the release does not use get no column.
+    scores = {"log P": "logp", "dense": "dense", "BM25": "lexical", "final": "score"}
+    if all(hit.score == hit.logp for hit in hits):
+        del scores["final"]
+    scores = {name: field for name, field in scores.items() if any(getattr(hit, field) is not None for hit in hits)}
+    for column in ("product", "ID", *scores, "title"):
+        table.add_column(column, justify="right" if column in scores else "left", no_wrap=column != "title")
     for hit in hits:
-        table.add_row(hit.product_id, hit.docid_text, f"{hit.score:.2f}", hit.title or "")
+        numbers = [f"{getattr(hit, field):.2f}" for field in scores.values()]
+        table.add_row(hit.product_id, hit.docid_text, *numbers, hit.title or "")
     console.print()
     console.print(table)
 
@@ -182,13 +192,41 @@ def report_ids(
 
 
 @app.command()
+def align(recipe: RecipeOption, overrides: SetOption = None, html_file: HtmlOption = None) -> None:
+    """Align the trained generator of a recipe by reinforcement; show what it did, and draw it as one page."""
+    import json
+
+    from catid2_ray.evaluation.alignment import alignment_page, alignment_table
+    from catid2_ray.on_ray.reindex import run_verb
+
+    loaded = Recipe.load(recipe, overrides or [])
+    store, made = run_verb(loaded, "align_generator")
+    history = json.loads(store.read(made.file("history.json")))
+    Console(width=max(112, Console().width)).print(alignment_table(made.metrics["before"], made.metrics["after"]))
+    page = alignment_page(history, title=f"Alignment: {loaded.name}", about=loaded.alignment.identity())
+    print(f"The page with pictures: {_keep_page(page, html_file, loaded, 'alignment.html')}")
+    print(store.uri_of(made.name))
+
+
+@app.command()
 def search(
-    query: str, store: StoreOption = _DEFAULT_STORE, k: Annotated[int, typer.Option(help="products to return")] = 10
+    query: str,
+    store: StoreOption = _DEFAULT_STORE,
+    k: Annotated[int, typer.Option(help="products to return")] = 10,
+    filter_json: Annotated[
+        str | None, typer.Option("--filter", metavar="JSON", help='such as \'{"column": "price", "to": 20}\'')
+    ] = None,
 ) -> None:
-    """Answer one query from the current release, in this process."""
+    """Answer one query from the current release, with the changes made to it since, in this process."""
+    from catid2_ray.errors import QueryError
+
+    try:
+        expression = None if filter_json is None else json.loads(filter_json)
+    except ValueError as error:
+        raise QueryError(f"--filter is not JSON ({error}): {filter_json}") from None
     opened = Store(store)
     opened.check()
-    _answer(Console(), opened, query, k=k)
+    _answer(Console(), opened, query, k=k, expression=expression)
 
 
 @app.command()
@@ -209,17 +247,21 @@ def evaluate(
     store: StoreOption = _DEFAULT_STORE,
     split: Annotated[str, typer.Option(help="rows of this split are scored")] = "test",
     min_relevance: Annotated[float, typer.Option(help="from here on a product counts as relevant")] = 2.67,
-    methods: Annotated[str, typer.Option(help="comma-separated: beam, bm25")] = "beam,bm25",
+    methods: Annotated[
+        str,
+        typer.Option(help="comma-separated: beam (alone), bm25, dense (the vectors alone), served (what serving says)"),
+    ] = "beam,bm25",
     json_file: JsonOption = None,
 ) -> None:
     """Score the current release of a store on a table of pairs."""
     from catid2_ray.errors import InputError
     from catid2_ray.evaluation.report import closing_table
+    from catid2_ray.on_ray.evaluate import METHODS
     from catid2_ray.on_ray.reindex import evaluate_release, write_json
 
     names = tuple(name.strip() for name in methods.split(",") if name.strip())
-    if unknown := set(names) - {"beam", "bm25"}:
-        raise InputError(f"--methods: unknown {', '.join(sorted(unknown))}; choose from beam, bm25")
+    if unknown := set(names) - set(METHODS):
+        raise InputError(f"--methods: unknown {', '.join(sorted(unknown))}; choose from {', '.join(METHODS)}")
     figures = evaluate_release(store, pairs, split=split, min_relevance=min_relevance, methods=names)
     if json_file:
         write_json(json_file, figures)

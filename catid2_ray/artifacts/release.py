@@ -16,7 +16,8 @@ from catid2_ray.artifacts.manifest import Manifest, digest_of, find, verify
 from catid2_ray.artifacts.store import Store, sha256_of
 from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError
 
-PARTS = ("catalog", "embeddings", "quantizer", "ids", "examples", "generator", "evaluation")
+PARTS = ("catalog", "embeddings", "quantizer", "ids", "examples", "generator", "serving", "evaluation")
+_NEWER = ("serving",)  # releases of before have no such part; they are served by the beam alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class Release:
         """The manifest of every part; ReleaseError where one is gone, was rebuilt since, or was made from another part."""
         found = {}
         for part in PARTS:
+            if part not in self.parts and part in _NEWER:
+                continue
             if part not in self.parts:
                 raise ReleaseError(f"release {self.name} in {store.uri} has no part {part!r}; publish it again")
             manifest = find(store, part, self.parts[part]["key"])
@@ -177,31 +180,47 @@ def fetch(store: Store, manifest: Manifest, cache: Path, *, below: tuple[str, ..
     return target
 
 
-def serving_folder(store: Store, ids: Manifest, generator: Manifest, cache: Path, settings: dict) -> Path:
-    """A local folder that `retrieval.Retriever.open` reads: generator/, trie/, products.arrow and retriever.json.
+def serving_folder(
+    store: Store, ids: Manifest, generator: Manifest, cache: Path, settings: dict, *, serving: Manifest | None = None,
+    embeddings: Manifest | None = None,
+) -> Path:  # fmt: skip
+    """A local folder that `retrieval.Retriever.open` reads: generator/, trie/, products.arrow and retriever.json; of
+    `serving` what it holds (product_names.npy, vectors/, value.npy, columns.arrow, lexical/), of `embeddings` the fitted
+    encoder/, if any.
 
     The parts are links to what `fetch` gives, so opening a second replica on a node copies nothing. `settings` goes to
-    retriever.json (beam_width, query_tokens, codes_per_level, release).
+    retriever.json (`retriever_settings`).
     """
     if generator.parents.get("ids") not in (ids.digest, *ids.extends.get("ids", ())):
         raise ReleaseError(
             f"parts do not match: the generator was trained on ids {generator.parents.get('ids', 'unknown')[:12]}, not on "
             f"{ids.digest[:12]}. Rerun the job so that the generator is trained anew"
         )
+    if serving is not None and serving.parents.get("ids") != ids.digest:
+        raise ReleaseError(
+            f"parts do not match: vectors and columns were laid out for ids {serving.parents.get('ids', 'unknown')[:12]}, not "
+            f"for {ids.digest[:12]}. Rerun the job so that the serving part is made anew"
+        )
     cache = cache.absolute()
     cache.mkdir(parents=True, exist_ok=True)
-    ids_folder = fetch(store, ids, cache, below=("trie/", "products.arrow"))
     generator_folder = fetch(store, generator, cache)
+    links = {"generator": generator_folder}
+    ids_folder = fetch(store, ids, cache, below=("trie/", "products.arrow"))
+    links |= {name: ids_folder / name for name in ("trie", "products.arrow")}
+    if serving is not None and len(serving.files) > 1:
+        folder = fetch(store, serving, cache)
+        links |= {name: folder / name for name in _SERVED if (folder / name).exists()}
+        if "vectors" in links and embeddings is not None and embeddings.named("encoder/"):
+            links["encoder"] = fetch(store, embeddings, cache, below=("encoder/",)) / "encoder"
     # The link targets belong to the name: a store that was deleted and built anew has equal digests in other folders.
-    targets = [str(ids_folder), str(generator_folder)]
+    targets = {name: str(target) for name, target in links.items()}
     folder = cache / f"serving-{digest_of([ids.digest, generator.digest, targets, settings])[:16]}"
     if folder.exists():
         return folder
     partial = cache / f".{folder.name}.{uuid.uuid4().hex[:8]}"
     partial.mkdir()
-    (partial / "generator").symlink_to(generator_folder, target_is_directory=True)
-    (partial / "trie").symlink_to(ids_folder / "trie", target_is_directory=True)
-    (partial / "products.arrow").symlink_to(ids_folder / "products.arrow")
+    for name, target in links.items():
+        (partial / name).symlink_to(target, target_is_directory=target.is_dir())
     (partial / "retriever.json").write_text(json.dumps(settings))
     try:
         os.rename(partial, folder)
@@ -212,6 +231,9 @@ def serving_folder(store: Store, ids: Manifest, generator: Manifest, cache: Path
     return folder
 
 
+_SERVED = ("product_names.npy", "vectors", "value.npy", "columns.arrow", "lexical")
+
+
 def default_cache() -> Path:
     """Where a node keeps fetched artefacts: $CATID2_CACHE, else ~/.cache/catid2."""
     return Path(os.environ.get("CATID2_CACHE", "~/.cache/catid2")).expanduser()
@@ -220,16 +242,35 @@ def default_cache() -> Path:
 def release_folder(store: Store, release: Release, cache: Path) -> Path:
     """The serving folder of a release, all parts checked against each other."""
     manifests = release.manifests(store)
+    return parts_folder(store, manifests, cache, retriever_settings(manifests, release=release.name))
+
+
+def parts_folder(store: Store, manifests: dict[str, Manifest], cache: Path, settings: dict) -> Path:
+    """The serving folder of these parts, published or not."""
     return serving_folder(
-        store, manifests["ids"], manifests["generator"], cache, retriever_settings(manifests, release=release.name)
-    )
+        store, manifests["ids"], manifests["generator"], cache, settings, serving=manifests.get("serving"),
+        embeddings=manifests.get("embeddings"),
+    )  # fmt: skip
 
 
 def retriever_settings(manifests: dict[str, Manifest], *, release: str, beam_width: int | None = None) -> dict:
-    """What retriever.json holds. A release is served with the beam that it was evaluated with."""
-    return {
-        "beam_width": beam_width or manifests["evaluation"].settings["beam_width"],
+    """What retriever.json holds: the serving part's settings, so that what was evaluated as "served" is what is served.
+
+    With `beam_width`, and for a release without a serving part, the beam alone, of whole IDs and in float32.
+    """
+    settings = {
         "query_tokens": manifests["examples"].settings["query_tokens"],
         "codes_per_level": manifests["ids"].metrics["codes_per_level"],
         "release": release,
     }
+    if beam_width is None and "serving" in manifests:
+        served = manifests["serving"].settings
+        return settings | served | ({"shared_encoder": True} if _same_encoder(served, manifests["generator"]) else {})
+    return settings | {"beam_width": beam_width or manifests["evaluation"].settings["beam_width"]}
+
+
+def _same_encoder(served: dict, generator: Manifest) -> bool:
+    """Whether the generator reads a query with the very encoder that made the products' vectors, so that one pass does."""
+    made, encoder = generator.settings, served.get("encoder") or {}
+    frozen = made.get("model") == "encoder_decoder" and made.get("encoder_mode") == "frozen"
+    return frozen and encoder.get("name") is not None and made.get("encoder") == encoder["name"]

@@ -5,6 +5,7 @@ by product_id, and part i of one table holds the same products in the same order
 """
 
 import hashlib
+from collections.abc import Mapping
 
 import pyarrow as pa
 
@@ -30,9 +31,18 @@ PAIRS = pa.schema(
 )
 
 
-def products(width: int | None) -> pa.Schema:
-    """PRODUCTS, with a float32 embedding column of `width` numbers where embeddings are given."""
-    return PRODUCTS if width is None else PRODUCTS.append(pa.field("embedding", pa.list_(pa.float32(), width)))
+_FILTER_TYPES = {
+    "string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(),
+    "list<string>": pa.list_(pa.string()),
+}  # fmt: skip
+
+
+def products(width: int | None, filter_columns: Mapping[str, str] | None = None) -> pa.Schema:
+    """PRODUCTS, the recipe's filter columns, and a float32 embedding column of `width` numbers where embeddings are given."""
+    schema = PRODUCTS
+    for name, kind in (filter_columns or {}).items():
+        schema = schema.append(pa.field(name, _FILTER_TYPES[kind]))
+    return schema if width is None else schema.append(pa.field("embedding", pa.list_(pa.float32(), width)))
 
 
 def embeddings(width: int, depth: int) -> pa.Schema:
@@ -68,8 +78,10 @@ def ids(levels: int) -> pa.Schema:
 
 
 def pairs(columns) -> pa.Schema:
-    """PAIRS, with those of the optional columns `user` and `recent` (lists of strings) that are among `columns`."""
-    return pa.schema([*PAIRS, *(pa.field(n, pa.list_(pa.string())) for n in ("user", "recent") if n in columns)])
+    """PAIRS, with those of the optional columns that are among `columns`: `user` and `recent` (lists of strings), and
+    `behaviour`, what searchers did (paid, clicked, exposed or null)."""
+    lists = [pa.field(name, pa.list_(pa.string())) for name in ("user", "recent") if name in columns]
+    return pa.schema([*PAIRS, *lists, *([pa.field("behaviour", pa.string())] if "behaviour" in columns else [])])
 
 
 def examples(tokens: int, levels: int) -> pa.Schema:
@@ -83,6 +95,25 @@ def examples(tokens: int, levels: int) -> pa.Schema:
             ("weight", pa.float32()),
             ("input_ids", pa.list_(pa.int32(), tokens)),
             ("codes", pa.list_(pa.int32(), levels)),
+        ]
+    )
+
+
+def prompts(tokens: int, judged: int, *, scored: bool) -> pa.Schema:
+    """Alignment's rows, one a query: `number` = part · 2^32 + index; per place of a judged ID (packed, −1 = none) its reward
+    and how many relevant products it has; where a table of a ranker's scores is given, the IDs that it names."""
+    more = [("scored", pa.list_(pa.int64(), judged)), ("score", pa.list_(pa.float32(), judged))] if scored else []
+    return pa.schema(
+        [
+            ("part", pa.int32()),
+            ("index", pa.int32()),
+            ("number", pa.int64()),
+            ("query", pa.string()),
+            ("input_ids", pa.list_(pa.int32(), tokens)),
+            ("judged", pa.list_(pa.int64(), judged)),
+            ("reward", pa.list_(pa.float32(), judged)),
+            ("relevant", pa.list_(pa.int32(), judged)),
+            *more,
         ]
     )
 

@@ -1,8 +1,8 @@
 """The check of judged (query, product) pairs at the door: good rows in the house schema, bad ones set aside.
 
 A log of users may add who asked: `user`, attributes such as ["age 20-29"], and `recent`, the product_ids looked at before,
-the latest last. A query_id that appears in two splits cannot be seen inside one block of the table, so it is not this
-check's business.
+the latest last; and what they did with the product, `behaviour`. A query_id that appears in two splits cannot be seen inside
+one block of the table, so it is not this check's business.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ PAIRS = pa.schema(
     + [("relevance", pa.float64()), ("split", pa.string())]
 )
 
+BEHAVIOURS = ("exposed", "clicked", "paid")  # what a searcher did with a product, the strongest last
 USER_COLUMNS = {"user": "an attribute of user is empty", "recent": "a product_id in recent is empty"}
 _JOINT = "\x1f"  # separates list entries in keys; no text of a shop holds it
 
@@ -37,8 +38,9 @@ def check_pairs(table: pa.Table) -> CheckedPairs:
     """Split a table of pairs into good and bad rows; exact duplicates among the good ones are dropped and counted.
 
     `table`: query_id, query, product_id (strings), relevance (number, any scale), split (train, validation or test).
-    Optional: user, recent (lists of strings; null = empty). Queries and attributes are stripped. Raises InputError when a column
-    is missing or of a type that cannot be read.
+    Optional: user, recent (lists of strings; null = empty), behaviour (paid, clicked, exposed or null; of rows that are equal
+    otherwise the strongest stays). Queries and attributes are stripped. Raises InputError when a column is missing or of a type
+    that cannot be read.
     """
     require_columns(table, PAIRS.names, what="pairs table")
     columns = {name: string_column(table, name) for name in PAIRS.names if name != "relevance"}
@@ -58,11 +60,16 @@ def check_pairs(table: pa.Table) -> CheckedPairs:
     for name, text in USER_COLUMNS.items():
         if name in table.column_names:
             columns[name], faults[text] = _texts(table, name, stripped=name == "user")
+    if "behaviour" in table.column_names:
+        columns["behaviour"] = string_column(table, "behaviour")
+        named = pc.is_in(columns["behaviour"], pa.array([*BEHAVIOURS, None], pa.string()))
+        faults[f"behaviour is none of {', '.join(BEHAVIOURS)}"] = pc.invert(named)
     reason = pa.nulls(table.num_rows, pa.string())
     for text, fault in faults.items():
         reason = pc.if_else(pc.and_(pc.is_null(reason), pc.fill_null(fault, True)), text, reason)
 
-    checked = pa.table({name: columns[name] for name in columns_of(columns)}, schema=pairs_schema(columns))
+    schema = pairs_schema(columns)
+    checked = pa.table({name: columns[name] for name in schema.names}, schema=schema)
     sound = pc.is_null(reason)
     bad = checked.select(["query_id", "query", "product_id"]).append_column("reason", reason)
     bad = bad.filter(pc.invert(sound)).sort_by(
@@ -73,21 +80,23 @@ def check_pairs(table: pa.Table) -> CheckedPairs:
     keyed = pa.table(
         {**{name: good[name] for name in PAIRS.names}, **{f"{name} key": key for name, key in keys.items()}}
     )
-    place = keyed.append_column("place", pa.array(np.arange(good.num_rows)))
-    first = place.group_by(keyed.column_names).aggregate([("place", "min")])
+    order_N = np.arange(good.num_rows)
+    if "behaviour" in columns:  # the strongest of equal rows comes first
+        rank = pc.fill_null(pc.index_in(good["behaviour"], pa.array(BEHAVIOURS)), -1)
+        order_N = np.argsort(-rank.to_numpy(), kind="stable")
+    place_N = np.empty_like(order_N)
+    place_N[order_N] = np.arange(good.num_rows)
+    first = keyed.append_column("place", pa.array(place_N)).group_by(keyed.column_names).aggregate([("place", "min")])
     order = ("product_id", "query_id", "split", "relevance", "query", *keyed.column_names[len(PAIRS.names) :])
     first = first.sort_by([(name, "ascending") for name in order])
-    return CheckedPairs(good.take(first["place_min"]).combine_chunks(), bad, int(good.num_rows - first.num_rows))
-
-
-def columns_of(given) -> list[str]:
-    """The columns of good pairs where those in `given` are there."""
-    return [*PAIRS.names, *(name for name in USER_COLUMNS if name in given)]
+    chosen_N = order_N[first["place_min"].to_numpy()]
+    return CheckedPairs(good.take(pa.array(chosen_N)).combine_chunks(), bad, int(good.num_rows - first.num_rows))
 
 
 def pairs_schema(given) -> pa.Schema:
     """PAIRS, with the optional columns that are in `given`."""
-    return pa.schema([*PAIRS, *(pa.field(name, pa.list_(pa.string())) for name in USER_COLUMNS if name in given)])
+    lists = [pa.field(name, pa.list_(pa.string())) for name in USER_COLUMNS if name in given]
+    return pa.schema([*PAIRS, *lists, *([pa.field("behaviour", pa.string())] if "behaviour" in given else [])])
 
 
 def _texts(table: pa.Table, name: str, *, stripped: bool) -> tuple[pa.Array, pa.Array]:

@@ -4,13 +4,14 @@ Everything is a column operation, so a million rows take seconds. A row is judge
 duplicate only afterwards: of two rows with one id, of which one has no title, the one with a title stays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from catid2_ray.catalog.filter_columns import check_columns
 from catid2_ray.catalog.taxonomy import PATH_SEPARATOR
 from catid2_ray.errors import InputError
 
@@ -25,17 +26,21 @@ class Checked(NamedTuple):
     cut_paths: int
 
 
-def check_products(table: pa.Table, *, width: int | None, min_category_depth: int, max_category_depth: int) -> Checked:
+def check_products(
+    table: pa.Table, *, width: int | None, min_category_depth: int, max_category_depth: int,
+    filter_columns: Mapping[str, str] | None = None,
+) -> Checked:  # fmt: skip
     """Split a product table of N rows into good and bad rows.
 
     `table`: product_id and title (strings; integers are taken as ids), optionally description (string), category_path
     (list of strings, root first), value (number: what the business gains by the product, larger = more), embedding (list
     of floats). `width`: the embeddings' width D, or None where the
-    table's embeddings are not used. Depths count category names from the root.
+    table's embeddings are not used. Depths count category names from the root. `filter_columns`: further columns to keep,
+    name → type, as `catalog.filter_columns` reads them.
 
     The good table has product_id, title, description (null where unknown), category_path (cut to
-    `max_category_depth`, empty where unknown), value (float32, null where unknown) and, with a width, embedding
-    (fixed_size_list<float32>[D]). Names and texts are stripped; an empty category name ends its path; product ids stay
+    `max_category_depth`, empty where unknown), value (float32, null where unknown), the filter columns and, with a width,
+    embedding (fixed_size_list<float32>[D]). Names and texts are stripped; an empty category name ends its path; product ids stay
     as they are. Of the rows with one
     product_id that have no other fault, the first by (title, description, category_path, embedding) stays, so neither
     result depends on the order of the rows.
@@ -55,6 +60,9 @@ def check_products(table: pa.Table, *, width: int | None, min_category_depth: in
     _mark(reason, _blank(title), "empty title")
     columns = {"product_id": product_id, "title": title, "description": description, "category_path": path}
     columns["value"] = _value(table, reason)
+    kept, faults = check_columns(table, filter_columns or {})
+    for text, fault_N in faults.items():
+        _mark(reason, fault_N, text)
     if width is not None:
         columns["embedding"] = _check_embeddings(list_column(table, "embedding", pa.float32()), width, reason)
     shallow_N = depth_N < min_category_depth
@@ -66,6 +74,7 @@ def check_products(table: pa.Table, *, width: int | None, min_category_depth: in
             for d in depth_N[shallow_N]
         ],
     )
+    columns |= kept
     _mark_duplicates(reason, columns)
 
     good_N = np.equal(reason, None)
@@ -201,7 +210,9 @@ def _mark_duplicates(reason: np.ndarray, columns: dict[str, pa.Array]) -> None:
     if not candidate.size:
         return
     keys = {name: column.take(pa.array(candidate)) for name, column in columns.items()}
-    keys["category_path"] = pc.binary_join(keys["category_path"], PATH_SEPARATOR)
+    for name, column in keys.items():
+        if pa.types.is_list(column.type):
+            keys[name] = pc.binary_join(column, PATH_SEPARATOR)
     if "embedding" in keys:
         width = keys["embedding"].type.list_size
         data = np.ascontiguousarray(keys["embedding"].flatten().to_numpy(zero_copy_only=False))

@@ -5,6 +5,7 @@ is silent the field says "not stated in the paper". Fields marked operational ch
 never its result, and so stay out of the keys of artefacts.
 """
 
+from catid2_ray.config.alignment import AlignmentRecipe
 from catid2_ray.config.base import NOT_STATED, Section
 from catid2_ray.config.data import CatalogRecipe, ClusterRecipe, EmbeddingRecipe
 from catid2_ray.config.examples import EXAMPLE_KINDS, ExamplesRecipe, StageRecipe
@@ -12,22 +13,26 @@ from catid2_ray.config.generator import EvaluationRecipe, GeneratorRecipe, IdsRe
 from catid2_ray.config.kinds import KINDS
 from catid2_ray.config.quantizer import QuantizerRecipe
 from catid2_ray.config.recipe import Recipe, schema
+from catid2_ray.config.serving import ExpansionRecipe, ServingRecipe
 from catid2_ray.config.training import TrainingRecipe
 
 __all__ = [
     "EXAMPLE_KINDS",
     "KINDS",
     "NOT_STATED",
+    "AlignmentRecipe",
     "CatalogRecipe",
     "ClusterRecipe",
     "EmbeddingRecipe",
     "EvaluationRecipe",
     "ExamplesRecipe",
+    "ExpansionRecipe",
     "GeneratorRecipe",
     "IdsRecipe",
     "QuantizerRecipe",
     "Recipe",
     "Section",
+    "ServingRecipe",
     "StageRecipe",
     "TrainingRecipe",
     "schema",

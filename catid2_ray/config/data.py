@@ -31,6 +31,9 @@ class SyntheticRecipe(Section):
     seed: int = setting(7, "seed of the generator", unit="integer", ge=0)
 
 
+_TAKEN = {"product_id", "title", "description", "category_path", "value", "embedding"}
+
+
 class CatalogRecipe(Section):
     root: str | None = setting(
         None, "folder or s3:// prefix with products and pairs, each a .parquet file or folder", unit="URI",
@@ -45,6 +48,9 @@ class CatalogRecipe(Section):
         paper="4.1 keeps products of depth 3 and more", ge=0,
     )  # fmt: skip
     max_category_depth: int = setting(3, "H: deeper paths are cut", unit="levels", paper="4.1; 3.1 demands H < L", ge=1)
+    filter_columns: dict[str, Literal["string", "int", "float", "bool", "list<string>"]] = setting(
+        {}, "columns of products that serving may filter by, such as {brand: string, price: float}", unit="column: type"
+    )
     workers: int = setting(2, "actors that read and check", unit="actors", operational=True, ge=1)
     max_bad_fraction: float = setting(0.01, "bad rows above which the job fails", unit="share of rows", ge=0, le=1)
 
@@ -53,6 +59,11 @@ class CatalogRecipe(Section):
         if (self.root is None) == (self.synthetic is None):
             raise ValueError(
                 "set exactly one of catalog.root (a folder or s3:// prefix with products and pairs) and catalog.synthetic"
+            )
+        if taken := sorted(set(self.filter_columns) & _TAKEN):
+            raise ValueError(
+                f"catalog.filter_columns names {', '.join(taken)}, which {'is a column' if len(taken) == 1 else 'are columns'} "
+                "of every catalogue: rename yours (category_path and value may be filtered by as they are)"
             )
         if self.min_category_depth > self.max_category_depth:
             raise ValueError(

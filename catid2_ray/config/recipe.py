@@ -6,10 +6,12 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError, model_validator
 
+from catid2_ray.config.alignment import AlignmentRecipe
 from catid2_ray.config.base import Section, setting
 from catid2_ray.config.data import CatalogRecipe, ClusterRecipe, EmbeddingRecipe
 from catid2_ray.config.generator import EvaluationRecipe, GeneratorRecipe, IdsRecipe
 from catid2_ray.config.quantizer import QuantizerRecipe
+from catid2_ray.config.serving import BUILT_IN_FILTERS, ServingRecipe
 from catid2_ray.errors import RecipeError
 
 
@@ -28,6 +30,8 @@ class Recipe(Section):
     quantizer: QuantizerRecipe = setting(QuantizerRecipe(), "stage 1", unit="section")
     ids: IdsRecipe = setting(IdsRecipe(), "stage 2", unit="section")
     generator: GeneratorRecipe = setting(GeneratorRecipe(), "stage 3", unit="section")
+    alignment: AlignmentRecipe = setting(AlignmentRecipe(), "after stage 3, off by default", unit="section")
+    serving: ServingRecipe = setting(ServingRecipe(), "how a release answers queries", unit="section")
     evaluation: EvaluationRecipe = setting(EvaluationRecipe(), "what is measured before publication", unit="section")
     sample_queries: tuple[str, ...] = setting(
         (), "queries answered at the end of the job", unit="texts", operational=True
@@ -60,6 +64,41 @@ class Recipe(Section):
                 f"generator.level_weights has {len(weights)} entries, quantizer.codes_per_level {levels}: give one per level"
             )
         return self
+
+    @property
+    def most_workers(self) -> int:
+        """Of the training that has most."""
+        trainings = [self.quantizer, self.generator, *([self.alignment] if self.alignment.enabled else [])]
+        return max(training.workers for training in trainings)
+
+    @model_validator(mode="after")
+    def _serving_fits(self):
+        serving, quantizer = self.serving, self.quantizer
+        known = {**BUILT_IN_FILTERS, **self.catalog.filter_columns}
+        if unknown := [name for name in serving.filters if name not in known]:
+            raise ValueError(
+                f"serving.filters names {', '.join(unknown)}, which no product has: add it to catalog.filter_columns, or "
+                f"choose among {', '.join(known)}"
+            )
+        levels = len(quantizer.codes_per_level)
+        fixed = quantizer.coder != "tree" and quantizer.ids in ("unique", "cluster")
+        widths = serving.beam_width
+        if fixed and quantizer.ids == "unique" and isinstance(widths, tuple) and len(widths) != levels:
+            raise ValueError(
+                f"serving.beam_width has {len(widths)} entries, quantizer.codes_per_level {levels}: give one per level, or "
+                "one number"
+            )
+        if fixed and serving.stop_level is not None and serving.stop_level > levels:
+            raise ValueError(
+                f"serving.stop_level {serving.stop_level} is beyond the {levels} levels of quantizer.codes_per_level: lower "
+                "it, or leave it out to search whole IDs"
+            )
+        return self
+
+    @property
+    def beam_width(self) -> int | tuple[int, ...]:
+        """What is served and, as "served", evaluated."""
+        return self.evaluation.beam_width if self.serving.beam_width is None else self.serving.beam_width
 
     @classmethod
     def build(cls, values: dict) -> "Recipe":

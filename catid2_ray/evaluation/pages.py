@@ -210,6 +210,14 @@ def ids_page(figures: Mapping, images: Mapping[str, Figure], examples: Sequence[
     )  # fmt: skip
 
 
+def plain_page(title: str, groups: Sequence[tuple], images: Mapping[str, Figure]) -> str:
+    """An HTML page of tables, (heading, rows of (name, cells, one line of explanation)), and pictures by caption."""
+    return _TEMPLATES.get_template("ids").render(
+        title=title, groups=groups, pictures=[(caption, picture(figure)) for caption, figure in images.items()],
+        examples=[], other=False,
+    )  # fmt: skip
+
+
 def _cells(value, form) -> list[str]:
     values = value if isinstance(value, (list, tuple)) else [value]
     return ["–" if part is None else format(part, form) for part in values] or ["–"]

@@ -8,16 +8,17 @@ from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.config import Recipe
 from catid2_ray.errors import RecipeError, ReleaseError
-from catid2_ray.on_ray import catalog, embed, evaluate, progress
+from catid2_ray.on_ray import catalog, embed, evaluate, progress, serving
 from catid2_ray.on_ray.assign import stage as assign
 from catid2_ray.on_ray.base import Base, open_base
 from catid2_ray.on_ray.pipeline import Job, check_codes
 
-_MADE = ("catalog", "embeddings", "ids", "evaluation")
+_MADE = ("catalog", "embeddings", "ids", "serving", "evaluation")
 
 
 def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
-    """The parts of the next release, not published yet. Where the catalogue is the current release's, those of the latter.
+    """The parts of the next release, not published yet. Where the catalogue is the current release's, those of the latter,
+    but for how it is served: a changed serving section alone makes a new release.
 
     Raises ReleaseError where there is no release to append to or its parts do not belong together, its IDs having been made
     with another quantizer, say; RecipeError where the recipe or the catalogue asks for another encoder, quantizer or kind of
@@ -36,10 +37,14 @@ def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
         parts = dict(job.base.parts)
         parts["catalog"] = catalog.run(job, {})
         if parts["catalog"].digest == job.base.parts["catalog"].digest:
-            return dict(job.base.parts), job
-        check_codes(recipe, parts["catalog"])
-        parts["embeddings"] = embed.run(job, parts, frozen=job.base.parts)
-        parts["ids"] = assign.run(job, parts, keeps=True)
+            parts = dict(job.base.parts)
+        else:
+            check_codes(recipe, parts["catalog"])
+            parts["embeddings"] = embed.run(job, parts, frozen=job.base.parts)
+            parts["ids"] = assign.run(job, parts, keeps=True)
+        parts["serving"] = serving.run(job, parts)
+        if parts == job.base.parts:
+            return parts, job
         if parts["catalog"].metrics["pairs_table"]:
             parts["evaluation"] = evaluate.run(job, parts)
         else:

@@ -6,6 +6,7 @@ uniform random samples of the catalogue, which fits of bounded size use.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,8 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The catalog artefact: products in part-*.parquet, pairs in pairs/, what was set aside in rejected/, taxonomy.json."""
     recipe, width = job.recipe.catalog, _given_width(job)
     settings = {**recipe.identity(), "width": width}
+    if not recipe.filter_columns:
+        del settings["filter_columns"]  # so that catalogues without any are those of before
     if recipe.root is not None:
         source = Store(recipe.root)
         source.check()
@@ -41,6 +44,8 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
             table: [[name, source.fingerprint(name)] for name in _files(source, table)]
             for table in ("products", "pairs")
         }
+        if _logged(source):
+            settings["behaviour"] = True
     return job.produce("catalog", settings, {}, lambda attempt: _prepare(job, attempt, width))
 
 
@@ -49,6 +54,12 @@ def _files(source: Store, table: str) -> list[str]:
     if table == "pairs" and not (source.exists("pairs.parquet") or source.exists("pairs")):
         return []
     return source.parquet_files(table)
+
+
+def _logged(source: Store) -> bool:
+    """Whether the pairs say what searchers did."""
+    files = _files(source, "pairs")
+    return bool(files) and "behaviour" in source.parquet_file(files[0]).schema_arrow.names
 
 
 def _given_width(job: Job) -> int | None:
@@ -96,7 +107,10 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
         source = Store(f"{job.store.uri}/{attempt.name('source')}")
     else:
         source = Store(recipe.root)
-    tables = {"products": _inspect(source, "products", _WriteProducts), "pairs": _inspect(source, "pairs", _WritePairs)}
+    tables = {
+        "products": _inspect(source, "products", _WriteProducts, recipe.filter_columns),
+        "pairs": _inspect(source, "pairs", _WritePairs),
+    }
     rows = tables["products"].rows
     if rows == 0:
         raise InputError(f"the catalogue {source.uri} is empty: products has no rows")
@@ -125,6 +139,7 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
         "paths_cut": sum(result["cut_paths"] for result in products),
         "pairs_table": bool(tables["pairs"].files),
         "pairs": sum(result["good"] for result in pairs),
+        "behaviour": "behaviour" in tables["pairs"].columns,
         "train_relevance_max": max((result["train_relevance_max"] for result in pairs), default=0.0),
         "pairs_duplicate": sum(result["duplicates"] for result in pairs),
         "pairs_set_aside": sum(result["bad"] for result in pairs),
@@ -132,7 +147,9 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
         "taxonomy": taxonomy.digest,
         "width": width,
     }
-    return attempt.commit(files, rows=good, schema=schemas.fingerprint(schemas.products(width)), metrics=metrics)
+    return attempt.commit(
+        files, rows=good, schema=schemas.fingerprint(schemas.products(width, recipe.filter_columns)), metrics=metrics
+    )
 
 
 class _Source(NamedTuple):
@@ -147,8 +164,9 @@ class _Source(NamedTuple):
         return sum(piece["rows"] for piece in self.pieces)
 
 
-def _inspect(source: Store, table: str, writer: type) -> _Source:
-    """Read every footer. InputError where a needed column is missing, or a used one is in some files only."""
+def _inspect(source: Store, table: str, writer: type, more: Iterable[str] = ()) -> _Source:
+    """Read every footer. InputError where a needed column (`more` among them) is missing, or a used one is in some files
+    only."""
     files, pieces, columns = _files(source, table), [], None
     for name in files:
         opened = source.parquet_file(name)
@@ -159,13 +177,13 @@ def _inspect(source: Store, table: str, writer: type) -> _Source:
             pieces[-1]["groups"].append(group)
             pieces[-1]["rows"] += rows
         present = opened.schema_arrow.names
-        missing = sorted(set(writer.needed) - set(present))
+        missing = sorted({*writer.needed, *more} - set(present))
         if missing:
             raise InputError(
                 f"{source.uri_of(name)}: missing column {', '.join(missing)}; found {', '.join(present)}. "
-                "Rename your columns to the house schema (see the README, 'your own data')"
+                "Rename your columns to the house schema (see the README, 'your own data'), or correct catalog.filter_columns"
             )
-        used = [column for column in writer.wanted if column in present]
+        used = [column for column in (*writer.wanted, *more) if column in present]
         if columns is not None and used != columns:
             raise InputError(
                 f"{source.uri_of(name)} has the columns {', '.join(used)}, but {source.uri_of(files[0])} has "
@@ -227,8 +245,10 @@ class _WriteProducts:
             width=self.width,
             min_category_depth=self.recipe.min_category_depth,
             max_category_depth=self.recipe.max_category_depth,
+            filter_columns=self.recipe.filter_columns,
         )
-        table = schemas.conform(checked.good, schemas.products(self.width), where=f"products, part {part}")
+        schema = schemas.products(self.width, self.recipe.filter_columns)
+        table = schemas.conform(checked.good, schema, where=f"products, part {part}")
         paths = Counter(tuple(path) for path in table["category_path"].to_pylist())
         return self._result(
             part, table, checked, "part", paths=[[list(path), count] for path, count in sorted(paths.items())]
@@ -260,7 +280,7 @@ class _WriteProducts:
 class _WritePairs(_WriteProducts):
     table = "pairs"
     needed = tuple(schemas.PAIRS.names)
-    wanted = (*needed, "user", "recent")
+    wanted = (*needed, "user", "recent", "behaviour")
 
     def write(self, part: int, group: pa.Table) -> dict:
         checked = check_pairs(group)

@@ -1,7 +1,7 @@
-"""Stage 5: recall of the constrained beam search beside BM25, at product level, for all, seen and unseen products.
+"""Stage 5b: recall of the beam search, and of what is served, beside BM25 and dense search: all, seen, unseen products.
 
-Searching is spread over actors that map the trie into memory; judgements are small and stay in the driver. BM25 is an
-in-memory baseline in one actor, left out above `evaluation.bm25_max_products`.
+Searching is spread over actors that map the trie into memory; judgements are small and stay in the driver. BM25 and dense
+search are in-memory baselines in one actor, left out above `evaluation.bm25_max_products`.
 """
 
 import json
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.artifacts.manifest import Attempt, Manifest
-from catid2_ray.artifacts.release import default_cache, retriever_settings, serving_folder
+from catid2_ray.artifacts.release import default_cache, parts_folder, retriever_settings
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.text import join_text
@@ -19,11 +19,14 @@ from catid2_ray.evaluation.baselines.bm25 import Bm25
 from catid2_ray.evaluation.protocol import Judgements, evaluate
 from catid2_ray.on_ray import progress
 from catid2_ray.on_ray.catalog import part_specs
+from catid2_ray.on_ray.dense_search import DenseSearch
 from catid2_ray.on_ray.parts import map_parts
 from catid2_ray.on_ray.pipeline import Job
-from catid2_ray.retrieval.retriever import Retriever
+from catid2_ray.on_ray.query_encoder import open_retriever
 
 KS = (5, 10, 20, 50, 100)
+METHODS = ("beam", "bm25", "dense", "served")
+IN_MEMORY = ("bm25", "dense")  # one process holds the catalogue
 _QUERIES_PER_SPEC = 64
 _SAMPLES = 3
 
@@ -31,16 +34,22 @@ _SAMPLES = 3
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The evaluation artefact: figures.json."""
     settings = {**job.recipe.evaluation.identity(), "seed": job.recipe.seed}
-    parents = {role: parts[role] for role in ("catalog", "ids", "examples", "generator")}
-    return job.produce("evaluation", settings, parents, lambda attempt: _evaluate(job, attempt, parents))
+    roles = ["catalog", "ids", "examples", "generator"]
+    if "dense" in job.recipe.evaluation.methods:
+        roles.append("embeddings")
+        settings["encoder"] = job.recipe.serving.query_encoder or job.recipe.embedding.encoder
+    if "served" in job.recipe.evaluation.methods:
+        roles.append("serving")
+    parents = {role: parts[role] for role in roles}
+    return job.produce("evaluation", settings, parents, lambda attempt: _evaluate(job, attempt, parts))
 
 
-def _evaluate(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
+def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifest:
     recipe = job.recipe.evaluation
-    pairs = _pairs_of_split(job.store, parents["catalog"], recipe.split)
+    pairs = _pairs_of_split(job.store, parts["catalog"], recipe.split)
     figures = score(
         job.store,
-        parents,
+        parts,
         pairs,
         split=recipe.split,
         min_relevance=recipe.min_relevance,
@@ -50,6 +59,7 @@ def _evaluate(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manif
         max_queries=recipe.max_queries,
         seed=job.recipe.seed,
         bm25_max=recipe.bm25_max_products,
+        query_encoder=job.recipe.serving.query_encoder,
     )
     entry = job.store.write_file(attempt.name("figures.json"), json.dumps(figures, indent=1).encode())
     return attempt.commit([entry], metrics=figures)
@@ -63,41 +73,53 @@ def _pairs_of_split(store: Store, catalog: Manifest, split: str) -> pa.Table:
 def score(
     store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: str, min_relevance: float, methods: tuple[str, ...],
     beam_width: int, workers: int, seed: int, max_queries: int | None = None, bm25_max: int = 5_000_000,
+    query_encoder: str | None = None,
 ) -> dict:  # fmt: skip
-    """Figures of `evaluation.protocol.evaluate` plus `sample_queries`, for any table of pairs against these parts."""
+    """Figures of `evaluation.protocol.evaluate` plus `sample_queries`, for any table of pairs against these parts.
+
+    `query_encoder`: for "dense" where the products' vectors are given by the catalogue.
+    """
     judgements = _judge(store, parts, pairs, split=split, min_relevance=min_relevance)
     if max_queries and max_queries < len(judgements.queries):
         chosen = np.sort(np.random.default_rng([seed, 3]).permutation(len(judgements.queries))[:max_queries])
         judgements = _only(judgements, chosen)
-    queries, ranked = judgements.queries, {}
+    ranked = {}
     for method in methods:
-        if method == "bm25" and parts["catalog"].rows > bm25_max:
-            progress.event("skip", method="bm25", products=parts["catalog"].rows, limit=bm25_max)
+        if method in IN_MEMORY and parts["catalog"].rows > bm25_max:
+            progress.event("skip", method=method, products=parts["catalog"].rows, limit=bm25_max)
             continue
-        handler, arguments, pool = {
-            "beam": (_BeamSearch, {"parts": parts, "beam_width": beam_width}, workers),
-            "bm25": (_Bm25Search, {"catalog": parts["catalog"]}, 1),
-        }[method]
-        specs = [
-            {
-                "queries": queries[start : start + _QUERIES_PER_SPEC],
-                "rows": len(queries[start : start + _QUERIES_PER_SPEC]),
-            }
-            for start in range(0, len(queries), _QUERIES_PER_SPEC)
-        ]
-        results = map_parts(
-            handler,
-            {"store": store, **arguments},
-            specs,
-            workers=pool,
-            label=f"searching with {method}",
-            unit="queries",
-            actors=True,
+        ranked[method] = _ranked(
+            store,
+            parts,
+            judgements.queries,
+            method,
+            beam_width=beam_width,
+            workers=workers,
+            query_encoder=query_encoder,
         )
-        ranked[method] = [row for result in results for row in result["ranked"]]
     return evaluate(judgements, ranked, KS) | {
-        "sample_queries": queries[:: max(1, len(queries) // _SAMPLES)][:_SAMPLES]
+        "sample_queries": judgements.queries[:: max(1, len(judgements.queries) // _SAMPLES)][:_SAMPLES]
     }
+
+
+def _ranked(
+    store: Store, parts: dict[str, Manifest], queries: list[str], method: str, *, beam_width: int, workers: int,
+    query_encoder: str | None,
+) -> list[list[str]]:  # fmt: skip
+    """The product ids that a method returns for each query, best first."""
+    handler, arguments, pool = {
+        "beam": (_Search, {"parts": parts, "beam_width": beam_width}, workers),
+        "served": (_Search, {"parts": parts, "beam_width": None}, workers),
+        "bm25": (_Bm25Search, {"catalog": parts["catalog"]}, 1),
+        "dense": (DenseSearch, {"parts": parts, "query_encoder": query_encoder, "k": max(KS)}, 1),
+    }[method]
+    starts = range(0, len(queries), _QUERIES_PER_SPEC)
+    specs = [{"queries": queries[start : start + _QUERIES_PER_SPEC]} for start in starts]
+    results = map_parts(
+        handler, {"store": store, **arguments}, [{**spec, "rows": len(spec["queries"])} for spec in specs], workers=pool,
+        label=f"searching with {method}", unit="queries", actors=True,
+    )  # fmt: skip
+    return [row for result in results for row in result["ranked"]]
 
 
 def _judge(
@@ -152,14 +174,12 @@ def _only(judgements: Judgements, chosen: np.ndarray) -> Judgements:
     )
 
 
-class _BeamSearch:
-    """Actor: a retriever over the candidate release, on this node's cache."""
+class _Search:
+    """Actor: a retriever over the candidate release, on this node's cache: the beam alone, or what is served."""
 
-    def __init__(self, *, store: Store, parts: dict[str, Manifest], beam_width: int):
+    def __init__(self, *, store: Store, parts: dict[str, Manifest], beam_width: int | None):
         settings = retriever_settings(parts, release="candidate", beam_width=beam_width)
-        self.retriever = Retriever.open(
-            serving_folder(store, parts["ids"], parts["generator"], default_cache(), settings)
-        )
+        self.retriever = open_retriever(parts_folder(store, parts, default_cache(), settings))
 
     def __call__(self, spec: dict) -> dict:
         texts = [query[: self.retriever.max_query_chars] for query in spec["queries"]]

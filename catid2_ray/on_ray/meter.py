@@ -14,7 +14,7 @@ import torch
 from catid2_ray.on_ray import progress
 
 FOLDER = "tensorboard"
-_MATMUL_SIDE, _MATMULS = 1024, 8
+_MATMUL_SIDE, _MATMULS = 1024, 4
 # Dense peak in FLOP/s by a part of the device's name: (bf16, fp32 without TF32), from NVIDIA's data sheets.
 _GPU_PEAKS = {
     "H200": (989e12, 67e12),

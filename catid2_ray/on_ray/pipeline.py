@@ -1,7 +1,7 @@
 """The chain of stages and its cache: what is committed is found, what is not is made, and only then is Ray started.
 
-catalog → embeddings (→ queries, for kinds that learn from them) → quantizer → ids → examples → generator → evaluation →
-release
+catalog → embeddings (→ queries, for kinds that learn from them) → quantizer → ids → examples → generator (→ prompts →
+generator aligned, where the recipe asks for it) → serving → evaluation → release
 """
 
 import contextlib
@@ -26,6 +26,9 @@ VERB_OF = {
     "ids": "assign_ids",
     "examples": "train_generator",
     "generator": "train_generator",
+    "prompts": "align_generator",
+    "aligned": "align_generator",
+    "serving": "evaluate",
     "evaluation": "evaluate",
 }
 
@@ -35,7 +38,8 @@ class Job:
     """One run of a recipe against its store.
 
     `produce` is how every stage makes its artefact. `only` limits what may be made: a stage outside it must be committed
-    already, else an ArtifactError names the job to run first. `made` tells which stages ran. `base`: the release that is built
+    already, else an ArtifactError names the job to run first. A stage has the name of the kind that it makes, but for
+    "aligned", which makes a generator of a generator. `made` tells which stages ran. `base`: the release that is built
     on; `pointer`: how often something had been published when the work began.
     """
 
@@ -62,19 +66,21 @@ class Job:
             cluster.disconnect()
 
     def produce(
-        self, kind: str, settings: dict, parents: dict[str, Manifest], work: Callable[[Attempt], Manifest]
-    ) -> Manifest:
+        self, kind: str, settings: dict, parents: dict[str, Manifest], work: Callable[[Attempt], Manifest], *,
+        stage: str | None = None,
+    ) -> Manifest:  # fmt: skip
         """The committed artefact of these inputs and settings, made by `work` where it does not exist yet."""
+        stage = stage or kind
         digests = {role: parent.digest for role, parent in parents.items()}
         found = artifact.find(self.store, kind, artifact.key_of(kind, settings, digests))
         if found:
             artifact.verify(self.store, found)
             if not self.quiet:
-                progress.event("reuse", stage=kind, key=found.key)
+                progress.event("reuse", stage=stage, key=found.key)
             return found
-        if kind not in self.only:
+        if stage not in self.only:
             raise ArtifactError(
-                f"{self.store.uri} holds no {kind} for this recipe: run `python -m jobs.{VERB_OF[kind]} --recipe …` first, "
+                f"{self.store.uri} holds no {stage} for this recipe: run `python -m jobs.{VERB_OF[stage]} --recipe …` first, "
                 "or `jobs.reindex` for the whole chain"
             )
         attempt = Attempt(
@@ -82,17 +88,20 @@ class Job:
         )
         attempt.measure = lambda: {"peak_memory_bytes": self.peak.lap()}
         self.peak.lap()
-        progress.event("start", stage=kind, key=attempt.key)
+        progress.event("start", stage=stage, key=attempt.key)
         recipe = self.recipe
-        cluster.connect(recipe.cluster, workers=max(recipe.quantizer.workers, recipe.generator.workers))
+        cluster.connect(recipe.cluster, workers=recipe.most_workers)
         try:
             made = work(attempt)
         except BaseException:
             self.store.delete_folder(attempt.name("exchange"))
             raise
-        self.made.append(kind)
-        progress.event("commit", stage=kind, key=made.key, digest=made.digest[:12], seconds=made.metrics["seconds"])
+        self.made.append(stage)
+        progress.event("commit", stage=stage, key=made.key, digest=made.digest[:12], seconds=made.metrics["seconds"])
         return made
+
+
+ROLE_OF = {"aligned": "generator"}  # under which name a stage's artefact goes on, where it is not its own
 
 
 def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
@@ -111,7 +120,7 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
 
 
 def _after_catalog(job: Job, parts: dict[str, Manifest], last: str) -> None:
-    from catid2_ray.on_ray import embed, evaluate, examples, realign, train_generator, train_quantizer
+    from catid2_ray.on_ray import align, embed, evaluate, examples, realign, serving, train_generator, train_quantizer
     from catid2_ray.on_ray.assign import stage as assign
 
     def quantizer(job: Job, parts: dict[str, Manifest]) -> Manifest:
@@ -124,12 +133,14 @@ def _after_catalog(job: Job, parts: dict[str, Manifest], last: str) -> None:
         "ids": assign.run,
         "examples": examples.run,
         "generator": train_generator.run,
+        "aligned": align.run,
+        "serving": serving.run,
         "evaluation": evaluate.run,
     }
     for name, run in stages.items():
         if name == "examples":
             _gate_churn(job.recipe, parts["ids"])
-        parts[name] = run(job, parts)
+        parts[ROLE_OF.get(name, name)] = run(job, parts)
         if name == last:
             return
 
@@ -153,7 +164,8 @@ def _base(job: Job, catalog: Manifest, current: Base | None) -> Base | None:
 
 def _refuse_relative(recipe: Recipe) -> None:
     """In a submitted job the working directory is a copy that Ray deletes, and that other nodes do not see."""
-    for name, uri in (("store", recipe.store), ("catalog.root", recipe.catalog.root)):
+    read = {"store": recipe.store, "catalog.root": recipe.catalog.root}
+    for name, uri in (read | {"alignment.ranker_scores": recipe.alignment.ranker_scores}).items():
         if os.environ.get("RAY_ADDRESS") and uri and "://" not in uri and not os.path.isabs(uri):
             raise RecipeError(
                 f"{name} {uri!r} is a relative path, but this job runs on a cluster, in a copy of the working directory "
@@ -182,7 +194,7 @@ def _gate_churn(recipe: Recipe, ids: Manifest) -> None:
         )
 
 
-_NEED_PAIRS = ("examples", "generator", "evaluation")
+_NEED_PAIRS = ("examples", "generator", "aligned", "serving", "evaluation")
 
 
 def check_codes(recipe: Recipe, catalog: Manifest) -> None:

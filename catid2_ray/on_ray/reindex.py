@@ -10,13 +10,13 @@ from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import check_pairs
 from catid2_ray.config import ClusterRecipe, Recipe
-from catid2_ray.errors import QualityGateError
+from catid2_ray.errors import QualityGateError, RecipeError
 from catid2_ray.on_ray import cluster, evaluate, progress
 from catid2_ray.on_ray.append import append
-from catid2_ray.on_ray.pipeline import VERB_OF, Job, chain
+from catid2_ray.on_ray.pipeline import ROLE_OF, VERB_OF, Job, chain
 
 _SECONDS_OF = {"catalog": "catalog", "embeddings": "embed", "quantizer": "quantizer", "ids": "assign", "examples": "examples",
-               "generator": "generator", "evaluation": "evaluate"}  # fmt: skip
+               "generator": "generator", "serving": "serving", "evaluation": "evaluate"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,14 @@ class Outcome:
 
 def run_verb(recipe: Recipe, verb: str) -> tuple[Store, Manifest]:
     """One verb's stages alone; the stages before must be committed (ArtifactError names the job to run first)."""
+    if verb == "align_generator" and not recipe.alignment.enabled:
+        raise RecipeError(
+            "alignment.enabled is off, and what is published would not be aligned: set alignment.enabled=true in the recipe"
+        )
     stages = [stage for stage, name in VERB_OF.items() if name == verb]
     with Job.open(recipe, only=stages) as job:
-        return job.store, chain(job, stages[-1])[stages[-1]]
+        last = stages[-1]
+        return job.store, chain(job, last)[ROLE_OF.get(last, last)]
 
 
 def publish(recipe: Recipe) -> tuple[Store, Release]:
@@ -75,7 +80,7 @@ def figures_of(parts: dict[str, Manifest]) -> dict:
         "codes_per_level": ids["codes_per_level"],
         **{name: ids[name] for name in ("number", "base", "ledger", "churn")},
         **{name: scores[name] for name in ("recall", "recall_seen", "recall_unseen", "queries")},
-        "seconds": {name: _seconds(parts[stage]) for stage, name in _SECONDS_OF.items()},
+        "seconds": {name: _seconds(parts[stage]) for stage, name in _SECONDS_OF.items() if stage in parts},
         "peak_memory_bytes": max(manifest.metrics["peak_memory_bytes"] for manifest in parts.values()),
     }
 
@@ -85,11 +90,13 @@ def _seconds(manifest: Manifest) -> float:
 
 
 def _gate(recipe: Recipe, figures: dict) -> None:
-    """The beam must reach the demanded share of BM25's recall@50, else nothing is published."""
+    """What is served, or else the beam, must reach the demanded share of BM25's recall@50, or nothing is published."""
     recall, share = figures["recall"], recipe.evaluation.min_beam_to_bm25
-    if "beam" in recall and "bm25" in recall and recall["beam"]["50"] < share * recall["bm25"]["50"]:
+    judged = "served" if "served" in recall else "beam"
+    named = "what is served" if judged == "served" else "the beam"
+    if judged in recall and "bm25" in recall and recall[judged]["50"] < share * recall["bm25"]["50"]:
         raise GateFailed(
-            f"recall@50 of the beam is {recall['beam']['50']:.3f}, under {share} × BM25's {recall['bm25']['50']:.3f} "
+            f"recall@50 of {named} is {recall[judged]['50']:.3f}, under {share} × BM25's {recall['bm25']['50']:.3f} "
             "(evaluation.min_beam_to_bm25). Nothing was published. Train the generator longer (generator.epochs), or look at "
             "the quantizer's history.json for a collapse",
             figures,
@@ -131,6 +138,7 @@ def evaluate_release(
             methods=methods,
             workers=workers,
             seed=0,
+            query_encoder=Recipe.build(parts["evaluation"].recipe).serving.query_encoder,
         )
     finally:
         cluster.disconnect()

@@ -2,6 +2,7 @@
 
 One deployment is ingress and retriever at once, so a request crosses one queue. Requests are batched inside a replica; a
 request's answer does not depend on its batch mates. Health is a real query through the same path, with a deadline.
+Changes of products go through a series in the store (`live_log.py`), which every replica follows.
 """
 
 import asyncio
@@ -17,9 +18,13 @@ from ray import serve
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
-from catid2_ray.errors import QueryError, RecipeError
+from catid2_ray.errors import CommitConflict, InputError, QueryError, RecipeError, StorageError
 from catid2_ray.on_ray import cluster
-from catid2_ray.retrieval.retriever import Retriever
+from catid2_ray.on_ray.live_api import ChangeResponse, Inserted, InsertRequest, InsertResponse, NamesRequest
+from catid2_ray.on_ray.live_log import LiveLog, LiveUpdates
+from catid2_ray.on_ray.newcomers import Newcomers
+from catid2_ray.on_ray.query_encoder import open_retriever
+from catid2_ray.retrieval.rescoring import Hit
 
 CANARY_QUERY, CANARY_DEADLINE_S = "canary", 10.0
 MAX_ONGOING, MAX_QUEUED = 64, 256
@@ -31,12 +36,18 @@ class RetrieveRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     query: str = Field(description="what the shopper typed")
     k: int = Field(10, description="products to return, 1 to 1000")
+    filter: dict | None = Field(
+        None, description='an expression over the release\'s filter columns, such as {"column": "price", "to": 20}'
+    )
 
 
 class Product(BaseModel):
     product_id: str
     docid: str = Field(description="semantic ID, such as <a_65><b_225><c_205><d_19>")
-    score: float = Field(description="natural log of P(ID | query)")
+    score: float = Field(description="what ranks the product: logp, or where the release re-scores, the final score")
+    logp: float = Field(description="natural log of P(ID | query); of its prefix where the search stops early")
+    dense: float | None = Field(description="product of query and product vector, where the release re-scores by it")
+    lexical: float | None = Field(description="BM25, where the release re-scores by it")
     title: str | None
 
 
@@ -52,12 +63,22 @@ class AppSettings(BaseModel):
     store: str = Field(description="folder or s3:// prefix of the store")
     release: str | None = Field(None, description="name of a release; none = the current one when a replica starts")
     threads: int = Field(1, ge=1, description="torch threads of a replica")
-    device: Literal["cpu", "cuda"] = Field("cpu", description="where the generator runs")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where the generator and the query encoder run")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="numbers of the generator")
+    weights: Literal["float32", "int8"] | None = Field(None, description="none = as the release was evaluated")
+    normalize: Literal["level", "vocabulary"] | None = Field(None, description="none = as the release was evaluated")
+    updates: bool = Field(True, description="accept POST /v1/products, /v1/withdraw and /v1/restore")
+    poll_s: float = Field(1.0, gt=0, description="seconds between looks for changes that other replicas took")
 
 
-@api.exception_handler(QueryError)
-async def _unanswerable(request: Request, error: QueryError) -> JSONResponse:
+@api.exception_handler(InputError)
+async def _unanswerable(request: Request, error: InputError) -> JSONResponse:
     return JSONResponse(status_code=422, content={"error": str(error)})
+
+
+@api.exception_handler(StorageError)
+async def _not_written(request: Request, error: StorageError) -> JSONResponse:
+    return JSONResponse(status_code=409 if isinstance(error, CommitConflict) else 503, content={"error": str(error)})
 
 
 @serve.deployment(
@@ -76,12 +97,17 @@ class RetrieverReplica:
 
     def __init__(self, settings: AppSettings):
         torch.set_num_threads(settings.threads)
-        store = Store(settings.store)
+        store, self.settings = Store(settings.store), settings
         release = releases.load(store, settings.release) if settings.release else releases.current(store)
-        self.retriever = Retriever.open(
-            releases.release_folder(store, release, releases.default_cache()), device=settings.device
-        )
+        self.retriever = open_retriever(
+            releases.release_folder(store, release, releases.default_cache()), device=settings.device,
+            dtype=settings.dtype, weights=settings.weights, normalize=settings.normalize,
+        )  # fmt: skip
         self.release = release.name
+        self.newcomers = Newcomers(store, release.manifests(store))
+        self.updates = LiveUpdates(self.retriever, LiveLog(store, release.name))
+        self.updates.catch_up()
+        self.updates.follow(settings.poll_s)
         self.retriever.retrieve([CANARY_QUERY], k=1)
 
     def reconfigure(self, user_config: dict) -> None:
@@ -98,32 +124,71 @@ class RetrieverReplica:
 
     @api.get("/healthz")
     async def healthz(self) -> dict:
-        return {"status": "ok", "release": self.release}
+        return {"status": "ok", "release": self.release, "changes": self.updates.applied}
 
     @api.post("/v1/retrieve")
     async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
         self.retriever.check(request.query, k=request.k)
-        hits = await self._answer((request.query, request.k))
-        products = [
-            Product(product_id=hit.product_id, docid=hit.docid_text, score=hit.score, title=hit.title) for hit in hits
-        ]
-        return RetrieveResponse(release=self.release, products=products)
+        if request.filter is not None:
+            # Refused here, it cannot spoil a batch; it is kept for the search.
+            await asyncio.to_thread(self.retriever.compile, request.filter)
+        hits = await self._answer(request)
+        return RetrieveResponse(release=self.release, products=[_product(hit) for hit in hits])
+
+    @api.post("/v1/products")
+    async def insert(self, request: InsertRequest) -> InsertResponse:
+        self._check_updates()
+        asked = [product.model_dump() for product in request.products]
+
+        def build() -> dict:
+            vectors = self.retriever.products.base_vectors is not None
+            made = self.newcomers.prepare(asked, self.retriever.live.view, vectors=vectors)
+            return {"kind": "insert", "products": made}
+
+        done = await asyncio.to_thread(self.updates.change, build)
+        inserted = [Inserted(product_id=one["product_id"], docid=one["docid"]) for one in done["products"]]
+        return InsertResponse(release=self.release, change=done["number"], products=inserted)
+
+    @api.post("/v1/withdraw")
+    async def withdraw(self, request: NamesRequest) -> ChangeResponse:
+        return await self._change("withdraw", request.product_ids)
+
+    @api.post("/v1/restore")
+    async def restore(self, request: NamesRequest) -> ChangeResponse:
+        return await self._change("restore", request.product_ids)
+
+    async def _change(self, kind: str, product_ids: list[str]) -> ChangeResponse:
+        self._check_updates()
+        done = await asyncio.to_thread(self.updates.change, lambda: {"kind": kind, "products": product_ids})
+        return ChangeResponse(release=self.release, change=done["number"])
+
+    def _check_updates(self) -> None:
+        if not self.settings.updates:
+            raise QueryError("this deployment takes no changes (its setting `updates` is off)")
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
-    async def _answer(self, requests: list[tuple[str, int]]) -> list:
+    async def _answer(self, requests: list[RetrieveRequest]) -> list:
         return await asyncio.to_thread(self._search, requests)
 
-    def _search(self, requests: list[tuple[str, int]]) -> list:
+    def _search(self, requests: list[RetrieveRequest]) -> list:
         """Requests of one beam width go together: a k above the beam widens it, and must not widen it for others."""
         beam, answers = self.retriever.beam_width, [None] * len(requests)
-        for width in sorted({max(beam, k) for _, k in requests}):
-            group = [number for number, (_, k) in enumerate(requests) if max(beam, k) == width]
+        for width in sorted({max(beam, request.k) for request in requests}):
+            group = [number for number, request in enumerate(requests) if max(beam, request.k) == width]
+            mine = [requests[number] for number in group]
             found = self.retriever.retrieve(
-                [requests[number][0] for number in group], k=max(requests[n][1] for n in group)
+                [one.query for one in mine], k=max(one.k for one in mine), filters=[one.filter for one in mine]
             )
             for number, hits in zip(group, found):
-                answers[number] = hits[: requests[number][1]]
+                answers[number] = hits[: requests[number].k]
         return answers
+
+
+def _product(hit: Hit) -> Product:
+    return Product(
+        product_id=hit.product_id, docid=hit.docid_text, score=hit.score, logp=hit.logp, dense=hit.dense, lexical=hit.lexical,
+        title=hit.title,
+    )  # fmt: skip
 
 
 def build(settings: AppSettings):

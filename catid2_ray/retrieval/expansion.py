@@ -2,7 +2,8 @@
 
 A beam is a full ID or a cluster, a prefix of m < L codes: `BeamResult.row_range_BK2` is all that expansion reads, so a
 search that stops early needs nothing else. Every product of a range is a candidate, also one that the generator has never
-seen. What is kept of a query's candidates is exact: all are scored, then cut.
+seen; of a live view the inserted ones too, withdrawn ones not. What is kept of a query's candidates is exact: all are
+scored, then cut.
 
 B queries, K beams (or results), C candidates of the query that has most, L levels, D width of a vector, N trie rows,
 M candidates of one query.
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.beam import BeamResult
-from catid2_ray.retrieval.filters import Filter
+from catid2_ray.retrieval.live import LiveView, result_rows
+from catid2_ray.retrieval.ordering import best_first, cut, top
+from catid2_ray.retrieval.rows import codes_of, filters_of
 from catid2_ray.retrieval.trie import Trie
-from catid2_ray.retrieval.vectors import VectorStore
+from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
 
 # METHODS 6.6 (GDR, arXiv 2401.10487): tanh, or sigmoid; cosine is the plain product of vectors of length 1.
 _DENSE = {"tanh": np.tanh, "sigmoid": lambda x: 0.5 + 0.5 * np.tanh(0.5 * x), "dot": lambda x: x}
@@ -57,9 +60,9 @@ class Rescored(NamedTuple):
 
 def expand(
     result: BeamResult,
-    trie: Trie,
+    trie: Trie | LiveView,
     *,
-    vectors: VectorStore | None = None,
+    vectors: VectorStore | GrownVectors | None = None,
     query_BD=None,
     value_N=None,
     order: str = "dense",
@@ -71,28 +74,37 @@ def expand(
 
     Kept are the best by `order`: "dense" (q · d, then `value_N`, then the lower row) or "value" (`value_N`, then the
     lower row; only what is kept is then scored by vectors, if there are any). `vectors` with `query_BD` (floats B×D) give
-    dense scores. `value_N`: a number per trie row, more is better, such as sales. `allowed`: a `Filter` or bool N.
+    dense scores. `value_N`: a number per trie row, more is better, such as sales. `allowed`: a `Filter` or bool N, for a
+    live view a `LiveFilter`; or a list with one of them, or None, per query. Of a live view, vectors and values may have
+    more rows than the view has.
 
     Cost per query: one dot product and up to 70 bytes per row of its ranges. Raises InputError for a result that does
     not fit the trie or whose ranges overlap, for vectors, queries, values or a filter that do not fit, NaN among them,
     and bounds below 1. (METHODS 6.6, 2.6.)
     """
-    range_BK2, count_B = _ranges(result, trie.rows)
-    query_BD, value_N = _order_inputs(order, vectors, query_BD, value_N, trie.rows, len(count_B))
+    live = isinstance(trie, LiveView)
+    range_BK2, count_B = _ranges(result, trie.base.rows if live else trie.rows)
+    query_BD, value_N = _order_inputs(order, vectors, query_BD, value_N, trie.rows, len(count_B), live)
     for name, bound in (("quota", quota), ("most", most)):
         if bound is not None and bound < 1:
             raise InputError(f"{name} must be ≥ 1, or None for no bound, found {bound}")
-    allows = _allows(allowed, trie.rows)
+    filters = filters_of(allowed, trie, len(count_B))
+    found = result_rows(result, trie, allowed=filters) if live else None
     parts = []
     for b, count in enumerate(count_B.tolist()):
-        row_M, beam_M = _rows(range_BK2[b, :count])
-        if allows is not None:
-            kept_M = allows(row_M)
-            row_M, beam_M = row_M[kept_M], beam_M[kept_M]
+        if live:
+            row_M, beam_M = found[b]
+            order_M = np.argsort(row_M)
+            row_M, beam_M = row_M[order_M], beam_M[order_M]
+        else:
+            row_M, beam_M = _rows(range_BK2[b, :count])
+            if filters[b] is not None:
+                kept_M = filters[b].allows(row_M)
+                row_M, beam_M = row_M[kept_M], beam_M[kept_M]
         value_M = None if value_N is None else _values(value_N, row_M)
         dense_M = vectors.scores(query_BD[b : b + 1], row_M) if order == "dense" else None
-        best = _best_first(value_M) if dense_M is None else _best_first(dense_M, value_M)
-        best = _cut(best, beam_M, quota)[:most]
+        best = best_first(value_M) if dense_M is None else best_first(dense_M, value_M)
+        best = cut(best, beam_M, quota)[:most]
         row_M, beam_M = row_M[best], beam_M[best]
         if dense_M is not None:
             dense_M = dense_M[best]
@@ -107,7 +119,7 @@ def expand(
 def rescore(
     candidates: Candidates,
     result: BeamResult,
-    trie: Trie,
+    trie: Trie | LiveView,
     *,
     top_k: int,
     a: float = 1.0,
@@ -134,7 +146,10 @@ def rescore(
     row_BC, beam_BC, dense_BC, count_B = (tensor.numpy() for tensor in candidates)
     real_BC = np.arange(row_BC.shape[1]) < count_B[:, None]
     path_BK, logp_BK = _path(result, path)
-    _check_same(result, row_BC, beam_BC, real_BC)
+    live = isinstance(trie, LiveView)
+    # Where inserted products stand, the view alone knows.
+    known_BC = real_BC & (row_BC < trie.base.rows) if live else real_BC
+    _check_same(result, row_BC, beam_BC, known_BC)
     lexical_BC = _lexical(lexical_BC, real_BC)
     beam_BC = np.where(real_BC, beam_BC, 0)
     final_BC = np.full(row_BC.shape, -np.inf)
@@ -150,8 +165,8 @@ def rescore(
             )
     parts = []
     for b, count in enumerate(count_B.tolist()):
-        best = _top(final_BC[b, :count], row_BC[b, :count], top_k)
-        codes_KL = trie.prefixes(trie.levels, trie.row_start[-1].holding(row_BC[b, best]))
+        best = top(final_BC[b, :count], row_BC[b, :count], top_k)
+        codes_KL = codes_of(trie, row_BC[b, best])
         scores = (logp_BK[b, beam_BC[b, best]], dense_BC[b, best], lexical_BC[b, best].astype(np.float32))
         parts.append((row_BC[b, best], codes_KL, *scores, final_BC[b, best]))
     return _results(parts, trie.levels, top_k)
@@ -187,7 +202,7 @@ def _ranges(result: BeamResult, rows: int) -> tuple[np.ndarray, np.ndarray]:
     return range_BK2, count_B
 
 
-def _order_inputs(order: str, vectors, query_BD, value_N, rows: int, queries: int):
+def _order_inputs(order: str, vectors, query_BD, value_N, rows: int, queries: int, live: bool):
     """(`query_BD` float32 or None, `value_N` or None), once they fit each other, the trie and `order`."""
     if order not in ("dense", "value"):
         raise InputError(f"order must be 'dense' or 'value', found {order!r}")
@@ -197,35 +212,22 @@ def _order_inputs(order: str, vectors, query_BD, value_N, rows: int, queries: in
         needed = "vectors and query_BD" if order == "dense" else "value_N"
         raise InputError(f"order={order!r} needs {needed}, found none")
     if vectors is not None:
-        if vectors.rows != rows:
+        if vectors.rows != rows and not (live and vectors.rows > rows):
             raise InputError(f"{vectors.rows} vectors for {rows} trie rows; take both from one release")
         query_BD = vectors.check_queries(query_BD)
         if len(query_BD) != queries:
             raise InputError(f"{len(query_BD)} query vectors for {queries} queries of the result; give one for each")
     if value_N is not None:
         value_N = np.asarray(value_N)
-        if value_N.shape != (rows,) or value_N.dtype.kind not in "fiub":
+        if (
+            value_N.ndim != 1
+            or (len(value_N) != rows and not (live and len(value_N) > rows))
+            or value_N.dtype.kind not in "fiub"
+        ):
             raise InputError(
                 f"value_N must be one number for each of {rows} trie rows, found {value_N.dtype} of {value_N.shape}"
             )
     return query_BD, value_N
-
-
-def _allows(allowed, rows: int):
-    """What tells of rows whether they are allowed, or None for all."""
-    if allowed is None:
-        return None
-    if not isinstance(allowed, Filter):
-        allowed = np.asarray(allowed)
-        if allowed.dtype != bool or allowed.shape != (rows,):
-            raise InputError(
-                f"allowed must be a filter or {rows} booleans, one per trie row, found {allowed.dtype} of "
-                f"{allowed.shape}"
-            )
-        return allowed.__getitem__
-    if len(allowed) != rows:
-        raise InputError(f"the filter is over {len(allowed)} rows, the trie has {rows}; take both from one release")
-    return allowed.allows
 
 
 def _rows(range_K2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -243,35 +245,6 @@ def _values(value_N: np.ndarray, row_M: np.ndarray) -> np.ndarray:
     if missing_M.any():
         raise InputError(f"the value of row {row_M[np.argmax(missing_M)]} is NaN; give every product a number")
     return value_M
-
-
-def _best_first(score_M: np.ndarray, value_M: np.ndarray | None = None) -> np.ndarray:
-    """Positions by score, then value, both descending, then position.
-
-    A plain sort, then a sort of the ties alone: several times as fast as a stable sort by all keys.
-    """
-    best_M = np.argsort(-score_M)
-    same = score_M[best_M[1:]] == score_M[best_M[:-1]]
-    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-    if len(tied):
-        at = best_M[tied]
-        keys = (at,) if value_M is None else (at, -value_M[at])
-        best_M[tied] = at[np.lexsort((*keys, -score_M[at]))]
-    return best_M
-
-
-def _cut(best_M: np.ndarray, beam_M: np.ndarray, quota: int | None) -> np.ndarray:
-    """Of positions, best first, those that are among the `quota` first of their beam."""
-    if quota is None or not len(best_M):
-        return best_M
-    # Numbers of 8 or 16 bits are sorted by radix.
-    beam_M = beam_M[best_M].astype(np.min_scalar_type(int(beam_M.max())))
-    by_beam_M = np.argsort(beam_M, kind="stable")
-    size_K = np.bincount(beam_M)
-    place_M = np.arange(len(best_M)) - np.repeat(np.cumsum(size_K) - size_K, size_K)
-    kept_M = np.zeros(len(best_M), bool)
-    kept_M[by_beam_M[place_M < quota]] = True
-    return best_M[kept_M]
 
 
 def _padded(parts: list[tuple[np.ndarray, ...]]) -> Candidates:
@@ -327,15 +300,6 @@ def _lexical(lexical_BC, real_BC: np.ndarray) -> np.ndarray:
         query, at = (int(i[0]) for i in np.nonzero(~np.isfinite(lexical_BC)))
         raise InputError(f"the lexical score of candidate {at} of query {query} is {lexical_BC[query, at]}")
     return lexical_BC
-
-
-def _top(final_M: np.ndarray, row_M: np.ndarray, top_k: int) -> np.ndarray:
-    """Positions of the `top_k` highest scores, equal ones by row."""
-    at = np.arange(len(final_M))
-    if len(at) > top_k:
-        # All that tie with the last are kept, so that the cut does not depend on the partition's order.
-        at = np.flatnonzero(final_M >= np.partition(final_M, len(at) - top_k)[len(at) - top_k])
-    return at[np.lexsort((row_M[at], -final_M[at]))][:top_k]
 
 
 def _results(parts: list[tuple[np.ndarray, ...]], levels: int, top_k: int) -> Rescored:

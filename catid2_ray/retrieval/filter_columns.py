@@ -5,6 +5,9 @@ Text becomes numbers in the order of the text, so a subtree of categories is one
 
 import math
 from bisect import bisect_left, bisect_right
+from datetime import date
+from fractions import Fraction
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +44,10 @@ def column_of(name: str, values: pa.ChunkedArray, *, products: bool = False) -> 
         raise InputError(f'column "{name}" holds the product ids and must be strings, found {values.type}')
     if pa.types.is_boolean(dtype):
         return _Flags(values)
+    if pa.types.is_decimal(dtype):
+        return _Decimals(name, values)
+    if pa.types.is_date(dtype):
+        return _Dates(values)
     if pa.types.is_integer(dtype) or pa.types.is_floating(dtype):
         return _Numbers(values)
     lists = pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)
@@ -48,8 +55,8 @@ def column_of(name: str, values: pa.ChunkedArray, *, products: bool = False) -> 
     if lists and _is_text(inner.value_type if pa.types.is_dictionary(inner) else inner):
         return _Paths(name, values)
     raise InputError(
-        f'column "{name}" is {values.type}; filters take strings, whole numbers, floats, booleans, lists of strings, '
-        "and dictionaries of these; leave the column out or cast it"
+        f'column "{name}" is {values.type}; filters take strings, whole numbers, floats, decimals, dates, booleans, '
+        "lists of strings, and dictionaries of these; leave the column out or cast it"
     )
 
 
@@ -109,7 +116,9 @@ class _Text:
 
 
 class _Paths:
-    kind, operators = "paths", (("under",),)
+    """Lists of strings, each distinct one once: as paths ("under") and as sets ("has")."""
+
+    kind, operators = "lists of strings", (("under",), ("has",))
 
     def __init__(self, name: str, values: pa.ChunkedArray):
         values = values.cast(pa.large_list(pa.large_string()))
@@ -120,13 +129,29 @@ class _Paths:
         ended = pc.binary_join_element_wise(pc.binary_join(values, end), nothing, end)
         self.paths, self.place_N = _numbered(pc.if_else(pc.equal(pc.list_value_length(values), 0), nothing, ended))
 
+    @cached_property
+    def _names(self) -> tuple[pa.Array, np.ndarray]:
+        """Every name of every distinct list, and which list it is of."""
+        lists = pc.split_pattern(pa.array(self.paths, pa.large_string()), _END)
+        return pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
+
     def wrong(self, key, value):
-        return _not_all(value, _is_string, "names from the root") or (
-            None if value else ("", "expects at least one name, found []")
-        )
+        wrong = _not_all(value, _is_string, "names from the root" if key == "under" else "names")
+        return wrong or (None if value or key == "has" else ("", "expects at least one name, found []"))
 
     def match(self, condition):
-        names = condition["under"]
+        return self._holding(condition["has"]) if "has" in condition else self._under(condition["under"])
+
+    def _holding(self, names: list[str]) -> np.ndarray:
+        # A list's text ends in a mark, so that splitting it gives one name too many, the empty one.
+        flat, list_of = self._names
+        last = np.append(list_of[1:] != list_of[:-1], True) if len(list_of) else np.empty(0, bool)
+        found = pc.is_in(flat, pa.array(names, flat.type)).to_numpy(zero_copy_only=False) & ~last
+        chosen = np.zeros(len(self.paths) + 1, bool)
+        chosen[list_of[found]] = True
+        return chosen[self.place_N]
+
+    def _under(self, names: list[str]) -> np.ndarray:
         prefix = "".join(name + _END for name in names)
         if prefix.count(_END) > len(names):
             return np.zeros(len(self.place_N), bool)
@@ -172,6 +197,72 @@ class _Numbers:
                 return self.values_N.dtype.type(value)
         except OverflowError:
             return math.inf if value > 0 else -math.inf
+
+
+class _Decimals:
+    """Exact: kept as whole numbers of the last digit, asked by the digits of the JSON number."""
+
+    kind, operators = "decimals", (("from",), ("to",), ("from", "to"))
+
+    def __init__(self, name: str, values: pa.ChunkedArray):
+        if values.type.precision > 18:
+            raise InputError(f'column "{name}" is {values.type}; filters take decimals of at most 18 digits; cast it')
+        self.scale = values.type.scale
+        wide = values.cast(pa.decimal128(values.type.precision, values.type.scale))
+        self.valid_N = wide.is_valid().to_numpy()
+        # Little-endian pairs of 64 bits; the upper half only repeats the sign.
+        self.units_N = np.concatenate([np.empty(0, np.int64), *map(_low_halves, wide.chunks)])
+
+    def wrong(self, key, value):
+        if _is_whole(value) or (isinstance(value, float) and math.isfinite(value)):
+            return None
+        return "", f"expects a number, found {value!r}"
+
+    def match(self, condition):
+        matched_N = self.valid_N.copy()
+        if "from" in condition:
+            matched_N &= self.units_N >= math.ceil(self._units(condition["from"]))
+        if "to" in condition:
+            matched_N &= self.units_N <= math.floor(self._units(condition["to"]))
+        return matched_N
+
+    def _units(self, value) -> Fraction:
+        # What JSON says, 19.99, not the float next to it.
+        return (Fraction(repr(value)) if isinstance(value, float) else Fraction(value)) * Fraction(10) ** self.scale
+
+
+def _low_halves(values: pa.Array) -> np.ndarray:
+    halves = np.frombuffer(values.buffers()[1] or b"", np.int64)
+    return halves[2 * values.offset : 2 * (values.offset + len(values)) : 2]
+
+
+class _Dates:
+    kind, operators = "dates", (("from",), ("to",), ("from", "to"))
+
+    def __init__(self, values: pa.ChunkedArray):
+        days = values.cast(pa.date32()).cast(pa.int32())
+        self.valid_N = days.is_valid().to_numpy()
+        self.days_N = days.fill_null(0).to_numpy()
+
+    def wrong(self, key, value):
+        return None if _day(value) is not None else ("", f'expects a date as "2024-01-31", found {value!r}')
+
+    def match(self, condition):
+        matched_N = self.valid_N.copy()
+        if "from" in condition:
+            matched_N &= self.days_N >= _day(condition["from"])
+        if "to" in condition:
+            matched_N &= self.days_N <= _day(condition["to"])
+        return matched_N
+
+
+def _day(value) -> int | None:
+    """Days since 1970, None for what is no date YYYY-MM-DD."""
+    try:
+        day = date.fromisoformat(value) if isinstance(value, str) and len(value) == 10 else None
+    except ValueError:
+        return None
+    return None if day is None else (day - date(1970, 1, 1)).days
 
 
 class _Flags:

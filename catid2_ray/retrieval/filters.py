@@ -8,7 +8,9 @@ An expression is one of (arrays may be empty: "all" of nothing allows every prod
     {"column": "brand", "in": ["x", "y"]}            strings or whole numbers
     {"column": "price", "from": 1, "to": 5}          numbers, both ends inclusive, either may be left out
     {"column": "in_stock", "is": true}               booleans
+    {"column": "added", "from": "2024-01-31"}        dates, as text YYYY-MM-DD; "from", "to" or both
     {"column": "category_path", "under": ["Home"]}   lists of strings: paths that begin so
+    {"column": "markets", "has": ["de", "at"]}       lists of strings: sets that hold at least one of these
     {"products": ["id1", "id2"]}                     by product id; ids that are not in the table are passed over
 A missing value meets no condition, so "not" of the condition allows its product.
 
@@ -18,7 +20,8 @@ N rows, W = N // 64 + 1 words of 64 rows.
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -31,29 +34,46 @@ from catid2_ray.retrieval.filter_columns import Column, column_of
 
 MAX_DEPTH = 20
 MAX_CONDITIONS = 100
+MAX_VALUES = 10_000
 
 
 class FilterTensors(NamedTuple):
     """A filter on a device: `words_W` int64 (bit i of word w is row 64 w + i), `before_W` int32 (allowed rows before
-    word w)."""
+    word w). `first_B`: where filters differ between queries, they lie end to end, and a query's begins at this word."""
 
     words_W: Tensor
     before_W: Tensor
+    first_B: Tensor | None = None
 
 
 def allowed_before(filter_: FilterTensors, row: Tensor) -> Tensor:
-    """int64, the number of allowed rows below each `row` (integers 0 … N, any shape).
+    """int64, the number of allowed rows below each `row` (integers 0 … N, any shape; B×… where queries differ).
 
     Range [a, b) holds an allowed row exactly if allowed_before(b) > allowed_before(a). Ranges that lie end to end, as
     those of one node's children do, need it once per boundary.
     """
-    word = (row >> 6).flatten()
+    word = row >> 6
+    if filter_.first_B is not None:
+        word = word + filter_.first_B.view(-1, *[1] * (row.ndim - 1))
+    word = word.flatten()
     # Bit 63 is always masked away, so the count below never meets a sign. index_select is twice as fast as [].
     bits = filter_.words_W.index_select(0, word) & (torch.bitwise_left_shift(1, (row & 63).long().flatten()) - 1)
     bits = bits - ((bits >> 1) & 0x5555555555555555)
     bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
     return (filter_.before_W.index_select(0, word) + ((bits * 0x0101010101010101) >> 56)).view(row.shape)
+
+
+def stacked(filters: Sequence["Filter"], device) -> FilterTensors:
+    """One filter per query of a batch; those that are the same object lie there once. Copies N/8 + N/16 bytes for each
+    of the others, in each search."""
+    distinct = list({id(one): one for one in filters}.values())
+    if len(distinct) == 1:
+        return distinct[0].tensors(device)
+    number = {id(one): place for place, one in enumerate(distinct)}
+    words, before, _ = zip(*(one.tensors(device) for one in distinct))
+    first_B = torch.tensor([number[id(one)] * len(words[0]) for one in filters], device=device)
+    return FilterTensors(torch.cat(words), torch.cat(before), first_B)
 
 
 class Filter:
@@ -78,6 +98,19 @@ class Filter:
                 f"a filter is one boolean per trie row, fewer than 2^31, found {allowed_N.dtype} of {allowed_N.shape}"
             )
         return cls(_packed(allowed_N), len(allowed_N))
+
+    @classmethod
+    def all_of(cls, rows: int) -> "Filter":
+        """Every one of `rows` rows."""
+        return cls(_inverted(np.zeros(rows // 64 + 1, np.uint64), rows), rows)
+
+    def changed(self, rows: np.ndarray, allowed: bool) -> "Filter":
+        """This filter but for `rows` (int64, within the filter), all allowed or all not. O(N / 64)."""
+        if not len(rows):
+            return self
+        words_W, bit = self.words_W.copy(), np.uint64(1) << (rows & 63).astype(np.uint64)
+        (np.bitwise_or if allowed else np.bitwise_and).at(words_W, rows >> 6, bit if allowed else ~bit)
+        return Filter(words_W, self.rows)
 
     def __and__(self, other: "Filter") -> "Filter":
         return Filter(self.words_W & self._fitting(other), self.rows)
@@ -156,9 +189,10 @@ class FilterIndex:
     """The columns of the product table, made ready for filters.
 
     `columns`: an Arrow table or a mapping of names to Arrow arrays, rows in trie order: strings, whole numbers, floats,
-    booleans, lists of strings (paths), or dictionaries of these. `product_column` names the column of product ids, if
-    it is there. Text is kept as numbers of 1 to 4 bytes a row, other columns as they are. `kept` filters are
-    remembered, the least recently used forgotten first. Safe to use from many threads.
+    decimals of at most 18 digits, dates, booleans, lists of strings (paths or sets), or dictionaries of these.
+    `product_column` names the column of product ids, if it is there. Text is kept as numbers of 1 to 4 bytes a row,
+    other columns as they are. `kept` filters are remembered, the least recently used forgotten first. `types`: what
+    inserted rows must have (`live_filters.py`). Safe to use from many threads.
 
     Raises InputError for columns of other types or of different lengths.
     """
@@ -174,6 +208,10 @@ class FilterIndex:
         self.columns: dict[str, Column] = {
             name: column_of(name, table[name], products=name == product_column) for name in table.column_names
         }
+        self.types: dict[str, pa.DataType] = {
+            field.name: field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+            for field in table.schema
+        }
         self._cache: OrderedDict[str, Filter] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -181,7 +219,8 @@ class FilterIndex:
         """The filter of an expression (as at the top of this file; parsed JSON).
 
         Raises QueryError, with the place in the expression, for what is no expression, for unknown columns and
-        operators, for values of the wrong type, and beyond MAX_DEPTH levels or MAX_CONDITIONS conditions.
+        operators, for values of the wrong type, and beyond MAX_DEPTH levels, MAX_CONDITIONS conditions or
+        MAX_VALUES values in all lists together.
         """
         try:
             key = json.dumps(expression, sort_keys=True, allow_nan=False)
@@ -191,16 +230,16 @@ class FilterIndex:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        made = Filter(self._parsed(expression, "$", [])(), self.rows)
+        made = Filter(self._parsed(expression, "$", _Counted())(), self.rows)
         with self._lock:
             self._cache[key] = made
             while len(self._cache) > self.kept:
                 self._cache.popitem(last=False)
         return made
 
-    def _parsed(self, node, where: str, conditions: list[str]) -> Callable[[], np.ndarray]:
+    def _parsed(self, node, where: str, counted: "_Counted") -> Callable[[], np.ndarray]:
         """What makes the words of `node`; nothing is computed before the whole expression is known to be sound.
-        `conditions` gathers the places of all conditions."""
+        `counted`: what the expression holds so far."""
         if not isinstance(node, dict):
             raise _error(where, f"expected an object with {_FORMS}, found {_shown(node)}")
         if where.count("[") + where.count(".not") > MAX_DEPTH:
@@ -212,10 +251,10 @@ class FilterIndex:
         if kind != "column" and len(node) > 1:
             raise _error(where, f'"{kind}" stands alone, found beside it {_shown(sorted(set(node) - {kind}))}')
         if kind == "not":
-            inner = self._parsed(node["not"], f"{where}.not", conditions)
+            inner = self._parsed(node["not"], f"{where}.not", counted)
             return lambda: _inverted(inner(), self.rows)
         if kind in ("all", "any"):
-            return self._combined(kind, node[kind], f"{where}.{kind}", conditions)
+            return self._combined(kind, node[kind], f"{where}.{kind}", counted)
         if kind == "products":
             name, values, places = self.product_column, {"in": node[kind]}, {"in": f"{where}.{kind}"}
         else:
@@ -223,12 +262,15 @@ class FilterIndex:
             places = {key: f"{where}.{key}" for key in values}
         if not isinstance(name, str) or name not in self.columns:
             raise _error(f"{where}.{kind}", f"unknown column {_shown(name)}; there are {_shown(sorted(self.columns))}")
-        return self._condition(name, values, where, places, conditions)
+        return self._condition(name, values, where, places, counted)
 
-    def _condition(self, name: str, values: dict, where: str, places: dict, conditions: list):
-        if len(conditions) >= MAX_CONDITIONS:
+    def _condition(self, name: str, values: dict, where: str, places: dict, counted: "_Counted"):
+        counted.conditions += 1
+        counted.values += sum(len(value) for value in values.values() if isinstance(value, list))
+        if counted.conditions > MAX_CONDITIONS:
             raise _error(where, f"a filter may hold {MAX_CONDITIONS} conditions; put values into one list")
-        conditions.append(where)
+        if counted.values > MAX_VALUES:
+            raise _error(where, f"a filter may hold {MAX_VALUES} values, found {counted.values} up to here")
         column = self.columns[name]
         if tuple(sorted(values)) not in column.operators:
             usable = " or ".join(" with ".join(f'"{key}"' for key in keys) for keys in column.operators)
@@ -239,10 +281,10 @@ class FilterIndex:
                 raise _error(places[key] + wrong[0], f'column "{name}" ({column.kind}) {wrong[1]}')
         return lambda: _packed(column.match(values))
 
-    def _combined(self, kind: str, nodes, where: str, conditions: list) -> Callable[[], np.ndarray]:
+    def _combined(self, kind: str, nodes, where: str, counted: "_Counted") -> Callable[[], np.ndarray]:
         if not isinstance(nodes, list):
             raise _error(where, f"expected a list of expressions, found {_shown(nodes)}")
-        parts = [self._parsed(node, f"{where}[{i}]", conditions) for i, node in enumerate(nodes)]
+        parts = [self._parsed(node, f"{where}[{i}]", counted) for i, node in enumerate(nodes)]
         none_W = np.zeros(self.rows // 64 + 1, np.uint64)
 
         def combine() -> np.ndarray:
@@ -252,6 +294,14 @@ class FilterIndex:
             return words_W
 
         return combine
+
+
+@dataclass
+class _Counted:
+    """Conditions and listed values of an expression, as far as it was read."""
+
+    conditions: int = 0
+    values: int = 0
 
 
 _FORMS = '"all", "any", "not", "column" or "products"'

@@ -1,43 +1,52 @@
-"""From query text to products: tokenizer, constrained beam search, and the products of the rows that the IDs name.
+"""From query text to products: tokenizer, constrained beam search over a live trie, and the products of what it found.
 
-Reads a plain folder (no store): `generator/` a saved model with its tokenizer, `trie/`, `products.arrow` memory-mapped
-with rows in trie order, `retriever.json` with the settings. A k wider than the beam widens the beam.
+Reads a plain folder (no store), see `folder.py`. What a release says of beams, precision, early stop and re-scoring is
+done here, so what is evaluated is what is served. Products may be inserted, withdrawn and restored while queries run.
+A k wider than the beam widens the beam, but where products are re-scored: there k is a cut of the candidates.
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import pyarrow as pa
+import numpy as np
+import torch
+from torch import Tensor
 
 from catid2_ray.docid import DocidSpace
-from catid2_ray.errors import ArtifactError, QueryError, ReleaseError
+from catid2_ray.errors import InputError, QueryError
 from catid2_ray.generator.examples import tokenize
-from catid2_ray.generator.saved import load_generator
+from catid2_ray.retrieval import folder as folders
 from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
+from catid2_ray.retrieval.filters import Filter, FilterIndex
+from catid2_ray.retrieval.live import LiveTrie, LiveView
+from catid2_ray.retrieval.live_filters import LiveFilter
+from catid2_ray.retrieval.product_names import ProductNames
+from catid2_ray.retrieval.products import Newcomer, Products
+from catid2_ray.retrieval.rescoring import Expansion, Hit, beam_hits, expanded_hits
 from catid2_ray.retrieval.trie import Trie
 
 MAX_K = 1000
 
 
-@dataclass(frozen=True)
-class Hit:
-    """One product. `score`: natural log of P(ID | query); `title` is None where the retriever has no titles."""
-
-    product_id: str
-    docid_text: str
-    score: float
-    title: str | None = None
+class _Found(NamedTuple):
+    result: BeamResult
+    dense_BE: Tensor | None
 
 
 class Retriever:
     """Answers queries with products.
 
-    `product_ids` and `titles`: one per trie row, in trie order (sequence or Arrow array). `query_tokens`: longer
-    queries are cut. `batch`: queries per search at a beam of 100; wider beams take fewer, as memory grows with both.
-    Raises ReleaseError when products and trie differ in length, InputError when the model does not fit the trie.
+    `product_ids` and `titles`: one per trie row, in trie order (sequence or Arrow array); or `products`, all that is known
+    of the rows, and `names`, their ids sorted (made here where left out). `beam_width`: a number, or one per level.
+    `stop_level`: levels to search (None: whole IDs), which needs `expansion`. `encode_query`: texts → floats B×D, for
+    re-scoring by vectors; left out, the decoder's encoder gives them. `index`: columns for filters; without it requests
+    filter by product id alone. `query_tokens`: longer queries are cut. `batch`: queries per search at a beam of 100; wider
+    beams take fewer, as memory grows with both.
+
+    Raises ReleaseError when products and trie differ in length, InputError when the model does not fit the trie or
+    re-scoring lacks what it needs.
     """
 
     def __init__(
@@ -45,61 +54,65 @@ class Retriever:
         model,
         tokenizer,
         trie: Trie,
-        product_ids,
+        product_ids=None,
         *,
         titles=None,
-        beam_width: int = 100,
+        products: Products | None = None,
+        names: ProductNames | None = None,
+        index: FilterIndex | None = None,
+        beam_width: int | Sequence[int] = 100,
+        stop_level: int | None = None,
+        expansion: Expansion | None = None,
+        encode_query: Callable[[list[str]], np.ndarray] | None = None,
         max_query_chars: int = 2000,
         query_tokens: int = 32,
         normalize: str = "level",
+        weights: str = "float32",
         release: str = "",
         batch: int = 32,
     ):
-        self.decoder = decoder_for(model, codes_per_level=trie.codes_per_level)
-        self.tokenizer, self.trie, self.space = tokenizer, trie, DocidSpace(tuple(trie.codes_per_level))
-        self.product_ids, self.titles = _column(product_ids), None if titles is None else _column(titles)
-        self.beam_width, self.max_query_chars, self.query_tokens = beam_width, max_query_chars, query_tokens
+        codes = trie.codes_per_level
+        self.decoder = decoder_for(model, codes_per_level=codes, weights=weights)
+        self.tokenizer, self.space = tokenizer, DocidSpace(tuple(codes))
+        self.products = products or Products(folders.column(product_ids), folders.column(titles))
+        self.products.check(trie.rows)
+        self.live = LiveTrie(
+            trie,
+            product_ids=names or self.products.product_ids,
+            index=index or folders.index_of(self.products.product_ids),
+        )
+        self.widths = (
+            [beam_width] * trie.levels if isinstance(beam_width, int) else [int(width) for width in beam_width]
+        )
+        self.levels = trie.levels if stop_level is None else stop_level
+        if len(self.widths) < self.levels or not 1 <= self.levels <= trie.levels:
+            raise InputError(
+                f"{len(self.widths)} beam widths and {self.levels} levels to search do not fit IDs of {trie.levels} levels"
+            )
+        if expansion is None and self.levels < trie.levels:
+            raise InputError(
+                f"stopping at level {self.levels} of {trie.levels} finds prefixes; give expansion settings"
+            )
+        if expansion is not None:
+            expansion.check(self.products)
+        self.expansion, self.encode_query = expansion, encode_query
+        self.max_query_chars, self.query_tokens = max_query_chars, query_tokens
         self.normalize, self.release, self.batch = normalize, release, batch
-        for name, column in (("product ids", self.product_ids), ("titles", self.titles)):
-            if column is not None and len(column) != trie.rows:
-                raise ReleaseError(f"{len(column)} {name} for {trie.rows} trie rows; take both from one release")
+        self._changing = threading.Lock()
 
     @classmethod
-    def open(cls, folder, *, device: str = "cpu") -> "Retriever":
-        """Load a folder laid out as at the top of this file. Raises ArtifactError or ReleaseError."""
-        folder = Path(folder)
-        missing = [
-            name for name in ("retriever.json", "products.arrow", "generator", "trie") if not (folder / name).exists()
-        ]
-        if missing:
-            raise ArtifactError(f"{folder} is no retriever: {', '.join(missing)} missing; publish the release again")
-        try:
-            settings = json.loads((folder / "retriever.json").read_text(encoding="utf-8"))
-            products = pa.ipc.open_file(pa.memory_map(str(folder / "products.arrow"))).read_all()
-            model, tokenizer = load_generator(folder / "generator")
-            ids, titles = products["product_id"], products["title"] if "title" in products.column_names else None
-            codes_per_level = tuple(settings["codes_per_level"])
-        except (OSError, ValueError, KeyError) as error:
-            raise ArtifactError(
-                f"{folder} cannot be read ({type(error).__name__}: {error}); publish it again"
-            ) from error
-        trie = Trie.open(folder / "trie")
-        if codes_per_level != tuple(trie.codes_per_level):
-            raise ReleaseError(
-                f"{folder}: retriever.json has codes per level {list(codes_per_level)}, the trie "
-                f"{list(trie.codes_per_level)}; take both from one release"
-            )
-        return cls(
-            model.to(device),
-            tokenizer,
-            trie,
-            ids,
-            titles=titles,
-            beam_width=settings.get("beam_width", 100),
-            query_tokens=settings.get("query_tokens", 32),
-            normalize=settings.get("normalize", "level"),
-            release=settings.get("release", ""),
-        )
+    def open(cls, folder, **options) -> "Retriever":
+        """Load a release's folder. `options`: as `folder.opened` takes them. Raises ArtifactError or ReleaseError."""
+        return cls(**folders.opened(folder, **options))
+
+    @property
+    def trie(self) -> Trie:
+        return self.live.base
+
+    @property
+    def beam_width(self) -> int:
+        """The most products that a query finds without a wider search."""
+        return self.widths[self.levels - 1] if self.expansion is None else MAX_K
 
     def check(self, query: str, *, k: int) -> None:
         """Raise QueryError for a query or a k that cannot be answered."""
@@ -110,62 +123,115 @@ class Retriever:
         if len(query) > self.max_query_chars:
             raise QueryError(f"a query may have {self.max_query_chars} characters, found {len(query)}; shorten it")
 
-    def search(self, queries: Sequence[str], *, k: int, allowed=None) -> BeamResult:
-        """The best k IDs of at most one batch of queries, as `constrained_beam_search` gives them."""
-        ids_BT = tokenize(self.tokenizer, queries, length=self.query_tokens)
-        mask_BT = ids_BT != self.tokenizer.pad_token_id
-        used = int(mask_BT.any(0).sum())
-        return constrained_beam_search(
-            self.decoder,
-            self.trie,
-            ids_BT[:, :used],
-            mask_BT[:, :used],
-            beam_width=max(self.beam_width, k),
-            top_k=k,
-            allowed=allowed,
-            normalize=self.normalize,
-        )
+    def compile(self, expression) -> LiveFilter | None:
+        """The filter of a JSON expression (see `filters.py`); None for None. Raises QueryError saying what is wrong."""
+        return None if expression is None else self.live.compile(expression)
 
-    def retrieve(self, queries: Sequence[str], *, k: int, allowed=None) -> list[list[Hit]]:
-        """At most `k` products per query, best first; products of one ID in row order.
+    def retrieve(
+        self, queries: Sequence[str], *, k: int, filters: Sequence | None = None, allowed=None
+    ) -> list[list[Hit]]:
+        """At most `k` products per query, best first.
 
-        `allowed`: bool per trie row, or None for all. Raises QueryError when any query or k cannot be answered.
+        `filters`: a JSON expression, or None, for each query. `allowed`, instead: a `Filter` or bool per trie row for all of
+        them. Raises QueryError when any query, filter or k cannot be answered.
         """
         for query in queries:
             self.check(query, k=k)
-        answers = []
-        size = max(1, min(self.batch, self.batch * 100 // max(self.beam_width, k)))
+        if filters is not None and len(filters) != len(queries):
+            raise QueryError(f"{len(filters)} filters for {len(queries)} queries; give one, or None, for each")
+        # The view first: filters and products then have at least its rows.
+        view = self.live.view
+        products = self.products
+        chosen = self._chosen(filters, allowed, len(queries))
+        answers, size = (
+            [],
+            max(1, min(self.batch, self.batch * 100 // max(*self.widths[: self.levels], self._needed(k)))),
+        )
         for start in range(0, len(queries), size):
-            result = self.search(queries[start : start + size], k=k, allowed=allowed)
-            answers += self._hits(result, k, allowed)
+            part, mine = list(queries[start : start + size]), chosen[start : start + size]
+            mine = None if all(one is None for one in mine) else mine
+            answers += self._answers(part, view, products, k, mine)
         return answers
 
-    def _hits(self, result: BeamResult, k: int, allowed) -> list[list[Hit]]:
-        """Rows of each result, expanded, filtered and cut, with their products."""
-        picked = []
-        ranges, docids, scores = result.row_range_BK2.tolist(), result.docid_BKL.tolist(), result.logp_BK.tolist()
-        for query, count in enumerate(result.count_B.tolist()):
-            found = (
-                (row, docid, score)
-                for (first, end), docid, score in zip(ranges[query][:count], docids[query], scores[query])
-                for row in range(first, end)
-                if allowed is None or allowed[row]
-            )
-            picked.append([entry for entry, _ in zip(found, range(k))])
-        # Row by row: `take` on a chunked column costs time in proportion to the catalogue, an index does not.
-        return [
-            [
-                Hit(
-                    self.product_ids[row].as_py(),
-                    self.space.text(docid),
-                    score,
-                    None if self.titles is None else self.titles[row].as_py(),
-                )
-                for row, docid, score in entries
-            ]
-            for entries in picked
-        ]
+    def _needed(self, k: int) -> int:
+        return k if self.expansion is None else 1
 
+    def _chosen(self, filters, allowed, queries: int) -> list:
+        if allowed is not None:
+            if not isinstance(allowed, (Filter, LiveFilter)):
+                allowed = LiveFilter.of(allowed, self.trie.rows)
+            if isinstance(allowed, Filter):
+                none = Filter.of(np.zeros(self.live.view.rows - self.trie.rows, bool))
+                allowed = LiveFilter(allowed, none)
+            return [allowed] * queries
+        return [None] * queries if filters is None else [self.compile(one) for one in filters]
 
-def _column(values) -> pa.ChunkedArray | pa.Array:
-    return values if isinstance(values, (pa.ChunkedArray, pa.Array)) else pa.array(list(values), pa.string())
+    def _answers(self, queries: list[str], view: LiveView, products: Products, k: int, allowed) -> list[list[Hit]]:
+        found = self._search(queries, view, k, allowed)
+        if self.expansion is None:
+            return beam_hits(found.result, view, products, k=k, allowed=allowed)
+        query_BD = None
+        if self.expansion.dense != "none":
+            query_BD = self._vectors(queries, found.dense_BE)
+        return expanded_hits(
+            found.result, view, products, self.expansion, queries=queries, query_BD=query_BD, k=k, allowed=allowed
+        )
+
+    def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor, object]:
+        """(token ids B×T, mask B×T, what the decoder's encoder makes of them)."""
+        ids_BT = torch.as_tensor(tokenize(self.tokenizer, texts, length=self.query_tokens)).long()
+        mask_BT = ids_BT != self.tokenizer.pad_token_id
+        used, device = max(1, int(mask_BT.any(0).sum())), self.decoder.device
+        ids_BT, mask_BT = ids_BT[:, :used].to(device), mask_BT[:, :used].to(device)
+        with torch.inference_mode():
+            return ids_BT, mask_BT, self.decoder.encode(ids_BT, mask_BT)
+
+    def _search(self, queries: list[str], view: LiveView, k: int, allowed) -> _Found:
+        ids_BT, mask_BT, memory = self._encoded(queries)
+        widths = [max(width, self._needed(k)) for width in self.widths[: self.levels]]
+        result = constrained_beam_search(
+            self.decoder, view, ids_BT, mask_BT, beam_width=widths, top_k=widths[-1] if self.expansion else k,
+            allowed=allowed, normalize=self.normalize, levels=self.levels, memory=memory,
+        )  # fmt: skip
+        return _Found(result, getattr(memory, "dense_BE", None))
+
+    def _vectors(self, texts: list[str], dense_BE: Tensor | None) -> Tensor:
+        """The queries' vectors, of length 1 where the products' are."""
+        if self.encode_query is not None:
+            vector_BD = torch.as_tensor(np.asarray(self.encode_query(texts), np.float32))
+        elif dense_BE is not None:
+            vector_BD = dense_BE.float().cpu()
+        else:
+            raise InputError("there is no encoder for vectors of queries and new products; give encode_query")
+        return torch.nn.functional.normalize(vector_BD, dim=-1) if self.expansion.unit_vectors else vector_BD
+
+    def insert(self, newcomers: Sequence[Newcomer], codes_ML, columns=None) -> None:
+        """New products with their IDs (integers M×L), found from the next search on, all or none of them.
+
+        `columns`: values for filters, as `LiveTrie.insert_many` takes them. A newcomer without a vector gets that of its
+        title where the release has vectors. Raises InputError as `insert_many`.
+        """
+        with self._changing:
+            before = self.products
+            if before.base_vectors is not None:
+                newcomers = self._with_vectors(newcomers)
+            # Names and vectors first: whoever sees the new view finds them.
+            self.products = before.with_newcomers(newcomers)
+            try:
+                self.live.insert_many([one.product_id for one in newcomers], codes_ML, columns)
+            except BaseException:
+                self.products = before
+                raise
+
+    def _with_vectors(self, newcomers: Sequence[Newcomer]) -> list[Newcomer]:
+        width, made = self.products.base_vectors.width, []
+        for one in newcomers:
+            vector_D = one.vector_D
+            if vector_D is None:
+                dense_BE = None if self.encode_query else getattr(self._encoded([one.title])[2], "dense_BE", None)
+                vector_D = self._vectors([one.title], dense_BE)[0]
+            vector_D = np.asarray(vector_D, np.float32)
+            if vector_D.shape != (width,) or not np.isfinite(vector_D).all():
+                raise InputError(f"the vector of product {one.product_id!r} must be {width} finite numbers")
+            made.append(Newcomer(one.product_id, one.title, vector_D, one.value))
+        return made

@@ -18,9 +18,13 @@ from catid2_ray.retrieval.int8 import int8_copy
 
 
 class Decoder(Protocol):
-    """What the search needs from a model. `memory` and `cache` are opaque to it."""
+    """What the search needs from a model. `memory` and `cache` are opaque to it. `codes_per_level`: of all its levels,
+    compared with the trie's. `vocabulary`: how many token ids `encode` takes (may be absent: then only ids below 0 are
+    refused before it runs)."""
 
     device: torch.device
+    codes_per_level: tuple[int, ...]
+    vocabulary: int
 
     def encode(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> object:
         """Whatever the steps need to know about the queries."""
@@ -91,6 +95,10 @@ class T5Decoder:
     @property
     def device(self) -> torch.device:
         return self.model.lm_head.weight.device
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.shared.num_embeddings
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.config.num_heads, self.config.d_kv))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from catid2_ray.docid import DocidSpace
-from catid2_ray.errors import ArtifactError, InputError
+from catid2_ray.errors import ArtifactError, InputError, ReleaseError
 from catid2_ray.retrieval.trie_arrays import (
     FORMAT,
     HEADER,
@@ -47,7 +47,8 @@ class Trie:
     the IDs came in order. `child_start[l]`, l = 0 … L−1, n_l + 1: node i's children are nodes child_start[l][i] …
     child_start[l][i+1] − 1 of depth l + 1. `token[l]`, l = 1 … L, n_l (uint8, int16 or int32): the code on the edge
     into each node (`token[0]` is empty). `row_start[l]`, l = 0 … L, n_l + 1: node i holds rows row_start[l][i] …
-    row_start[l][i+1] − 1. `widest[l]`, l = 0 … L−1: the most children that a node of depth l has.
+    row_start[l][i+1] − 1. `widest[l]`, l = 0 … L−1: the most children that a node of depth l has. `identity`: what the
+    saved trie says of the IDs that it is of (`save`), None where nothing was said.
     """
 
     codes_per_level: tuple[int, ...]
@@ -57,6 +58,7 @@ class Trie:
     token: tuple[np.ndarray, ...]
     row_start: tuple[Starts, ...]
     widest: tuple[int, ...]
+    identity: str | None = None
 
     @property
     def levels(self) -> int:
@@ -205,8 +207,13 @@ class Trie:
             del arrays[f"row_start_{self.levels - 1}"]
         return {name: array for name, array in arrays.items() if len(array)}
 
-    def save(self, folder) -> None:
-        """Write one .npy file per array and, last, `trie.json`; the folder is made if absent."""
+    def save(self, folder, *, identity: str | None = None) -> None:
+        """Write one .npy file per array and, last, `trie.json`; the folder is made if absent.
+
+        `identity`: a text that tells tries of equal geometry apart, such as the digest of the IDs' artefact, which the
+        generator's manifest names too. Whoever opens the trie beside a model or a table compares it: `trie.identity`,
+        or `Trie.open(folder, identity=…)`, which refuses another. None: the identity that this trie has.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / HEADER).unlink(missing_ok=True)
@@ -220,17 +227,24 @@ class Trie:
             "rows": self.rows,
             "nodes": [self.nodes(level) for level in range(self.levels + 1)],
             "widest": list(self.widest),
+            "identity": self.identity if identity is None else identity,
         }
         (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def open(cls, folder) -> "Trie":
-        """Memory-map a saved trie. Raises ArtifactError for a folder that is missing, half-written or inconsistent.
+    def open(cls, folder, *, identity: str | None = None) -> "Trie":
+        """Memory-map a saved trie. Raises ArtifactError for a folder that is missing, half-written or inconsistent, and
+        ReleaseError, where an `identity` is given, for a trie that was saved with another or with none.
 
         Checked here are lengths, types and both ends of every array, whatever N; `check` reads everything.
         """
         folder = Path(folder)
         header = read_header(folder)
+        if identity is not None and header["identity"] != identity:
+            raise ReleaseError(
+                f"{folder} is a trie of other IDs: it says {header['identity']!r}, expected {identity!r}; take all parts "
+                "from one release"
+            )
         codes_per_level, nodes, rows = header["codes_per_level"], header["nodes"], header["rows"]
         levels = len(codes_per_level)
         order = None if header["sorted"] else read_array(folder, "order", rows, pointer_type(rows), (0, rows - 1))
@@ -248,7 +262,7 @@ class Trie:
         ]
         return cls(
             tuple(codes_per_level), header["shared"], order, tuple(child_start), (np.empty(0, np.uint8), *token),
-            tuple(row_start), tuple(header["widest"]),
+            tuple(row_start), tuple(header["widest"]), header["identity"],
         )  # fmt: skip
 
     def check(self) -> None:

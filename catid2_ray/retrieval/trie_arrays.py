@@ -103,11 +103,19 @@ class Starts:
         return bool(inside.all() and (self.extra[1:] >= self.extra[:-1]).all())
 
     def holding(self, entries) -> np.ndarray:
-        """The range that holds each entry. O(exceptions) beside the look-up."""
+        """The range that holds each entry. For a few entries O(log count) each, for many one pass of the exceptions."""
+        entries = np.asarray(entries)
         if self.whole is not None:
-            return np.searchsorted(self.whole, np.asarray(entries).astype(self.whole.dtype), side="right") - 1
-        later = self.extra + np.arange(1, len(self.extra) + 1)
-        return entries - np.searchsorted(later, entries, side="right")
+            return np.searchsorted(self.whole, entries.astype(self.whole.dtype), side="right") - 1
+        if entries.size * 50 > len(self.extra):
+            later = self.extra + np.arange(1, len(self.extra) + 1)
+            return entries - np.searchsorted(later, entries, side="right")
+        low, high = np.zeros(entries.shape, np.int64), np.full(entries.shape, len(self.extra))
+        for _ in range(len(self.extra).bit_length()):
+            middle = np.minimum((low + high) // 2, len(self.extra) - 1)
+            open_, below = low < high, self.extra[middle] + middle < entries
+            low, high = np.where(open_ & below, middle + 1, low), np.where(open_ & ~below, middle, high)
+        return entries - low
 
 
 def read_header(folder: Path) -> dict:
@@ -130,6 +138,8 @@ def read_header(folder: Path) -> dict:
         fits = fits and all(-(-b // a) <= w <= k for a, b, w, k in zip(nodes, nodes[1:], widest, codes))
         fits = fits and isinstance(header["sorted"], bool) and isinstance(header["shared"], bool)
         fits = fits and (header["shared"] or rows == nodes[-1])
+        # Tries saved before there was an identity have none.
+        fits = fits and isinstance(header.setdefault("identity", None), (str, type(None)))
         fits = fits and all(type(number) is int for number in (rows, *codes, *nodes, *widest))
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder / HEADER} is no trie header ({error!r}). {_AGAIN}") from None

@@ -155,6 +155,43 @@ class VectorStore:
         return score_M
 
 
+@dataclass(frozen=True, eq=False)
+class GrownVectors:
+    """The vectors of a release, and those of products inserted since: rows N … N + D − 1. Scores as `VectorStore`."""
+
+    base: VectorStore
+    inserted: VectorStore
+
+    @classmethod
+    def of(cls, base: VectorStore, inserted_DD) -> "GrownVectors":
+        """`inserted_DD`: floats D×width, scaled to length 1 if the base's are. Raises InputError as `VectorStore.write`."""
+        inserted = np.asarray(inserted_DD, np.float32).reshape(-1, base.width)
+        half = _half(inserted, base.rows, base.width, base.normalized) if len(inserted) else inserted.astype(np.float16)
+        return cls(base, VectorStore(half, base.normalized))
+
+    @property
+    def rows(self) -> int:
+        return self.base.rows + self.inserted.rows
+
+    @property
+    def width(self) -> int:
+        return self.base.width
+
+    def check_queries(self, query_BD) -> np.ndarray:
+        return self.base.check_queries(query_BD)
+
+    def scores(self, query_BD, row_M) -> np.ndarray:
+        """float32 M, dot products of one query (1×D) with `row_M`. Raises InputError as `VectorStore.scores`."""
+        row_M = np.asarray(row_M)
+        new_M = row_M >= self.base.rows
+        if not new_M.any():
+            return self.base.scores(query_BD, row_M)
+        score_M = np.empty(len(row_M), np.float32)
+        score_M[~new_M] = self.base.scores(query_BD, row_M[~new_M])
+        score_M[new_M] = self.inserted.scores(query_BD, row_M[new_M] - self.base.rows)
+        return score_M
+
+
 def _rows(half_ND: torch.Tensor, row_R: np.ndarray) -> torch.Tensor:
     first, last = int(row_R[0]), int(row_R[-1])
     if last - first == len(row_R) - 1 and (row_R[1:] > row_R[:-1]).all():

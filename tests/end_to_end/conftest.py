@@ -3,6 +3,7 @@
 import json
 import os
 
+import pyarrow as pa
 import pytest
 
 from catid2_ray.artifacts.store import Store
@@ -29,11 +30,23 @@ def released(s3, tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     source, made = Store(f"{bucket}/source"), generate(products=240, queries=120, seed=3)
     bad = made.products.slice(0, 1).set_column(1, "title", [[" "]])
-    source.write_table("products/a.parquet", made.products.slice(100))
-    source.write_table("products/b.parquet", made.products.slice(0, 100))
+    rows = range(made.products.num_rows)
+    priced = made.products.append_column("price", pa.array([float(row % 50) for row in rows]))
+    priced = priced.append_column("market", pa.array([["us", "de"] if row % 4 else ["de"] for row in rows]))
+    bad = bad.append_column("price", pa.array([1.0])).append_column("market", pa.array([["us"]]))
+    source.write_table("products/a.parquet", priced.slice(100))
+    source.write_table("products/b.parquet", priced.slice(0, 100))
     source.write_table("products/c.parquet", bad)
     source.write_table("pairs.parquet", made.pairs)
-    recipe = {**TINY, "catalog": {"root": f"{bucket}/source", "rows_per_part": 100}, "store": f"{bucket}/store"}
+    recipe = {**TINY, "store": f"{bucket}/store"}
+    recipe["catalog"] = {
+        "root": f"{bucket}/source", "rows_per_part": 100, "filter_columns": {"price": "float", "market": "list<string>"},
+    }  # fmt: skip
+    recipe["serving"] = {
+        "filters": ["price", "market", "category_path"],
+        "expansion": {"a": 0.5, "lexical_weight": 0.02},
+    }
+    recipe["evaluation"] = {**TINY["evaluation"], "methods": ["beam", "bm25", "dense", "served"]}
     path = write_recipe(folder, recipe)
     result = run("catid2_ray.cli", "reindex", "--recipe", path, "--json", folder / "figures.json", env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -45,4 +58,5 @@ def released(s3, tmp_path_factory):
         "env": environment,
         "folder": folder,
         "pairs": made.pairs,
+        "products": priced,
     }

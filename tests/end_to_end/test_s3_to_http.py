@@ -22,7 +22,7 @@ def test_figures_have_the_promised_keys_and_ids_are_unique(released):
     assert {"release", "documents", "collision_rate_before", "duplicates_after", "codes_used", "recall", "recall_seen",
             "recall_unseen", "seconds", "peak_memory_bytes"} <= set(figures)  # fmt: skip
     assert figures["documents"] == 240 and figures["duplicates_after"] == 0 and len(figures["codes_used"]) == 4
-    assert set(figures["recall"]) == {"beam", "bm25"} and {"5", "10", "20", "50", "100"} == set(
+    assert set(figures["recall"]) == {"beam", "bm25", "dense", "served"} and {"5", "10", "20", "50", "100"} == set(
         figures["recall"]["beam"]
     )
     assert figures["seconds"]["embed"] > 0 and figures["peak_memory_bytes"] > 100e6
@@ -91,11 +91,11 @@ def test_evaluate_scores_another_table_of_pairs(released):
     pq.write_table(released["pairs"], pairs)
     target = released["folder"] / "validation.json"
     result = run("catid2_ray.cli", "evaluate", "--store", released["store"], "--pairs", pairs, "--split", "validation",
-                 "--min-relevance", 2, "--methods", "beam,bm25", "--json", target, env=released["env"])  # fmt: skip
+                 "--min-relevance", 2, "--methods", "beam,served", "--json", target, env=released["env"])  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     figures = json.loads(target.read_text())
     assert figures["release"] == released["figures"]["release"]
-    assert set(figures["recall"]) == {"beam", "bm25"} and "recall_seen" in figures and "recall_unseen" in figures
+    assert set(figures["recall"]) == {"beam", "served"} and "recall_seen" in figures and "recall_unseen" in figures
     wrong = run(
         "catid2_ray.cli",
         "evaluate",
@@ -142,7 +142,7 @@ def test_http_answers_equal_the_command_line(released, server):
     assert answer.status_code == 200, answer.text
     body = answer.json()
     assert body["release"] == released["figures"]["release"] and len(body["products"]) == 3
-    assert set(body["products"][0]) == {"product_id", "docid", "score", "title"}
+    assert set(body["products"][0]) == {"product_id", "docid", "score", "logp", "dense", "lexical", "title"}
     scores = [product["score"] for product in body["products"]]
     assert scores == sorted(scores, reverse=True)
     shown = run(
@@ -150,10 +150,11 @@ def test_http_answers_equal_the_command_line(released, server):
     )
     for product in body["products"]:
         assert product["product_id"] in shown.stdout and product["docid"] in shown.stdout
-    assert httpx.get(f"{server}/healthz").json() == {"status": "ok", "release": body["release"]}
+    assert httpx.get(f"{server}/healthz").json() == {"status": "ok", "release": body["release"], "changes": 0}
 
 
-def test_http_answers_do_not_depend_on_batch_mates(server):
+def test_http_answers_do_not_depend_on_batch_mates(released, server):
+    price_of = dict(zip(*(released["products"][name].to_pylist() for name in ("product_id", "price"))))
     alone = httpx.post(f"{server}/v1/retrieve", json={"query": "oak shelf", "k": 5}, timeout=30).json()
     with httpx.Client(timeout=60) as client:
         import concurrent.futures
@@ -161,14 +162,16 @@ def test_http_answers_do_not_depend_on_batch_mates(server):
         def ask(body):
             return client.post(f"{server}/v1/retrieve", json=body).json()
 
-        bodies = [{"query": "oak shelf", "k": 5}, {"query": "garden hose for a balcony", "k": 40}] * 8
+        cheap = {"column": "price", "to": 9}
+        bodies = [{"query": "oak shelf", "k": 5}, {"query": "garden hose for a balcony", "k": 40, "filter": cheap}] * 8
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(ask, bodies))
     for body, answer in zip(bodies, answers):
         if body["k"] == 5:
             assert [p["docid"] for p in answer["products"]] == [p["docid"] for p in alone["products"]]
         else:
-            assert len(answer["products"]) == 40
+            assert len(answer["products"]) >= 10
+            assert all(price_of[p["product_id"]] <= 9 for p in answer["products"])
 
 
 @pytest.mark.parametrize(
@@ -178,8 +181,44 @@ def test_http_answers_do_not_depend_on_batch_mates(server):
         ({"query": "x" * 10_000}, "may have 2000 characters, found 10000"),
         ({"query": "x", "k": 0}, "k must be a whole number from 1 to 1000"),
         ({"query": "x", "limit": 3}, "Extra inputs are not permitted"),
+        ({"query": "x", "filter": {"column": "colour", "in": ["red"]}}, "filter at $.column: unknown column"),
+        ({"query": "x", "filter": {"column": "price", "to": "low"}}, "expects a number, found 'low'"),
     ],
 )
 def test_http_refuses_what_cannot_be_answered(server, body, message):
     answer = httpx.post(f"{server}/v1/retrieve", json=body, timeout=30)
     assert answer.status_code == 422 and message in answer.text
+
+
+def test_products_come_and_go_while_it_serves(released, server):
+    def post(path, body):
+        answer = httpx.post(f"{server}/v1/{path}", json=body, timeout=60)
+        return answer.status_code, answer.json()
+
+    title = "purple marzipan accordion"
+    status, made = post("products", {"products": [{"product_id": "n1", "title": title, "columns": {"price": 3.5}}]})
+    assert status == 200 and made["change"] == 1 and made["products"][0]["docid"].startswith("<a_"), made
+    asked = {"query": title, "k": 5, "filter": {"column": "price", "from": 3.2, "to": 3.8}}
+    status, found = post("retrieve", asked)
+    assert [(p["product_id"], p["docid"], p["title"]) for p in found["products"]] == [
+        ("n1", made["products"][0]["docid"], title)
+    ]
+    refused = [
+        ("products", {"products": [{"product_id": "n1", "title": title}]}, "product 'n1' is live already"),
+        ("products", {"products": [{"product_id": "n2", "title": "x", "docid": "<a_9>"}]}, "is not an ID of 4 levels"),
+        (
+            "products",
+            {"products": [{"product_id": "n2", "title": "x", "columns": {"colour": "red"}}]},
+            "unknown columns",
+        ),
+        ("withdraw", {"product_ids": ["nobody"]}, "no product 'nobody'"),
+    ]
+    for path, body, message in refused:
+        status, answer = post(path, body)
+        assert status == 422 and message in answer["error"], answer
+    # Another process, as a replica that starts now would be, sees the same.
+    shown = run("catid2_ray.cli", "search", title, "--store", released["store"], "--k", 3, "--filter",
+                json.dumps(asked["filter"]), env=released["env"])  # fmt: skip
+    assert "n1" in shown.stdout and "dense" in shown.stdout and "BM25" in shown.stdout, shown.stderr
+    assert post("withdraw", {"product_ids": ["n1"]})[0] == 200 and post("retrieve", asked)[1]["products"] == []
+    assert post("restore", {"product_ids": ["n1"]})[0] == 200 and len(post("retrieve", asked)[1]["products"]) == 1

@@ -60,7 +60,7 @@ def test_a_step_does_not_wait_for_the_device(parts):
 
     class Watched:
         device, level_logits, log_partition = decoder.device, decoder.level_logits, decoder.log_partition
-        encode = staticmethod(decoder.encode)
+        encode, codes_per_level = staticmethod(decoder.encode), decoder.codes_per_level
 
         @staticmethod
         def decode_step(level, *rest):

@@ -92,6 +92,7 @@ class Table:
 
     def __init__(self, codes_per_level, queries, seed):
         random = np.random.default_rng(seed)
+        self.codes_per_level = tuple(codes_per_level)
         self.logits = [
             torch.from_numpy(random.normal(size=(queries, *codes_per_level[: level + 1]))).float()
             for level in range(len(codes_per_level))

@@ -1,5 +1,8 @@
 """A filter expression asked of every product in turn, as the expression reads."""
 
+from datetime import date
+from decimal import Decimal
+
 
 def allowed_rows(expression, rows):
     """One bool per product; `rows` are dicts, with None where a value is missing."""
@@ -24,7 +27,17 @@ def _allows(node, row):
         return value is node["is"]
     if "under" in node:
         return value[: len(node["under"])] == node["under"]
-    return node.get("from", value) <= value <= node.get("to", value)
+    if "has" in node:
+        return any(name in node["has"] for name in value)
+    low, high = (value if node.get(end) is None else _as(value, node[end]) for end in ("from", "to"))
+    return low <= value <= high
+
+
+def _as(value, bound):
+    """A bound of JSON in the type of a column's values."""
+    if isinstance(value, date):
+        return date.fromisoformat(bound)
+    return Decimal(repr(bound)) if isinstance(value, Decimal) else bound
 
 
 def allowed_between(allowed, start, end):

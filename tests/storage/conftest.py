@@ -19,7 +19,8 @@ PARENTS_OF = {
     "ids": ("catalog", "embeddings", "quantizer"),
     "examples": ("catalog", "ids"),
     "generator": ("ids", "examples"),
-    "evaluation": ("catalog", "ids", "generator"),
+    "serving": ("catalog", "embeddings", "ids"),
+    "evaluation": ("catalog", "ids", "generator", "serving"),
 }
 
 

@@ -215,7 +215,7 @@ def check_serving_folder(folder, release):
     assert (folder / "trie" / "arrays.npy").read_bytes() == b"one"
     assert (folder / "products.arrow").read_bytes() == b"one"
     assert json.loads((folder / "retriever.json").read_text()) == {
-        "beam_width": 50, "query_tokens": 24, "codes_per_level": [4, 4, 4], "release": release.name,
+        "beam_width": 50, "query_tokens": 24, "codes_per_level": [4, 4, 4], "release": release.name, "word": "one",
     }  # fmt: skip
     assert sorted(path.name for path in folder.iterdir()) == ["generator", "products.arrow", "retriever.json", "trie"]
 
@@ -260,8 +260,46 @@ def test_a_generator_of_other_ids_is_not_served(local_store, chain, tmp_path):
         serving_folder(local_store, two["ids"], one["generator"], tmp_path / "cache", {})
 
 
+def test_the_serving_folder_holds_what_the_serving_part_has(store, chain, make, tmp_path):
+    parts = chain(store, "one")
+    ids, embeddings = parts["ids"], make(store, "embeddings", {"encoder/mean.npy": b"mean", "part-00000.parquet": b"p"})
+    files = {"serving.json": b"{}", "vectors/vectors.npy": b"v", "columns.arrow": b"c"}
+    serving = make(store, "serving", files, parents={"ids": ids.digest})
+    generator = parts["generator"]
+    options = {"serving": serving, "embeddings": embeddings}
+    folder = serving_folder(store, ids, generator, tmp_path / "cache", {}, **options)
+    assert (folder / "vectors" / "vectors.npy").read_bytes() == b"v" and (folder / "columns.arrow").read_bytes() == b"c"
+    assert (folder / "encoder" / "mean.npy").read_bytes() == b"mean" and not (folder / "lexical").exists()
+    stranger = make(store, "serving", files, settings={"word": "stranger"}, parents={"ids": "0" * 64})
+    with pytest.raises(ReleaseError, match="vectors and columns were laid out for ids 000000000000, not for"):
+        serving_folder(store, ids, generator, tmp_path / "cache", {}, serving=stranger)
+
+
+def test_a_release_of_before_the_serving_part_is_served_by_the_beam_it_was_evaluated_with(local_store, chain, tmp_path):
+    release = publish(local_store, chain(local_store, "one"))[0]
+    record = json.loads(local_store.read(f"releases/{release.name}.json"))
+    del record["parts"]["serving"]
+    local_store.write(f"releases/{release.name}.json", json.dumps(record).encode())
+    folder = release_folder(local_store, current(local_store), tmp_path / "cache")
+    assert json.loads((folder / "retriever.json").read_text()) == {
+        "beam_width": 50, "query_tokens": 24, "codes_per_level": [4, 4, 4], "release": release.name,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mode, encoder, shared", [("frozen", "a/b", True), ("tuned", "a/b", False), ("frozen", "c/d", False)]
+)
+def test_one_pass_serves_where_the_generator_reads_with_the_products_encoder(chain, local_store, mode, encoder, shared):
+    parts = chain(local_store, "one")
+    parts["serving"].settings["encoder"] = {"name": "a/b", "tokens": 64}
+    parts["generator"].settings.update(model="encoder_decoder", encoder_mode=mode, encoder=encoder)
+    assert releases.retriever_settings(parts, release="r").get("shared_encoder", False) == shared
+
+
 def test_parts_are_the_stages_in_order():
-    assert PARTS == ("catalog", "embeddings", "quantizer", "ids", "examples", "generator", "evaluation")
+    assert PARTS == (
+        "catalog", "embeddings", "quantizer", "ids", "examples", "generator", "serving", "evaluation"
+    )  # fmt: skip
 
 
 def test_the_cache_of_a_node(monkeypatch, tmp_path):
@@ -292,9 +330,11 @@ def test_ids_that_keep_earlier_ones_go_with_what_was_trained_on_those(local_stor
     stranger = make(local_store, "ids", files, settings={"word": "stranger"}, **settings)
     with pytest.raises(ReleaseError, match="parts do not match: quantizer was made from embeddings"):
         check_parts(one | fresh | {"ids": stranger})
-    keeps = {role: [one[role].digest] for role in ("catalog", "embeddings", "ids")}
+    keeps = {role: [one[role].digest] for role in ("catalog", "embeddings", "ids", "serving")}
     grown = make(local_store, "ids", files, settings={"word": "grown"}, extends=keeps, **settings)
-    release = publish(local_store, one | fresh | {"ids": grown})[0]
+    laid_out = {role: (fresh | {"ids": grown})[role].digest for role in ("catalog", "embeddings", "ids")}
+    serving = make(local_store, "serving", {"serving.json": b"grown"}, parents=laid_out)
+    release = publish(local_store, one | fresh | {"ids": grown, "serving": serving})[0]
     assert release.manifests(local_store)["generator"] == one["generator"]
     serving_folder(local_store, grown, one["generator"], Path(local_store.path("cache")), {})
     with pytest.raises(ReleaseError, match="the generator was trained on ids"):

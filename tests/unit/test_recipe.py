@@ -168,6 +168,14 @@ def test_a_catalogue_has_exactly_one_source(catalog):
         ({"catalog": {"synthetic": {}, "min_category_depth": 3, "max_category_depth": 2}},
          ["catalog.min_category_depth 3 exceeds catalog.max_category_depth 2", "every product would be set aside"]),
         (MINIMAL | {"quantizer": {"workers": 3}}, ["quantizer: ", "batch 4096 does not divide by workers 3"]),
+        (MINIMAL | {"alignment": {"group_form": "fixed", "injected": 8}},
+         ["alignment: ", "injected 8 fills a fixed group of 8: at least one rollout must stay"]),
+        (MINIMAL | {"alignment": {"steps": 30, "report_every": 20}}, ["steps 30 does not divide by report_every 20"]),
+        (MINIMAL | {"alignment": {"report_every": 50, "updates": 4}}, ["report_every 50 does not divide by updates 4"]),
+        (MINIMAL | {"alignment": {"ranker": "a:b", "ranker_scores": "s.parquet"}}, ["ranker and ranker_scores are both"]),
+        (MINIMAL | {"alignment": {"ranker": "a.b"}}, ["ranker 'a.b' is not of the form module:function"]),
+        (MINIMAL | {"alignment": {"grades": [[2, 1], [1, 0]]}}, ["grades must rise in relevance"]),
+        (MINIMAL | {"alignment": {"batch": 9, "workers": 2}}, ["alignment: ", "batch 9 does not divide by workers 2"]),
         (MINIMAL | {"generator": {"batch": 9, "workers": 2}}, ["generator: ", "batch 9 does not divide by workers 2"]),
         (MINIMAL | {"generator": {"level_weights": [1, 1, 1]}},
          ["generator.level_weights has 3 entries, quantizer.codes_per_level 4"]),
@@ -187,6 +195,13 @@ def test_a_catalogue_has_exactly_one_source(catalog):
         ),
         (MINIMAL | {"quantizer": {"batch": 64, "micro_batch": 32}}, ["quantizer: micro_batch 32 is not offered", "batch 64"]),
         (MINIMAL | {"generator": {"width": 100, "heads": 3}}, ["generator: ", "width 100 does not divide by heads 3"]),
+        (MINIMAL | {"serving": {"stop_level": 2}}, ["serving: ", "stop_level 2 finds prefixes, not products", "serving.expansion"]),
+        (MINIMAL | {"serving": {"stop_level": 5, "expansion": {}}}, ["serving.stop_level 5 is beyond the 4 levels"]),
+        (MINIMAL | {"serving": {"beam_width": [20, 50]}}, ["serving.beam_width has 2 entries, quantizer.codes_per_level 4"]),
+        (MINIMAL | {"serving": {"filters": ["brand"]}}, ["serving.filters names brand", "catalog.filter_columns", "category_path"]),
+        (MINIMAL | {"serving": {"expansion": {"dense": "none"}}}, ["order is 'dense', but dense is 'none'"]),
+        ({"catalog": {"root": "x", "filter_columns": {"value": "float"}}},
+         ["catalog.filter_columns names value", "is a column of every catalogue"]),
         (MINIMAL | {"quantizer": {"codes_per_level": [65535] * 4}}, ["quantizer: codes_per_level (65535, ", "more than an int64"]),
     ],
 )  # fmt: skip
@@ -201,6 +216,11 @@ def test_what_is_near_a_contradiction_is_fine():
     )
     Recipe.build(MINIMAL | {"generator": {"model": "some/t5", "width": 100, "heads": 3}})
     Recipe.build({"catalog": {"root": "s3://bucket/catalogue", "synthetic": None}})
+
+
+def test_what_is_served_is_as_wide_as_what_is_evaluated_unless_told():
+    assert Recipe.build(MINIMAL | {"evaluation": {"beam_width": 7}}).beam_width == 7
+    assert Recipe.build(MINIMAL | {"serving": {"beam_width": [2, 3, 4, 5]}}).beam_width == (2, 3, 4, 5)
 
 
 def test_a_generator_without_stages_has_one_and_kinds_are_those_of_any_stage():
@@ -312,7 +332,8 @@ def test_the_schema_is_valid_and_describes_what_is_accepted():
 
 
 def test_identity_leaves_out_what_cannot_change_the_result():
-    recipe = Recipe.build(MINIMAL)
+    full = MINIMAL | {"serving": {"expansion": {}}}
+    recipe = Recipe.build(full)
     identity = recipe.identity()
     operational = [path for path, (field, _) in FIELDS.items() if field.json_schema_extra.get("operational")]
     assert {"store", "name", "cluster", "catalog.root", "embedding.workers", "ids.workers"} <= set(operational)
@@ -324,7 +345,7 @@ def test_identity_leaves_out_what_cannot_change_the_result():
             node = node.get(key, "absent") if isinstance(node, dict) else "absent"
         assert (node != "absent") == inside, path
     elsewhere = Recipe.build(
-        MINIMAL
+        full
         | {
             "store": "s3://b",
             "name": "n",
@@ -334,8 +355,8 @@ def test_identity_leaves_out_what_cannot_change_the_result():
         }
     )
     assert elsewhere.identity() == identity and json.loads(json.dumps(identity)) == identity
-    assert Recipe.build(MINIMAL | {"seed": 1}).identity() != identity
-    assert Recipe.build(MINIMAL | {"quantizer": {"workers": 2}}).identity() != identity
+    assert Recipe.build(full | {"seed": 1}).identity() != identity
+    assert Recipe.build(full | {"quantizer": {"workers": 2}}).identity() != identity
 
 
 def test_yaml_and_back():

@@ -122,8 +122,11 @@ def _sum(results: list[dict], name: str) -> int:
 
 def _extends(before: dict[str, Manifest]) -> dict[str, list[str]]:
     """Digests of the artefacts whose products and IDs an append keeps: those before it, and what they kept."""
+    kept = before["ids"].extends
     return {
-        role: [before[role].digest, *before["ids"].extends.get(role, [])] for role in ("catalog", "embeddings", "ids")
+        role: [before[role].digest, *kept.get(role, [])]
+        for role in ("catalog", "embeddings", "ids", "serving")
+        if role in before
     }
 
 

@@ -83,3 +83,16 @@ def test_a_pair_weighs_as_the_highest_grade_that_it_reaches():
     assert pair_weights(table["relevance"], None).tolist() == [1.0] * 4
     assert training_pairs(table, 2.0)["product_id"].to_pylist() == ["b", "c", "d"]
     assert training_pairs(table, 1.0, {1: 1.0, 2: 0.0, 3: 1.0})["product_id"].to_pylist() == ["a", "d"]
+
+
+def test_behaviour_stays_where_it_is_given_and_the_strongest_counts():
+    rows = pairs(
+        ("q1", "hinge", "a", 3.0, "train"),
+        ("q1", "hinge", "a", 3.0, "train"),
+        ("q1", "hinge", "b", 1.0, "train"),
+        ("q2", "lock", "b", 1.0, "train"),
+    )
+    checked = check_pairs(rows.append_column("behaviour", pa.array(["exposed", "paid", None, "stared"])))
+    assert [(row["product_id"], row["behaviour"]) for row in checked.good.to_pylist()] == [("a", "paid"), ("b", None)]
+    assert checked.duplicates == 1
+    assert checked.bad["reason"].to_pylist() == ["behaviour is none of exposed, clicked, paid"]

@@ -101,6 +101,44 @@ def test_narrow_beams_equal_a_beam_of_python_lists(seed, widths):
         assert_same(listed(result, 0), expected)
 
 
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 1000), levels=st.integers(1, 3))
+def test_a_search_that_stops_early_finds_clusters_with_all_their_rows(seed, levels):
+    codes_per_level = (3, 4, 5)
+    model, ids = model_for(codes_per_level, seed=seed), random_ids(codes_per_level, 30, seed)
+    trie = Trie.build(np.repeat(ids, 2, axis=0), codes_per_level=codes_per_level, shared=True)
+    query, mask = random_queries([5], seed)
+    widths = [2, 3, 4][:levels]
+    result = constrained_beam_search(model, trie, query, mask, beam_width=widths, top_k=9, levels=levels)
+    expected = slow_beam(
+        model, ids, query[0].tolist(), codes_per_level=codes_per_level, widths=widths, normalize="level"
+    )
+    assert_same(listed(result, 0), expected)
+    assert result.docid_BKL.shape == (1, 9, levels) and result.inserted_range_BK2 is None
+    assert [tuple(one) for one in result.row_range_BK2[0, : len(expected)].tolist()] == [
+        trie.item_range(prefix) for _, prefix in expected
+    ]
+    assert (result.row_range_BK2[0, len(expected) :] == 0).all()
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 1000), share=st.sampled_from([0.1, 0.5]))
+def test_each_query_of_a_batch_may_have_its_own_filter(seed, share):
+    codes_per_level = (4, 3, 5)
+    ids, rng = random_ids(codes_per_level, 30, seed), np.random.default_rng(seed)
+    trie, table = Trie.build(ids, codes_per_level=codes_per_level), Table(codes_per_level, 5, seed)
+    one, two = (Filter.of(rng.random(trie.rows) < share) for _ in range(2))
+    filters = [one, None, rng.random(trie.rows) < share, two, one]
+    query, mask = random_queries([3] * 5, seed)
+    settings = {"beam_width": [2, 3, 30], "top_k": 9}
+    together = constrained_beam_search(table, trie, query, mask, allowed=filters, **settings)
+    for row, chosen in enumerate(filters):
+        alone = constrained_beam_search(table, trie, query, mask, allowed=chosen, **settings)
+        assert all(torch.equal(mine[row], other[row]) for mine, other in zip(together[:4], alone[:4]))
+    none = constrained_beam_search(table, trie, query, mask, allowed=[None] * 5, **settings)
+    assert torch.equal(none.logp_BK, constrained_beam_search(table, trie, query, mask, **settings).logp_BK)
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     deeper=st.lists(st.integers(1, 12), max_size=3),
@@ -211,7 +249,7 @@ def test_a_filter_at_full_beam_is_brute_force_over_what_it_allows(seed, share, s
     ]
     expected = brute_force(model, rows[allowed], query[0].tolist(), codes_per_level=codes_per_level, normalize="level")
     assert_same(listed(found[0], 0), expected)
-    assert all(torch.equal(mine, other) for result in found[1:] for mine, other in zip(found[0], result))
+    assert all(torch.equal(mine, other) for result in found[1:] for mine, other in zip(found[0][:4], result[:4]))
 
 
 def test_widths_per_level_and_widths_beyond_what_is_valid():

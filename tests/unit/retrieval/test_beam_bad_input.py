@@ -34,7 +34,20 @@ def search():
         ({"beam_width": 0}, "beam_width must be one whole number ≥ 1, or 2 of them, found 0"),
         ({"beam_width": [3, 0]}, r"or 2 of them, found \[3, 0\]"),
         ({"beam_width": [3, 3, 3]}, "or 2 of them"),
-        ({"top_k": 0}, "top_k must be ≥ 1"),
+        ({"beam_width": 2.7}, "whole number ≥ 1, or 2 of them, found 2.7"),
+        ({"beam_width": [3, 2.7]}, r"or 2 of them, found \[3, 2.7\]"),
+        ({"beam_width": None}, "or 2 of them, found None"),
+        ({"beam_width": True}, "or 2 of them, found True"),
+        ({"top_k": 0}, "top_k must be a whole number ≥ 1"),
+        ({"top_k": 2.5}, "top_k must be a whole number ≥ 1 .*, found 2.5"),
+        ({"top_k": None}, "found None"),
+        ({"levels": 0}, "levels must be a whole number from 1 to 2, or None for all, found 0"),
+        ({"levels": 3}, "from 1 to 2, or None for all, found 3"),
+        ({"levels": 1.5}, "or None for all, found 1.5"),
+        ({"levels": 1, "beam_width": [3, 3]}, "or 1 of them"),
+        ({"allowed": [None, None]}, "allowed has 2 filters for 1 queries"),
+        ({"allowed": "stock"}, "allowed must be a filter or .* booleans, one per trie row, found str"),
+        ({"model": Table((4, 5), 1, 0)}, r"the decoder has codes per level \[4, 5\], the trie's IDs have \[4, 4\]"),
         ({"normalize": "beam"}, "normalize 'level' or 'vocabulary'"),
         ({"allowed": np.ones(3, bool)}, "booleans, one per trie row"),
         ({"allowed": np.ones(9)}, "booleans, one per trie row, found torch.float64"),
@@ -53,6 +66,27 @@ def test_bad_queries_are_refused(search):
         search(mask=search.mask * 0)
     with pytest.raises(InputError, match="must both be B×T"):
         search(mask=search.mask[:, 1:])
+    with pytest.raises(InputError, match="the batch has no query"):
+        search(query=search.query[:0], mask=search.mask[:0])
+    with pytest.raises(InputError, match="input_ids must be whole numbers, found torch.float32"):
+        search(query=search.query.float())
+    for token in (28, -1):
+        query = search.query.clone()
+        query[0, 2] = token
+        with pytest.raises(InputError, match=f"token 2 of query 0 is {token}, the model knows 0 to 27"):
+            search(query=query)
+
+
+def test_a_ready_decoder_is_compared_with_the_trie(search):
+    ready = T5Decoder(model_for((4, 3)), codes_per_level=(4, 3))
+    with pytest.raises(InputError, match=r"has codes per level \[4, 3\], the trie's IDs have \[4, 4\]"):
+        search(model=ready)
+    with pytest.raises(InputError, match=r"has codes per level \[4, 3\]"):
+        search(model=ready, levels=1)
+    table = Table((4, 4), 1, 0)
+    del table.codes_per_level
+    with pytest.raises(InputError, match="the decoder does not say its codes_per_level"):
+        search(model=table)
 
 
 def test_a_model_without_room_for_the_ids_and_unknown_weights_are_refused(search):

@@ -3,20 +3,21 @@
 Numbers are small multiples of 1/4 where equality is tested: then float16 and every sum are exact, and ties are common.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
 from catid2_ray.retrieval.expansion import Candidates, expand, rescore
 from catid2_ray.retrieval.filters import Filter
+from catid2_ray.retrieval.live import LiveTrie
+from catid2_ray.retrieval.live_filters import LiveFilter
 from catid2_ray.retrieval.trie import Trie
-from catid2_ray.retrieval.vectors import VectorStore
+from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
 from tests.oracles import expansion as oracle
 from tests.oracles.beam import Table
 
@@ -38,14 +39,6 @@ def beams_of(trie, level, chosen, logps):
             ranges[b, k] = torch.tensor([int(trie.row_start[level][node + i]) for i in (0, 1)])
             logp[b, k] = logps[b][k]
     return BeamResult(docid, ranges, logp, torch.tensor([len(nodes) for nodes in chosen]))
-
-
-def to_level(trie, level):
-    """The trie of the first levels, over the same rows: a search over it stops at clusters."""
-    return replace(
-        trie, codes_per_level=trie.codes_per_level[:level], shared=True, child_start=trie.child_start[:level],
-        token=trie.token[: level + 1], row_start=trie.row_start[: level + 1], widest=trie.widest[:level],
-    )  # fmt: skip
 
 
 quarters = st.integers(-6, 6).map(lambda number: number / 4)
@@ -198,7 +191,7 @@ def test_a_product_that_the_generator_has_never_seen_is_reached_by_its_cluster()
     words = torch.ones(1, 2, dtype=torch.long)
     alone = constrained_beam_search(decoder, trie, words, words, beam_width=12, top_k=12)
     assert list(ids[new]) == [1, 2, 1] and [1, 2, 1] not in alone.docid_BKL[0].tolist()
-    clusters = constrained_beam_search(decoder, to_level(trie, 2), words, words, beam_width=3, top_k=3)
+    clusters = constrained_beam_search(decoder, trie, words, words, beam_width=3, top_k=3, levels=2)
     assert clusters.docid_BKL.shape == (1, 3, 2)
     store = store_of(vectors)
     candidates = expand(clusters, trie, vectors=store, query_BD=query, quota=1)
@@ -206,7 +199,7 @@ def test_a_product_that_the_generator_has_never_seen_is_reached_by_its_cluster()
     assert (found.row_BK[0, 0], found.docid_BKL[0, 0].tolist()) == (new, [1, 2, 1])
     # The same, where the product was not even an ID when the generator was trained, and reaches its range later.
     old = Trie.build(np.delete(ids, new, 0), codes_per_level=codes)
-    before = constrained_beam_search(decoder, to_level(old, 2), words, words, beam_width=3, top_k=3)
+    before = constrained_beam_search(decoder, old, words, words, beam_width=3, top_k=3, levels=2)
     assert before.docid_BKL.tolist() == clusters.docid_BKL.tolist()
     assert old.item_range((1, 2)) == (24, 27) and trie.item_range((1, 2)) == (24, 28)
 
@@ -218,7 +211,7 @@ def test_a_batch_answers_as_its_queries_do_alone():
     together = expand(result, trie, vectors=store_of(vectors), query_BD=query, quota=5)
     assert together.count_B.tolist() == [10, 5, 0]
     for b in range(3):
-        one = BeamResult(*(field[b : b + 1] for field in result))
+        one = BeamResult(*(None if field is None else field[b : b + 1] for field in result))
         alone = expand(one, trie, vectors=store_of(vectors), query_BD=query[b : b + 1], quota=5)
         count = int(alone.count_B[0])
         for ours, theirs in zip(alone[:3], together[:3]):
@@ -299,3 +292,58 @@ def test_rescoring_refuses_what_does_not_fit():
     for ours, beams, settings_, text in refused:
         with pytest.raises(InputError, match=text):
             rescore(ours, beams, trie, **({"top_k": 1} | settings_))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_live_view_ranks_as_a_trie_built_anew_does(seed):
+    """Base, inserted and withdrawn products, under a filter: the same products with the same scores, whatever their rows."""
+    rng, codes = np.random.default_rng(seed), (4, 3, 5)
+    space = DocidSpace(codes)
+    ids = space.unpack(rng.permutation(space.capacity)[:50])
+    vectors = rng.normal(size=(50, 6)).astype(np.float32)
+    value = rng.integers(0, 5, 50).astype(np.float32)
+    base = Trie.build(ids[:30], codes_per_level=codes)
+    at_base = [*base.order_N.tolist(), *range(30, 50)]  # the product of each row of the view
+    live = LiveTrie(base)
+    live.insert_many([f"n{i}" for i in range(12)], ids[30:42])
+    live.insert_many([f"m{i}" for i in range(8)], ids[42:])
+    gone = rng.permutation(50)[:9]
+    live.withdraw(gone.tolist())
+    kept = np.setdiff1d(np.arange(50), [at_base[row] for row in gone])
+    anew = Trie.build(ids[kept], codes_per_level=codes)
+    at_anew = kept[anew.order_N]
+    allowed_50 = rng.random(50) < 0.7
+    query, decoder = rng.normal(size=(2, 6)).astype(np.float32), Table(codes, 2, seed=seed)
+    words = torch.ones(2, 2, dtype=torch.long)
+    grown = GrownVectors.of(store_of(vectors[at_base[:30]]), vectors[30:])
+    cases = (
+        (live.view, grown, at_base, LiveFilter.of(allowed_50[at_base], 30)),
+        (anew, store_of(vectors[at_anew]), at_anew, Filter.of(allowed_50[at_anew])),
+    )
+    for levels, order in ((2, "dense"), (1, "value"), (3, "dense")):
+        ranked = []
+        for trie, stored, product_of, allowed in cases:
+            filters = [allowed, None]
+            beams = constrained_beam_search(
+                decoder, trie, words, words, beam_width=6, top_k=6, levels=levels, allowed=filters
+            )
+            candidates = expand(
+                beams, trie, vectors=stored, query_BD=query, value_N=value[product_of], order=order, quota=4, most=15,
+                allowed=filters,
+            )  # fmt: skip
+            found = rescore(candidates, beams, trie, top_k=20)
+            ranked.append([_by_product(found, b, product_of) for b in range(2)])
+        for one, other in zip(*ranked):
+            assert len(one) == len(other) > 0
+            if order == "dense":  # ties of value are cut by row, which the two number differently
+                assert one.keys() == other.keys()
+                np.testing.assert_allclose([one[key] for key in one], [other[key] for key in one], atol=1e-5)
+        assert all(list(docid) == ids[product].tolist() for one in ranked[0] for product, docid in one)
+        assert allowed_50[[product for product, _ in ranked[0][0]]].all()
+
+
+def _by_product(found, b: int, product_of) -> dict:
+    """Final scores by (product, docid)."""
+    count = int(found.count_B[b])
+    columns = (part[b, :count].tolist() for part in (found.row_BK, found.docid_BKL, found.final_BK))
+    return {(product_of[row], tuple(docid)): final for row, docid, final in zip(*columns)}

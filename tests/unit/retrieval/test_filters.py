@@ -2,6 +2,8 @@
 
 import json
 import threading
+from datetime import date
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,8 @@ TYPES = {
     "small": pa.int8(),
     "in_stock": pa.bool_(),
     "category_path": pa.list_(pa.string()),
+    "cost": pa.decimal128(9, 2),
+    "added": pa.date32(),
 }
 
 
@@ -41,6 +45,8 @@ ROW = st.fixed_dictionaries(
         "small": maybe(st.sampled_from([-128, 0, 127])),
         "in_stock": maybe(st.booleans()),
         "category_path": maybe(st.lists(st.sampled_from(NAMES), max_size=3)),
+        "cost": maybe(st.sampled_from([Decimal("-1.50"), Decimal("0.10"), Decimal("19.99"), Decimal("9999999.99")])),
+        "added": maybe(st.sampled_from([date(1, 1, 1), date(1969, 12, 31), date(2024, 2, 29), date(9999, 12, 31)])),
     }
 )
 NUMBER = st.sampled_from([-200, -3, 0, 2, 127, 2**53, 2**53 + 1, 10**30, -1.5, 2.25, 1e300])
@@ -51,6 +57,11 @@ WHOLE = st.sampled_from([-200, -3, 0, 2, 2**53 + 1, 10**30])
 def ranges(draw):
     bounds = draw(st.dictionaries(st.sampled_from(["from", "to"]), NUMBER, min_size=1))
     return {"column": draw(st.sampled_from(["price", "stock", "small"]))} | bounds
+
+
+def bounded(column, values):
+    bounds = st.dictionaries(st.sampled_from(["from", "to"]), st.sampled_from(values), min_size=1)
+    return bounds.map(lambda chosen: {"column": column} | chosen)
 
 
 CONDITION = (
@@ -70,6 +81,12 @@ CONDITION = (
         lambda path: {"column": "category_path", "under": path},
         st.lists(st.sampled_from([*NAMES, "none", "Home\x1fKitchen"]), min_size=1, max_size=3),
     )
+    | st.builds(
+        lambda names: {"column": "category_path", "has": names},
+        st.lists(st.sampled_from([*NAMES, "none"]), max_size=3),
+    )
+    | bounded("cost", [0.1, 19.99, 19.991, -1.5, -2, 10**30, 1e300, 1e-300])
+    | bounded("added", ["0001-01-01", "1969-12-31", "2024-02-29", "2024-03-01"])
     | st.builds(lambda ids: {"products": ids}, st.lists(st.sampled_from(["p0", "p3", "p70", "q"]), max_size=3))
 )
 EXPRESSION = st.recursive(
@@ -143,9 +160,10 @@ def test_filters_refuse_what_does_not_fit():
 
 ROWS = numbered(
     [
-        {"brand": "x", "market": "de", "price": 1.0, "stock": 1, "small": 1, "in_stock": True, "category_path": ["A"]},
+        {"brand": "x", "market": "de", "price": 1.0, "stock": 1, "small": 1, "in_stock": True, "category_path": ["A"]}
+        | {"cost": Decimal("1.00"), "added": date(2024, 1, 31)},
         {"brand": None, "market": None, "price": None, "stock": None, "small": None, "in_stock": None}
-        | {"category_path": None},
+        | {"category_path": None, "cost": None, "added": None},
     ]
 )
 
@@ -166,7 +184,7 @@ def index():
         ({"all": [{"any": []}, 3]}, r"filter at \$\.all\[1\]: expected an object .*, found 3"),
         (
             {"any": [{"not": {"column": "colour", "in": []}}]},
-            r'filter at \$\.any\[0\]\.not\.column: unknown column "colour"; there are \["brand", "category_path",',
+            r'filter at \$\.any\[0\]\.not\.column: unknown column "colour"; there are \["added", "brand", "category_path",',
         ),
         ({"column": ["brand"], "in": []}, r'unknown column \["brand"\]'),
         ({"column": "brand"}, r'column "brand" \(strings\) takes "in", found \[\]'),
@@ -181,8 +199,16 @@ def index():
         ({"column": "price", "to": float("nan")}, "must be JSON"),
         ({"column": "stock", "in": [1.0]}, r"\(whole numbers\) expects whole numbers, found 1.0"),
         ({"column": "in_stock", "is": 1}, r"\(booleans\) expects true or false, found 1"),
-        ({"column": "category_path", "under": []}, r"\(paths\) expects at least one name"),
+        ({"column": "category_path", "under": []}, r"\(lists of strings\) expects at least one name"),
         ({"column": "category_path", "under": "A"}, "expects a list of names from the root, found 'A'"),
+        ({"column": "category_path", "has": "A"}, "expects a list of names, found 'A'"),
+        ({"column": "category_path", "in": []}, r'takes "under" or "has", found \["in"\]'),
+        ({"column": "cost", "from": "1"}, r"\(decimals\) expects a number, found '1'"),
+        ({"column": "added", "from": "31.1.2024"}, r"""\(dates\) expects a date as "2024-01-31", found '31.1.2024'"""),
+        ({"column": "added", "to": "2023-02-29"}, "expects a date"),
+        ({"column": "added", "to": 5}, "expects a date"),
+        ({"products": ["p"] * 10_001}, r"filter at \$: a filter may hold 10000 values, found 10001"),
+        ({"any": [{"products": ["p"] * 9_000}, {"column": "brand", "in": ["x"] * 1001}]}, r"any\[1\]: .* found 10001"),
         ({"products": "p0"}, r'filter at \$\.products: column "product_id" \(product ids\) expects a list'),
         ({"products": ["p0", 5]}, r"filter at \$\.products\[1\]: .* expects strings, found 5"),
         ({"column": {1}}, "must be JSON"),
@@ -216,6 +242,7 @@ def test_products_need_their_column():
     [
         ({"a": pa.array([1]), "b": pa.array([1, 2])}, "Arrow arrays of one length"),
         ({"when": pa.array([0], pa.timestamp("s"))}, r'column "when" is timestamp\[s\]; filters take strings'),
+        ({"cost": pa.array([None], pa.decimal128(19, 2))}, "decimals of at most 18 digits; cast it"),
         ({"sizes": pa.array([[1]])}, r'column "sizes" is list<.*int64>'),
         ({"product_id": pa.array([7])}, "holds the product ids and must be strings, found int64"),
         ({"path": pa.array([["a\x1fb"]])}, "U\\+001F"),
@@ -277,4 +304,4 @@ def test_many_threads_share_an_index(index):
 
 
 def test_the_limits_are_those_that_messages_name():
-    assert (filters.MAX_DEPTH, filters.MAX_CONDITIONS) == (20, 100)
+    assert (filters.MAX_DEPTH, filters.MAX_CONDITIONS, filters.MAX_VALUES) == (20, 100, 10_000)

@@ -3,49 +3,14 @@
 import json
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, QueryError, ReleaseError
-from catid2_ray.generator.examples import Examples, tokenize
-from catid2_ray.generator.model import small_t5
-from catid2_ray.generator.step import fit
-from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
-from catid2_ray.retrieval.retriever import Hit, Retriever
+from catid2_ray.retrieval.filters import FilterIndex
+from catid2_ray.retrieval.rescoring import Hit
+from catid2_ray.retrieval.retriever import Retriever
 from catid2_ray.retrieval.trie import Trie
-
-SPACE = DocidSpace((4, 4))
-TITLES = ["steel hinge", "brass hinge", "copper pipe 10 ft", "oak door", "oak table", "garden hose"]
-CODES = np.array([[0, 1], [0, 0], [2, 3], [1, 1], [1, 0], [3, 2]])
-
-
-@pytest.fixture(scope="module")
-def parts():
-    tokenizer = train_tokenizer(TITLES * 3, size=100)
-    model = small_t5(
-        vocabulary=len(tokenizer), width=32, layers=1, heads=2, feed_forward=32, dropout=0.0, codes_per_level=(4, 4)
-    )
-    with_docid_tokens(tokenizer, SPACE)
-    examples = Examples({"title": tokenize(tokenizer, TITLES, length=8)}, {"title": CODES})
-    fit(model, examples, space=SPACE, steps=80, batch=6, learning_rate=0.01, warmup_share=0.05)
-    trie = Trie.build(CODES, codes_per_level=(4, 4))
-    return model, tokenizer, trie, [f"p{row}" for row in trie.order_N], [TITLES[row] for row in trie.order_N]
-
-
-@pytest.fixture(scope="module")
-def folder(parts, tmp_path_factory):
-    model, tokenizer, trie, product_ids, titles = parts
-    folder = tmp_path_factory.mktemp("release")
-    model.save_pretrained(folder / "generator")
-    tokenizer.save_pretrained(folder / "generator")
-    trie.save(folder / "trie")
-    table = pa.table({"product_id": product_ids, "title": titles})
-    with pa.ipc.new_file(folder / "products.arrow", table.schema) as writer:
-        writer.write_table(table, max_chunksize=2)
-    settings = {"beam_width": 6, "query_tokens": 8, "normalize": "level", "codes_per_level": [4, 4], "release": "r1"}
-    (folder / "retriever.json").write_text(json.dumps(settings))
-    return folder
+from tests.unit.retrieval.conftest import CODES, TITLES
 
 
 def test_a_trained_generator_finds_the_product_of_its_title(folder):
@@ -54,7 +19,9 @@ def test_a_trained_generator_finds_the_product_of_its_title(folder):
     answers = retriever.retrieve(TITLES, k=2)
     assert [hits[0].title for hits in answers] == TITLES
     best = answers[2][0]
-    assert best == Hit("p2", "<a_2><b_3>", best.score, "copper pipe 10 ft") and -1.0 < best.score <= 0.0
+    assert (
+        best == Hit("p2", "<a_2><b_3>", best.score, "copper pipe 10 ft", logp=best.score) and -1.0 < best.score <= 0.0
+    )
     assert all(hits[0].score > hits[1].score and len(hits) == 2 for hits in answers)
 
 
@@ -77,8 +44,10 @@ def test_products_that_share_an_id_are_all_named_and_filters_hold(parts):
     hits = retriever.retrieve(["steel hinge"], k=3)[0]
     assert [hit.product_id for hit in hits[:2]] == ["p0", "p6"] and hits[0].title is None and len(hits) == 3
     allowed = trie.order_N != 0
-    kept = retriever.retrieve(["steel hinge"], k=3, allowed=allowed)[0]
-    assert kept[0].product_id == "p6" and "p0" not in [hit.product_id for hit in kept]
+    index = FilterIndex({"product_id": retriever.products.product_ids})
+    for chosen in (allowed, index.compile({"not": {"products": ["p0"]}})):
+        kept = retriever.retrieve(["steel hinge"], k=3, allowed=chosen)[0]
+        assert kept[0].product_id == "p6" and "p0" not in [hit.product_id for hit in kept]
 
 
 def test_odd_but_answerable_queries(folder):

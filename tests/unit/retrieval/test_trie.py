@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catid2_ray.docid import DocidSpace
-from catid2_ray.errors import ArtifactError, InputError
+from catid2_ray.errors import ArtifactError, InputError, ReleaseError
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.trie_arrays import Starts
 from tests.oracles.trie import DictTrie, starts_of
@@ -72,6 +72,15 @@ def test_starts_are_read_as_if_written_out(sizes):
         starts[[len(plain)]]
 
 
+def test_few_entries_are_looked_up_without_reading_the_exceptions():
+    sizes = np.random.default_rng(0).choice([1] * 29 + [2, 3], 6000)
+    starts = Starts.of(np.cumsum(sizes) - sizes, int(sizes.sum()))
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    assert len(starts.extra) > 200
+    for entries in (*np.arange(0, len(owner), 3)[:, None], np.array([0, len(owner) - 1]), np.empty(0, int)):
+        assert starts.holding(entries).tolist() == owner[entries].tolist()
+
+
 @settings(max_examples=60, deadline=None)
 @given(table=id_tables())
 def test_sorted_ids_give_the_same_trie_and_need_no_order(table):
@@ -114,6 +123,26 @@ def test_item_range_refuses_what_is_no_prefix():
     for prefix in ([2], [0, -1], [0, 0, 0]):
         with pytest.raises(InputError, match="is no prefix of an ID"):
             trie.item_range(prefix)
+
+
+def test_a_saved_trie_tells_of_which_ids_it_is(tmp_path):
+    trie = Trie.build([[0, 1], [1, 0]], codes_per_level=(2, 2))
+    trie.save(tmp_path / "none")
+    trie.save(tmp_path / "named", identity="sha256:1")
+    opened = Trie.open(tmp_path / "named", identity="sha256:1")
+    opened.save(tmp_path / "again")
+    assert Trie.open(tmp_path / "again").identity == opened.identity == "sha256:1"
+    assert trie.identity is None and Trie.open(tmp_path / "none").identity is None
+    for name, says in (("named", "'sha256:1'"), ("none", "None")):
+        with pytest.raises(ReleaseError, match=f"a trie of other IDs: it says {says}, expected 'sha256:2'"):
+            Trie.open(tmp_path / name, identity="sha256:2")
+    header = json.loads((tmp_path / "none" / "trie.json").read_text())
+    del header["identity"]
+    (tmp_path / "none" / "trie.json").write_text(json.dumps(header))
+    assert Trie.open(tmp_path / "none").identity is None
+    (tmp_path / "none" / "trie.json").write_text(json.dumps(header | {"identity": 7}))
+    with pytest.raises(ArtifactError, match="contradicts itself"):
+        Trie.open(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,306 @@
+"""Does injecting ground-truth IDs prevent the collapse that plain GRPO is said to have? Writes benchmarks/results/alignment.md.
+
+    python benchmarks/alignment.py [--serving FOLDER --catalog ROOT] [--generator FOLDER] [--steps 200 | --minutes 5]
+        [--ks 0,2,4] [--seeds 3] [--kl-weights 1,0] [--learning-rate 2.5e-5] [--json FILE] [--render JSON]
+
+One process, no Ray. `--serving` is a folder that a release is served from (generator/, trie/, products.arrow), `--catalog` the
+folder with its pairs.parquet, `--generator` another saved generator for the same trie. Without them: the quickstart catalogue
+with IDs by residual k-means and a small T5 that is trained first (kept in --work). Every cell (k, KL weight) starts from the
+same weights and sees, for a seed, the same prompts in the same order; figures are those of `evaluation.alignment.ROWS` on
+queries of --split that no training saw. The last line printed is one JSON object.
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from surroundings import machine, rounded
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+from catid2_ray.catalog.synthetic import generate
+from catid2_ray.catalog.text import LsaEncoder, join_text
+from catid2_ray.docid import DocidSpace
+from catid2_ray.evaluation.alignment import ROWS, measure
+from catid2_ray.generator.alignment import Objective
+from catid2_ray.generator.alignment_fit import align
+from catid2_ray.generator.examples import Examples, tokenize
+from catid2_ray.generator.model import small_t5
+from catid2_ray.generator.rewards import judged_rows, relevance_rewards
+from catid2_ray.generator.step import fit
+from catid2_ray.generator.vocabulary import starts_word, train_tokenizer, with_docid_tokens
+from catid2_ray.identifiers.collisions import assign_unique
+from catid2_ray.quantizer.kmeans import nearest, residual_kmeans
+from catid2_ray.retrieval.environment import Environment, Rules
+from catid2_ray.retrieval.trie import Trie
+
+HERE = Path(__file__).parent
+SYNTHETIC_CODES = (32, 32, 32, 32)
+_TEACHES = {"synthetic": 2.0}
+
+
+@dataclass(frozen=True)
+class World:
+    """`packed_N`, `product_ids`: the IDs of the catalogue, one per product."""
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: object
+    trie: Trie
+    product_ids: pa.Array
+    packed_N: np.ndarray
+    pairs: pa.Table
+
+
+def loaded(folder: Path):
+    """(model, tokenizer) of a saved generator of any kind."""
+    try:
+        from catid2_ray.generator.saved import load_generator
+    except ModuleNotFoundError:
+        model = T5ForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
+        return model.eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_generator(folder)
+    return model.eval(), tokenizer
+
+
+def served(options) -> World:
+    folder = Path(options.serving)
+    model, tokenizer = loaded(Path(options.generator) if options.generator else folder / "generator")
+    trie = Trie.open(folder / "trie")
+    products = pa.ipc.open_file(pa.memory_map(str(folder / "products.arrow"))).read_all()["product_id"].combine_chunks()
+    leaves = np.arange(trie.nodes(trie.levels))
+    packed_N = np.repeat(
+        DocidSpace(tuple(trie.codes_per_level)).pack(trie.prefixes(trie.levels, leaves)),
+        np.diff(np.asarray(trie.row_start[-1])),
+    )
+    return World(
+        Path(options.catalog).name, model, tokenizer, trie, products, packed_N,
+        pq.read_table(Path(options.catalog) / "pairs.parquet"),
+    )  # fmt: skip
+
+
+def synthetic(work: Path, *, sft_steps: int) -> World:
+    """The quickstart catalogue; its trained generator is kept in `work`."""
+    made = generate(products=6000, queries=2500, seed=7)
+    texts, space = join_text(made.products, ("title", "category_path", "description")), DocidSpace(SYNTHETIC_CODES)
+    vector_ND = torch.from_numpy(
+        np.asarray(LsaEncoder.fit(texts, width=32, vocabulary=20_000, seed=0).encode(texts), np.float32)
+    )
+    books = residual_kmeans(vector_ND, codes_per_level=SYNTHETIC_CODES, seed=0)
+    residual_NZ, codes = vector_ND, []
+    for level, book_KZ in enumerate(books):
+        codes.append(nearest(residual_NZ, book_KZ))
+        if level < len(books) - 1:
+            residual_NZ = residual_NZ - book_KZ[codes[-1]]
+    ids = made.products["product_id"].combine_chunks()
+    codes_NL = assign_unique(
+        torch.stack(codes, 1).numpy(), residual_NZ.numpy(), [book.numpy() for book in books],
+        ids, method="greedy",
+    ).codes_NL  # fmt: skip
+    folder = work / f"generator-{sft_steps}"
+    if not folder.exists():
+        train_first(folder, made, ids, codes_NL, space, steps=sft_steps)
+    model, tokenizer = loaded(folder)
+    packed_N = space.pack(codes_NL)
+    trie = Trie.build(codes_NL, codes_per_level=SYNTHETIC_CODES)
+    return World("synthetic", model, tokenizer, trie, ids, packed_N, made.pairs)
+
+
+def train_first(folder: Path, made, ids, codes_NL, space: DocidSpace, *, steps: int) -> None:
+    titles = made.products["title"].to_pylist()
+    pairs = made.pairs.filter((pc.field("split") == "train") & (pc.field("relevance") >= _TEACHES["synthetic"]))
+    tokenizer = with_docid_tokens(train_tokenizer([*titles, *pairs["query"].to_pylist()], size=2000), space)
+    place_P = pc.index_in(pairs["product_id"], ids).to_numpy()
+    texts = {"query": pairs["query"].to_pylist(), "title": titles}
+    examples = Examples(
+        {kind: tokenize(tokenizer, values, length=24) for kind, values in texts.items()},
+        {"query": codes_NL[place_P], "title": codes_NL}, starts_word_V=starts_word(tokenizer), keep=0.4,
+    )  # fmt: skip
+    model = small_t5(
+        vocabulary=len(tokenizer) - sum(space.codes_per_level), width=128, layers=2, heads=4, feed_forward=384,
+        dropout=0.0, codes_per_level=space.codes_per_level,
+    )  # fmt: skip
+    fit(model, examples, space=space, steps=steps, batch=256, learning_rate=2e-3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def prompts_of(world: World, *, split: str, relevant_from: float, length: int) -> tuple[Callable, int]:
+    """Prompts of one split by their rows, and how many there are."""
+    grades = pc.min_max(world.pairs.filter(pc.field("split") == "train")["relevance"]).as_py()
+    pairs = world.pairs.filter(pc.field("split") == split)
+    place = pc.index_in(pairs["product_id"], world.product_ids).combine_chunks()
+    pairs, place_P = pairs.filter(place.is_valid()), place.drop_null().to_numpy()
+    names, first_Q, query_P = np.unique(
+        pairs["query_id"].to_numpy().astype(str), return_index=True, return_inverse=True
+    )
+    relevance_P = pairs["relevance"].to_numpy()
+    reward_P = relevance_rewards(relevance_P, grades=None, low=grades["min"], high=grades["max"])
+    rows = judged_rows(
+        query_P, world.packed_N[place_P], reward_P, relevance_P >= relevant_from, queries=len(names), width=64
+    )
+    texts = pairs["query"].take(pa.array(first_Q)).to_pylist()
+    table = {
+        "input_ids": torch.from_numpy(tokenize(world.tokenizer, texts, length=length)).long(),
+        "judged": torch.from_numpy(rows.judged_QJ), "reward": torch.from_numpy(rows.reward_QJ),
+        "relevant": torch.from_numpy(rows.relevant_QJ), "number": torch.arange(len(names)),
+    }  # fmt: skip
+    device = next(world.model.parameters()).device
+
+    def take(at: np.ndarray) -> dict[str, torch.Tensor]:
+        found = {name: values[torch.as_tensor(at)].to(device) for name, values in table.items()}
+        used = int((found["input_ids"] != 0).any(0).sum())
+        return found | {"input_ids": found["input_ids"][:, :used]}
+
+    return take, len(names)
+
+
+def run_cell(world: World, environment: Environment, objective: Objective, options, seed: int) -> dict:
+    """One alignment from the world's weights: figures before and after, of the last steps, and seconds."""
+    train, count = prompts_of(world, split="train", relevant_from=options.relevant_from, length=options.tokens)
+    judge, judged = prompts_of(world, split=options.split, relevant_from=options.relevant_from, length=options.tokens)
+    judged = min(judged, options.queries)
+    reference, model = world.model, copy.deepcopy(world.model)
+
+    def figures(of) -> dict[str, float]:
+        return measure(of, reference, environment, judge, count=judged, seed=seed)
+
+    before, start = figures(model), time.monotonic()
+    history = align(
+        model, prompts=train, count=count, objective=objective, space=environment.space, steps=options.steps,
+        experience=lambda batch, at: environment.experience(model, reference, batch, objective=objective, seed=at),
+        batch=options.batch, updates=options.updates, learning_rate=options.learning_rate, seed=seed,
+        stop=lambda step: bool(options.minutes) and time.monotonic() - start > 60 * options.minutes,
+    )  # fmt: skip
+    seconds, tail = time.monotonic() - start, history[-max(1, len(history) // 10) :]
+    training = {name: float(np.mean([record[name] for record in tail])) for name in history[0]}
+    return {
+        "k": objective.injected, "kl_weight": objective.kl_weight, "seed": seed, "steps": len(history), "seconds": seconds,
+        "before": before, "after": figures(model), "training": training,
+        "curve": [[record["reward"], record["kl"], record["entropy"]] for record in history[:: max(1, len(history) // 20)]],
+    }  # fmt: skip
+
+
+def spread(values: list[float], form: str) -> str:
+    text = format(float(np.mean(values)), form)
+    return text if len(values) < 2 else f"{text} ± {format(float(np.ptp(values)) / 2, form)}"
+
+
+def report(found: dict, notes: str) -> str:
+    runs = found["runs"]
+    cells = list(dict.fromkeys((run["k"], run["kl_weight"]) for run in runs))
+    lines = [
+        "| | " + " | ".join(row.heading for row in ROWS) + " |",
+        "|---|" + "---:|" * len(ROWS),
+        "| before | " + " | ".join(spread([run["before"][row.key] for run in runs], row.form) for row in ROWS) + " |",
+    ]
+    for k, weight in cells:
+        mine = [run["after"] for run in runs if (run["k"], run["kl_weight"]) == (k, weight)]
+        name = f"k = {k}{' (plain GRPO)' if k == 0 else ''}, KL weight {weight:g}"
+        lines.append(
+            f"| {name} | " + " | ".join(spread([after[row.key] for after in mine], row.form) for row in ROWS) + " |"
+        )
+    flat = "; ".join(
+        f"k = {k}, KL weight {weight:g}: "
+        + spread([r["training"]["without_variance"] for r in runs if (r["k"], r["kl_weight"]) == (k, weight)], ".1%")
+        for k, weight in cells
+    )
+    settings, steps = found["settings"], "–".join(f"{count:,}" for count in sorted({run["steps"] for run in runs}))
+    return (
+        f"# Alignment on {found['name']}\n\n"
+        f"Written by `benchmarks/alignment.py`: {found['generator']}; {steps} steps of "
+        f"{settings['batch']} queries, group {settings['group']}, learning rate {settings['learning_rate']:g}, rollouts by "
+        f"{settings['source']}, groups {settings['form']}, expert cap {settings['expert_cap']:g}; "
+        f"{len({run['seed'] for run in runs})} seeds, mean ± half their range; "
+        f"{np.mean([run['seconds'] for run in runs]):.0f} s of training a run. Measured on "
+        f"{runs[0]['after']['queries']:,} queries of {settings['split']}. Machine: {found['machine']}.\n\n"
+        + "\n".join(lines) + "\n\n"
+        f"Groups without variance in the last tenth of training, experts included: {flat}.\n\n"
+        + "\n".join(f"- {row.heading}: {row.reading}" for row in ROWS)
+        + f"\n\n{notes}"
+    )  # fmt: skip
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serving", help="folder with generator/, trie/ and products.arrow")
+    parser.add_argument("--catalog", help="folder with pairs.parquet")
+    parser.add_argument("--generator", help="another saved generator for that trie")
+    parser.add_argument("--work", help="where the synthetic generator is kept; default a temporary folder")
+    parser.add_argument("--sft-steps", type=int, default=800, help="training of the synthetic generator")
+    parser.add_argument("--ks", default="0,2,4")
+    parser.add_argument("--kl-weights", default="1,0")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=0.0, help="ends a run early; 0 = no limit")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--updates", type=int, default=1)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--source", default="sample", choices=("sample", "beam"))
+    parser.add_argument("--form", default="widened", choices=("widened", "fixed"))
+    parser.add_argument("--learning-rate", type=float, default=2.5e-5)
+    parser.add_argument("--expert-cap", type=float, default=1.0, help="0 = none")
+    parser.add_argument("--queries", type=int, default=500)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--relevant-from", type=float, default=2.0, help="grade; Home Depot's recipe has 2.67")
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--render", help="JSON of an earlier run")
+    parser.add_argument("--out", default=str(HERE / "results" / "alignment.md"))
+    return parser.parse_args()
+
+
+def measured(options, work: Path) -> dict:
+    world = served(options) if options.serving else synthetic(work, sft_steps=options.sft_steps)
+    world = replace(world, model=world.model.to(options.device).eval())
+    rules = Rules(group=options.group, source=options.source)
+    environment, runs = Environment(world.trie, rules), []
+    cells = [(k, w) for w in map(float, options.kl_weights.split(",")) for k in map(int, options.ks.split(","))]
+    for seed in range(options.seeds):
+        for k, weight in cells:
+            objective = Objective(
+                injected=k, form=options.form, kl_weight=weight, expert_cap=options.expert_cap or None
+            )
+            runs.append(run_cell(world, environment, objective, options, seed))
+            print(json.dumps(rounded({key: runs[-1][key] for key in ("k", "kl_weight", "seed", "seconds", "after")})))
+    size = sum(weight.numel() for weight in world.model.parameters())
+    settings = asdict(rules) | {
+        name: getattr(options, name) for name in ("batch", "updates", "learning_rate", "split", "form", "expert_cap")
+    }
+    return rounded(
+        {"name": world.name, "generator": f"{type(world.model).__name__} of {size / 1e6:.1f} M weights", "settings": settings,
+         "machine": machine(options.device), "runs": runs}
+    )  # fmt: skip
+
+
+def main() -> None:
+    options = parsed()
+    if bool(options.serving) != bool(options.catalog):
+        print(json.dumps({"skipped": "--serving and --catalog go together: give both, or neither"}))
+        return
+    torch.set_num_threads(1)
+    if options.render:
+        found = json.loads(Path(options.render).read_text())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measured(options, Path(options.work or folder))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    target = Path(options.out)
+    notes = target.with_name(f"{target.stem}_notes.md")
+    target.write_text(report(found, notes.read_text() if notes.exists() else ""))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Recipe section: how a release answers queries. It reaches the retriever unchanged, and the evaluation scores what it says.
+
+Nothing that is trained depends on it: a change makes the serving part and the evaluation anew, and a release of them.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from catid2_ray.config.base import Section, setting
+
+_Beams = Annotated[int, Field(ge=1, le=4096)]
+# Columns that every catalogue has and a filter may name beside those of catalog.filter_columns.
+BUILT_IN_FILTERS = {"category_path": "list<string>", "value": "float"}
+
+
+class ExpansionRecipe(Section):
+    """final = dense(q · d) + a · path + lexical_weight · BM25, over the products of the beams."""
+
+    a: float = setting(
+        1.0,
+        "weight of the path score beside the dense score",
+        unit="weight",
+        paper="a from 0 to 3 in GDR (2401.10487)",
+        ge=0,
+    )
+    path: Literal["softmax", "logp"] = setting(
+        "softmax",
+        "path score: softmax of log P over the query's beams, or log P itself",
+        unit="choice",
+        paper="GDR (2401.10487)",
+    )
+    dense: Literal["tanh", "sigmoid", "dot", "none"] = setting(
+        "tanh", "what is made of the product of query and product vector; none = no vectors", unit="choice",
+        paper="tanh or sigmoid in GDR (2401.10487)",
+    )  # fmt: skip
+    unit_vectors: bool = setting(
+        True, "scale vectors of queries and products to length 1, so that their product is a cosine", unit="yes/no"
+    )
+    lexical_weight: float = setting(0.0, "weight of BM25 over title and description; 0 = no index", unit="weight", ge=0)
+    order: Literal["dense", "value"] = setting(
+        "dense", "what decides which products of a beam become candidates: the dense score, or the column value",
+        unit="choice",
+    )  # fmt: skip
+    quota: int | None = setting(None, "candidates per beam at most", unit="products", ge=1)
+    most: int | None = setting(2000, "candidates per query at most", unit="products", ge=1)
+
+    @model_validator(mode="after")
+    def _ordered_by_something(self):
+        if self.dense == "none" and self.order == "dense":
+            raise ValueError("order is 'dense', but dense is 'none': set order=value, or a dense score")
+        return self
+
+    @property
+    def needs_vectors(self) -> bool:
+        return self.dense != "none"
+
+
+class ServingRecipe(Section):
+    """How queries are answered."""
+
+    beam_width: _Beams | tuple[_Beams, ...] | None = setting(
+        None, "beams per query: one number, one per level, or none = evaluation.beam_width", unit="beams",
+        paper="20/50/500 over three levels in VARG",
+    )  # fmt: skip
+    normalize: Literal["level", "vocabulary"] = setting(
+        "level", "log P over the codes of the level, as in training, or over the whole vocabulary", unit="choice"
+    )
+    weights: Literal["float32", "int8"] = setting(
+        "float32",
+        "int8 copies the generator's matrices in 8 bits, for CPUs: faster, scores differ a little",
+        unit="choice",
+    )
+    stop_level: int | None = setting(
+        None, "levels to search before the products of the prefixes are taken and re-scored; none = whole IDs",
+        unit="levels", paper="cluster IDs of GDR (2401.10487)", ge=1,
+    )  # fmt: skip
+    expansion: ExpansionRecipe | None = setting(
+        None, "re-score the products of the beams; none = the order of the beams", unit="section"
+    )
+    query_encoder: str | None = setting(
+        None, "what gives queries their vectors, by id or folder; none = the encoder of the products (embedding.encoder)",
+        unit="name", min_length=1,
+    )  # fmt: skip
+    filters: tuple[str, ...] = setting(
+        (), "columns that requests may filter by: of catalog.filter_columns, category_path, value", unit="columns"
+    )
+
+    @model_validator(mode="after")
+    def _clusters_are_expanded(self):
+        if self.stop_level is not None and self.expansion is None:
+            raise ValueError(
+                f"stop_level {self.stop_level} finds prefixes, not products: set serving.expansion (such as "
+                "serving.expansion={}), which ranks the products below them"
+            )
+        return self
+
+    @property
+    def needs_vectors(self) -> bool:
+        return self.expansion is not None and self.expansion.needs_vectors

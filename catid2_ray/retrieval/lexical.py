@@ -1,0 +1,235 @@
+"""BM25 of candidates: each product's words with their weights, memory-mapped in trie-row order, summed for a query's words.
+
+The formula and the words are those of the baseline `evaluation/baselines/bm25.py` (Lucene's form), but laid out by
+product, since only candidates are scored: a query reads the words of its candidates, not the postings of the catalogue.
+
+N rows (products), V terms of the vocabulary, P (product, term) pairs, B queries, C candidates of one query.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from catid2_ray.errors import ArtifactError, InputError
+
+FORMAT = 1
+HEADER = "lexical.json"
+K1, B = 1.2, 0.75  # as in CHAP's baseline (Pyserini's names for them)
+_WORD = re.compile(r"(?u)\b\w\w+\b")
+_STOPWORDS = frozenset(
+    ("a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "if", "in", "into", "is", "it", "no", "not", "of", "on", "or",
+     "such", "that", "the", "their", "then", "there", "these", "they", "this", "to", "was", "will", "with")
+)  # fmt: skip
+_AGAIN = "Make the serving part again"
+
+
+def words(text: str) -> list[str]:
+    """Words of two letters or more, lower case, English stop words left out, no stemming."""
+    return [word for word in _WORD.findall(text.lower()) if word not in _STOPWORDS]
+
+
+class Counted(NamedTuple):
+    """The distinct words of some texts, one text after the other: `count_N` distinct words of each, `length_N` all
+    words of each, `words` and `times` (int32) of P pairs."""
+
+    count_N: np.ndarray
+    length_N: np.ndarray
+    words: pa.Array
+    times: np.ndarray
+
+
+def count_words(texts: Sequence[str]) -> Counted:
+    """What `LexicalIndex.write` needs to know of texts; words ascend inside a text."""
+    counters = [Counter(words(text)) for text in texts]
+    ordered = [sorted(counter) for counter in counters]
+    times = [counter[word] for counter, names in zip(counters, ordered) for word in names]
+    return Counted(
+        np.array([len(names) for names in ordered], np.int32),
+        np.array([sum(counter.values()) for counter in counters], np.int32),
+        pa.array([word for names in ordered for word in names], pa.string()),
+        np.array(times, np.int32),
+    )
+
+
+class Block(NamedTuple):
+    """Some rows in trie order: `count_N` terms and `length_N` words of each, then `term_P` (numbers of the vocabulary)
+    and `times_P` of them all."""
+
+    count_N: np.ndarray
+    length_N: np.ndarray
+    term_P: np.ndarray
+    times_P: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class LexicalIndex:
+    """`start_N1` int64: row i has entries start[i] … start[i+1] − 1 of `term_P` (int32, ascending in a row) and
+    `weight_P` (float32, its share of a score). `vocabulary`: V words, ascending; `idf_V` float32; `mean_length`: words per
+    row when the index was made."""
+
+    start_N1: np.ndarray
+    term_P: np.ndarray
+    weight_P: np.ndarray
+    vocabulary: pa.Array
+    idf_V: np.ndarray
+    mean_length: float
+
+    @property
+    def rows(self) -> int:
+        return len(self.start_N1) - 1
+
+    @classmethod
+    def write(
+        cls, folder, blocks: Iterable[Block], *, vocabulary: pa.Array, frequency_V, rows: int, mean_length: float
+    ):
+        """Write the rows of `blocks`, in trie order, and open what was written.
+
+        `vocabulary`: all words, ascending; `frequency_V`: in how many rows each occurs; `rows`: N; `mean_length`: words
+        per row. Memory: one block, N starts and the vocabulary. The header is written last. Raises InputError where the
+        blocks do not have N rows.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / HEADER).unlink(missing_ok=True)
+        frequency_V = np.asarray(frequency_V, np.float64)
+        idf_V = np.log1p((rows - frequency_V + 0.5) / (frequency_V + 0.5))
+        counts = []
+        with (folder / "term.bin").open("wb") as terms, (folder / "weight.bin").open("wb") as weights:
+            for block in blocks:
+                counts.append(block.count_N.astype(np.int64))
+                weight_P = _weights(block, idf_V, mean_length)
+                terms.write(np.ascontiguousarray(block.term_P, np.int32))
+                weights.write(np.ascontiguousarray(weight_P, np.float32))
+        start_N1 = np.concatenate(([0], np.cumsum(np.concatenate(counts or [np.empty(0, np.int64)]))))
+        if len(start_N1) != rows + 1:
+            raise InputError(f"a lexical index of {rows} rows was given {len(start_N1) - 1}; pass every row once")
+        np.save(folder / "start.npy", start_N1.astype(np.int64), allow_pickle=False)
+        np.save(folder / "idf.npy", idf_V.astype(np.float32), allow_pickle=False)
+        table = pa.table({"word": vocabulary})
+        with pa.ipc.new_file(str(folder / "vocabulary.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        header = {"format": FORMAT, "rows": rows, "pairs": int(start_N1[-1]), "words": len(vocabulary)}
+        header["mean_length"] = float(mean_length)
+        (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder) -> "LexicalIndex":
+        """Memory-map a written index. Raises ArtifactError for a folder that is missing, half-written or inconsistent."""
+        folder = Path(folder)
+        try:
+            header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+            if header["format"] != FORMAT:
+                raise ArtifactError(
+                    f"{folder / HEADER} has format {header['format']}, this version reads {FORMAT}. {_AGAIN}"
+                )
+            start_N1, idf_V = (
+                np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+                for name in ("start", "idf")
+            )
+            mean_length = header["mean_length"]
+            term_P, weight_P = (_mapped(folder / f"{name}.bin", kind) for name, kind in _FILES)
+            words_ = (
+                pa.ipc.open_file(pa.memory_map(str(folder / "vocabulary.arrow"))).read_all()["word"].combine_chunks()
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{folder} holds no lexical index ({type(error).__name__}: {error}). {_AGAIN}"
+            ) from None
+        sizes = (len(start_N1) - 1, len(term_P), len(weight_P), len(words_), len(idf_V))
+        expected = tuple(header[name] for name in ("rows", "pairs", "pairs", "words", "words"))
+        if sizes != expected or start_N1[-1] != len(term_P):
+            raise ArtifactError(f"{folder}: its arrays have {sizes} entries, its header says {header}. {_AGAIN}")
+        return cls(start_N1, term_P, weight_P, words_, idf_V, mean_length)
+
+    def more(self, texts: Sequence[str]) -> "LexicalIndex":
+        """An index of other texts (rows 0, 1, …) with this one's vocabulary and weights; words that it lacks count
+        towards the length alone."""
+        counted = count_words(texts)
+        places = {word: self._place(word) for word in counted.words.unique().to_pylist()}
+        term_P = np.array(
+            [-1 if places[word] is None else places[word] for word in counted.words.to_pylist()], np.int32
+        )
+        row_P, known_P = np.repeat(np.arange(len(texts)), counted.count_N), term_P >= 0
+        count_N = np.bincount(row_P[known_P], minlength=len(texts))
+        block = Block(count_N, counted.length_N, term_P[known_P], counted.times[known_P])
+        weight_P = _weights(block, self.idf_V, self.mean_length).astype(np.float32)
+        start_N1 = np.concatenate(([0], np.cumsum(count_N))).astype(np.int64)
+        return LexicalIndex(start_N1, block.term_P, weight_P, self.vocabulary, self.idf_V, self.mean_length)
+
+    def scores(self, queries: Sequence[str], row_BC) -> np.ndarray:
+        """float32 B×C, the BM25 of each candidate for its query: 0 where no word is shared, and for row −1.
+
+        `row_BC`: integers, trie rows, −1 beyond a query's candidates. A word that a query has twice counts twice.
+        Raises InputError for rows outside −1 … N−1.
+        """
+        row_BC = np.asarray(row_BC)
+        if row_BC.ndim != 2 or len(row_BC) != len(queries) or row_BC.dtype.kind not in "iu":
+            raise InputError(
+                f"row_BC must be whole numbers, one row of them per query, found {row_BC.dtype} {row_BC.shape}"
+            )
+        if row_BC.size and not -1 <= row_BC.min() <= row_BC.max() < self.rows:
+            raise InputError(
+                f"rows must be −1…{self.rows - 1}, found {row_BC.min()} to {row_BC.max()}; take index and trie from one release"
+            )
+        score_BC = np.zeros(row_BC.shape, np.float32)
+        for b, query in enumerate(queries):
+            terms, times = self._terms(query)
+            real_C = np.flatnonzero(row_BC[b] >= 0)
+            if len(terms) and len(real_C):
+                score_BC[b, real_C] = self._scores(terms, times, row_BC[b, real_C])
+        return score_BC
+
+    def _scores(self, terms: np.ndarray, times: np.ndarray, row_M: np.ndarray) -> np.ndarray:
+        first_M, end_M = self.start_N1[row_M], self.start_N1[row_M + 1]
+        count_M = end_M - first_M
+        owner_P = np.repeat(np.arange(len(row_M)), count_M)
+        entry_P = np.arange(len(owner_P)) + np.repeat(first_M - (np.cumsum(count_M) - count_M), count_M)
+        term_P = self.term_P[entry_P]
+        at_P = np.minimum(np.searchsorted(terms, term_P), len(terms) - 1)
+        hit_P = np.flatnonzero(terms[at_P] == term_P)
+        weight_P = self.weight_P[entry_P[hit_P]] * times[at_P[hit_P]]
+        return np.bincount(owner_P[hit_P], weight_P, len(row_M)).astype(np.float32)
+
+    def _terms(self, query: str) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the query's known words, ascending, and how often it has each."""
+        found = {}
+        for word, times in Counter(words(query)).items():
+            place = self._place(word)
+            if place is not None:
+                found[place] = times
+        terms = np.array(sorted(found), np.int32)
+        return terms, np.array([found[term] for term in terms.tolist()], np.float32)
+
+    def _place(self, word: str) -> int | None:
+        # Arrow sorts by the bytes of UTF-8, as Python does by code points: the same order.
+        low, high = 0, len(self.vocabulary)
+        for _ in range(math.ceil(math.log2(high + 1)) if high else 0):
+            middle = (low + high) // 2
+            if low < high and self.vocabulary[middle].as_py() < word:
+                low = middle + 1
+            else:
+                high = middle
+        return low if low < len(self.vocabulary) and self.vocabulary[low].as_py() == word else None
+
+
+def _weights(block: Block, idf_V: np.ndarray, mean_length: float) -> np.ndarray:
+    length_P = np.repeat(block.length_N, block.count_N)
+    damping_P = K1 * (1 - B + B * length_P / mean_length) if mean_length else np.ones(len(length_P))
+    return idf_V[block.term_P] * (block.times_P / (damping_P + block.times_P))
+
+
+_FILES = (("term", np.int32), ("weight", np.float32))
+
+
+def _mapped(path: Path, kind) -> np.ndarray:
+    """An empty file cannot be mapped."""
+    return np.asarray(np.memmap(path, kind, mode="r")) if path.stat().st_size else np.empty(0, kind)

@@ -1,0 +1,108 @@
+"""From the beams of a batch to its products: in the order of the beams, or expanded and re-scored."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from catid2_ray.docid import DocidSpace
+from catid2_ray.errors import InputError
+from catid2_ray.retrieval.beam import BeamResult
+from catid2_ray.retrieval.expansion import expand, rescore
+from catid2_ray.retrieval.live import LiveView, result_rows
+from catid2_ray.retrieval.products import Products
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One product. `score` is what ranks it: `logp`, natural log of P(ID, or the cluster's prefix | query), or where the
+    release re-scores, the sum of dense, path and lexical terms. `dense`: q · d, `lexical`: BM25; None where not used.
+    `title` is None where the retriever has no titles."""
+
+    product_id: str
+    docid_text: str
+    score: float
+    title: str | None = None
+    logp: float | None = None
+    dense: float | None = None
+    lexical: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expansion:
+    """Settings of `expand` and `rescore`, and whether the vectors have length 1; see the recipe's serving.expansion."""
+
+    a: float = 1.0
+    path: str = "softmax"
+    dense: str = "tanh"
+    unit_vectors: bool = True
+    lexical_weight: float = 0.0
+    order: str = "dense"
+    quota: int | None = None
+    most: int | None = 2000
+
+    def check(self, products: Products) -> None:
+        """Raise InputError where the products lack what is asked for."""
+        lacks = [
+            name
+            for name, needed, part in (
+                ("vectors", self.dense != "none", products.base_vectors),
+                ("values", self.order == "value", products.values_N),
+                ("a lexical index", self.lexical_weight > 0, products.base_lexical),
+            )
+            if needed and part is None
+        ]
+        if lacks:
+            raise InputError(
+                f"re-scoring needs {' and '.join(lacks)}, which the release lacks; make its serving part again"
+            )
+
+
+def beam_hits(
+    result: BeamResult, view: LiveView, products: Products, *, k: int, allowed: list | None
+) -> list[list[Hit]]:
+    """At most `k` products per query in the order of their IDs' log P; products of one ID in row order."""
+    space, answers = DocidSpace(view.codes_per_level), []
+    logps, docids = result.logp_BK.tolist(), result.docid_BKL.tolist()
+    for b, (row_M, result_M) in enumerate(result_rows(result, view, allowed=allowed, most=k)):
+        answers.append(
+            [
+                _hit(products, row, space.text(docids[b][at]), score=logps[b][at], logp=logps[b][at])
+                for row, at in zip(row_M.tolist(), result_M.tolist())
+            ]
+        )
+    return answers
+
+
+def expanded_hits(
+    result: BeamResult, view: LiveView, products: Products, settings: Expansion, *, queries: Sequence[str], query_BD,
+    k: int, allowed: list | None,
+) -> list[list[Hit]]:  # fmt: skip
+    """At most `k` products per query by their final score (METHODS 6.6), from all products of the beams."""
+    dense = settings.dense != "none"
+    candidates = expand(
+        result, view, vectors=products.vectors if dense else None, query_BD=query_BD if dense else None,
+        value_N=products.values, order=settings.order, quota=settings.quota, most=settings.most, allowed=allowed,
+    )  # fmt: skip
+    lexical_BC = None
+    if settings.lexical_weight:
+        lexical_BC = products.lexical_scores(queries, candidates.row_BC.numpy())
+    scored = rescore(
+        candidates, result, view, top_k=k, a=settings.a, path=settings.path, dense=settings.dense if dense else "dot",
+        lexical_BC=lexical_BC, lexical_weight=settings.lexical_weight,
+    )  # fmt: skip
+    space, answers = DocidSpace(view.codes_per_level), []
+    columns = [tensor.tolist() for tensor in scored[:-1]]
+    for b, count in enumerate(scored.count_B.tolist()):
+        answers.append(
+            [
+                _hit(
+                    products, row, space.text(docid), score=final, logp=logp, dense=similar if dense else None,
+                    lexical=shared if settings.lexical_weight else None,
+                )
+                for row, docid, logp, similar, shared, final in zip(*(column[b][:count] for column in columns))
+            ]
+        )  # fmt: skip
+    return answers
+
+
+def _hit(products: Products, row: int, docid_text: str, **scores) -> Hit:
+    return Hit(products.name(row), docid_text, title=products.title(row), **scores)

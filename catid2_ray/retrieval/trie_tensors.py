@@ -1,0 +1,183 @@
+"""A trie, or a live view of one, as tensors of one device: the children of many beams by array operations alone.
+
+A beam's place is a number per part: its node of the trie and, in a live view, its node among the inserted products, −1
+where it has none. A prefix that lives in both parts is a candidate once, as the trie's child; which of the inserted
+nodes it is, is looked up for the survivors only. So a live search costs a plain one, a filter (the rows that are not
+withdrawn) and the inserted children beside it.
+
+B batch, M beams, C children of the widest node of a level (of both parts, one after the other), W beams kept, N rows of
+the trie, n nodes of a depth.
+"""
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from catid2_ray.retrieval.filters import FilterTensors, allowed_before
+from catid2_ray.retrieval.live import Inserted, LiveView
+from catid2_ray.retrieval.trie import Trie
+
+
+class Children(NamedTuple):
+    """What a level offers: the `code` of each child, its `rank` (int64 below 2^32, in the order of IDs within a query),
+    whether it is `live`; all B×M×C. `widest`: C. `rest`: what `TrieTensors.kept` and `LiveTensors.kept` need."""
+
+    code_BMC: Tensor
+    rank_BMC: Tensor
+    live_BMC: Tensor
+    widest: int
+    rest: object = None
+
+
+class _Starts(NamedTuple):
+    """`trie_arrays.Starts` as tensors of one device: the numbers themselves, or the exceptions to one entry a range."""
+
+    whole: Tensor | None
+    extra: Tensor | None
+
+    def at(self, index: Tensor) -> Tensor:
+        """int64, the start of each range `index` (int64, any shape)."""
+        if self.whole is None:
+            return index + torch.searchsorted(self.extra, index.to(self.extra.dtype))
+        return _taken(self.whole, index)
+
+
+def _taken(table: Tensor, index: Tensor) -> Tensor:
+    """int64 `table[index]`; only what was taken is widened."""
+    return table.index_select(0, index.flatten()).view(index.shape).long()
+
+
+def _alive(filter_: FilterTensors, row_BMC1: Tensor) -> Tensor:
+    """bool B×M×C: whether an allowed row lies between each boundary and the next."""
+    before_BMC1 = allowed_before(filter_, row_BMC1)
+    return before_BMC1[..., 1:] > before_BMC1[..., :-1]
+
+
+class TrieTensors:
+    """A trie's arrays on a device (on CPU the same memory), of the small types that they are stored in."""
+
+    def __init__(self, trie: Trie, device: torch.device):
+        def move(array) -> Tensor | None:
+            return None if array is None else torch.from_numpy(array).to(device)
+
+        self.child_start, self.row_start = (
+            [_Starts(move(starts.whole), move(starts.extra)) for starts in part]
+            for part in (trie.child_start, trie.row_start)
+        )
+        self.token = [move(token) for token in trie.token]
+        self.widest, self.device = trie.widest, device
+
+    def root(self, batch: int) -> tuple[Tensor]:
+        return (torch.zeros(batch, 1, dtype=torch.long, device=self.device),)
+
+    def children(self, level: int, place: tuple[Tensor], alive_BM: Tensor, prefix_BML, filter_) -> Children:
+        """Of beams of depth `level`; none of those that are not `alive`. `filter_`: FilterTensors or None."""
+        (node_BM,) = place
+        start_BM1, end_BM1 = (self.child_start[level].at(node_BM + i)[..., None] for i in (0, 1))
+        # Children of a node lie end to end: C + 1 boundaries bound them all.
+        edge_BMC1 = start_BM1 + torch.arange(self.widest[level] + 1, device=start_BM1.device)
+        child_BMC = edge_BMC1[..., :-1]
+        live_BMC = (child_BMC < end_BM1) & alive_BM[..., None]
+        if filter_ is not None:
+            live_BMC &= _alive(filter_, self.row_start[level + 1].at(torch.minimum(edge_BMC1, end_BM1)))
+        child_BMC = torch.where(live_BMC, child_BMC, 0)
+        return Children(_taken(self.token[level + 1], child_BMC), child_BMC, live_BMC, self.widest[level])
+
+    def kept(self, level: int, found: Children, index_BW: Tensor, code_BW: Tensor) -> tuple[Tensor]:
+        """The places of the children at `index_BW` (0 … M·C − 1)."""
+        return (found.rank_BMC.flatten(1).gather(1, index_BW),)
+
+    def ranges(self, level: int, place: tuple[Tensor]) -> tuple[Tensor, None]:
+        """int64 B×W×2, the rows of nodes of depth `level`; None for the inserted ones."""
+        return torch.stack([self.row_start[level].at(place[0] + i) for i in (0, 1)], 2), None
+
+
+class _InsertedChildren(NamedTuple):
+    """Beside the trie's children: the inserted node's child of each slot, its code, whether a row of it is live."""
+
+    child_BMC: Tensor
+    code_BMC: Tensor
+    live_BMC: Tensor
+
+
+class LiveTensors:
+    """A live view on a device; its inserted products' arrays are moved once per view, the trie's once."""
+
+    def __init__(self, view: LiveView, device: torch.device):
+        self.base = tensors(view.base, device)
+        self.codes, self.widest, self.rows = view.codes_per_level, view.inserted.widest, view.base.rows
+        move = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+        self.child_start, self.row_start, self.token, self.twin = (
+            [move(array) for array in part] for part in view.inserted.arrays
+        )
+
+    def root(self, batch: int) -> tuple[Tensor, Tensor]:
+        return self.base.root(batch) * 2
+
+    def children(self, level: int, place, alive_BM: Tensor, prefix_BML: Tensor, filter_) -> Children:
+        """As TrieTensors.children; `filter_`: FilterTensors of base rows and of inserted rows in ID order."""
+        node_BM, inner_BM = place
+        of_base, of_inserted = filter_
+        base = self.base.children(level, (node_BM.clamp(min=0),), alive_BM & (node_BM >= 0), prefix_BML, of_base)
+        mine, only_BMC = self._inserted(level, inner_BM, alive_BM, of_base, of_inserted)
+        code_BMC = torch.cat((base.code_BMC, mine.code_BMC), 2)
+        # Nodes of both parts have no numbers in common: IDs are ordered by their parents' order and their code.
+        packed_BM = torch.zeros_like(node_BM)
+        for depth in range(level):
+            packed_BM = packed_BM * self.codes[depth] + prefix_BML[..., depth]
+        rank_BM = packed_BM.argsort(1).argsort(1)
+        rank_BMC = rank_BM[..., None] * self.codes[level] + code_BMC
+        live_BMC = torch.cat((base.live_BMC, only_BMC), 2)
+        return Children(code_BMC, rank_BMC, live_BMC, live_BMC.shape[2], (base.rank_BMC, mine))
+
+    def _inserted(self, level: int, inner_BM: Tensor, alive_BM: Tensor, of_base, of_inserted):
+        """(inserted children, which of them are candidates of their own: live, and no live child of the trie)."""
+        start_BM1, end_BM1 = (_taken(self.child_start[level], inner_BM.clamp(min=0) + i)[..., None] for i in (0, 1))
+        edge_BMC1 = start_BM1 + torch.arange(self.widest[level] + 1, device=start_BM1.device)
+        child_BMC = edge_BMC1[..., :-1]
+        live_BMC = (child_BMC < end_BM1) & (alive_BM & (inner_BM >= 0))[..., None]
+        live_BMC &= _alive(of_inserted, _taken(self.row_start[level + 1], torch.minimum(edge_BMC1, end_BM1)))
+        child_BMC = torch.where(live_BMC, child_BMC, 0)
+        twin_BMC = _taken(self.twin[level + 1], child_BMC)
+        covered_BMC = twin_BMC >= 0
+        if of_base is not None:
+            first_BMC, end_BMC = (self.base.row_start[level + 1].at(twin_BMC.clamp(min=0) + i) for i in (0, 1))
+            covered_BMC &= allowed_before(of_base, end_BMC) > allowed_before(of_base, first_BMC)
+        code_BMC = _taken(self.token[level + 1], child_BMC)
+        return _InsertedChildren(child_BMC, code_BMC, live_BMC), live_BMC & ~covered_BMC
+
+    def kept(self, level: int, found: Children, index_BW: Tensor, code_BW: Tensor) -> tuple[Tensor, Tensor]:
+        base_BMC, mine = found.rest
+        parent_BW, slot_BW = index_BW // found.widest, index_BW % found.widest
+        wide = base_BMC.shape[2]
+        of_base_BW = slot_BW < wide
+        base_BW = base_BMC.flatten(1).gather(1, parent_BW * wide + slot_BW.clamp(max=wide - 1))
+        rows_BW1 = parent_BW[..., None].expand(-1, -1, mine.child_BMC.shape[2])
+        same_BWC = (mine.code_BMC.gather(1, rows_BW1) == code_BW[..., None]) & mine.live_BMC.gather(1, rows_BW1)
+        at_BW1 = same_BWC.byte().argmax(2, keepdim=True)
+        inner_BW = mine.child_BMC.gather(1, rows_BW1).gather(2, at_BW1)[..., 0]
+        return torch.where(of_base_BW, base_BW, -1), torch.where(same_BWC.any(2), inner_BW, -1)
+
+    def ranges(self, level: int, place) -> tuple[Tensor, Tensor]:
+        """int64 B×W×2 twice: rows of the trie, and rows of inserted products (N + their place in ID order)."""
+        node_BW, inner_BW = place
+        base_BW2, _ = self.base.ranges(level, (node_BW.clamp(min=0),))
+        inner_BW2 = torch.stack([_taken(self.row_start[level], inner_BW.clamp(min=0) + i) for i in (0, 1)], 2)
+        base_BW2 = base_BW2.masked_fill((node_BW < 0)[..., None], 0)
+        return base_BW2, (inner_BW2 + self.rows).masked_fill((inner_BW < 0)[..., None], 0)
+
+
+_KEPT: WeakKeyDictionary[Trie | Inserted, dict[torch.device, TrieTensors | LiveTensors]] = WeakKeyDictionary()
+
+
+def tensors(trie: Trie | LiveView, device: torch.device) -> TrieTensors | LiveTensors:
+    """Made at the first search and kept as long as the trie, or the view's inserted products, live."""
+    live = isinstance(trie, LiveView)
+    if live and trie.inserted is None:
+        return tensors(trie.base, device)
+    cached = _KEPT.setdefault(trie.inserted if live else trie, {})
+    if device not in cached:
+        cached[device] = (LiveTensors if live else TrieTensors)(trie, device)
+    return cached[device]

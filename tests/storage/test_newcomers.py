@@ -1,0 +1,110 @@
+"""New products between releases: the codes of the frozen quantizer, the nearest free last code, vectors of the encoder."""
+
+import numpy as np
+import pytest
+import torch
+
+from catid2_ray.artifacts.manifest import Attempt
+from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.taxonomy import Taxonomy
+from catid2_ray.catalog.text import LsaEncoder
+from catid2_ray.config import Recipe
+from catid2_ray.docid import DocidSpace
+from catid2_ray.errors import InputError
+from catid2_ray.on_ray.newcomers import Newcomers
+from catid2_ray.quantizer.model import ResidualQuantizer
+from catid2_ray.retrieval.live import LiveTrie
+from catid2_ray.retrieval.trie import Trie
+
+TITLES = [
+    "oak door",
+    "oak table",
+    "steel hinge",
+    "steel pipe",
+    "garden hose",
+    "garden chair",
+    "copper pipe",
+    "brass hinge",
+]
+SPACE = DocidSpace((3, 4))
+
+
+@pytest.fixture
+def parts(local_store, tmp_path):
+    encoder = LsaEncoder.fit(TITLES, width=4, vocabulary=50, seed=0)
+    encoder.save(tmp_path / "encoder")
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(width=4, hidden=(8,), latent=3, codes_per_level=SPACE.codes_per_level)
+    quantizer.save(tmp_path / "quantizer")
+    recipe = Recipe.build({"catalog": {"root": "x"}, "embedding": {"width": 4, "text": ["title"]}}).model_dump(
+        mode="json"
+    )
+    made = {}
+    tree = Taxonomy.build({}, depth=3).to_json().encode()
+    for kind, folder, files, metrics in (
+        ("catalog", None, {"taxonomy.json": tree}, {"width": None}),
+        ("embeddings", tmp_path / "encoder", {}, {"width": 4}),
+        ("quantizer", tmp_path / "quantizer", {}, {}),
+        ("ids", None, {"x": b"x"}, {"ids": "unique"}),
+    ):
+        attempt = Attempt(local_store, kind, settings={}, parents={}, recipe=recipe)
+        below = attempt.name("encoder") if kind == "embeddings" else attempt.folder
+        entries = local_store.upload(folder, below) if folder else []
+        entries += [local_store.write_file(attempt.name(name), data) for name, data in files.items()]
+        made[kind] = attempt.commit(entries, metrics=metrics)
+    return made
+
+
+def product(product_id, title, **more):
+    return {"product_id": product_id, "title": title, **more}
+
+
+def view_of(codes):
+    return LiveTrie(Trie.build(np.array(codes), codes_per_level=SPACE.codes_per_level)).view
+
+
+def test_a_product_gets_its_codes_or_the_nearest_free_one(local_store, parts):
+    newcomers = Newcomers(local_store, parts)
+    (made,) = newcomers.prepare(
+        [product("n", "oak shelf", columns={"price": 2.0}, value=3.0)], view_of([[0, 0], [1, 0], [2, 0]]), vectors=True
+    )
+    assert made["columns"] == {"price": 2.0} and made["value"] == 3.0 and made["title"] == "oak shelf"
+    np.testing.assert_allclose(made["vector"], newcomers._encode(["oak shelf"])[0])
+    head = SPACE.parse(made["docid"])[0]
+    residual_BZ = newcomers._coder.encode_padded(torch.tensor([made["vector"]]), rows=16).residual_BZ
+    order = torch.cdist(residual_BZ, newcomers._coder.codebooks[-1].detach())[0].argsort().tolist()
+    elsewhere = [[(head + 1) % 3, 0]]
+    for taken in range(4):
+        view = view_of([[head, code] for code in order[:taken]] + elsewhere)
+        (other,) = newcomers.prepare([product("n", "oak shelf")], view, vectors=False)
+        assert SPACE.parse(other["docid"]) == (head, order[taken]) and "vector" not in other
+    twins = newcomers.prepare([product("n", "oak shelf"), product("m", "oak shelf")], view_of(elsewhere), vectors=False)
+    assert [SPACE.parse(one["docid"])[1] for one in twins] == order[:2]
+    with pytest.raises(InputError, match="all 4 IDs below <a_.> are taken, so product 'n' has no place near its like"):
+        newcomers.prepare([product("n", "oak shelf")], view_of([[head, code] for code in range(4)]), vectors=False)
+
+
+def test_inserted_and_withdrawn_products_keep_their_ids(local_store, parts):
+    newcomers = Newcomers(local_store, parts)
+    live = LiveTrie(Trie.build(np.array([[0, 0], [1, 0], [2, 0]]), codes_per_level=SPACE.codes_per_level))
+    seen = set()
+    for number in range(3):
+        (made,) = newcomers.prepare([product(f"n{number}", "oak shelf")], live.view, vectors=False)
+        seen.add(made["docid"])
+        live.insert(f"n{number}", SPACE.parse(made["docid"]))
+        live.withdraw([f"n{number}"])
+    assert len(seen) == 3
+
+
+def test_what_the_caller_gives_is_kept(local_store, parts):
+    newcomers = Newcomers(Store(local_store.uri), parts)
+    given = product("n", "anything", docid="<a_2><b_3>", vector=[1.0, 0, 0, 0])
+    assert newcomers.prepare([given], view_of([[0, 0]]), vectors=True) == [given]
+    with pytest.raises(InputError, match="the vector of product 'n' has 2 numbers, the release's 4"):
+        newcomers.prepare([product("n", "x", vector=[1.0, 2.0])], view_of([[0, 0]]), vectors=True)
+    parts["catalog"].metrics["width"] = 4
+    with pytest.raises(InputError, match="no encoder for new products: send the product's vector"):
+        Newcomers(local_store, parts).prepare([product("n", "x")], view_of([[0, 0]]), vectors=False)
+    parts["ids"].metrics["ids"] = "suffix"
+    with pytest.raises(InputError, match="IDs of kind 'suffix' .* cannot be made one by one: send the docid"):
+        Newcomers(local_store, parts).prepare([product("n", "x", vector=[1.0] * 4)], view_of([[0, 0]]), vectors=False)

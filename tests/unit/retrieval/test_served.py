@@ -1,0 +1,196 @@
+"""What a release says of serving is what the retriever does: early stop, re-scoring, filters per query, live changes."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from catid2_ray.errors import ArtifactError, InputError, QueryError, ReleaseError
+from catid2_ray.retrieval.lexical import Block, LexicalIndex, count_words
+from catid2_ray.retrieval.products import Newcomer, Products
+from catid2_ray.retrieval.retriever import Retriever
+from catid2_ray.retrieval.vectors import VectorStore
+from tests.unit.retrieval.conftest import TITLES
+
+WORDS = sorted({word for title in TITLES for word in title.split()})
+
+
+def encode(texts) -> np.ndarray:
+    """One dimension a word: near titles share words."""
+    vector_BD = np.array([[text.split().count(word) + 1e-3 for word in WORDS] for text in texts], np.float32)
+    return vector_BD / np.linalg.norm(vector_BD, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="session")
+def served(folder, parts, tmp_path_factory):
+    """The release's folder with vectors, values, columns and words, and settings that use them all."""
+    titles, into = parts[4], tmp_path_factory.mktemp("served")
+    for name in ("generator", "trie", "products.arrow"):
+        (into / name).symlink_to(folder / name)
+    VectorStore.write(into / "vectors", [encode(titles)], normalize=True)
+    np.save(into / "value.npy", np.arange(6, dtype=np.float32))
+    columns = pa.table(
+        {"material": [title.split()[0] for title in titles], "price": [float(len(title)) for title in titles]}
+    )
+    with pa.ipc.new_file(into / "columns.arrow", columns.schema) as writer:
+        writer.write_table(columns)
+    counted = count_words(titles)
+    names = sorted(set(counted.words.to_pylist()))
+    term_P = np.array([names.index(word) for word in counted.words.to_pylist()], np.int32)
+    LexicalIndex.write(
+        into / "lexical", [Block(counted.count_N, counted.length_N, term_P, counted.times)], vocabulary=pa.array(names),
+        frequency_V=np.bincount(term_P), rows=6, mean_length=float(counted.length_N.mean()),
+    )  # fmt: skip
+    settings = json.loads((folder / "retriever.json").read_text())
+    settings |= {"beam_width": [4, 8], "stop_level": 1, "expansion": {"a": 0.1, "lexical_weight": 0.01, "most": 50}}
+    (into / "retriever.json").write_text(
+        json.dumps(settings | {"filters": ["material", "price"], "encoder": {"name": "x"}})
+    )
+    return into
+
+
+def copy(served, into, **changed):
+    """The folder with other settings."""
+    for path in served.iterdir():
+        if path.name != "retriever.json":
+            (into / path.name).symlink_to(path.resolve())
+    (into / "retriever.json").write_text(json.dumps(json.loads((served / "retriever.json").read_text()) | changed))
+    return into
+
+
+def names_of(answers) -> list[list[str]]:
+    return [[hit.product_id for hit in hits] for hits in answers]
+
+
+def test_clusters_are_expanded_and_scores_add_up(served, parts):
+    retriever = Retriever.open(served, encode_query=encode)
+    assert retriever.levels == 1 and retriever.widths == [4, 8]
+    answers = retriever.retrieve(TITLES, k=6)
+    assert [hits[0].title for hits in answers] == TITLES and all(len(hits) == 6 for hits in answers)
+    # Six products lie below four first codes; products of one cluster share its log P.
+    for query, hits in zip(TITLES, answers):
+        logp = {hit.docid_text[:5]: hit.logp for hit in hits}
+        weight = {code: np.exp(value) for code, value in logp.items()}
+        for hit in hits:
+            assert hit.logp == logp[hit.docid_text[:5]]
+            dense = float(encode([query])[0] @ encode([hit.title])[0])
+            assert hit.dense == pytest.approx(dense, abs=2e-3)
+            path = weight[hit.docid_text[:5]] / sum(weight.values())
+            assert hit.score == pytest.approx(np.tanh(dense) + 0.1 * path + 0.01 * hit.lexical, abs=2e-3)
+        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+        assert hits[0].lexical > 0
+
+
+def test_answers_do_not_depend_on_the_batch_or_on_k(served):
+    retriever = Retriever.open(served, encode_query=encode)
+    together = retriever.retrieve(TITLES, k=6)
+    retriever.batch = 1
+    assert names_of(retriever.retrieve(TITLES, k=6)) == names_of(together)
+    assert names_of(retriever.retrieve(TITLES, k=2)) == [names[:2] for names in names_of(together)]
+
+
+def test_each_query_has_its_own_filter(served, tmp_path):
+    plain = copy(served, tmp_path, expansion=None, stop_level=None, beam_width=6)
+    filters = [
+        None,
+        {"column": "material", "in": ["oak"]},
+        {"all": [{"column": "price", "from": 10}, {"not": {"products": ["p2"]}}]},
+        {"column": "material", "in": ["gold"]},
+    ]
+    for retriever in (Retriever.open(served, encode_query=encode), Retriever.open(plain)):
+        names = names_of(retriever.retrieve(["oak table"] * 4, k=6, filters=filters))
+        assert sorted(names[0]) == [f"p{i}" for i in range(6)]
+        assert sorted(names[1]) == ["p3", "p4"] and sorted(names[2]) == ["p0", "p1", "p5"] and names[3] == []
+        assert names == [names_of(retriever.retrieve(["oak table"], k=6, filters=[one]))[0] for one in filters]
+    with pytest.raises(QueryError, match=r'filter at \$.column: unknown column "colour"; there are .*material.*price'):
+        retriever.retrieve(["oak"], k=1, filters=[{"column": "colour", "in": []}])
+    with pytest.raises(QueryError, match="2 filters for 1 queries"):
+        retriever.retrieve(["oak"], k=1, filters=[None, None])
+
+
+def test_a_release_without_columns_filters_by_product(folder):
+    retriever = Retriever.open(folder)
+    assert names_of(retriever.retrieve(["oak"], k=6, filters=[{"products": ["p4", "nobody"]}])) == [["p4"]]
+    with pytest.raises(QueryError, match='unknown column "price"'):
+        retriever.retrieve(["oak"], k=1, filters=[{"column": "price", "to": 3}])
+
+
+def test_a_new_product_is_found_by_its_vector_and_a_withdrawn_one_is_not(served):
+    retriever = Retriever.open(served, encode_query=encode)
+    newcomer = Newcomer("new", "copper hose 10 ft", value=9.0)
+    retriever.insert([newcomer], [[2, 0]], {"material": ["copper"], "price": [5.0]})
+    hits = retriever.retrieve(["copper hose 10 ft"], k=7)[0]
+    assert hits[0].product_id == "new" and hits[0].docid_text == "<a_2><b_0>" and hits[0].title == "copper hose 10 ft"
+    assert hits[0].dense == pytest.approx(1, abs=2e-3) and hits[0].lexical > 0 and len(hits) == 7
+    cheap = [{"column": "price", "to": 8}]
+    assert names_of(retriever.retrieve(["copper hose 10 ft"], k=7, filters=cheap))[0][0] == "new"
+    retriever.live.withdraw(["new", "p2"])
+    assert not {"new", "p2"} & set(names_of(retriever.retrieve(["copper pipe 10 ft"], k=7))[0])
+    retriever.live.restore(["p2"])
+    assert names_of(retriever.retrieve(["copper pipe 10 ft"], k=7))[0][0] == "p2"
+
+
+def test_a_live_beam_without_rescoring_finds_new_products_too(folder):
+    retriever = Retriever.open(folder)
+    retriever.insert([Newcomer("new", "copper hose")], [[2, 2]])
+    hits = retriever.retrieve(["copper pipe 10 ft"], k=7)[0]
+    assert {"new", "p2"} < {hit.product_id for hit in hits} and len(hits) == 7
+    assert all(hit.score == hit.logp and hit.dense is None for hit in hits)
+    retriever.live.withdraw(["p2"])
+    assert "p2" not in names_of(retriever.retrieve(["copper pipe 10 ft"], k=7))[0]
+
+
+def test_an_insert_that_does_not_fit_changes_nothing(served):
+    retriever = Retriever.open(served, encode_query=encode)
+    before = names_of(retriever.retrieve(TITLES, k=6))
+    for newcomer, codes, columns, message in (
+        (Newcomer("p0", "x"), [[0, 3]], None, "product 'p0' is live already"),
+        (Newcomer("new", "x"), [[2, 3]], None, "would share the ID <a_2><b_3>"),
+        (Newcomer("new", "x"), [[2, 9]], None, "code 9 at level 1 is outside"),
+        (Newcomer("new", "x"), [[0, 3]], {"colour": ["red"]}, "unknown columns"),
+        (Newcomer("new", "x", np.zeros(3)), [[0, 3]], None, "the vector of product 'new' must be 12 finite numbers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            retriever.insert([newcomer], codes, columns)
+    assert retriever.products.newcomers == () and names_of(retriever.retrieve(TITLES, k=6)) == before
+
+
+def test_int8_and_other_numbers_win_over_the_release(served, folder):
+    quick = Retriever.open(folder, weights="int8", normalize="vocabulary")
+    assert quick.decoder.weights == "int8" and quick.normalize == "vocabulary"
+    assert [hits[0].title for hits in quick.retrieve(TITLES, k=1)] == TITLES
+    half = Retriever.open(folder, dtype="bfloat16")
+    assert [hits[0].title for hits in half.retrieve(TITLES, k=1)] == TITLES
+    with pytest.raises(InputError, match="int8 weights are for CPUs and float32, found device cpu and dtype bfloat16"):
+        Retriever.open(folder, weights="int8", dtype="bfloat16")
+
+
+def test_value_decides_where_no_vectors_do(served, tmp_path, parts):
+    settings = {"dense": "none", "order": "value", "a": 0.0}
+    retriever = Retriever.open(copy(served, tmp_path, expansion=settings))
+    hits = retriever.retrieve(["oak"], k=6)[0]
+    assert [hit.score for hit in hits] == [0.0] * 6 and hits[0].dense is None
+    capped = Retriever.open(served, encode_query=encode)
+    capped.expansion = type(capped.expansion)(**settings, most=2)
+    assert set(names_of(capped.retrieve(["oak"], k=6))[0]) == set(parts[3][4:])
+
+
+def test_a_release_that_lacks_what_it_asks_for(served, folder, tmp_path):
+    with pytest.raises(InputError, match="re-scoring needs vectors and a lexical index, which the release lacks"):
+        Retriever.open(copy(folder, tmp_path, expansion={"lexical_weight": 1.0}))
+    (tmp_path / "retriever.json").unlink()
+    (tmp_path / "retriever.json").write_text(json.dumps({"codes_per_level": [4, 4], "expansion": {"b": 1}}))
+    with pytest.raises(ArtifactError, match="publish it again"):
+        Retriever.open(tmp_path)
+    with pytest.raises(InputError, match="there is no encoder for vectors of queries"):
+        Retriever.open(served).retrieve(["oak"], k=1)
+    with pytest.raises(InputError, match="stopping at level 1 of 2 finds prefixes; give expansion settings"):
+        Retriever.open(copy(folder, _fresh(tmp_path), stop_level=1))
+    with pytest.raises(ReleaseError, match="5 titles for 6 trie rows"):
+        Products(pa.array(["p"] * 6), pa.array(["t"] * 5)).check(6)
+
+
+def _fresh(tmp_path):
+    (into := tmp_path / "again").mkdir()
+    return into
