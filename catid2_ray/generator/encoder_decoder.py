@@ -48,6 +48,11 @@ class ProjectedEncoder(nn.Module):
     def device(self) -> torch.device:
         return self.projection.weight.device
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the text encoder takes."""
+        return len(self.text.get_input_embeddings().weight)
+
     def train(self, mode: bool = True) -> "ProjectedEncoder":
         super().train(mode)
         if self.frozen:

@@ -102,8 +102,8 @@ def marks(tokenizer: PreTrainedTokenizerFast) -> Marks:
 
 
 def pad_of(model) -> int:
-    """The padding token of a generator's texts."""
-    pad = getattr(model.config, "pad_token_id", None)
+    """The padding token of a generator's texts; 0 where it does not say."""
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     return PAD if pad is None else pad
 
 

@@ -50,7 +50,11 @@ class CausalDecoder:
             raise InputError(
                 f"the causal model has layers of {sorted(kinds)}, expected full_attention only; choose another"
             )
-        self.model = model
+        self.model, self.codes_per_level = model, model.space.codes_per_level
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.model.shared.weight)
 
     @property
     def device(self) -> torch.device:

@@ -98,7 +98,9 @@ class T5Decoder:
 
     @property
     def vocabulary(self) -> int:
-        return self.model.shared.num_embeddings
+        # A text encoder of another kind brings a table of its own.
+        words = getattr(self.encoder, "vocabulary", None)
+        return self.model.shared.weight.shape[0] if words is None else words
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.config.num_heads, self.config.d_kv))

@@ -93,7 +93,9 @@ def test_the_loss_is_the_models_own_log_probability(parts):
 def test_it_learns_and_what_does_not_fit_is_refused(parts, tmp_path):
     model, tokenizer = parts
     decoder = decoder_for(model, codes_per_level=(4, 3, 5))
-    assert decoder_for(decoder, codes_per_level=(4, 3, 5)) is decoder
+    assert decoder_for(decoder, codes_per_level=(4, 3, 5)) is decoder and decoder.vocabulary == 24
+    trie, ids_1T = Trie.build(DOCIDS, codes_per_level=SPACE.codes_per_level), np.array([[1, 2]])
+    assert constrained_beam_search(decoder, trie, ids_1T, ids_1T > 0, beam_width=9, top_k=4).count_B.tolist() == [4]
     with pytest.raises(InputError, match=r"it has ID levels \[4, 3, 5\], the trie \[4, 3, 6\]"):
         decoder_for(model, codes_per_level=(4, 3, 6))
     with pytest.raises(InputError, match="weights='float32' only, found 'int8'"):
