@@ -27,7 +27,7 @@ from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
 from catid2_ray.on_ray import checkpoints
 from catid2_ray.on_ray.arrays import fixed_lists
 from catid2_ray.on_ray.engine import share_objects, start_engine
-from catid2_ray.on_ray.examples import QUERY, TITLE
+from catid2_ray.on_ray.examples import KIND
 from catid2_ray.on_ray.loop import Seat, run_training
 from catid2_ray.on_ray.task import Run
 from catid2_ray.on_ray.train_generator import GeneratorTask
@@ -47,7 +47,8 @@ class Blocks:
         input_ids = tokenize(tokenizer, [TEXTS[row % len(TEXTS)] for row in row_N], length=TOKENS)
         self.table = pa.table(
             {
-                "kind": np.where(row_N < 40, QUERY, TITLE).astype(np.int8),
+                "kind": np.where(row_N < 40, KIND["query"], KIND["title"]).astype(np.int8),
+                "weight": np.where(row_N % 3, 1.0, 0.5).astype(np.float32),
                 "input_ids": fixed_lists(input_ids, pa.int32()),
                 "codes": fixed_lists(np.stack((row_N % 4, row_N // 4 % 4), 1), pa.int32()),
                 "part": np.zeros(ROWS, np.int32),
