@@ -1,0 +1,286 @@
+"""Generators on a real catalogue: learning curves and recall for several kinds of IDs at equal budgets.
+
+    python benchmarks/generator.py --catalog DATA/home_depot --encoder MODELS/all-MiniLM-L6-v2 --store STORE
+        --kinds cat_id2,tiger,cat_id2_shuffled --seeds 3 --examples 1500000 [--cache FOLDER] [--keep FOLDER] [--render]
+
+STORE is one in which `catid2 compare-ids` assigned IDs of these kinds and seeds. Model: the pretrained text encoder, frozen,
+its token states cached once for all cells, and a T5 decoder of our own. A cell (kind, seed) is one process and one thread;
+cells that are done (RESULTS/generator/*.json) are not run again. The last line printed is the JSON of all cells.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from surroundings import machine, rounded
+
+from catid2_ray.artifacts.manifest import Manifest
+from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.pairs import training_pairs
+from catid2_ray.docid import DocidSpace
+from catid2_ray.evaluation.protocol import Judgements, evaluate
+from catid2_ray.generator import Examples, fit, starts_word, tokenize
+from catid2_ray.generator.encoder_decoder import encoder_decoder
+from catid2_ray.generator.saved import save_generator
+from catid2_ray.generator.states import CachedExamples
+from catid2_ray.generator.vocabulary import load_tokenizer, marks
+from catid2_ray.on_ray.arrays import matrix
+from catid2_ray.retrieval.beam import constrained_beam_search
+from catid2_ray.retrieval.decoders import decoder_for
+from catid2_ray.retrieval.trie import Trie
+
+HERE = Path(__file__).parent
+TRAIN_FROM, RELEVANT_FROM = 2.33, 2.67
+KS = (5, 10, 50, 100)
+TOKENS, BATCH, BEAM, CODES = 32, 256, 100, 256
+VALIDATION_QUERIES = 300
+
+
+def load_data(options) -> dict:
+    """Tables of the catalogue, its tokenised texts, judgements; the same for every cell."""
+    root = Path(options.catalog)
+    products = pq.read_table(root / "products.parquet", columns=["product_id", "title"])
+    pairs = pq.read_table(root / "pairs.parquet")
+    names = products["product_id"].combine_chunks()
+    train = training_pairs(pairs, TRAIN_FROM)
+    place_P = pc.index_in(train["product_id"], names).to_numpy(zero_copy_only=False)
+    known_P = ~np.isnan(place_P.astype(float))
+    tokenizer = load_tokenizer(options.encoder, kind="encoder_decoder")
+    queries = [query for query, known in zip(train["query"].to_pylist(), known_P) if known]
+    seen = train["product_id"].unique()
+    judged = {
+        split: Judgements.from_pairs(pairs, split=split, min_relevance=RELEVANT_FROM, seen=seen, known=names)
+        for split in ("validation", "test")
+    }
+    return {
+        "names": names.to_numpy(zero_copy_only=False), "tokenizer": tokenizer, "product_P": place_P[known_P].astype(np.int64),
+        "query_PT": tokenize(tokenizer, queries, length=TOKENS),
+        "title_NT": tokenize(tokenizer, products["title"].to_pylist(), length=TOKENS), "judged": judged,
+    }  # fmt: skip
+
+
+def ids_of(options, kind: str, seed: int, names: np.ndarray) -> np.ndarray:
+    """int64 N×L, the IDs that `compare-ids` gave the products, in the order of `names`."""
+    store = Store(options.store)
+    for path in sorted(Path(store.path("artifacts/ids")).glob("*/manifest.json")):
+        manifest = Manifest(**json.loads(path.read_text()))
+        if manifest.recipe["quantizer"]["kind"] == kind and manifest.recipe["seed"] == seed:
+            parts = [store.read_table(manifest.file(part["name"])) for part in manifest.parts()]
+            table = pa.concat_tables([part.select(["product_id", "codes"]) for part in parts])
+            row_N = pc.index_in(pa.array(names), table["product_id"].combine_chunks()).to_numpy()
+            return matrix(table["codes"]).astype(np.int64)[row_N]
+    raise SystemExit(f"no IDs of kind {kind!r} and seed {seed} in {options.store}: run `catid2 compare-ids` first")
+
+
+def ranked(model, trie: Trie, data: dict, queries: list[str]) -> list[list[str]]:
+    """The products of the best 100 IDs of each query."""
+    ids_BT = tokenize(data["tokenizer"], queries, length=TOKENS)
+    decoder, answers = decoder_for(model, codes_per_level=trie.codes_per_level), []
+    for start in range(0, len(queries), 32):
+        part_BT = ids_BT[start : start + 32]
+        mask_BT = part_BT != data["tokenizer"].pad_token_id
+        used = int(mask_BT.any(0).sum())
+        found = constrained_beam_search(
+            decoder, trie, part_BT[:, :used], mask_BT[:, :used], beam_width=BEAM, top_k=max(KS)
+        )
+        rows = found.row_range_BK2[..., 0].tolist()
+        answers += [
+            data["names"][trie.order_N[row[:count]]].tolist() for row, count in zip(rows, found.count_B.tolist())
+        ]
+    return answers
+
+
+def recalls(model, trie: Trie, data: dict, split: str, most: int | None = None) -> dict:
+    judged = data["judged"][split]
+    if most and most < len(judged.queries):
+        chosen = np.sort(np.random.default_rng(0).permutation(len(judged.queries))[:most])
+        columns = ("query_ids", "queries", "relevant", "seen", "unseen")
+        judged = Judgements(**{c: [getattr(judged, c)[i] for i in chosen] for c in columns}, dropped_pairs=0)
+    figures = evaluate(judged, {"beam": ranked(model, trie, data, judged.queries)}, KS)
+    return {group: figures[group]["beam"] for group in ("recall", "recall_seen", "recall_unseen")} | {
+        "queries": figures["queries"]
+    }
+
+
+def run_cell(options, data: dict, kind: str, seed: int) -> dict:
+    """Train one cell and score it; writes nothing but its model where `--keep` asks for it."""
+    codes_NL = ids_of(options, kind, seed, data["names"])
+    space = DocidSpace(tuple([CODES] * codes_NL.shape[1]))
+    trie = Trie.build(codes_NL, codes_per_level=space.codes_per_level)
+    model = encoder_decoder(
+        options.encoder, width=options.width, layers=options.layers, heads=options.width // 64,
+        feed_forward=4 * options.width, dropout=options.dropout, codes_per_level=space.codes_per_level, seed=seed,
+    )  # fmt: skip
+    examples = Examples(
+        input_ids={"query": data["query_PT"], "title": data["title_NT"]},
+        codes={"query": codes_NL[data["product_P"]], "title": codes_NL}, ratio={"title": options.titles},
+        starts_word_V=starts_word(data["tokenizer"]), keep=options.keep_words, drop_share=options.drop_share,
+        **marks(data["tokenizer"])._asdict(),
+    )  # fmt: skip
+    cached = CachedExamples.build(examples, model.encoder, Path(options.cache) / "states", on_progress=said)
+    steps = options.examples // BATCH
+    curve, losses, began, paused = [], [], time.monotonic(), 0.0
+
+    def watch(step: int, loss: float) -> None:
+        nonlocal paused
+        losses.append(loss)
+        if (step + 1) % max(1, steps // options.points) == 0:
+            stopped = time.monotonic()
+            model.eval()
+            score = recalls(model, trie, data, "validation", VALIDATION_QUERIES)["recall"]
+            model.train()
+            paused += time.monotonic() - stopped
+            curve.append(
+                {"examples": (step + 1) * BATCH, "seconds": time.monotonic() - began - paused,
+                 "loss": float(np.mean(losses[-100:])), "recall@10": score["10"], "recall@50": score["50"]}
+            )  # fmt: skip
+            print(kind, seed, {name: round(value, 4) for name, value in curve[-1].items()}, flush=True)
+
+    fit(
+        model, cached, space=space, steps=steps, batch=BATCH, learning_rate=options.learning_rate,
+        label_smoothing=options.label_smoothing, seed=seed, on_step=watch,
+    )  # fmt: skip
+    seconds = time.monotonic() - began - paused
+    if options.keep:
+        folder = Path(options.keep) / f"{kind}-{seed}"
+        save_generator(model, data["tokenizer"], folder / "generator")
+        trie.save(folder / "trie")
+    return {
+        "kind": kind, "seed": seed, "examples": steps * BATCH, "seconds": seconds, "examples_per_second": steps * BATCH / seconds,
+        "curve": curve, **recalls(model, trie, data, "test"),
+    }  # fmt: skip
+
+
+def said(done: int, whole: int) -> None:
+    if done == whole or done % 4096 < 128:
+        print(f"token states of {done:,} of {whole:,} texts", flush=True)
+
+
+def tell(values: list[float]) -> str:
+    """Mean, and half the range where there are several."""
+    values = [value for value in values if value is not None]
+    spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}" if values else "–"
+
+
+def report(cells: list[dict], options, notes: str) -> str:
+    budget = sorted({cell["examples"] for cell in cells})
+    lines = [
+        "# Generators on Home Depot\n",
+        f"Written by `benchmarks/generator.py`. Encoder: {Path(options.encoder).name}, frozen, its token states cached; decoder: "
+        f"{options.layers} T5 layers of width {options.width}, trained from nothing. Batch {BATCH}, learning rate "
+        f"{options.learning_rate:g}, {options.titles:g} titles an epoch per title, words kept in a thinned title "
+        f"{options.keep_words:g} ({options.drop_share:g} of the titles are thinned), label smoothing "
+        f"{options.label_smoothing:g}, dropout {options.dropout:g}. Beam {BEAM}, full IDs, no re-scoring. Categories of this "
+        f"catalogue are inferred, not gold. Recall is per product on the test split (relevance ≥ {RELEVANT_FROM}); *seen* "
+        f"products are named by a training pair (≥ {TRAIN_FROM}). Mean over seeds ± half the range. Machine: {machine()}; one "
+        "thread a cell, two cells at a time, other work beside them, so budgets are equal in examples and seconds are upper "
+        "bounds.\n",
+        "| IDs | seeds | examples | seconds | " + " | ".join(f"@{k}" for k in KS)
+        + " | " + " | ".join(f"seen @{k}" for k in KS) + " | " + " | ".join(f"unseen @{k}" for k in KS) + " |",
+        "|---|---:|---:|---:|" + "---:|" * (3 * len(KS)),
+    ]  # fmt: skip
+    groups: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        groups.setdefault((cell["kind"], cell["examples"]), []).append(cell)
+    for (kind, examples), of in groups.items():
+        figures = [tell([c[g][str(k)] for c in of]) for g in ("recall", "recall_seen", "recall_unseen") for k in KS]
+        seconds = f"{np.mean([c['seconds'] for c in of]):.0f}"
+        lines.append(f"| {kind} | {len(of)} | {examples:,} | {seconds} | " + " | ".join(figures) + " |")
+    asked = cells[0]["queries"]
+    lines += [
+        f"\n{asked['all']:,} queries, {asked['seen']:,} with a seen and {asked['unseen']:,} with an unseen relevant product.\n",
+        f"## Learning curves\n\nrecall@50 on {VALIDATION_QUERIES} validation queries after so many examples (mean over seeds); "
+        "![recall over examples](generator.png)\n",
+    ]
+    for examples in budget:
+        of = [cell for cell in cells if cell["examples"] == examples]
+        points = [point["examples"] for point in of[0]["curve"]]
+        lines += ["| IDs | " + " | ".join(f"{p // 1000:,}k" for p in points) + " |", "|---|" + "---:|" * len(points)]
+        for kind in dict.fromkeys(cell["kind"] for cell in of):
+            curves = np.array([[p["recall@50"] for p in cell["curve"]] for cell in of if cell["kind"] == kind])
+            lines.append(f"| {kind} | " + " | ".join(f"{value:.3f}" for value in curves.mean(0)) + " |")
+        lines.append("")
+    return "\n".join(lines) + "\n" + notes
+
+
+def draw(cells: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    colours = {kind: f"C{number}" for number, kind in enumerate(dict.fromkeys(cell["kind"] for cell in cells))}
+    for cell in cells:
+        axes.plot(
+            [p["examples"] / 1e6 for p in cell["curve"]], [p["recall@50"] for p in cell["curve"]],
+            color=colours[cell["kind"]], lw=1, alpha=0.8, marker=".",
+        )  # fmt: skip
+    for kind, colour in colours.items():
+        axes.plot([], [], color=colour, label=kind)
+    axes.set(xlabel="training examples, million", ylabel="recall@50, validation", ylim=(0, None))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--catalog", help="folder with products.parquet and pairs.parquet")
+    parser.add_argument("--encoder", help="folder of a sentence encoder")
+    parser.add_argument("--store", help="store with the IDs of `catid2 compare-ids`")
+    parser.add_argument("--kinds", default="cat_id2,tiger,cat_id2_shuffled")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--examples", type=int, default=1_000_000, help="budget of a cell")
+    parser.add_argument("--points", type=int, default=8, help="points of the learning curve")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--titles", type=float, default=1.0, help="title examples per title and epoch")
+    parser.add_argument("--keep-words", type=float, default=0.5)
+    parser.add_argument("--drop-share", type=float, default=0.5)
+    parser.add_argument("--label-smoothing", type=float, default=0.0)
+    parser.add_argument("--cache", default="generator_cache", help="folder for token states")
+    parser.add_argument(
+        "--runs", default="generator_runs", help="folder for one JSON a cell; claimed cells are left alone"
+    )
+    parser.add_argument("--keep", help="folder for the trained models and tries")
+    parser.add_argument(
+        "--render", action="store_true", help="write benchmarks/results/generator.md from --runs and end"
+    )
+    options = parser.parse_args()
+    runs = Path(options.runs)
+    if not options.render:
+        if not (options.catalog and options.encoder and options.store):
+            print(json.dumps({"skipped": "give --catalog, --encoder and --store"}))
+            return
+        torch.set_num_threads(1)
+        runs.mkdir(parents=True, exist_ok=True)
+        data = load_data(options)
+        for seed in range(options.seeds):
+            for kind in options.kinds.split(","):
+                target = runs / f"{kind}-{seed}-{options.examples}.json"
+                try:
+                    target.touch(exist_ok=False)
+                except FileExistsError:
+                    continue
+                target.write_text(json.dumps(rounded(run_cell(options, data, kind, seed)), indent=1))
+    cells = [json.loads(path.read_text()) for path in sorted(runs.glob("*.json")) if path.stat().st_size]
+    if options.render:
+        target = HERE / "results" / "generator.md"
+        notes = target.with_name("generator_notes.md")
+        target.write_text(report(cells, options, notes.read_text() if notes.exists() else ""))
+        draw(cells, target.with_suffix(".png"))
+    print(json.dumps(cells))
+
+
+if __name__ == "__main__":
+    main()

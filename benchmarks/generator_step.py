@@ -1,0 +1,317 @@
+"""A training step of the generator beside the plain Hugging Face Trainer: same model, rows, batch, precision, one worker.
+
+    pip install accelerate   # which the Trainer needs
+    python benchmarks/generator_step.py [--models small,minilm,base] [--encoder FOLDER] [--catalog ROOT] [--out FILE]
+
+Models: `small` (the T5 of the Home Depot recipe), `minilm` (a pretrained text encoder, frozen, and 3 decoder layers; ours with
+cached token states and without), `base` (T5-base's shape with random weights). Each measurement is a process of its own:
+examples/s over the steps after warm-up, MFU (products of encoder and decoder, forward and backward, against this machine's
+own 1024³ product), peak memory. Data: titles and queries of --catalog, else of the generated catalogue. One thread. The last
+line printed is JSON.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from surroundings import machine, rounded
+
+from catid2_ray.docid import DocidSpace
+from catid2_ray.generator import Examples, fit, small_t5, starts_word, tokenize, train_tokenizer
+from catid2_ray.generator.lengths import length_groups
+from catid2_ray.generator.vocabulary import load_tokenizer, marks, with_docid_tokens
+
+SPACE = DocidSpace((256, 256, 256, 256))
+BATCH = {"small": 256, "minilm": 256, "base": 32}
+TOKENS, ROWS = 32, 20_000
+GOALS = {
+    "examples/s beside the Trainer": ("≥", 1.0), "step with real data ÷ step with one cached batch": ("≤", 1.05),
+    "padding": ("<", 0.10),
+}  # fmt: skip
+
+
+def texts_of(catalog: str | None) -> tuple[list[str], list[str]]:
+    """Training queries and titles, at most ROWS of each."""
+    if catalog:
+        import pyarrow.parquet as pq
+
+        pairs = pq.read_table(Path(catalog) / "pairs.parquet")
+        titles = pq.read_table(Path(catalog) / "products.parquet", columns=["title"])["title"]
+    else:
+        from catid2_ray.catalog.synthetic import generate
+
+        made = generate(products=ROWS, queries=4000, seed=1)
+        pairs, titles = made.pairs, made.products["title"]
+    train = pairs.filter(pairs["split"].combine_chunks().cast("string").to_numpy(zero_copy_only=False) == "train")
+    return train["query"].to_pylist()[:ROWS], titles.to_pylist()[:ROWS]
+
+
+def examples_of(tokenizer, queries: list[str], titles: list[str]) -> Examples:
+    rng = np.random.default_rng(0)
+    return Examples(
+        input_ids={
+            "query": tokenize(tokenizer, queries, length=TOKENS), "title": tokenize(tokenizer, titles, length=TOKENS)
+        },
+        codes={name: rng.integers(0, 256, (len(of), 4)) for name, of in (("query", queries), ("title", titles))},
+        starts_word_V=starts_word(tokenizer), **marks(tokenizer)._asdict(),
+    )  # fmt: skip
+
+
+def build(name: str, tokenizer, encoder: str | None):
+    if name == "minilm":
+        from catid2_ray.generator.encoder_decoder import encoder_decoder
+
+        return encoder_decoder(
+            encoder, width=256, layers=3, heads=4, feed_forward=1024, dropout=0.0, codes_per_level=SPACE.codes_per_level
+        )
+    shape = {"small": (192, 2, 4, 768), "base": (768, 12, 12, 3072)}[name]
+    width, layers, heads, feed_forward = shape
+    return small_t5(
+        vocabulary=len(tokenizer) - sum(SPACE.codes_per_level), width=width, layers=layers, heads=heads,
+        feed_forward=feed_forward, dropout=0.0, codes_per_level=SPACE.codes_per_level,
+    )  # fmt: skip
+
+
+def flops(model, name: str, lengths: np.ndarray, cached: bool) -> float:
+    """Multiply–adds × 2 of one example's matrix products with weights, forward and (×2) backward, without padding."""
+
+    def weights(module) -> int:
+        return sum(
+            p.numel() for n, p in module.named_parameters() if p.ndim == 2 and "embed" not in n and "shared" not in n
+        )
+
+    per_token = weights(model.encoder.projection if name == "minilm" else model.encoder)
+    cross = sum(layer.layer[1].EncDecAttention.k.weight.numel() * 2 for layer in model.decoder.block)
+    per_position = weights(model.decoder) - cross
+    width = model.config.d_model
+    trained = 3 * (lengths.mean() * (per_token + cross) + 4 * per_position + 4 * 256 * width)
+    if name == "minilm" and not cached:
+        trained += lengths.mean() * weights(model.encoder.text)  # frozen: forward only
+    return 2.0 * trained
+
+
+class Clock:
+    """Times the steps after `warm` of them."""
+
+    def __init__(self, warm: int):
+        self.warm, self.steps, self.began, self.ended = warm, 0, 0.0, 0.0
+
+    def __call__(self, *_) -> None:
+        self.steps += 1
+        self.ended = time.perf_counter()
+        if self.steps == self.warm:
+            self.began = self.ended
+
+    @property
+    def seconds(self) -> float:
+        """Per step."""
+        return (self.ended - self.began) / (self.steps - self.warm)
+
+
+class OneBatch:
+    """The same rows step after step: what a step costs without any data work."""
+
+    def __init__(self, examples, batch: int):
+        self.rows, self.sizes = examples.batch(seed=0, step=0, batch=batch), None
+
+    def steps_per_epoch(self, *, batch: int) -> int:
+        return 1
+
+    def batch(self, **_):
+        return self.rows
+
+
+def trainer(model, examples: Examples, name: str, steps: int, clock: Clock) -> None:
+    """The plain way: rows as lists, padded by the collator to the longest, loss over the whole vocabulary."""
+    import transformers
+
+    first = model.lm_head.weight.shape[0] - sum(SPACE.codes_per_level)
+    offset_L = first + np.concatenate([[0], np.cumsum(SPACE.codes_per_level)[:-1]])
+
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self):
+            picked = [examples.batch(seed=0, step=step, batch=BATCH[name]) for step in range(steps)]
+            self.ids = [row[row != examples.pad].tolist() for part in picked for row in part.input_ids_BT]
+            self.labels = [row for part in picked for row in (part.codes_BL + offset_L).tolist()]
+
+        def __len__(self):
+            return len(self.ids)
+
+        def __getitem__(self, row):
+            return {"input_ids": self.ids[row], "labels": self.labels[row]}
+
+    def collate(rows):
+        longest = max(len(row["input_ids"]) for row in rows)
+        ids_BT = torch.tensor([row["input_ids"] + [examples.pad] * (longest - len(row["input_ids"])) for row in rows])
+        return {"input_ids": ids_BT, "attention_mask": ids_BT != examples.pad,
+                "labels": torch.tensor([row["labels"] for row in rows])}  # fmt: skip
+
+    class Plain(torch.nn.Module):
+        """The encoder–decoder as one would write it for the Trainer."""
+
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask, labels):
+            memory = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            shifted = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=0)
+            hidden = model.decoder(
+                input_ids=shifted, encoder_hidden_states=memory, encoder_attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+            logits = model.lm_head(hidden * model.config.d_model**-0.5)
+            return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            clock()
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=BATCH[name], max_steps=steps, learning_rate=1e-3, use_cpu=True,
+            report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, max_grad_norm=1.0,
+        )  # fmt: skip
+        transformers.Trainer(
+            model=Plain() if name == "minilm" else model, args=arguments, train_dataset=Rows(), data_collator=collate,
+            callbacks=[Watch()],
+        ).train()  # fmt: skip
+
+
+def measure(name: str, way: str, options) -> dict:
+    """One process: a model trained one way."""
+    torch.set_num_threads(1)
+    queries, titles = texts_of(options.catalog)
+    if name == "minilm":
+        tokenizer = load_tokenizer(options.encoder, kind="encoder_decoder")
+    else:
+        tokenizer = with_docid_tokens(train_tokenizer([*queries, *titles], size=8000), SPACE)
+    examples, steps = examples_of(tokenizer, queries, titles), options.steps
+    model, clock = build(name, tokenizer, options.encoder), Clock(max(2, options.steps // 5))
+    rows, found = examples, {}
+    lengths = np.concatenate(
+        [examples.batch(seed=0, step=s, batch=BATCH[name]).input_ids_BT.astype(bool).sum(1) for s in range(4)]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        if way == "cached":
+            from catid2_ray.generator.states import CachedExamples
+
+            began = time.perf_counter()
+            rows = CachedExamples.build(examples, model.encoder, Path(folder) / "states")
+            found["seconds_caching"] = time.perf_counter() - began
+        if way == "trainer":
+            trainer(model, examples, name, steps, clock)
+        else:
+            fit(model, rows, space=SPACE, steps=steps, batch=BATCH[name], learning_rate=1e-3, on_step=clock)
+            one = Clock(clock.warm)
+            fit(
+                model,
+                OneBatch(rows, BATCH[name]),
+                space=SPACE,
+                steps=steps,
+                batch=BATCH[name],
+                learning_rate=1e-3,
+                on_step=one,
+            )
+            found["seconds_one_batch"] = one.seconds
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    began = time.perf_counter()
+    for _ in range(20):
+        a @ b
+    peak = 20 * 2 * 1024**3 / (time.perf_counter() - began)
+    rate = BATCH[name] / clock.seconds
+    return found | {
+        "model": name, "way": way, "batch": BATCH[name], "steps": steps, "seconds_step": clock.seconds, "examples_per_second": rate,
+        "mfu": rate * flops(model, name, lengths, way == "cached") / peak, "machine_gflops": peak / 1e9,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }  # fmt: skip
+
+
+def padding(options) -> dict:
+    """Share of padding among the tokens that a step computes on, with rows as they come and in groups of like length."""
+    queries, titles = texts_of(options.catalog)
+    tokenizer = with_docid_tokens(train_tokenizer([*queries, *titles], size=8000), SPACE)
+    examples, found = examples_of(tokenizer, queries, titles), {}
+    for name, batch in BATCH.items():
+        real = whole = grouped = 0
+        for step in range(20):
+            length_B = (examples.batch(seed=0, step=step, batch=batch).input_ids_BT != examples.pad).sum(1)
+            real, whole = real + length_B.sum(), whole + length_B.max() * len(length_B)
+            grouped += sum(length_B[part].max() * len(part) for part in length_groups(length_B))
+        found[name] = {"as they come": 1 - real / whole, "grouped": 1 - real / grouped}
+    return found
+
+
+def report(rows: list[dict], pads: dict, options) -> str:
+    data = "Home Depot" if options.catalog else "generated"
+    lines = [
+        "# A training step of the generator\n",
+        f"Written by `benchmarks/generator_step.py`. {options.steps} steps a measurement (a fifth of them warm-up), float32, "
+        f"AdamW, clipping, one thread, one process a measurement. Data: {data} queries and titles, at most {TOKENS} tokens, half "
+        "of the titles thinned. *trainer*: `transformers.Trainer` on the same model and rows, padded to the longest, loss over "
+        "the whole vocabulary. *ours*: `generator.fit`. *cached*: the frozen encoder's states read from disk (computing them "
+        "once is `caching`). MFU: products without padding ÷ the rate of a 1024³ product in the same process. Machine: "
+        f"{machine()}.\n",
+        "| model | parameters | way | batch | s a step | examples/s | beside the Trainer | real data ÷ one cached batch | MFU "
+        "| peak memory |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        rival = next(
+            (r["examples_per_second"] for r in rows if r["model"] == row["model"] and r["way"] == "trainer"), None
+        )
+        ratio = f"{row['examples_per_second'] / rival:.2f} ×" if rival else "–"
+        real = f"{row['seconds_step'] / row['seconds_one_batch']:.3f}" if "seconds_one_batch" in row else "–"
+        caching = f" ({row['seconds_caching']:.0f} s caching)" if "seconds_caching" in row else ""
+        lines.append(
+            f"| {row['model']} | {row['parameters'] / 1e6:.1f} M | {row['way']}{caching} | {row['batch']} | "
+            f"{row['seconds_step']:.3f} | {row['examples_per_second']:.1f} | {ratio} | {real} | {row['mfu']:.0%} | "
+            f"{row['peak_memory_gib']:.2f} GiB |"
+        )
+    lines += ["\n| model | padding as rows come | in groups of like length |", "|---|---:|---:|"]
+    lines += [f"| {name} | {shares['as they come']:.1%} | {shares['grouped']:.1%} |" for name, shares in pads.items()]
+    notes = HERE / "results" / "generator_step_notes.md"
+    return "\n".join(lines) + "\n" + (notes.read_text() if notes.exists() else "")
+
+
+HERE = Path(__file__).parent
+WAYS = {"small": ("ours", "trainer"), "minilm": ("cached", "ours", "trainer"), "base": ("ours", "trainer")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="small,minilm,base")
+    parser.add_argument("--encoder", help="folder of a sentence encoder, for minilm")
+    parser.add_argument("--catalog", help="folder with products.parquet and pairs.parquet")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--out", help="markdown file to write, such as benchmarks/results/generator_step.md")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(rounded(measure(*options.one.split(":"), options))))
+        return
+    names = [name for name in options.models.split(",") if name != "minilm" or options.encoder]
+    rows = []
+    for name in names:
+        for way in WAYS[name]:
+            command = [sys.executable, __file__, *sys.argv[1:], "--one", f"{name}:{way}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{name}, {way}:\n{done.stderr[-2000:]}")
+            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(rows[-1], file=sys.stderr, flush=True)
+    pads = rounded(padding(options))
+    if options.out:
+        Path(options.out).write_text(report(rows, pads, options))
+    print(json.dumps({"rows": rows, "padding": pads}))
+
+
+if __name__ == "__main__":
+    main()
