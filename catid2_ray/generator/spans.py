@@ -52,9 +52,10 @@ def span_places(length_N: np.ndarray, key_N: np.ndarray, *, tokens: int, windows
     start_S.append(np.zeros(len(row_S[0]), np.int64))
     for number in range(windows):
         row_W = np.flatnonzero(more_N > number)
-        draw_W = uniform(key_N[row_W], seed, number)
+        room_W, more_W = room_N[row_W], more_N[row_W]
+        first_W, end_W = number * room_W // more_W, (number + 1) * room_W // more_W
         row_S.append(row_W)
-        start_S.append(1 + np.floor((number + draw_W) * room_N[row_W] / more_N[row_W]).astype(np.int64))
+        start_S.append(1 + first_W + np.floor(uniform(key_N[row_W], seed, number) * (end_W - first_W)).astype(np.int64))
     rows, starts = np.concatenate(row_S), np.concatenate(start_S)
     order = np.argsort(rows, kind="stable")
     return rows[order], starts[order]

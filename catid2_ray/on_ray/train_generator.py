@@ -211,8 +211,13 @@ class GeneratorTask:
         return engine(inputs, batch["codes"].long(), batch["weight"]), {}
 
     def validate(self, module: DocidLoss, epoch: int) -> dict:
-        """Recall@50 of the real search on the sample; nothing where none was asked for."""
-        return {} if self.validation is None else self.validation.figures(module.model)
+        """Recall@50 of the real search on the sample; nothing where none was asked for. It is a `score`, by which the best epoch
+        is chosen, in the last stage alone: what an earlier one made is there to be built upon."""
+        if self.validation is None:
+            return {}
+        figures = self.validation.figures(module.model)
+        last = self.stage_of(epoch) + 1 == len(self.recipe.plan)
+        return figures if last else {name: value for name, value in figures.items() if name != "score"}
 
     def end_epoch(self, module: DocidLoss, *, epoch: int, means: dict, history: list[dict]) -> tuple[dict, bool]:
         """The stage's name, where there are several."""

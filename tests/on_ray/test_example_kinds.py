@@ -242,6 +242,16 @@ def test_stages_mix_their_kinds_epoch_after_epoch(made):
     assert task.end_epoch(None, epoch=4, means={}, history=[]) == ({"stage": "all"}, False)
 
 
+def test_only_the_last_stage_is_scored(made):
+    stages = [{"name": "titles", "mix": {"title": 1}}, {"name": "queries", "mix": {"query": 1}}]
+    recipe = Recipe.build({"catalog": {"synthetic": {}}, "generator": {"stages": stages}}).generator
+    task, module = task_of(made, stages=recipe.stages), SimpleNamespace(model=None)
+    assert task.validate(module, 0) == {}
+    task.validation = SimpleNamespace(figures=lambda model: {"recall@50": 0.4, "score": 0.4})
+    assert task.validate(module, 0) == {"recall@50": 0.4}
+    assert task.validate(module, 1) == {"recall@50": 0.4, "score": 0.4}
+
+
 def test_only_titles_lose_words_and_weights_go_along(made):
     task, rows = task_of(made), Held(read_all(made, made.examples))
     columns = rows.take(np.arange(len(rows.columns["kind"])))

@@ -13,7 +13,8 @@ def spans_of(tokens: list[int], draws: list[float], *, size: int, shortest: int)
     if room > 0:
         stretches = min(room, len(draws))
         for number in range(stretches):
-            start = 1 + int((number + draws[number]) * room / stretches)
+            stretch = list(range(1, room + 1))[number * room // stretches : (number + 1) * room // stretches]
+            start = stretch[int(draws[number] * len(stretch))]
             spans.append(tokens[start : start + size])
     return spans
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from catid2_ray.docid import DocidSpace
@@ -31,7 +31,8 @@ WORDS = [
 TOKENIZER = with_docid_tokens(train_tokenizer([" ".join(WORDS)] * 3, size=300), DocidSpace((4, 4)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
+@example(lengths=[4], tokens=1, windows=2, seed=2)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
     tokens=st.integers(1, 12),
