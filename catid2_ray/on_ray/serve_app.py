@@ -50,6 +50,11 @@ class Product(BaseModel):
     lexical: float | None = Field(description="BM25, where the release re-scores by it")
     title: str | None
 
+    @classmethod
+    def of(cls, hit: Hit) -> "Product":
+        names = ("product_id", "score", "logp", "dense", "lexical", "title")
+        return cls(docid=hit.docid_text, **{name: getattr(hit, name) for name in names})
+
 
 class RetrieveResponse(BaseModel):
     release: str
@@ -133,7 +138,7 @@ class RetrieverReplica:
             # Refused here, it cannot spoil a batch; it is kept for the search.
             await asyncio.to_thread(self.retriever.compile, request.filter)
         hits = await self._answer(request)
-        return RetrieveResponse(release=self.release, products=[_product(hit) for hit in hits])
+        return RetrieveResponse(release=self.release, products=[Product.of(hit) for hit in hits])
 
     @api.post("/v1/products")
     async def insert(self, request: InsertRequest) -> InsertResponse:
@@ -182,13 +187,6 @@ class RetrieverReplica:
             for number, hits in zip(group, found):
                 answers[number] = hits[: requests[number].k]
         return answers
-
-
-def _product(hit: Hit) -> Product:
-    return Product(
-        product_id=hit.product_id, docid=hit.docid_text, score=hit.score, logp=hit.logp, dense=hit.dense, lexical=hit.lexical,
-        title=hit.title,
-    )  # fmt: skip
 
 
 def build(settings: AppSettings):
