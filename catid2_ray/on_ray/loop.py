@@ -122,10 +122,6 @@ class Training:
             yield
             return
         run, flops, peak = self.run, None, 0.0
-        progress.event(
-            "batches", batch=self.plan.batch, micro_batch=self.batches.micro, accumulation=self.batches.accumulation,
-            workers=self.batches.workers, epochs=self.plan.epochs, steps=self.plan.steps,
-        )  # fmt: skip
         if hasattr(run.task, "flops_per_example"):
             flops = run.task.flops_per_example(self.engine.module)
             peak, source = peak_flops(run.device, run.settings.precision)

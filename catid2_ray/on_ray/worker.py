@@ -75,7 +75,12 @@ def _fit(run: Run, cluster: ClusterRecipe, label: str) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    with progress.remote_bar(label, run.batches(settings.workers).plan.steps, "steps"):
+    batches = run.batches(settings.workers)
+    progress.event(
+        "batches", stage=label.replace(" ", "_"), arithmetic=f"'{batches.arithmetic}'", epochs=batches.plan.epochs,
+        steps=batches.plan.steps,
+    )  # fmt: skip
+    with progress.remote_bar(label, batches.plan.steps, "steps"):
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
