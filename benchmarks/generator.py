@@ -59,7 +59,7 @@ def load_data(options) -> dict:
         for split in ("validation", "test")
     }
     return {
-        "names": names.to_numpy(zero_copy_only=False), "tokenizer": tokenizer, "product_P": place_P[known_P].astype(np.int64),
+        "products": products, "names": names.to_numpy(zero_copy_only=False), "tokenizer": tokenizer, "product_P": place_P[known_P].astype(np.int64),
         "query_PT": tokenize(tokenizer, queries, length=TOKENS),
         "title_NT": tokenize(tokenizer, products["title"].to_pylist(), length=TOKENS), "judged": judged,
     }  # fmt: skip
@@ -151,6 +151,8 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
         folder = Path(options.keep) / f"{kind}-{seed}"
         save_generator(model, data["tokenizer"], folder / "generator")
         trie.save(folder / "trie")
+        with pa.ipc.new_file(str(folder / "products.arrow"), data["products"].schema) as out:
+            out.write_table(data["products"].take(pa.array(trie.order_N)))
     return {
         "kind": kind, "seed": seed, "examples": steps * BATCH, "seconds": seconds, "examples_per_second": steps * BATCH / seconds,
         "curve": curve, **recalls(model, trie, data, "test"),
@@ -252,7 +254,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", default="generator_runs", help="folder for one JSON a cell; claimed cells are left alone"
     )
-    parser.add_argument("--keep", help="folder for the trained models and tries")
+    parser.add_argument("--keep", help="folder for the trained models, their tries and products in trie order")
     parser.add_argument(
         "--render", action="store_true", help="write benchmarks/results/generator.md from --runs and end"
     )
