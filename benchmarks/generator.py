@@ -59,7 +59,8 @@ def load_data(options) -> dict:
         for split in ("validation", "test")
     }
     return {
-        "products": products, "names": names.to_numpy(zero_copy_only=False), "tokenizer": tokenizer, "product_P": place_P[known_P].astype(np.int64),
+        "products": products, "names": names.to_numpy(zero_copy_only=False), "tokenizer": tokenizer,
+        "product_P": place_P[known_P].astype(np.int64),
         "query_PT": tokenize(tokenizer, queries, length=TOKENS),
         "title_NT": tokenize(tokenizer, products["title"].to_pylist(), length=TOKENS), "judged": judged,
     }  # fmt: skip
