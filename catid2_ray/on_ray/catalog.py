@@ -190,7 +190,7 @@ def _inspect(source: Store, table: str, writer: type, more: Iterable[str] = ()) 
                 f"{', '.join(columns)}: all files of a table must agree"
             )
         columns = used
-    return _Source(files, columns, pieces)
+    return _Source(files, columns or [], pieces)
 
 
 def part_of(product_ids: pa.ChunkedArray, parts: int) -> np.ndarray:
