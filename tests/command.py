@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[1]
-TIMEOUT_S = 420
+TIMEOUT_S = 900  # two jobs may share two cores
 
 
 def write_recipe(folder: Path, recipe: dict) -> Path:
