@@ -22,8 +22,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 quickstart: $(VENV)/.installed
 	$(BIN)/catid2 reindex --recipe jobs/recipes/quickstart.yaml
 
+# Tests that start Ray run one after another: each takes the machine whole, and their time limits count on it.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -38,3 +38,12 @@ def _own_cache(tmp_path_factory):
     os.environ["CATID2_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
     del os.environ["CATID2_CACHE"]
+
+
+_STARTS_RAY = ("tests/jobs/", "tests/end_to_end/", "tests/on_ray/test_assign.py", "tests/on_ray/test_esci_recipes.py")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.relative_to(config.rootpath).as_posix().startswith(_STARTS_RAY):
+            item.add_marker(pytest.mark.cluster)
