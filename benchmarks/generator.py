@@ -29,6 +29,7 @@ from catid2_ray.generator import Examples, fit, starts_word, tokenize
 from catid2_ray.generator.encoder_decoder import encoder_decoder
 from catid2_ray.generator.saved import save_generator
 from catid2_ray.generator.states import CachedExamples
+from catid2_ray.generator.step import level_losses
 from catid2_ray.generator.vocabulary import load_tokenizer, marks
 from catid2_ray.on_ray.arrays import matrix
 from catid2_ray.retrieval.beam import constrained_beam_search
@@ -38,8 +39,8 @@ from catid2_ray.retrieval.trie import Trie
 HERE = Path(__file__).parent
 TRAIN_FROM, RELEVANT_FROM = 2.33, 2.67
 KS = (5, 10, 50, 100)
-TOKENS, BATCH, BEAM, CODES = 32, 256, 100, 256
-VALIDATION_QUERIES = 300
+TOKENS, BEAM, CODES = 32, 100, 256
+VALIDATION_QUERIES, VALIDATION_PAIRS = 300, 1024
 
 
 def load_data(options) -> dict:
@@ -109,6 +110,15 @@ def recalls(model, trie: Trie, data: dict, split: str, most: int | None = None) 
     }
 
 
+def check_pairs(data: dict, codes_NL: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and codes of VALIDATION_PAIRS pairs of a validation query and a product relevant to it."""
+    judged, row_of = data["judged"]["validation"], {name: row for row, name in enumerate(data["names"])}
+    pairs = [(query, row_of[name]) for query, names in zip(judged.queries, judged.relevant) for name in sorted(names)]
+    chosen = np.random.default_rng(0).permutation(len(pairs))[:VALIDATION_PAIRS]
+    ids_BT = tokenize(data["tokenizer"], [pairs[i][0] for i in chosen], length=TOKENS)
+    return torch.from_numpy(ids_BT).long(), torch.from_numpy(codes_NL[[pairs[i][1] for i in chosen]])
+
+
 def run_cell(options, data: dict, kind: str, seed: int) -> dict:
     """Train one cell and score it; writes nothing but its model where `--keep` asks for it."""
     codes_NL = ids_of(options, kind, seed, data["names"])
@@ -125,29 +135,33 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
         **marks(data["tokenizer"])._asdict(),
     )  # fmt: skip
     cached = CachedExamples.build(examples, model.encoder, Path(options.cache) / "states", on_progress=said)
-    steps = options.examples // BATCH
-    curve, losses, began, paused = [], [], time.monotonic(), 0.0
+    steps = options.examples // options.batch
+    check_BT, check_BL = check_pairs(data, codes_NL)
+    curve, losses, began, paused = [], [], time.process_time(), 0.0
 
     def watch(step: int, loss: float) -> None:
         nonlocal paused
         losses.append(loss)
         if (step + 1) % max(1, steps // options.points) == 0:
-            stopped = time.monotonic()
+            stopped = time.process_time()
             model.eval()
             score = recalls(model, trie, data, "validation", VALIDATION_QUERIES)["recall"]
+            with torch.inference_mode():
+                checked = float(level_losses(model, check_BT, check_BL, space=space).sum())
             model.train()
-            paused += time.monotonic() - stopped
+            paused += time.process_time() - stopped
             curve.append(
-                {"examples": (step + 1) * BATCH, "seconds": time.monotonic() - began - paused,
-                 "loss": float(np.mean(losses[-100:])), "recall@10": score["10"], "recall@50": score["50"]}
+                {"examples": (step + 1) * options.batch, "seconds": time.process_time() - began - paused,
+                 "loss": float(np.mean(losses[-100:])), "validation_loss": checked,
+                 "recall@10": score["10"], "recall@50": score["50"]}
             )  # fmt: skip
             print(kind, seed, {name: round(value, 4) for name, value in curve[-1].items()}, flush=True)
 
     fit(
-        model, cached, space=space, steps=steps, batch=BATCH, learning_rate=options.learning_rate,
+        model, cached, space=space, steps=steps, batch=options.batch, learning_rate=options.learning_rate,
         label_smoothing=options.label_smoothing, seed=seed, on_step=watch,
     )  # fmt: skip
-    seconds = time.monotonic() - began - paused
+    seconds = time.process_time() - began - paused
     if options.keep:
         folder = Path(options.keep) / f"{kind}-{seed}"
         save_generator(model, data["tokenizer"], folder / "generator")
@@ -155,7 +169,7 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
         with pa.ipc.new_file(str(folder / "products.arrow"), data["products"].schema) as out:
             out.write_table(data["products"].take(pa.array(trie.order_N)))
     return {
-        "kind": kind, "seed": seed, "examples": steps * BATCH, "seconds": seconds, "examples_per_second": steps * BATCH / seconds,
+        "kind": kind, "seed": seed, "examples": steps * options.batch, "seconds": seconds, "examples_per_second": steps * options.batch / seconds,
         "curve": curve, **recalls(model, trie, data, "test"),
     }  # fmt: skip
 
@@ -177,7 +191,7 @@ def report(cells: list[dict], options, notes: str) -> str:
     lines = [
         "# Generators on Home Depot\n",
         f"Written by `benchmarks/generator.py`. Encoder: {Path(options.encoder).name}, frozen, its token states cached; decoder: "
-        f"{options.layers} T5 layers of width {options.width}, trained from nothing. Batch {BATCH}, learning rate "
+        f"{options.layers} T5 layers of width {options.width}, trained from nothing. Batch {options.batch}, learning rate "
         f"{options.learning_rate:g}, {options.titles:g} titles an epoch per title, words kept in a thinned title "
         f"{options.keep_words:g} ({options.drop_share:g} of the titles are thinned), label smoothing "
         f"{options.label_smoothing:g}, dropout {options.dropout:g}. Beam {BEAM}, full IDs, no re-scoring. Categories of this "
@@ -243,6 +257,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--examples", type=int, default=1_000_000, help="budget of a cell")
     parser.add_argument("--points", type=int, default=8, help="points of the learning curve")
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--dropout", type=float, default=0.0)

@@ -1,6 +1,7 @@
 """A pretrained text encoder with a T5 decoder of our own: what the words mean is known before training begins.
 
-The text encoder's states pass through one linear layer and a norm to the decoder's width. Frozen, the encoder costs a
+The text encoder's states pass through one linear layer to the decoder's width, get the whole text's vector added through
+another, and a norm. Frozen, the encoder costs a
 step nothing once its states are cached (`states.py`), and its mean state is the query's dense vector in the same pass.
 The decoder's vocabulary is a start row and then the ΣK ID rows: IDs need no place in the text's tokenizer.
 
@@ -40,6 +41,7 @@ class ProjectedEncoder(nn.Module):
         super().__init__()
         self.text, self.frozen, self.pad = text, frozen, pad
         self.projection = nn.Linear(text.config.hidden_size, width, bias=False)
+        self.sentence = nn.Linear(text.config.hidden_size, width, bias=False)
         self.norm = T5LayerNorm(width, eps=epsilon)
         self.text.requires_grad_(not frozen)
         self.train(self.training)
@@ -64,13 +66,16 @@ class ProjectedEncoder(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.text(input_ids=input_ids_BT, attention_mask=attention_mask_BT.long()).last_hidden_state
 
-    def project(self, states_BTE: Tensor) -> Tensor:
-        """B×T×D from states of any float type."""
-        return self.norm(self.projection(states_BTE.to(self.projection.weight.dtype)))
+    def project(self, states_BTE: Tensor, mask_BT: Tensor) -> Tensor:
+        """B×T×D from states of any float type: of each token, plus of the whole text, whose IDs are functions of such vectors."""
+        weight, width = self.projection.weight, states_BTE.shape[-1]
+        text_BE = dense(states_BTE, mask_BT) * width**0.5
+        states_BTD = self.projection(states_BTE.to(weight.dtype)) + self.sentence(text_BE.to(weight.dtype))[:, None]
+        return self.norm(states_BTD)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         states_BTE = self.token_states(input_ids, attention_mask)
-        return Encoded(self.project(states_BTE), dense(states_BTE, attention_mask))
+        return Encoded(self.project(states_BTE, attention_mask), dense(states_BTE, attention_mask))
 
     @torch.no_grad()
     def digest(self) -> str:
