@@ -161,7 +161,7 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
         model, cached, space=space, steps=steps, batch=options.batch, learning_rate=options.learning_rate,
         label_smoothing=options.label_smoothing, seed=seed, on_step=watch,
     )  # fmt: skip
-    seconds = time.process_time() - began - paused
+    seconds, seen = time.process_time() - began - paused, steps * options.batch
     if options.keep:
         folder = Path(options.keep) / f"{kind}-{seed}"
         save_generator(model, data["tokenizer"], folder / "generator")
@@ -169,7 +169,7 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
         with pa.ipc.new_file(str(folder / "products.arrow"), data["products"].schema) as out:
             out.write_table(data["products"].take(pa.array(trie.order_N)))
     return {
-        "kind": kind, "seed": seed, "examples": steps * options.batch, "seconds": seconds, "examples_per_second": steps * options.batch / seconds,
+        "kind": kind, "seed": seed, "examples": seen, "seconds": seconds, "examples_per_second": seen / seconds,
         "curve": curve, **recalls(model, trie, data, "test"),
     }  # fmt: skip
 
@@ -197,8 +197,7 @@ def report(cells: list[dict], options, notes: str) -> str:
         f"{options.label_smoothing:g}, dropout {options.dropout:g}. Beam {BEAM}, full IDs, no re-scoring. Categories of this "
         f"catalogue are inferred, not gold. Recall is per product on the test split (relevance ≥ {RELEVANT_FROM}); *seen* "
         f"products are named by a training pair (≥ {TRAIN_FROM}). Mean over seeds ± half the range. Machine: {machine()}; one "
-        "thread a cell, two cells at a time, other work beside them, so budgets are equal in examples and seconds are upper "
-        "bounds.\n",
+        "thread a cell; budgets are equal in examples, and seconds are this thread's own (processor time), without evaluation.\n",
         "| IDs | seeds | examples | seconds | " + " | ".join(f"@{k}" for k in KS)
         + " | " + " | ".join(f"seen @{k}" for k in KS) + " | " + " | ".join(f"unseen @{k}" for k in KS) + " |",
         "|---|---:|---:|---:|" + "---:|" * (3 * len(KS)),

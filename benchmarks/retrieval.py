@@ -43,6 +43,7 @@ HERE = Path(__file__).parent
 TRAIN_FROM, RELEVANT_FROM = 2.33, 2.67
 QUERY_TOKENS, QUERIES_AT_ONCE = 32, 8
 RIVALS = ("BM25", "dense", "BM25 + dense")
+INT8 = "beam alone, int8"
 EVERYTHING = ("everything, the beams' products", "everything, beams ∪ lists")
 
 
@@ -178,6 +179,9 @@ def generative(options, found: dict[str, Split], trie: Trie, store: VectorStore,
         again[level, width] = searched(test, level, width)
     beam = next(one for (level, width), one in again.items() if level == trie.levels and width == RETURNED)
     lists = {"beam alone": fusion.beam_lists(test, beam)}
+    decoder_8 = decoder_for(model, codes_per_level=trie.codes_per_level, weights="int8")
+    beam_8 = search(decoder_8, tokenizer, trie, test.judgements.queries, trie.levels, RETURNED)
+    lists[INT8] = fusion.beam_lists(test, beam_8)
     for name, setting in settings.items():
         one = again[setting.level, setting.width]
         if name == EVERYTHING[1]:
@@ -230,8 +234,13 @@ def measured(options, folder: str) -> dict:
         "settings": {name: setting._asdict() for name, setting in settings.items()},
         "groups": figures_of(judgements, ranked),
         "returned": {method: float(np.mean([len(row) for row in rows])) for method, rows in ranked.items()},
-        "seconds": time.perf_counter() - started,
+        "int8_overlap": overlap(lists) if trie else None, "seconds": time.perf_counter() - started,
     }  # fmt: skip
+
+
+def overlap(lists: dict) -> float:
+    """Mean share of the beam's products that the beam with 8-bit weights returns too."""
+    return float(np.mean([np.isin(*both).mean() for both in zip(lists["beam alone"], lists[INT8], strict=True)]))
 
 
 def _interval(mean: float, low: float, high: float, *, sign: str = "") -> str:
@@ -268,6 +277,11 @@ def report(figures: dict, notes: str) -> str:
         f"{figures['validation_queries']} validation queries by the mean recall at {', '.join(map(str, KS))}, once for all "
         f"cut-offs. Each method returns {RETURNED} products; mean returned: "
         + ", ".join(f"{name} {count:.4g}" for name, count in figures["returned"].items())
+        + (
+            f". The beam with 8-bit weights returns {figures['int8_overlap']:.1%} of its products"
+            if figures["ids"]
+            else ""
+        )
         + ". In brackets: 95 % interval of the bootstrap over queries (10,000 resamples); differences are paired.\n",
     ]
     for group, part in figures["groups"].items():

@@ -306,7 +306,9 @@ class LiveTrie:
             rows = self._found(products)
             if (rows < 0).any():
                 missing = products[int(np.argmax(rows < 0))]
-                raise InputError(f"no product {missing!r} in this trie; name it by its row, or insert it")
+                raise InputError(
+                    f"no product {missing!r}: neither in the release nor inserted since; check the product id, or insert it"
+                )
             return rows
         rows = np.asarray(products if products else np.empty(0, np.int64))
         last = self.view.rows - 1
