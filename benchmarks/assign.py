@@ -217,7 +217,8 @@ CONTENDERS = ("exact", "sinkhorn", "greedy", "regroup_loop", "nearest_free")
 def resolution_table(resolution: dict) -> str:
     """Seconds, duplicates left and added distance relative to exact of each contender in each case of resolution.py."""
     lines = [
-        "One process, one thread, no Ray. `exact`, `sinkhorn`, `greedy`: `assign_unique` by its methods. `regroup_loop`: "
+        f"One process, one thread, no Ray, {resolution['machine']}. `exact`, `sinkhorn`, `greedy`: `assign_unique` by its "
+        "methods. `regroup_loop`: "
         "re-encode each group of equal IDs with Sinkhorn on the last level, up to 20 rounds, as LC-Rec and LETTER do. "
         "`nearest_free`: one product after the other takes the nearest free code of its prefix. Seconds / duplicates left / "
         "added squared distance relative to exact (it says little where duplicates are left). A peer was stopped after "

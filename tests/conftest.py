@@ -40,6 +40,27 @@ def _own_cache(tmp_path_factory):
     del os.environ["CATID2_CACHE"]
 
 
+@pytest.fixture(scope="session")
+def _one_ray(_own_cache):
+    """One Ray for all tests that run jobs in this process: starting it and its workers costs more than most of them."""
+    from catid2_ray.config import ClusterRecipe
+    from catid2_ray.on_ray import cluster
+
+    cluster.connect(ClusterRecipe())
+    yield
+    cluster.disconnect()
+
+
+@pytest.fixture(scope="module")
+def shared_ray(_one_ray):
+    """Jobs that find a Ray running use it; here they also leave it be when they end."""
+    from catid2_ray.on_ray import cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "disconnect", lambda: None)
+        yield
+
+
 _STARTS_RAY = ("tests/jobs/", "tests/end_to_end/", "tests/on_ray/test_assign.py", "tests/on_ray/test_esci_recipes.py")
 
 

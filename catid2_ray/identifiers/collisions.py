@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
-from ot.batch import bregman_projection_batch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
@@ -269,6 +268,9 @@ def _plan(cost_BGC):
     floor_B = base_BG.sum(axis=1) / unit_B
     gain_BR, price_BC = np.zeros((count, members + 1)), np.zeros((count, width))
     pick_BG, left = np.empty((count, members), np.int64), np.arange(count)
+    # Imported here: it brings scikit-learn, a second that every worker of a job would pay.
+    from ot.batch import bregman_projection_batch
+
     for reg in SINKHORN_REGS:
         # Prices so far go into the exponent: no overflow, no logarithms inside, and the sharper plan starts from them.
         with np.errstate(all="ignore"):

@@ -23,6 +23,9 @@ _PRIVATE_RAY = {
     # Notices of Ray's C++ side (restarts of actors, number of workers) would tear the progress display.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_worker_maximum_startup_concurrency": "4",
+    # An epoch's checkpoint waits for the controller's next look; and nobody takes the machine that one runs on oneself away.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 

@@ -47,7 +47,7 @@ def ids_of(store: Store, manifest) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def published(tmp_path_factory, shared_ray):
     """A folder with shop/ and store/, in which one release is current."""
     folder = tmp_path_factory.mktemp("append")
     write_shop(folder / "shop")

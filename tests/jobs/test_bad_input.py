@@ -16,23 +16,10 @@ from catid2_ray.errors import (
     StorageError,
     TrainingError,
 )
-from catid2_ray.on_ray import cluster
 from catid2_ray.on_ray.reindex import publish, reindex, run_verb
 
 MADE = generate(products=60, queries=40, seed=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_ray():
-    """One Ray for the module; jobs that find one running use it and leave it be."""
-    cluster.connect(Recipe.build({"catalog": {"synthetic": {}}}).cluster)
-    yield
-    cluster.disconnect()
-
-
-@pytest.fixture(autouse=True)
-def keep_ray(monkeypatch):
-    monkeypatch.setattr(cluster, "disconnect", lambda: None)
+pytestmark = pytest.mark.usefixtures("shared_ray")
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
+from catid2_ray.config import Recipe
 from catid2_ray.on_ray.arrays import matrix
+from catid2_ray.on_ray.reindex import reindex
 from tests.command import run, write_recipe
 
 KEYS = {
@@ -116,14 +117,11 @@ def test_unknown_kinds_are_named_before_any_work(compared):
 
 
 @pytest.mark.parametrize("kind", ["hi_gen", "cq_sid"])
-def test_everything_downstream_runs_on_other_ids(kind, tiny, tmp_path):
+def test_everything_downstream_runs_on_other_ids(kind, shared_ray, tiny, tmp_path):
     tiny["quantizer"] |= {"kind": kind, "codes_per_level": [64, 8, 8], "leaf": 20, "epochs": 2}
     tiny["evaluation"]["beam_width"] = 8
     recipe = write_recipe(tmp_path, tiny | {"store": str(tmp_path / "store")})
-    done = run("jobs.reindex", "--recipe", recipe)
-    assert done.returncode == 0, done.stderr[-3000:]
-    store = Store(str(tmp_path / "store"))
-    ids = releases.current(store).manifests(store)["ids"]
+    ids = reindex(Recipe.load(recipe)).parts["ids"]
     assert ids.metrics["codes_per_level"] != tiny["quantizer"]["codes_per_level"] or kind == "cq_sid"
     assert (ids.metrics["duplicates_after"] > 0) == (kind == "cq_sid")
     report = run("catid2_ray.cli", "report-ids", "--recipe", recipe, "--html", tmp_path / "ids.html")

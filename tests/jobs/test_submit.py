@@ -62,7 +62,8 @@ def submit(head, *entry: str) -> subprocess.CompletedProcess:
 
 
 def test_reindex_is_submitted_and_a_stage_after_it(head, tiny, tmp_path):
-    recipe = write_recipe(tmp_path, {**tiny, "store": str(tmp_path / "store")})
+    quantizer = {"kind": "rq_kmeans", "codes_per_level": [8, 8, 8, 8], "kmeans_sample": 200}
+    recipe = write_recipe(tmp_path, {**tiny, "store": str(tmp_path / "store"), "quantizer": quantizer})
     result = submit(head, "python", "-m", "jobs.reindex", "--recipe", str(recipe))
     shown = result.stdout + result.stderr
     assert result.returncode == 0 and "succeeded" in shown, shown[-4000:]

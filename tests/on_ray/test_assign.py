@@ -103,16 +103,12 @@ def coded(recipe: Recipe, parts: dict):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """3,000 products with codes, on a Ray that all tests of this file share."""
+def world(tmp_path_factory, shared_ray):
+    """3,000 products with codes."""
     folder = tmp_path_factory.mktemp("assign")
     write_catalogue(folder, products(3000))
     recipe = recipe_of(folder)
-    cluster.connect(recipe.cluster)
-    try:
-        yield folder, recipe, parts_of(recipe, "quantizer")
-    finally:
-        cluster.disconnect()
+    return folder, recipe, parts_of(recipe, "quantizer")
 
 
 def test_parts_and_buckets_give_what_one_call_gives(world):

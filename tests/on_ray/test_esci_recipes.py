@@ -28,7 +28,7 @@ QUERY = {"us": "black water bottle", "es": "sartén antiadherente negro", "jp": 
 
 
 @pytest.mark.parametrize("locale", ["jp", "us", "es"])
-def test_a_recipe_runs_from_the_published_files_to_a_release(locale, tmp_path):
+def test_a_recipe_runs_from_the_published_files_to_a_release(locale, shared_ray, tmp_path):
     if locale != "jp" and not os.environ.get("CATID2_TEST_ESCI"):
         pytest.skip("set CATID2_TEST_ESCI=1 to run every locale")
     sample = write_sample(tmp_path / "source", products=72)
