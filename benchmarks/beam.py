@@ -245,8 +245,9 @@ def rendered(report: dict) -> str:
         [goal["goal"], goal["ids"], f"{goal['sense']} {goal['bound']}", goal["found"], goal["met"]]
         for goal in report["goals"]
     ]
+    turns = " or ".join(map(str, sorted({case["turns"] for case in report["cases"]})))
     return (
-        f"# The beam search, T5-{report['model']}\n\nWritten by `benchmarks/beam.py`: medians of {report['cases'][0]['turns']} "
+        f"# The beam search, T5-{report['model']}\n\nWritten by `benchmarks/beam.py`: medians of {turns} "
         f"turns in one run, {report['threads']} threads, {report['tokens']} query tokens, {report['dtype']} on "
         f"{report['device']}, random weights. The search includes the encoder, *products* are the decoder's matrix "
         f"products alone. Machine: {report['machine']}, torch {report['torch']}.\n\n"
