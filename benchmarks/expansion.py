@@ -1,6 +1,7 @@
 """What it costs a query to expand clusters and re-score their products, beside dense retrieval by brute force.
 
     python benchmarks/expansion.py [--rows 1e6] [--width 384] [--clusters 50] [--queries 8] [--repeats 5] [--json FILE]
+        [--out benchmarks/results/expansion.md]
 
 A catalogue in clusters of 1 to 2,000 products (uniform), random vectors of length 1, `--clusters` random clusters a query.
 Unusual: brute force is timed twice, as one writes it (a float32 matrix in memory, one matrix-vector product, top-k) and
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from surroundings import machine, rounded
+from surroundings import machine, rounded, table
 
 from catid2_ray.retrieval.beam import BeamResult
 from catid2_ray.retrieval.expansion import expand, rescore
@@ -57,7 +58,7 @@ def beams(trie: Trie, level: int, queries: int, count: int, rng) -> BeamResult:
 
 
 def one(result: BeamResult, query: int) -> BeamResult:
-    return BeamResult(*(field[query : query + 1] for field in result))
+    return BeamResult(*(None if field is None else field[query : query + 1] for field in result))
 
 
 def medians(ways: dict, queries: int, repeats: int) -> dict:
@@ -142,6 +143,20 @@ def measured(folder: str, options) -> dict:
     }
 
 
+def rendered(report: dict) -> str:
+    rows = [[name.replace("_", " "), us / 1e3] for name, us in report["us_per_query"].items()]
+    return (
+        "# Expanding clusters and re-scoring\n\nWritten by `benchmarks/expansion.py`: "
+        f"{report['rows']:,} products of width {report['width']} in clusters of 1 to {report['largest_cluster']:,}, "
+        f"{report['clusters']} clusters a query ({report['rows_of_the_clusters']:,.0f} products), the best {report['top_k']} "
+        f"kept, quota {report['quota']}; one thread, medians. Machine: {report['machine']}, torch {report['torch']}.\n\n"
+        + table(["way", "ms a query"], rows)
+        + f"\nBrute force over all products ÷ ours: {report['brute_force_float32_over_ours']:.1f} in memory, "
+        f"{report['brute_force_float16_over_ours']:.1f} over the same float16 rows on disk. Opening: {report['open_ms']:.1f} ms; "
+        f"{report['bytes_per_row']:.0f} bytes a product.\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=lambda text: int(float(text)), default=10**6, help="N")
@@ -150,6 +165,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the JSON object here")
+    parser.add_argument("--out", type=Path, help="also write the table here, as Markdown")
     options = parser.parse_args()
     torch.set_num_threads(1)
     report = {
@@ -164,6 +180,8 @@ def main() -> None:
         print(f"{name}: {us} us a query")
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.out:
+        options.out.write_text(rendered(report))
     print(json.dumps(report))
 
 
