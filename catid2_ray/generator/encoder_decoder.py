@@ -48,7 +48,7 @@ class ProjectedEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.projection.weight.device
+        return self.norm.weight.device
 
     @property
     def vocabulary(self) -> int:
@@ -68,10 +68,9 @@ class ProjectedEncoder(nn.Module):
 
     def project(self, states_BTE: Tensor, mask_BT: Tensor) -> Tensor:
         """B×T×D from states of any float type: of each token, plus of the whole text, whose IDs are functions of such vectors."""
-        weight, width = self.projection.weight, states_BTE.shape[-1]
-        text_BE = dense(states_BTE, mask_BT) * width**0.5
-        states_BTD = self.projection(states_BTE.to(weight.dtype)) + self.sentence(text_BE.to(weight.dtype))[:, None]
-        return self.norm(states_BTD)
+        kind = self.norm.weight.dtype  # 8-bit copies of the matrices have no weight to ask
+        text_BE = dense(states_BTE, mask_BT) * states_BTE.shape[-1] ** 0.5
+        return self.norm(self.projection(states_BTE.to(kind)) + self.sentence(text_BE.to(kind))[:, None])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         states_BTE = self.token_states(input_ids, attention_mask)

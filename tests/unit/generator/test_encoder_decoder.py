@@ -85,6 +85,25 @@ def test_padded_batches_are_single_queries_and_a_wide_beam_is_brute_force(folder
         constrained_beam_search(model, trie, ids_NT, ids_NT != 0, beam_width=60, top_k=12)
 
 
+def test_8_bit_copies_of_encoder_and_decoder_find_nearly_the_same_scores(folder):
+    model = build(folder).eval()
+    ids_NT, codes_NL = rows(folder)
+    trie = Trie.build(np.unique(codes_NL, axis=0), codes_per_level=SPACE.codes_per_level)
+    plain, small = (
+        constrained_beam_search(
+            T5Decoder(model, codes_per_level=SPACE.codes_per_level, weights=weights), trie, ids_NT, ids_NT != 0,
+            beam_width=60, top_k=trie.rows,
+        )
+        for weights in ("float32", "int8")
+    )  # fmt: skip
+    by_id = [
+        {tuple(docid): float(logp) for docid, logp in zip(found.docid_BKL[0].tolist(), found.logp_BK[0])}
+        for found in (plain, small)
+    ]
+    assert by_id[0].keys() == by_id[1].keys()
+    assert max(abs(by_id[0][docid] - by_id[1][docid]) for docid in by_id[0]) < 0.5
+
+
 def test_the_loss_is_the_mean_over_single_rows_with_ids_and_with_states(folder, tmp_path):
     model = build(folder).eval()
     ids_NT, codes_NL = rows(folder)
