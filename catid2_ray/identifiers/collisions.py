@@ -268,8 +268,7 @@ def _plan(cost_BGC):
     floor_B = base_BG.sum(axis=1) / unit_B
     gain_BR, price_BC = np.zeros((count, members + 1)), np.zeros((count, width))
     pick_BG, left = np.empty((count, members), np.int64), np.arange(count)
-    # Imported here: it brings scikit-learn, a second that every worker of a job would pay.
-    from ot.batch import bregman_projection_batch
+    from ot.batch import bregman_projection_batch  # here: it brings scikit-learn, a second in every worker
 
     for reg in SINKHORN_REGS:
         # Prices so far go into the exponent: no overflow, no logarithms inside, and the sharper plan starts from them.
