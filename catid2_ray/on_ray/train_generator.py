@@ -204,7 +204,10 @@ class GeneratorTask:
         projected = sum(self.space.codes_per_level) * model.lm_head.weight.shape[1]
         if self.recipe.kind == "causal":
             return 6.0 * (weights(model) * (tokens + levels - 1) + projected)
-        return 6.0 * (weights(model.encoder) * tokens + weights(model.decoder) * levels + projected)
+        # The whole text's vector passes its matrix once, not once per token.
+        once = weights(model.encoder.sentence) if hasattr(model.encoder, "sentence") else 0
+        encoder = (weights(model.encoder) - once) * tokens + once
+        return 6.0 * (encoder + weights(model.decoder) * levels + projected)
 
     def loss(self, engine, batch: dict[str, torch.Tensor], *, gather) -> tuple[torch.Tensor, dict]:
         inputs = TokenStates(batch["states"], batch["real"]) if "states" in batch else batch["input_ids"].long()
