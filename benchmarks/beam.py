@@ -248,7 +248,7 @@ def rendered(report: dict) -> str:
     turns = " or ".join(map(str, sorted({case["turns"] for case in report["cases"]})))
     return (
         f"# The beam search, T5-{report['model']}\n\nWritten by `benchmarks/beam.py`: medians of {turns} "
-        f"turns in one run, {report['threads']} threads, {report['tokens']} query tokens, {report['dtype']} on "
+        f"turns, {report['threads']} threads, {report['tokens']} query tokens, {report['dtype']} on "
         f"{report['device']}, random weights. The search includes the encoder, *products* are the decoder's matrix "
         f"products alone. Machine: {report['machine']}, torch {report['torch']}.\n\n"
         + table(names, rows)

@@ -1,11 +1,13 @@
 """Generators on a real catalogue: learning curves and recall for several kinds of IDs at equal budgets.
 
     python benchmarks/generator.py --catalog DATA/home_depot --encoder MODELS/all-MiniLM-L6-v2 --store STORE
-        --kinds cat_id2,tiger,cat_id2_shuffled --seeds 3 --examples 1500000 [--cache FOLDER] [--keep FOLDER] [--render]
+        --kinds cat_id2,tiger,cat_id2_shuffled --seeds 3 --examples 1500000 [--cache FOLDER] [--runs RUNS] [--keep FOLDER]
+        [--render]
 
 STORE is one in which `catid2 compare-ids` assigned IDs of these kinds and seeds. Model: the pretrained text encoder, frozen,
 its token states cached once for all cells, and a T5 decoder of our own. A cell (kind, seed) is one process and one thread;
-cells that are done (RESULTS/generator/*.json) are not run again. The last line printed is the JSON of all cells.
+cells that are done or begun (RUNS/*.json) are not run again, so several processes can share a grid. The last line printed is
+the JSON of all cells.
 """
 
 import argparse
@@ -212,7 +214,8 @@ def report(cells: list[dict], options, notes: str) -> str:
     asked = cells[0]["queries"]
     lines += [
         f"\n{asked['all']:,} queries, {asked['seen']:,} with a seen and {asked['unseen']:,} with an unseen relevant product.\n",
-        f"## Learning curves\n\nrecall@50 on {VALIDATION_QUERIES} validation queries after so many examples (mean over seeds); "
+        f"## Learning curves\n\nrecall@50 on {VALIDATION_QUERIES} validation queries, and the loss of {VALIDATION_PAIRS:,} "
+        "validation pairs in nats an ID, after so many examples (mean over seeds); "
         "![recall over examples](generator.png)\n",
     ]
     for examples in budget:
@@ -220,8 +223,11 @@ def report(cells: list[dict], options, notes: str) -> str:
         points = [point["examples"] for point in of[0]["curve"]]
         lines += ["| IDs | " + " | ".join(f"{p // 1000:,}k" for p in points) + " |", "|---|" + "---:|" * len(points)]
         for kind in dict.fromkeys(cell["kind"] for cell in of):
-            curves = np.array([[p["recall@50"] for p in cell["curve"]] for cell in of if cell["kind"] == kind])
-            lines.append(f"| {kind} | " + " | ".join(f"{value:.3f}" for value in curves.mean(0)) + " |")
+            for figure, form in (("recall@50", ".3f"), ("validation_loss", ".2f")):
+                curves = np.array([[p[figure] for p in cell["curve"]] for cell in of if cell["kind"] == kind])
+                lines.append(
+                    f"| {kind}, {figure} | " + " | ".join(format(value, form) for value in curves.mean(0)) + " |"
+                )
         lines.append("")
     return "\n".join(lines) + "\n" + notes
 

@@ -1,8 +1,8 @@
 """A pretrained text encoder with a T5 decoder of our own: what the words mean is known before training begins.
 
 The text encoder's states pass through one linear layer to the decoder's width, get the whole text's vector added through
-another, and a norm. Frozen, the encoder costs a
-step nothing once its states are cached (`states.py`), and its mean state is the query's dense vector in the same pass.
+another, and a norm. Frozen, the encoder costs a step nothing once its states are cached (`states.py`), and its mean state is
+the query's dense vector in the same pass.
 The decoder's vocabulary is a start row and then the ΣK ID rows: IDs need no place in the text's tokenizer.
 
 B batch, T tokens, E width of the text encoder, D width of the decoder.
@@ -66,15 +66,16 @@ class ProjectedEncoder(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.text(input_ids=input_ids_BT, attention_mask=attention_mask_BT.long()).last_hidden_state
 
-    def project(self, states_BTE: Tensor, mask_BT: Tensor) -> Tensor:
-        """B×T×D from states of any float type: of each token, plus of the whole text, whose IDs are functions of such vectors."""
+    def encoded(self, states_BTE: Tensor, mask_BT: Tensor) -> Encoded:
+        """From token states of any float type: each token's own, and the whole text's vector (scaled so that its numbers are of
+        the order of 1) added to all, since IDs are functions of such vectors."""
         kind = self.norm.weight.dtype  # 8-bit copies of the matrices have no weight to ask
-        text_BE = dense(states_BTE, mask_BT) * states_BTE.shape[-1] ** 0.5
-        return self.norm(self.projection(states_BTE.to(kind)) + self.sentence(text_BE.to(kind))[:, None])
+        dense_BE = dense(states_BTE, mask_BT)
+        text_BD = self.sentence((dense_BE * dense_BE.shape[-1] ** 0.5).to(kind))
+        return Encoded(self.norm(self.projection(states_BTE.to(kind)) + text_BD[:, None]), dense_BE)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        states_BTE = self.token_states(input_ids, attention_mask)
-        return Encoded(self.project(states_BTE, attention_mask), dense(states_BTE, attention_mask))
+        return self.encoded(self.token_states(input_ids, attention_mask), attention_mask)
 
     @torch.no_grad()
     def digest(self) -> str:

@@ -51,7 +51,7 @@ def docid_logits(model, inputs: Tensor | TokenStates, codes_BL: Tensor, *, space
 def memory_of(model, inputs: Tensor | TokenStates) -> TokenStates:
     """What a T5's decoder attends to, B×T×D, and which of it is real."""
     if isinstance(inputs, TokenStates):
-        return TokenStates(model.encoder.project(*inputs), inputs.mask_BT)
+        return TokenStates(model.encoder.encoded(*inputs).last_hidden_state, inputs.mask_BT)
     mask_BT = inputs != pad_of(model)
     return TokenStates(model.encoder(input_ids=inputs, attention_mask=mask_BT).last_hidden_state, mask_BT)
 

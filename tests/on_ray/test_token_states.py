@@ -70,7 +70,14 @@ def test_states_give_the_loss_of_the_ids_and_are_computed_once(folder, tmp_path,
     module = task.build()
     monkeypatch.setattr("catid2_ray.generator.encoder_decoder.ProjectedEncoder.token_states", None)
     step(task, module, rows)
-    assert task.flops_per_example(module) > 0
+    # Six a trained weight: the projection for each token, the text's vector once, the decoder for each code.
+    sizes = {name: weight.numel() for name, weight in module.model.named_parameters() if weight.requires_grad}
+    token = sizes["encoder.projection.weight"] + sizes["encoder.norm.weight"]
+    decoder = sum(size for name, size in sizes.items() if name.startswith("decoder."))
+    head = sum(task.space.codes_per_level) * module.model.lm_head.weight.shape[1]
+    assert task.flops_per_example(module) == 6 * (
+        token * task.recipe.query_tokens + sizes["encoder.sentence.weight"] + decoder * task.space.levels + head
+    )
 
 
 def test_a_disk_that_is_too_small_is_refused(folder, monkeypatch):
