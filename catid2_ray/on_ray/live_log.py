@@ -2,7 +2,8 @@
 
 `live/RELEASE/0000000001.json`, …: every replica of the release applies them in order, so all come to the same state, also
 after a restart; a change that does not fit (a product that is live already, say) is refused by all of them alike. A change
-belongs to the release that it was made on: a release published later starts from its own catalogue and an empty series.
+belongs to the release that it was made on: a release published later starts from its own catalogue and an empty series. An
+append on top of it lets new products keep the IDs that they were given here (`assign/served.py`).
 """
 
 import contextlib
@@ -46,6 +47,29 @@ class LiveLog:
                 "the changes after it, or delete it and those after it"
             ) from None
         return record
+
+    def given(self) -> dict[str, str]:
+        """Product → ID (text) of what was inserted and is live at the end of the series.
+
+        An insert of a product or an ID that an earlier one holds counts for nothing, as replicas refuse it; what the
+        release itself holds is not known here. Raises ArtifactError for a damaged change, StorageError.
+        """
+        had: dict[str, str] = {}
+        live: dict[str, str] = {}
+        number = 1
+        while (record := self.read(number)) is not None:
+            number += 1
+            if record["kind"] == "insert":
+                new = {one["product_id"]: one["docid"] for one in record["products"]}
+                if not (new.keys() & live.keys() or set(new.values()) & set(live.values())):
+                    had |= new
+                    live |= new
+            elif record["kind"] == "withdraw":
+                for name in record["products"]:
+                    live.pop(name, None)
+            else:
+                live |= {name: had[name] for name in record["products"] if name in had}
+        return live
 
     def write(self, number: int, record: dict) -> None:
         """Raises CommitConflict where the number is taken."""

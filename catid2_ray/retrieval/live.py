@@ -1,7 +1,7 @@
 """New, withdrawn and returned products in a trie that serves, without a rebuild: base + inserted products + bits of rows.
 
 The base stays memory-mapped and untouched, a search walks it and the inserted products side by side (`trie_tensors.py`)
-and finds what it would in a trie rebuilt from the live products. The next release merges them (`LiveView.ids`).
+and finds what it would in a trie rebuilt from the live products (`LiveView.ids`). The next release's trie has them in it.
 
 Rows have two numberings. A product's row never changes: 0 … N − 1 in the base, N + i for the i-th that was inserted;
 filters, names and `result_rows` speak of these. Results speak of ranges: `row_range_BK2` in the base, and
@@ -111,7 +111,7 @@ class LiveView:
         return np.where(numbers < size, numbers, size + order_D[np.maximum(numbers - size, 0)])
 
     def ids(self) -> LiveIds:
-        """Every live product, for the next release and for tests. O(N + D); equal IDs: base first, then as inserted."""
+        """Every live product, as a trie rebuilt from them has it. O(N + D); equal IDs: base first, then as inserted."""
         space, base = DocidSpace(self.base.codes_per_level), self.base
         row_N = np.flatnonzero(self.live_base.allowed_N)
         codes_NL = base.prefixes(base.levels, base.row_start[-1].holding(row_N))

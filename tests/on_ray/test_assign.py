@@ -12,6 +12,7 @@ import time
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -30,6 +31,7 @@ from catid2_ray.on_ray.assign import stage
 from catid2_ray.on_ray.assign.buckets import codebooks
 from catid2_ray.on_ray.assign.work import open_coder
 from catid2_ray.on_ray.base import Base
+from catid2_ray.on_ray.live_log import LiveLog
 from catid2_ray.on_ray.pipeline import Job, chain
 from catid2_ray.quantizer.coder import encode
 
@@ -90,6 +92,10 @@ def table_of(recipe: Recipe, manifest, prefix="part-") -> pa.Table:
 def ids_of(recipe: Recipe, manifest) -> dict[str, tuple]:
     table = table_of(recipe, manifest)
     return dict(zip(table["product_id"].to_pylist(), map(tuple, matrix(table["codes"]).tolist())))
+
+
+def ledger_of(recipe: Recipe, manifest) -> pa.Table:
+    return table_of(recipe, manifest, "ledger/")
 
 
 def coded(recipe: Recipe, parts: dict):
@@ -283,6 +289,35 @@ def test_append_moves_no_id_and_the_ledger_goes_on(world, tmp_path):
     reused = {before[name] for name in gone} & set(ids_of(last, fourth).values())
     assert fourth.metrics["ledger"]["new"] == 50 and reused
     assert fourth.metrics["churn"]["after"]["addresses_reused"] == 0  # nobody of the release before had them
+
+
+def test_an_append_keeps_what_was_given_while_the_release_served(world, tmp_path):
+    folder, recipe, parts = world
+    first = assigned(recipe, parts)
+    before, base = ids_of(recipe, first), base_on(recipe, parts, first)
+    gone, new = grown(folder, tmp_path, drop=1, add=3, seed=11)
+    later = recipe_of(tmp_path).model_copy(update={"store": recipe.store})
+    found, space = parts_of(later, "embeddings") | {"quantizer": parts["quantizer"]}, DocidSpace(CODES)
+    plain = ids_of(later, assigned(later, found, base, keeps=True))
+    packed = np.setdiff1d(np.arange(np.prod(CODES)), space.pack(np.array(sorted({*before.values(), *plain.values()}))))
+    mine, elsewhere, other = (tuple(codes) for codes in space.unpack(packed[:3]).tolist())
+    stays = next(name for name in before if name not in gone)
+    given = [(new[0], mine), (new[1], before[stays]), ("not-in-the-catalogue", elsewhere), (stays, other)]
+    log = LiveLog(Store(recipe.store), base.release.name)
+    for number, (name, codes) in enumerate(given, 1):
+        log.write(number, {"kind": "insert", "products": [{"product_id": name, "docid": space.text(codes)}]})
+    try:
+        second = assigned(later, found, base, keeps=True)
+    finally:
+        shutil.rmtree(f"{recipe.store}/live")
+    after = ids_of(later, second)
+    assert after[new[0]] == mine, "a new product keeps the ID that it was served under"
+    assert after[stays] == before[stays], "no ID of the release moves"
+    assert after[new[1]] == plain[new[1]] and after[new[2]] == plain[new[2]], "a taken ID is not claimed"
+    assert second.metrics["ledger"] == {"kept": 3000, "new": 2, "moved": 0, "retired": 2, "live": 3002}
+    entry = pc.index(ledger_of(later, second)["product_id"], "not-in-the-catalogue").as_py()
+    row = ledger_of(later, second).slice(entry, 1).to_pylist()[0]
+    assert (tuple(row["codes"]), row["status"], row["since"], row["until"]) == (elsewhere, "retired", 1, 4)
 
 
 def test_a_full_re_id_reports_its_churn(world, tmp_path):

@@ -61,6 +61,24 @@ def test_a_change_that_does_not_fit_is_told_to_its_writer_and_passed_over_by_all
     assert one.products == two.products == {"a": (0, 1), "b": (0, 3)} and updates.applied == others.applied == 3
 
 
+def test_what_the_series_gave_is_what_replicas_hold_at_its_end(local_store):
+    shop, updates = replica(local_store)
+    assert updates.log.given() == {}
+    updates.change(insert("a"))
+    with pytest.raises(InputError, match="product 'a' is live already"):
+        updates.change(insert("a", "<a_0><b_2>"))
+    updates.change(insert("b", "<a_0><b_3>"))
+    updates.change(lambda: {"kind": "withdraw", "products": ["a", "p17"]})
+    assert updates.log.given() == {"b": "<a_0><b_3>"} and set(shop.products) == {"b"}
+    updates.change(lambda: {"kind": "restore", "products": ["a", "p17"]})  # p17 is the release's own
+    updates.change(insert("c", "<a_0><b_1>"))  # a trie refuses it: the ID is a's
+    assert updates.log.given() == {"a": "<a_0><b_1>", "b": "<a_0><b_3>"}
+    updates.change(lambda: {"kind": "withdraw", "products": ["a"]})
+    updates.change(insert("a", "<a_2><b_2>"))
+    assert updates.log.given() == {"a": "<a_2><b_2>", "b": "<a_0><b_3>"}
+    assert LiveLog(local_store, "r-2").given() == {}
+
+
 def test_a_change_that_cannot_be_made_is_not_written(local_store):
     _, updates = replica(local_store)
 

@@ -13,8 +13,10 @@ import functools
 import json
 import time
 
+import pyarrow as pa
+
 from catid2_ray.artifacts import schemas
-from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.artifacts.manifest import Attempt, Manifest, digest_of
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError
 from catid2_ray.identifiers.realign import churn_of, inverse
@@ -23,6 +25,7 @@ from catid2_ray.on_ray.assign.buckets import NumberBucket, ResolveBucket, codebo
 from catid2_ray.on_ray.assign.order import Ordered, splitters, write_serving
 from catid2_ray.on_ray.assign.quality import describe
 from catid2_ray.on_ray.assign.regions import resolve_regions
+from catid2_ray.on_ray.assign.served import served_ids
 from catid2_ray.on_ray.assign.work import EncodePart, SpreadLedger, Work, Yesterday, open_coder
 from catid2_ray.on_ray.assign.write import Numbers, WriteIds
 from catid2_ray.on_ray.catalog import part_of, part_specs
@@ -34,7 +37,7 @@ from catid2_ray.quantizer.coder import Coder
 def run(job: Job, parts: dict[str, Manifest], *, keeps: bool = False) -> Manifest:
     """The ids artefact: part-*.parquet of schemas.ids, ledger/part-*.parquet, trie/, products.arrow in ID order.
 
-    `keeps`: products that the base release has keep their IDs (append).
+    `keeps`: products that the base release has, or was given while it served, keep their IDs (append).
     """
     parents = {role: parts[role] for role in ("catalog", "embeddings", "quantizer")}
     if job.base:
@@ -43,15 +46,18 @@ def run(job: Job, parts: dict[str, Manifest], *, keeps: bool = False) -> Manifes
     settings = {**job.recipe.ids.identity(), "ids": quantizer.ids, "by_value": quantizer.tree_categories}
     settings |= {"seed": job.recipe.seed} if quantizer.ids == "cluster" else {}
     settings |= {"append": True} if keeps else {}
-    return job.produce("ids", settings, parents, lambda attempt: _assign(job, attempt, parents, keeps))
+    served = served_ids(job.store, job.base, quarantine=job.recipe.ids.id_quarantine) if keeps else None
+    if served:
+        settings["served"] = digest_of(served.select(["product_id", "codes"]).to_pydict())
+    return job.produce("ids", settings, parents, lambda attempt: _assign(job, attempt, parents, keeps, served))
 
 
-def _assign(job: Job, attempt: Attempt, parents: dict[str, Manifest], keeps: bool) -> Manifest:
+def _assign(job: Job, attempt: Attempt, parents: dict[str, Manifest], keeps: bool, served: pa.Table | None) -> Manifest:
     total, watch = parents["catalog"].rows, _Watch()
     coder = open_coder(job.store, parents["quantizer"])
-    work = _work(job, attempt, parents, coder, keeps)
+    work = _work(job, attempt, parents, coder, keeps, served)
     if work.yesterday:
-        _spread_ledger(job, work, parents)
+        _spread_ledger(job, work, parents, served)
         watch.lap("reading the ledger")
     encoded = _over_parts(EncodePart, {"work": work}, work, "encoding products")
     progress.event("encoded", products=_sum(encoded, "encoded"))
@@ -130,13 +136,15 @@ def _extends(before: dict[str, Manifest]) -> dict[str, list[str]]:
     }
 
 
-def _work(job: Job, attempt: Attempt, parents: dict[str, Manifest], coder: Coder, keeps: bool) -> Work:
+def _work(
+    job: Job, attempt: Attempt, parents: dict[str, Manifest], coder: Coder, keeps: bool, served: pa.Table | None
+) -> Work:
     recipe, catalog, mode = job.recipe.ids, parents["catalog"], job.recipe.quantizer.ids
     yesterday, base = None, job.base
     known = base.parts["ids"].metrics if base else {}
     if base and mode == known["ids"] == "unique" and list(coder.codes_per_level) == known["codes_per_level"]:
         yesterday = Yesterday(
-            files=len(_groups(base.parts["ids"], recipe.bucket_rows)), quarantine=recipe.id_quarantine, keeps=keeps,
+            files=len(_groups(base.parts["ids"], recipe.bucket_rows)) + bool(served), quarantine=recipe.id_quarantine, keeps=keeps,
             unnamed_LK=None if keeps else _unnamed(job, parents["quantizer"]),
         )  # fmt: skip
     if base and not yesterday:
@@ -167,13 +175,16 @@ def _groups(ids: Manifest, rows: int) -> list[list[dict]]:
     return groups
 
 
-def _spread_ledger(job: Job, work: Work, parents: dict[str, Manifest]) -> None:
+def _spread_ledger(job: Job, work: Work, parents: dict[str, Manifest], served: pa.Table | None) -> None:
     previous = parents["previous"]
     place = functools.partial(part_of, parts=parents["catalog"].metrics["parts"])
     specs = [
         {"files": [previous.file(entry["name"]) for entry in group], "rows": sum(entry["rows"] for entry in group)}
         for group in _groups(previous, work.recipe.bucket_rows)
     ]
+    if served:
+        name = f"{work.folder}/exchange/served.parquet"
+        specs.append({"files": [name], "rows": work.store.write_table(name, served)["rows"]})
     map_parts(
         SpreadLedger, {"work": work, "part_of": place}, specs, workers=work.recipe.workers, label="reading the ledger",
         unit="products",
