@@ -1,7 +1,8 @@
 """IDs and vectors of products that come between two releases: the release's encoder and quantizer, the nearest free code.
 
 As in an append, a newcomer gets the codes that the frozen quantizer gives it, and where its last code is taken, the nearest
-that is free below the same prefix. What an append can do besides, moving to another prefix, needs the whole catalogue: a
+that is free below the same prefix. The ID of a product that left is free only after its quarantine, and waits for that product
+until then. What an append can do besides, moving to another prefix, needs the whole catalogue: a
 prefix that is full is refused. Everything is read from the store at the first product that needs it.
 
 D width of the embedding, L levels, K codes of the last level, Z width of its codebook.
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from catid2_ray.artifacts.manifest import Manifest
@@ -22,6 +24,7 @@ from catid2_ray.catalog.text import join_text
 from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
+from catid2_ray.on_ray.arrays import matrix
 from catid2_ray.on_ray.embed import tree_of
 from catid2_ray.on_ray.query_encoder import query_encoder
 from catid2_ray.quantizer.coder import encode, load_coder
@@ -63,6 +66,29 @@ class Newcomers:
     def _tree(self) -> Taxonomy:
         return Taxonomy.from_json(self.store.read(tree_of(self.parts["embeddings"], self.parts["catalog"])).decode())
 
+    @functools.cached_property
+    def _gone(self) -> dict[int, str]:
+        """Packed ID → product that left and for which this release still reserves it."""
+        ids, found = self.parts["ids"], {}
+        for entry in ids.named("ledger/"):
+            table = self.store.read_table(ids.file(entry["name"]), columns=["product_id", "codes", "until"])
+            table = table.filter(pc.greater(table["until"], ids.metrics["number"]))
+            packed = self._space.pack(matrix(table["codes"]).astype(np.int64)).tolist()
+            found |= dict(zip(packed, table["product_id"].to_pylist()))
+        return found
+
+    @functools.cached_property
+    def _back(self) -> dict[str, int]:
+        return {name: packed for packed, name in self._gone.items()}
+
+    @functools.cached_property
+    def _waiting_G(self) -> np.ndarray:
+        return np.sort(np.array(list(self._gone), np.int64))
+
+    @property
+    def _space(self) -> DocidSpace:
+        return DocidSpace(tuple(self.parts["ids"].metrics["codes_per_level"]))
+
     def prepare(self, products: Sequence[dict], view: LiveView, *, vectors: bool) -> list[dict]:
         """The products with `docid` (text) and, where `vectors` are asked for, `vector` (list of D floats).
 
@@ -72,8 +98,9 @@ class Newcomers:
         wanting = [one for one in products if one.get("vector") is None and (vectors or one.get("docid") is None)]
         made = dict(zip(map(id, wanting), self._encode(self._texts(wanting)))) if wanting else {}
         vector_of = {id(one): np.asarray(made.get(id(one), one.get("vector")), np.float32) for one in products}
-        nameless = [one for one in products if one.get("docid") is None]
-        docids = dict(zip(map(id, nameless), self._docids(nameless, vector_of, view)))
+        docids = self._reserved(products)
+        nameless = [one for one in products if one.get("docid") is None and id(one) not in docids]
+        docids |= dict(zip(map(id, nameless), self._docids(nameless, vector_of, view)))
         prepared = []
         for one in products:
             kept = {
@@ -95,6 +122,21 @@ class Newcomers:
         )
         return join_text(table, self.recipe.embedding.text)
 
+    def _reserved(self, products: Sequence[dict]) -> dict[int, str]:
+        """id() of a product that left and returns → the ID it had. Raises InputError for a docid that waits for another."""
+        for one in products:
+            packed = int(self._space.pack(np.array([self._space.parse(one["docid"])]))[0]) if one.get("docid") else None
+            if self._gone.get(packed, one["product_id"]) != one["product_id"]:
+                raise InputError(
+                    f"{one['docid']} waits for product {self._gone[packed]!r}, which left and may return (ids.id_quarantine); send "
+                    f"another docid for product {one['product_id']!r}, or none"
+                )
+        return {
+            id(one): self._space.text(self._space.unpack([self._back[one["product_id"]]])[0].tolist())
+            for one in products
+            if one.get("docid") is None and one["product_id"] in self._back
+        }
+
     def _docids(self, products: Sequence[dict], vector_of: dict, view: LiveView) -> list[str]:
         if not products:
             return []
@@ -115,7 +157,10 @@ class Newcomers:
         space = DocidSpace(tuple(view.codes_per_level))
         for one, codes_L, distance_K in zip(products, encoded.codes_BL.tolist(), distance_MK):
             prefix = tuple(codes_L[:-1])
-            taken = mine.setdefault(prefix, set(_taken(view, prefix)))
+            home = space.pack(np.array([[*prefix, 0]]))[0]
+            first, last = np.searchsorted(self._waiting_G, [home, home + space.codes_per_level[-1]])
+            waiting = (self._waiting_G[first:last] - home).tolist()
+            taken = mine.setdefault(prefix, {*_taken(view, prefix), *waiting})
             free = [code for code in np.argsort(distance_K, kind="stable").tolist() if code not in taken]
             if not free:
                 raise InputError(

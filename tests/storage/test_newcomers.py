@@ -1,6 +1,7 @@
 """New products between releases: the codes of the frozen quantizer, the nearest free last code, vectors of the encoder."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from catid2_ray.catalog.text import LsaEncoder
 from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
+from catid2_ray.identifiers import ledger
 from catid2_ray.on_ray.newcomers import Newcomers
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.retrieval.live import LiveTrie
@@ -45,7 +47,7 @@ def parts(local_store, tmp_path):
         ("catalog", None, {"taxonomy.json": tree}, {"width": None}),
         ("embeddings", tmp_path / "encoder", {}, {"width": 4}),
         ("quantizer", tmp_path / "quantizer", {}, {}),
-        ("ids", None, {"x": b"x"}, {"ids": "unique"}),
+        ("ids", None, {"x": b"x"}, {"ids": "unique", "codes_per_level": list(SPACE.codes_per_level)}),
     ):
         attempt = Attempt(local_store, kind, settings={}, parents={}, recipe=recipe)
         below = attempt.name("encoder") if kind == "embeddings" else attempt.folder
@@ -94,6 +96,30 @@ def test_inserted_and_withdrawn_products_keep_their_ids(local_store, parts):
         live.insert(f"n{number}", SPACE.parse(made["docid"]))
         live.withdraw([f"n{number}"])
     assert len(seen) == 3
+
+
+def test_the_id_of_a_product_that_left_waits_for_it(local_store, parts):
+    elsewhere = view_of([[0, 0], [1, 0], [2, 0]])
+    (free,) = Newcomers(local_store, parts).prepare([product("n", "oak shelf")], elsewhere, vectors=False)
+    nearest = SPACE.parse(free["docid"])
+    rows = pa.table(
+        [["left", "long ago"], [list(nearest), [1, 3]], ["retired"] * 2, [3, 1], [5, 3], [0.0, 0.0]],
+        names=ledger.schema(2).names,
+    ).cast(ledger.schema(2))
+    attempt = Attempt(local_store, "ids", settings={"n": 3}, parents={}, recipe=parts["ids"].recipe)
+    parts["ids"] = attempt.commit(
+        [local_store.write_table(attempt.name("ledger/part-00000.parquet"), rows)],
+        metrics={"ids": "unique", "codes_per_level": list(SPACE.codes_per_level), "number": 3},
+    )
+    newcomers = Newcomers(local_store, parts)
+    (other,) = newcomers.prepare([product("n", "oak shelf")], elsewhere, vectors=False)
+    assert other["docid"] != free["docid"] and SPACE.parse(other["docid"])[0] == nearest[0]
+    back, chosen = newcomers.prepare(
+        [product("left", "anything"), product("m", "x", docid="<a_1><b_3>")], elsewhere, vectors=False
+    )
+    assert back["docid"] == free["docid"] and chosen["docid"] == "<a_1><b_3>", "its quarantine is over"
+    with pytest.raises(InputError, match="waits for product 'left', which left .*; send another docid for product 'm'"):
+        newcomers.prepare([product("m", "x", docid=free["docid"])], elsewhere, vectors=False)
 
 
 def test_what_the_caller_gives_is_kept(local_store, parts):
