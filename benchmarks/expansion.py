@@ -12,7 +12,6 @@ Shape letters: N rows, D width of a vector, B queries, K clusters or results.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from surroundings import machine, rounded, table
+from surroundings import finish, machine, rounded, table
 
 from catid2_ray.retrieval.beam import BeamResult
 from catid2_ray.retrieval.expansion import expand, rescore
@@ -178,11 +177,7 @@ def main() -> None:
     report = rounded(report)
     for name, us in report["us_per_query"].items():
         print(f"{name}: {us} us a query")
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    if options.out:
-        options.out.write_text(rendered(report))
-    print(json.dumps(report))
+    finish(report, rendered(report), options)
 
 
 if __name__ == "__main__":

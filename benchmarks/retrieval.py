@@ -6,8 +6,9 @@
 `--generator`: a saved generator with its tokenizer; `--trie`: the folder of an ids artefact (trie/ with products.arrow
 beside it). Without them the three rivals alone are measured. Every weight, the stop level, the width of the beam and the
 quota are chosen on the validation split; the test split is asked once. All methods return 100 products (BM25 fewer where
-fewer share a word). `--cache` keeps the vectors of titles. Prose beside the figures: OUT's name with _notes. The last
-line printed is the run's JSON. Data and models are not part of the project: without --catalog it says so and ends.
+fewer share a word). The beam alone is searched with 8-bit weights too. `--cache` keeps the vectors of titles. Prose beside
+the figures: OUT's name with _notes. The last line printed is the run's JSON. Data and models are not part of the project:
+without --catalog it says so and ends.
 """
 
 import argparse
@@ -229,7 +230,7 @@ def measured(options, folder: str) -> dict:
     return {
         "benchmark": "retrieval", "machine": machine(), "threads": 1, "catalog": Path(options.catalog).name,
         "products": len(names), "encoder": options.encoder.name, "ids": list(trie.codes_per_level) if trie else None,
-        "generator": options.generator.name if options.generator else None, "lexical_scale": scale,
+        "generator": "/".join(options.generator.parts[-2:]) if options.generator else None, "lexical_scale": scale,
         "validation_queries": len(found["validation"].relevant), "dropped_pairs": judgements.dropped_pairs,
         "settings": {name: setting._asdict() for name, setting in settings.items()},
         "groups": figures_of(judgements, ranked),

@@ -68,7 +68,7 @@ class ServingRecipe(Section):
     )
     weights: Literal["float32", "int8"] = setting(
         "float32",
-        "int8 copies the generator's matrices in 8 bits, for CPUs: faster, scores differ a little",
+        "int8 copies the generator's matrices in 8 bits, for CPUs with VNNI or AMX (slower on others): scores differ a little",
         unit="choice",
     )
     stop_level: int | None = setting(

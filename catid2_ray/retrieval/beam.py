@@ -152,5 +152,5 @@ def constrained_beam_search(
         beams = _extend(beams, logits_BMK - total_BM[..., None], arrays, widths[level], filters)
         code_BM = beams.prefix_BML[..., -1]
     if not finite:
-        raise InputError("the model gives NaN or infinite logits; its weights are damaged or its precision overflows")
+        raise InputError("the model gives NaN or infinite logits; export it again, or serve it in float32")
     return _result(beams, arrays, top_k)

@@ -298,7 +298,10 @@ def _lexical(lexical_BC, real_BC: np.ndarray) -> np.ndarray:
     lexical_BC = np.where(real_BC, lexical_BC, 0).astype(np.float64)
     if not np.isfinite(lexical_BC).all():
         query, at = (int(i[0]) for i in np.nonzero(~np.isfinite(lexical_BC)))
-        raise InputError(f"the lexical score of candidate {at} of query {query} is {lexical_BC[query, at]}")
+        raise InputError(
+            f"the lexical score of candidate {at} of query {query} is {lexical_BC[query, at]}; give finite scores, 0 where "
+            "there is none"
+        )
     return lexical_BC
 
 

@@ -67,9 +67,7 @@ def sample_rollouts(
         hidden_BMD, cache = decoder.decode_step(level, memory, cache, parent_BM, code_BM)
         logits_BMK = decoder.level_logits(level, hidden_BMD, prefix_BML).float()
         if not logits_BMK.isfinite().all():
-            raise InputError(
-                "the model gives NaN or infinite logits; its weights are damaged or its precision overflows"
-            )
+            raise InputError("the model gives NaN or infinite logits; export it again, or run it in float32")
         found = arrays.children(level, place, score_BM > -torch.inf, prefix_BML, None)
         code_BMC, live_BMC = found.code_BMC, found.live_BMC
         chance_BMC = (logits_BMK.gather(-1, code_BMC) / temperature).masked_fill(~live_BMC, -torch.inf)

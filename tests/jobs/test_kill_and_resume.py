@@ -28,7 +28,8 @@ def test_killed_jobs_end_in_the_same_digests(shared_ray, tiny, tmp_path):
     others = [f"store={tmp_path}/b", "ids.workers=2", "embedding.workers=2"]
     job = ["jobs.reindex", "--recipe", undisturbed, *(word for change in others for word in ("--set", change))]
     run_until("stage=training_the_quantizer_(cat_id2) epochs_done=3", *job)
-    run_until("stage=training_the_generator epochs_done=2", *job)
+    seen = run_until("stage=training_the_generator epochs_done=2", *job)
+    assert not any("stage=training_the_quantizer_(cat_id2) epochs_done=1" in line for line in seen), "it went on"
     last = reindex(Recipe.load(undisturbed, others))
     assert "ids" not in last.made and "generator" in last.made
     before, after = digests(f"{tmp_path}/a"), digests(f"{tmp_path}/b")
