@@ -28,7 +28,7 @@ from catid2_ray.schedule import learning_rate_at, seed_from
 _MOST_GROUPS = 8
 
 
-def _least_rows(model: nn.Module) -> int:
+def least_rows(model: nn.Module) -> int:
     """Rows that are worth a pass of their own. On a CPU's small T5 (width 192) a pass costs as much as 200 tokens and groups of
     32 rows were fastest; under larger models padding is what costs: groups of 8 leave less than a tenth of it."""
     table = model.lm_head.weight
@@ -71,7 +71,7 @@ def level_losses(
     targets = Targets(label_smoothing, near, consistency if model.training else 0.0)
     cached = isinstance(inputs, TokenStates)
     length_B = (inputs.mask_BT if cached else inputs != pad_of(model)).sum(1).cpu().numpy()
-    least = 1 if most_groups else _least_rows(model)
+    least = 1 if most_groups else least_rows(model)
     sums = []
     for row_G in length_groups(length_B, least=least, most=most_groups or _MOST_GROUPS):
         used = max(1, int(length_B[row_G].max()))

@@ -1,7 +1,7 @@
 """Stage 5b: recall of the beam search, and of what is served, beside BM25 and dense search: all, seen, unseen products.
 
 Searching is spread over actors that map the trie into memory; judgements are small and stay in the driver. BM25 and dense
-search are in-memory baselines in one actor, left out above `evaluation.bm25_max_products`.
+search are in-memory baselines of one actor, left out above `evaluation.bm25_max_products`.
 """
 
 import json
@@ -83,43 +83,43 @@ def score(
     if max_queries and max_queries < len(judgements.queries):
         chosen = np.sort(np.random.default_rng([seed, 3]).permutation(len(judgements.queries))[:max_queries])
         judgements = _only(judgements, chosen)
-    ranked = {}
+    handlers = {
+        "beam": (_Search, {"parts": parts, "beam_width": beam_width}),
+        "served": (_Search, {"parts": parts, "beam_width": None}),
+        "bm25": (_Bm25Search, {"catalog": parts["catalog"]}),
+        "dense": (DenseSearch, {"parts": parts, "query_encoder": query_encoder, "k": max(KS)}),
+    }
+    pools: dict[int, dict] = {}  # by number of actors, the methods that they run
     for method in methods:
         if method in IN_MEMORY and parts["catalog"].rows > bm25_max:
             progress.event("skip", method=method, products=parts["catalog"].rows, limit=bm25_max)
             continue
-        ranked[method] = _ranked(
-            store,
-            parts,
-            judgements.queries,
-            method,
-            beam_width=beam_width,
-            workers=workers,
-            query_encoder=query_encoder,
-        )
+        pools.setdefault(1 if method in IN_MEMORY else workers, {})[method] = handlers[method]
+    ranked = {}
+    for size, together in pools.items():
+        ranked |= _ranked(store, judgements.queries, together, workers=size)
+    ranked = {method: ranked[method] for method in methods if method in ranked}
     return evaluate(judgements, ranked, KS) | {
         "sample_queries": judgements.queries[:: max(1, len(judgements.queries) // _SAMPLES)][:_SAMPLES]
     }
 
 
 def _ranked(
-    store: Store, parts: dict[str, Manifest], queries: list[str], method: str, *, beam_width: int, workers: int,
-    query_encoder: str | None,
-) -> list[list[str]]:  # fmt: skip
-    """The product ids that a method returns for each query, best first."""
-    handler, arguments, pool = {
-        "beam": (_Search, {"parts": parts, "beam_width": beam_width}, workers),
-        "served": (_Search, {"parts": parts, "beam_width": None}, workers),
-        "bm25": (_Bm25Search, {"catalog": parts["catalog"]}, 1),
-        "dense": (DenseSearch, {"parts": parts, "query_encoder": query_encoder, "k": max(KS)}, 1),
-    }[method]
+    store: Store, queries: list[str], handlers: dict[str, tuple], *, workers: int
+) -> dict[str, list[list[str]]]:
+    """By method, the product ids that it returns for each query, best first; all in one pass over one pool, since a process
+    that only starts costs more than most of the searching."""
     starts = range(0, len(queries), _QUERIES_PER_SPEC)
-    specs = [{"queries": queries[start : start + _QUERIES_PER_SPEC]} for start in starts]
+    slices = [queries[start : start + _QUERIES_PER_SPEC] for start in starts]
+    specs = [{"method": method, "queries": part, "rows": len(part)} for method in handlers for part in slices]
     results = map_parts(
-        handler, {"store": store, **arguments}, [{**spec, "rows": len(spec["queries"])} for spec in specs], workers=pool,
-        label=f"searching with {method}", unit="queries", actors=True,
+        _Rank, {"store": store, "handlers": handlers}, specs, workers=workers,
+        label=f"searching with {', '.join(handlers)}", unit="queries", actors=True,
     )  # fmt: skip
-    return [row for result in results for row in result["ranked"]]
+    ranked = {method: [] for method in handlers}
+    for spec, result in zip(specs, results):
+        ranked[spec["method"]] += result["ranked"]
+    return ranked
 
 
 def _judge(
@@ -174,8 +174,22 @@ def _only(judgements: Judgements, chosen: np.ndarray) -> Judgements:
     )
 
 
+class _Rank:
+    """Actor: the specs of one method after the other; it holds what one method needs."""
+
+    def __init__(self, *, store: Store, handlers: dict[str, tuple]):
+        self.store, self.handlers, self.method, self.handler = store, handlers, None, None
+
+    def __call__(self, spec: dict) -> dict:
+        if spec["method"] != self.method:
+            handler_class, arguments = self.handlers[spec["method"]]
+            self.handler = None  # given back before the next is opened
+            self.handler, self.method = handler_class(store=self.store, **arguments), spec["method"]
+        return self.handler(spec)
+
+
 class _Search:
-    """Actor: a retriever over the candidate release, on this node's cache: the beam alone, or what is served."""
+    """A retriever over the candidate release, on this node's cache: the beam alone, or what is served."""
 
     def __init__(self, *, store: Store, parts: dict[str, Manifest], beam_width: int | None):
         settings = retriever_settings(parts, release="candidate", beam_width=beam_width)
@@ -189,7 +203,7 @@ class _Search:
 
 
 class _Bm25Search:
-    """Actor: the whole catalogue's titles and descriptions in memory."""
+    """The whole catalogue's titles and descriptions in memory."""
 
     def __init__(self, *, store: Store, catalog: Manifest):
         tables = [

@@ -8,8 +8,6 @@ import time
 import httpx
 from ray import serve
 
-from catid2_ray.config import ClusterRecipe
-from catid2_ray.on_ray import cluster
 from catid2_ray.on_ray.serve_app import AppSettings, RetrieverReplica
 
 FAST = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1, "metrics_interval_s": 0.5,
@@ -21,15 +19,17 @@ def replicas() -> int:
     return sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
 
 
-def test_replicas_go_from_one_to_two(released):
+def test_replicas_go_from_one_to_two(released, shared_ray):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cluster.connect(ClusterRecipe())
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         settings = AppSettings(store=released["store"])
-        serve.run(RetrieverReplica.options(autoscaling_config=FAST).bind(settings), name="catid2")
+        # Ray may have been running before the server of S3 that this release lies in.
+        surroundings = {"num_cpus": 1, "runtime_env": {"env_vars": released["env"]}}
+        deployment = RetrieverReplica.options(autoscaling_config=FAST, ray_actor_options=surroundings)
+        serve.run(deployment.bind(settings), name="catid2")
         assert replicas() == 1
         stop, url = threading.Event(), f"http://127.0.0.1:{port}/v1/retrieve"
 
@@ -51,4 +51,3 @@ def test_replicas_go_from_one_to_two(released):
         assert codes == {200}
     finally:
         serve.shutdown()
-        cluster.disconnect()

@@ -6,11 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from catid2_ray import cli
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
+from catid2_ray.errors import RecipeError
 from catid2_ray.on_ray.arrays import matrix
+from catid2_ray.on_ray.compare import compare_ids
 from catid2_ray.on_ray.reindex import reindex
 from tests.command import run, write_recipe
 
@@ -39,7 +42,7 @@ def compared(tmp_path_factory):
                "--json", folder / "runs.json", "--html", folder / "runs.html"]  # fmt: skip
     first = run(*command)
     assert first.returncode == 0, first.stderr[-3000:]
-    return {"folder": folder, "recipe": recipe, "result": first, "again": run(*command),
+    return {"folder": folder, "recipe": recipe, "result": first, "again": run("jobs.compare_ids", *command[2:]),
             "rows": {row["kind"]: row for row in json.loads((folder / "runs.json").read_text())}}  # fmt: skip
 
 
@@ -112,8 +115,8 @@ def test_the_page_shows_the_runs(compared):
 
 
 def test_unknown_kinds_are_named_before_any_work(compared):
-    done = run("jobs.compare_ids", "--recipe", compared["folder"] / "recipe.yaml", "--kinds", "tiger,rqvae")
-    assert done.returncode == 2 and "unknown rqvae" in done.stderr and "hi_gen" in done.stderr
+    with pytest.raises(RecipeError, match="unknown rqvae.*hi_gen"):
+        compare_ids(Recipe.load(compared["folder"] / "recipe.yaml"), ["tiger", "rqvae"], 1)
 
 
 @pytest.mark.parametrize("kind", ["hi_gen", "cq_sid"])
@@ -124,6 +127,5 @@ def test_everything_downstream_runs_on_other_ids(kind, shared_ray, tiny, tmp_pat
     ids = reindex(Recipe.load(recipe)).parts["ids"]
     assert ids.metrics["codes_per_level"] != tiny["quantizer"]["codes_per_level"] or kind == "cq_sid"
     assert (ids.metrics["duplicates_after"] > 0) == (kind == "cq_sid")
-    report = run("catid2_ray.cli", "report-ids", "--recipe", recipe, "--html", tmp_path / "ids.html")
-    assert report.returncode == 0, report.stderr[-3000:]
+    cli.report_ids(str(recipe), html_file=str(tmp_path / "ids.html"))
     assert "data:image/png;base64," in (tmp_path / "ids.html").read_text()
