@@ -28,6 +28,8 @@ _PRIVATE_RAY = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
+_SAMPLING_SHARE = 0.02  # of a core, that watching the memory may take
+
 
 def worker_environment(cluster: ClusterRecipe) -> dict[str, str]:
     """Environment of every worker. Holds no secrets: Ray shows it in its dashboard."""
@@ -80,7 +82,8 @@ def disconnect() -> None:
 
 
 class PeakMemory:
-    """Samples, each second, the summed PSS of this job's processes on this node; the object store is part of it.
+    """Samples the summed PSS of this job's processes on this node, each second or as often as takes two hundredths of a core
+    (the kernel walks all pages of a process to tell its PSS); the object store is part of it.
 
     PSS counts a shared page once over all who map it, so the pages of the object store, which the raylet maps, are in the
     sum exactly once. On a running cluster the processes are this one's and those below the node's raylet.
@@ -108,9 +111,9 @@ class PeakMemory:
 
     def _watch(self):
         while not self._stop.is_set():
-            started = time.monotonic()
+            started = time.thread_time()
             self._sample()
-            self._stop.wait(max(0.0, self._interval - (time.monotonic() - started)))
+            self._stop.wait(max(self._interval, (time.thread_time() - started) / _SAMPLING_SHARE))
 
     def _sample(self):
         self.bytes = max(self.bytes, sum(_pss(process.pid) for process in _job_processes()))

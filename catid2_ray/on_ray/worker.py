@@ -50,15 +50,27 @@ def train(run: Run, cluster: ClusterRecipe, attempt: Attempt, *, label: str) -> 
     return entries, {"epochs_done": state.epoch, **state.history[-1]}
 
 
+class _Trainer(TorchTrainer):
+    """TorchTrainer without the actor that frees the resources of a controller that died, where Ray is this job's own and ends
+    with it. That actor asks the dashboard, which is not there, and each training waited 12 s for it to give up."""
+
+    def _create_default_callbacks(self) -> list:
+        callbacks = super()._create_default_callbacks()
+        if os.environ.get("RAY_ADDRESS"):
+            return callbacks
+        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+
 def _fit(run: Run, cluster: ClusterRecipe, label: str) -> None:
     settings, store = run.settings, run.store
     if not store.is_s3:
         os.makedirs(store.path("runs"), exist_ok=True)
     options = ray.data.DataContext.get_current().execution_options
     gpus = cluster.gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _loop,
-        train_loop_config={"run": run},
+        # As bytes: Ray's controller looks at the config, and would first import all that the workers need.
+        train_loop_config={"run": ray.cloudpickle.dumps(run)},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=_COLLECTIVE_S),
         scaling_config=ScalingConfig(
             num_workers=settings.workers,
@@ -119,7 +131,7 @@ def _cause(error: Exception, label: str) -> CatidError:
 
 
 def _loop(config: dict) -> None:
-    run: Run = config["run"]
+    run: Run = ray.cloudpickle.loads(config["run"])
     context = ray.train.get_context()
     rank = context.get_world_rank()
 
