@@ -212,7 +212,7 @@ def _load_pretrained(name: str):
         raise EncoderError(f"encoder {name!r}: no such folder; {remedy}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_folder)
-        model = AutoModel.from_pretrained(name, local_files_only=is_folder, dtype=torch.float32, use_safetensors=True)
+        model = AutoModel.from_pretrained(name, local_files_only=is_folder, dtype=torch.float32)
     except Exception as error:  # the hub client, tokenizers and safetensors each have error trees of their own
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         if is_folder:

@@ -30,8 +30,8 @@ class AlignmentRecipe(TrainingRecipe):
         64, "queries of one rollout, all workers together", unit="queries", paper=f"{_CQ_SID}: 512", ge=1
     )
     learning_rate: float | None = setting(
-        None, "AdamW's peak, then cosine to zero; none = a fortieth of generator.learning_rate, which is how CQ-SID's "
-        "1e-6 stands to its 4e-5 before, and suits small models", unit="1/step", paper=f"{_CQ_SID}: 1e-6", gt=0,
+        None, "AdamW's peak, after which it follows `decay`; none = a fortieth of that of the generator's last stage, which is "
+        "how CQ-SID's 1e-6 stands to its 4e-5 before, and suits small models", unit="1/step", paper=f"{_CQ_SID}: 1e-6", gt=0,
     )  # fmt: skip
     group: int = setting(8, "G: distinct valid IDs rolled out per query", unit="IDs", paper=_CQ_SID, ge=2, le=1024)
     rollout: Literal["sample", "beam"] = setting(
@@ -90,7 +90,9 @@ class AlignmentRecipe(TrainingRecipe):
         None, "[relevance, reward] pairs by rising relevance, straight lines between, where pairs have no behaviour; "
         "none = (relevance − min) / (max − min)", unit="grade, reward", paper=_OURS,
     )  # fmt: skip
-    judged_max: int = setting(64, "judged IDs kept per query, best first", unit="IDs", paper=_OURS, ge=1, le=4096)
+    judged_max: int = setting(
+        64, "judged IDs, and IDs with a ranker's score, kept per query, best first", unit="IDs", paper=_OURS, ge=1, le=4096,
+    )  # fmt: skip
     ranker: str | None = setting(
         None, "a downstream ranker as module:function, called as function(query, product_ids) → scores", unit="name",
         paper=_OURS, min_length=3,

@@ -59,6 +59,9 @@ class ExamplesRecipe(Section):
     word_keep: float = setting(
         0.5, "share of words kept when a title serves as a pseudo-query; 1 keeps titles whole", unit="share", gt=0, le=1,
     )  # fmt: skip
+    word_drop_share: float = setting(
+        1.0, "share of the title examples that lose words so; the others keep all", unit="share", ge=0, le=1
+    )
     query_tokens: int = setting(24, "longest query, title or span", unit="tokens", ge=4, le=512)
     span_tokens: int | None = setting(
         None, "tokens of a description's span; none = as many as fit", unit="tokens", paper="64 in NCI (2206.02743)", ge=2,

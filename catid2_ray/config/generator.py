@@ -72,11 +72,21 @@ class GeneratorRecipe(ExamplesRecipe, ModelRecipe, TrainingRecipe):
     )  # fmt: skip
     epochs: int = setting(30, "passes over the query→ID examples, where `stages` is empty", unit="epochs", ge=1)
     batch: int = setting(256, "global batch", unit="examples", ge=1)
-    learning_rate: float = setting(1e-3, "AdamW's peak, then cosine to zero", unit="1/step", gt=0)
+    learning_rate: float = setting(1e-3, "AdamW's peak, after which it follows `decay`", unit="1/step", gt=0)
     validate_queries: int = setting(
-        0, "queries of the validation split whose recall@50 in the real search is measured while training; 0 = none",
+        0, "queries of the validation split, without users, whose recall@50 in the real search is measured while training; "
+        "0 = none",
         unit="queries", ge=0,
     )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _patience_has_something_to_count(self):
+        if self.patience is not None and not self.validate_queries:
+            raise ValueError(
+                f"patience {self.patience} counts validations, but validate_queries is 0: set validate_queries, or leave "
+                "patience out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_encoder_can_read(self):

@@ -47,11 +47,11 @@ class ModelRecipe(Section):
     )
     head_rank: int = setting(64, "rank of what a prefix changes in the rows, head pawa", unit="numbers", ge=1)
     new_rows: Literal["codewords", "mean"] = setting(
-        "codewords", "where the ID tokens' rows begin: the quantizer's codewords, projected, or the mean embedding; levels "
-        "without codewords begin at the mean", unit="choice",
+        "codewords", "where the ID tokens' rows begin: the quantizer's codewords, projected, or the mean embedding of a pretrained "
+        "model (models made here: random, as all their rows); so do levels without codewords", unit="choice",
     )  # fmt: skip
     level_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = setting(
-        None, "weight per level of the loss; none = 1", unit="weight"
+        None, "weight per level of the loss, relative to their mean; none = 1", unit="weight"
     )
     label_smoothing: float = setting(0.0, "mass spread over the codes of the level", unit="share", ge=0, lt=1)
     smoothing: Literal["uniform", "near"] = setting(

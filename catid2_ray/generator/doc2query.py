@@ -1,7 +1,7 @@
 """Queries that a seq2seq model makes up for titles (docT5query, as NCI trains on, 2206.02743, section 3.2).
 
-Sampled, not searched, since several different queries of a title are wanted. What is drawn depends on (seed, title's place in
-the list) alone.
+Sampled, not searched, since several different queries of a title are wanted. What is drawn depends on the seed and on the batch
+that a title is in: on the place and the titles of the batch.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Doc2Query:
                  device: str = "cpu"):  # fmt: skip
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-            self.model = AutoModelForSeq2SeqLM.from_pretrained(name_or_folder, use_safetensors=True).eval().to(device)
+            self.model = AutoModelForSeq2SeqLM.from_pretrained(name_or_folder).eval().to(device)
         except Exception as error:
             raise EncoderError(
                 f"no seq2seq model for synthetic queries could be loaded from {str(name_or_folder)!r} "

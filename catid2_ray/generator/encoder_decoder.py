@@ -154,7 +154,7 @@ def encoder_decoder(
 def load_text_encoder(name_or_folder: str) -> nn.Module:
     """Any AutoModel that reads text, in float32, without a pooler; of an encoder-decoder its encoder."""
     try:
-        model = AutoModel.from_pretrained(name_or_folder, dtype=torch.float32, use_safetensors=True)
+        model = AutoModel.from_pretrained(name_or_folder, dtype=torch.float32)
     except Exception as error:
         raise EncoderError(
             f"no text encoder could be loaded from {name_or_folder!r} ({type(error).__name__}: {error}); offline, or an "

@@ -3,8 +3,11 @@ a text encoder under our own decoder; `build_generator` makes any of them.
 
 In all the ID tokens are the model's last ΣK vocabulary rows, and the config says so in `docid_codes_per_level`, which
 survives `save_pretrained`; padded vocabularies (T5 has 32,128 rows for 32,100 tokens) are trimmed first.
+
+Pretrained weights are safetensors, or where a model has none (mT5) tensors that `torch.load` reads with `weights_only`.
 """
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +22,9 @@ from catid2_ray.generator.encoder_decoder import encoder_decoder
 from catid2_ray.generator.heads import with_head
 from catid2_ray.generator.initial import init_docid_rows
 from catid2_ray.generator.vocabulary import EOS, PAD
+
+# For a model without them transformers would ask the hub, in a thread, to convert it.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 def small_t5(
@@ -98,7 +104,7 @@ def pretrained_causal(
     _check_tokenizer(tokenizer, space)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(name_or_folder), dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa"
+            str(name_or_folder), dtype=torch.float32, attn_implementation="sdpa"
         )
     except Exception as error:
         raise EncoderError(
@@ -140,7 +146,7 @@ def _grow(model, name_or_folder: str, tokenizer: PreTrainedTokenizerFast, space:
 
 def _load(name_or_folder: str) -> T5ForConditionalGeneration:
     try:
-        model = T5ForConditionalGeneration.from_pretrained(name_or_folder, dtype=torch.float32, use_safetensors=True)
+        model = T5ForConditionalGeneration.from_pretrained(name_or_folder, dtype=torch.float32)
     except Exception as error:
         raise EncoderError(
             f"no T5 could be loaded from {name_or_folder!r} ({type(error).__name__}: {error}); offline, or an "
@@ -181,7 +187,8 @@ def build_generator(
     `model`: "small" (a T5 of `width`, `layers`, `heads`, `feed_forward`), "encoder_decoder" (text encoder `encoder`, frozen or
     "tuned", under `decoder_layers` or else `layers` layers of the same sizes), "causal" (the language model `causal`), or
     a T5's id or folder. `dropout` is a small T5's and a decoder's; pretrained models bring their own. `codebooks`: per
-    level K×Z, from which ID rows begin; None = the mean embedding. `head`: "plain" or "pawa". `tokenizer` has the ID tokens
+    level K×Z, from which ID rows begin; None = the mean embedding of a pretrained model, random rows in one made
+    here. `head`: "plain" or "pawa". `tokenizer` has the ID tokens
     as last entries, but for an encoder_decoder, which does not look for them.
     """
     sizes = {"width": width, "heads": heads, "feed_forward": feed_forward, "dropout": dropout, "seed": seed,

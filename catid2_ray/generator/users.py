@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
+from catid2_ray.generator.examples import Cut
 from catid2_ray.generator.vocabulary import frame
 
 
@@ -40,8 +41,9 @@ def with_users(
     space: DocidSpace,
     attribute_tokens: int,
     recent: int,
-) -> np.ndarray:
-    """int32 B×W: attributes (cut to `attribute_tokens`), the IDs of the `recent` latest products, the query as it was.
+) -> Cut:
+    """int32 B×W: attributes (cut to `attribute_tokens`), the IDs of the `recent` latest products, the query as it was; and
+    whose attributes were cut.
 
     `query_BQ`: inputs as `tokenize` gives them. `attributes`: a text per row, "" where there are none. `row_R` ascending
     with `codes_RL` the IDs of each row's recent products, the latest last. The tokenizer's last entries must be the ID
@@ -55,12 +57,13 @@ def with_users(
         )
     before, _ = frame(tokenizer)
     rows, pad = len(query_BQ), tokenizer.pad_token_id
-    words_BA = np.full((rows, attribute_tokens), pad, np.int32)
+    words_BA = np.full((rows, attribute_tokens + 1), pad, np.int32)
     if rows:
         words_BA[:] = tokenizer(
-            list(attributes), add_special_tokens=False, split_special_tokens=True, max_length=attribute_tokens,
+            list(attributes), add_special_tokens=False, split_special_tokens=True, max_length=attribute_tokens + 1,
             truncation=True, padding="max_length", padding_side="right", return_attention_mask=False,
         )["input_ids"]  # fmt: skip
+    cut_B, words_BA = words_BA[:, -1] != pad, words_BA[:, :-1]
     first_L = base + np.cumsum((0, *space.codes_per_level[:-1]))
     ids_BPL = np.full((rows, recent, space.levels), pad, np.int32)
     kept_R, place_R = latest(row_R, rows, most=recent)
@@ -68,4 +71,4 @@ def with_users(
     head_BQ, tail_BQ = query_BQ[:, : len(before)], query_BQ[:, len(before) :]
     whole_BW = np.concatenate((head_BQ, words_BA, ids_BPL.reshape(rows, recent * space.levels), tail_BQ), axis=1)
     order_BW = np.argsort(whole_BW == pad, axis=1, kind="stable")
-    return np.take_along_axis(whole_BW, order_BW, 1).astype(np.int32)
+    return Cut(np.take_along_axis(whole_BW, order_BW, 1).astype(np.int32), cut_B)

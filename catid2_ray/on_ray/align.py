@@ -50,6 +50,10 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     rate = recipe.learning_rate or (last.learning_rate or job.recipe.generator.learning_rate) / _SFT_TO_RL
     settings = {**recipe.identity(), "learning_rate": rate, "seed": job.recipe.seed}
     del settings["enabled"]
+    # What the generator is stays what it was; serving asks for it (artifacts.release).
+    settings |= {
+        name: trained.settings[name] for name in ("model", "encoder", "encoder_mode") if name in trained.settings
+    }
     recipe = recipe.model_copy(update={"learning_rate": rate})
     return job.produce(
         "generator", settings, parents, lambda attempt: _align(job, attempt, parents, recipe), stage="aligned"
@@ -238,5 +242,8 @@ class AlignTask:
         return measure(model, reference, environment, asked, count=len(found["number"]), seed=self.seed)
 
     def export(self, module: AlignmentLoss, folder: Path, history: list[dict]) -> None:
-        save_generator(module.model.float().cpu(), self._tokenizer, folder)
+        model = module.model.float().cpu()
+        if getattr(getattr(model, "encoder", None), "frozen", False):
+            model.encoder.text.load_state_dict(self._generator().encoder.text.state_dict())  # as it was before bf16
+        save_generator(model, self._tokenizer, folder)
         (folder / "history.json").write_text(json.dumps(history, indent=1))

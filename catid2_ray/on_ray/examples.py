@@ -101,8 +101,9 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         "recipe": recipe, "tokenizer": tokenizer, "space": space, "seed": job.recipe.seed,
         "answering": [spec["part"] for spec in specs], "device": "cuda" if job.recipe.cluster.gpus_per_worker else "cpu",
     }  # fmt: skip
+    counts = Counter()
     if "user" in recipe.kinds and recipe.user_recent:
-        recent.exchange(
+        counts["recent_without_product"] = recent.exchange(
             job.store, attempt.name("exchange"), specs, catalog=catalog.folder, ids=parents["ids"].folder,
             teaches=_teaching(recipe), most=recipe.user_recent, parts=catalog.metrics["parts"], workers=workers,
         )  # fmt: skip
@@ -111,7 +112,6 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         num_gpus=job.recipe.cluster.gpus_per_worker if synthetic else 0,
     )  # fmt: skip
     job.store.delete_folder(attempt.name("exchange"))
-    counts = Counter()
     for result in results:
         counts.update(result["counts"])
     _refuse_absent(recipe, counts)
@@ -244,11 +244,12 @@ class _MakeExamples:
         has_N = np.not_equal(attributes, "") | (np.bincount(row_R, minlength=pairs.num_rows) > 0)
         counts["users_without_history"] = int((~has_N).sum())
         kept_R = has_N[row_R]
-        inputs = with_users(
+        made = with_users(
             self.tokenizer, queries.input_ids_NT[has_N], attributes[has_N].tolist(), (np.cumsum(has_N) - 1)[row_R[kept_R]],
             codes_RL[kept_R], space=self.space, attribute_tokens=self.recipe.user_tokens, recent=self.recipe.user_recent,
         )  # fmt: skip
-        return _Rows(inputs, queries.product_N[has_N], queries.weight_N[has_N])
+        counts["attributes_cut"] = int(made.cut_N.sum())
+        return _Rows(made.input_ids_NT, queries.product_N[has_N], queries.weight_N[has_N])
 
     def _spans(self, descriptions, names: pa.Array, counts: dict) -> _Rows:
         fits = self.recipe.query_tokens - sum(map(len, frame(self.tokenizer)))

@@ -109,21 +109,21 @@ class Training:
             RankRange(run.rows, rank=0, world=1) if run.whole else RankRange(run.rows, rank=seat.rank, world=seat.world)
         )
         mode, seed = getattr(run.settings, "input", "shard"), seed_from(run.seed, self._row_seed)
-        with open_rows(seat.rows, span, run.task.columns, mode=mode, seed=seed) as rows, self.metered():
+        with open_rows(seat.rows, span, run.task.columns, mode=mode, seed=seed) as rows, self.metered(rows):
             if hasattr(rows, "seek"):
                 rows.seek(self.state.epoch)
             while not self.epoch(rows):
                 pass
 
     @contextlib.contextmanager
-    def metered(self):
+    def metered(self, rows):
         """The meter is open within, on rank 0."""
         if not self.first:
             yield
             return
         run, flops, peak = self.run, None, 0.0
         if hasattr(run.task, "flops_per_example"):
-            flops = run.task.flops_per_example(self.engine.module)
+            flops = run.task.flops_per_example(self.engine.module, rows)
             peak, source = peak_flops(run.device, run.settings.precision)
             progress.event("peak", flops_per_row=f"{flops:.3g}", worker_flops_per_second=f"{peak:.3g}", source=source)
         self.meter = Meter(

@@ -16,7 +16,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import AlignmentRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
-from catid2_ray.generator.examples import tokenize
+from catid2_ray.generator.examples import tokenize_cut
 from catid2_ray.generator.rewards import BEHAVIOURS, judged_rows, relevance_rewards
 from catid2_ray.generator.vocabulary import load_tokenizer
 from catid2_ray.on_ray.arrays import fixed_lists, matrix
@@ -91,6 +91,8 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         metrics={"queries": counts["train"], "validation_queries": counts["validation"],
                  "rewards": "behaviour" if arguments["behaviour"] else "relevance",
                  "judged_cut": sum(result["cut"] for result in made),
+                 "scores_cut": sum(result["scores_cut"] for result in made),
+                 "queries_cut": sum(result["queries_cut"] for result in made),
                  "pairs_without_product": sum(result["without"] for result in found)},
     )  # fmt: skip
 
@@ -156,15 +158,23 @@ class _MakePrompts:
     def __call__(self, spec: dict) -> dict:
         bucket = spec["position"]
         pairs, scores = self._group("pairs", bucket), self._group("scores", bucket)
-        result = {"position": bucket, "files": [], "cut": 0, **dict.fromkeys(SPLITS, 0)}
+        result = {
+            "position": bucket,
+            "files": [],
+            "cut": 0,
+            "scores_cut": 0,
+            "queries_cut": 0,
+            **dict.fromkeys(SPLITS, 0),
+        }
         for split in SPLITS:
             table = pairs.filter(pc.field("split") == split) if pairs is not None else None
             if table is None or not table.num_rows:
                 continue
-            prompts, cut = self._prompts(table, scores, bucket)
+            prompts, cuts = self._prompts(table, scores, bucket)
             entry = self.store.write_table(f"{self.folder}/{FOLDERS[split]}-{bucket:05d}.parquet", prompts)
             result["files"].append({**entry, "part": bucket})
-            result["cut"] += cut
+            for name, number in cuts.items():
+                result[name] += number
             result[split] = prompts.num_rows
         return result
 
@@ -182,7 +192,7 @@ class _MakePrompts:
         place = pc.fill_null(pc.index_in(table["behaviour"], pa.array(BEHAVIOURS)), len(BEHAVIOURS))
         return worth[place.to_numpy()]
 
-    def _prompts(self, table: pa.Table, scores: pa.Table | None, bucket: int) -> tuple[pa.Table, int]:
+    def _prompts(self, table: pa.Table, scores: pa.Table | None, bucket: int) -> tuple[pa.Table, dict[str, int]]:
         names, first_Q, query_P = np.unique(
             table["query_id"].to_numpy().astype(str), return_index=True, return_inverse=True
         )
@@ -191,11 +201,12 @@ class _MakePrompts:
             query_P, table["packed"].to_numpy(), self._rewards(table),
             table["relevance"].to_numpy() >= self.relevant_from, queries=len(names), width=width,
         )  # fmt: skip
-        index = np.arange(len(names))
+        tokens, index = tokenize_cut(self.tokenizer, texts.to_pylist(), length=self.length), np.arange(len(names))
+        cuts = {"cut": rows.cut, "queries_cut": int(tokens.cut_N.sum())}
         columns = {
             "part": np.full(len(names), bucket, np.int32), "index": index, "number": (bucket << 32) + index,
             "query": texts,
-            "input_ids": fixed_lists(tokenize(self.tokenizer, texts.to_pylist(), length=self.length), pa.int32()),
+            "input_ids": fixed_lists(tokens.input_ids_NT, pa.int32()),
             "judged": fixed_lists(rows.judged_QJ, pa.int64()), "reward": fixed_lists(rows.reward_QJ, pa.float32()),
             "relevant": fixed_lists(rows.relevant_QJ, pa.int32()),
         }  # fmt: skip
@@ -206,6 +217,7 @@ class _MakePrompts:
                 place, known["packed"].to_numpy(), known["score"].to_numpy(), np.zeros(len(place)),
                 queries=len(names), width=width,
             )  # fmt: skip
+            cuts["scores_cut"] = scored.cut
             columns |= {"scored": fixed_lists(scored.judged_QJ, pa.int64()),
                         "score": fixed_lists(scored.reward_QJ, pa.float32())}  # fmt: skip
-        return schemas.conform(pa.table(columns), self.schema, where=f"prompts, bucket {bucket}"), rows.cut
+        return schemas.conform(pa.table(columns), self.schema, where=f"prompts, bucket {bucket}"), cuts

@@ -25,8 +25,9 @@ class Recent(NamedTuple):
 
 
 def exchange(store: Store, folder: str, specs: list[dict], *, catalog: str, ids: str, teaches, most: int, parts: int,
-             workers: int) -> None:  # fmt: skip
-    """Write the answers for all parts below `folder`; `answers` reads those of one.
+             workers: int) -> int:  # fmt: skip
+    """Write the answers for all parts below `folder`; `answers` reads those of one. Returns how many products that were asked
+    for are not in the catalogue.
 
     `specs` as of `part_specs`. `teaches(pairs)`: the rows of a part's pairs that are meant, in their order. `most`: how many
     of the latest products of a row are asked for.
@@ -41,7 +42,8 @@ def exchange(store: Store, folder: str, specs: list[dict], *, catalog: str, ids:
         "asking": [spec["part"] for spec in asking],
         "parts": parts,
     }
-    map_parts(_Answer, arguments, specs, workers=workers, label="answering with IDs", unit="products")
+    told = map_parts(_Answer, arguments, specs, workers=workers, label="answering with IDs", unit="products")
+    return sum(result["unknown"] for result in told)
 
 
 def answers(store: Store, folder: str, part: int, answering: list[int]) -> Recent:
@@ -92,4 +94,4 @@ class _Answer:
         found = asked.select(["row", "place"]).filter(known).append_column("codes", fixed_lists(codes_RL, pa.int32()))
         asker_R = asker_R[known.to_numpy(zero_copy_only=False)]
         write_groups(self.store, f"{self.folder}/answered-{spec['part']:05d}.arrow", found, asker_R, self.parts)
-        return {"position": spec["position"]}
+        return {"position": spec["position"], "unknown": place.null_count}

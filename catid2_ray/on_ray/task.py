@@ -29,7 +29,8 @@ class Task(Protocol):
                                     `rows`: all rows of the artefact. `order` sees epochs numbered through all phases
     validate(module, epoch) -> dict on rank 0, figures for the history; `score`: higher is better, the best epoch's weights
                                     are exported, and the settings' `patience` counts from it
-    flops_per_example(module)       floating-point operations of a step per row, forward and backward, for the MFU
+    flops_per_example(module, rows) floating-point operations of a step per row, forward and backward, for the MFU; `rows`: the
+                                    worker's, as `open_rows` gives them
     """
 
     columns: list[str]
@@ -109,18 +110,18 @@ class Run:
         return (Phase(settings.epochs, self.task.rows_per_epoch(self.rows.rows), settings.learning_rate),)
 
     def batches(self, world: int) -> Batches:
-        """Equal on all ranks. A batch shrinks to the smallest epoch or shard, for few rows.
-
-        A row met twice in one batch would be its own positive, hence the limit by the smallest shard.
+        """Equal on all ranks. For few rows a batch shrinks: to the largest phase's epoch where every rank holds all rows (a
+        small phase then meets a row several times a step), else to the smallest shard, since a row met twice in one batch
+        would be its own positive.
         """
         settings, phases = self.settings, self.phases()
         if not phases or min(min(phase.epochs, phase.rows_per_epoch) for phase in phases) < 1:
             raise TrainingError(f"every phase needs at least one epoch and one row, found {[*map(tuple, phases)]}")
         if self.whole:
-            smallest = min(phase.rows_per_epoch for phase in phases) // world
+            most = max(phase.rows_per_epoch for phase in phases) // world
         else:
-            smallest = self.task.rows_per_epoch(self.rows.rows // world)
-        rank_rows = max(1, min(settings.batch // world, smallest))
+            most = self.task.rows_per_epoch(self.rows.rows // world)
+        rank_rows = max(1, min(settings.batch // world, most))
         micro = min(settings.micro_batch or rank_rows, rank_rows)
         accumulation = rank_rows // micro
         return Batches(micro, accumulation, world, Plan(phases, micro * accumulation * world))

@@ -1,10 +1,14 @@
 """A frozen text encoder's token states of a training run's texts, once per node, kept for later runs on the same texts.
 
+The last few such caches stay; older ones are deleted when a new one is made, since a catalogue's texts change by the day.
+
 Ranks of one node take turns at the door: the first computes, the others open what it wrote.
 """
 
+import contextlib
 import fcntl
 import hashlib
+import os
 import shutil
 import time
 from pathlib import Path
@@ -19,6 +23,7 @@ from catid2_ray.generator.states import StateCache
 from catid2_ray.on_ray import progress
 
 _EVERY_S = 30.0
+_KEPT = 3  # caches on a node
 
 
 def open_states(encoder: str, input_ids_NT: np.ndarray, *, pad: int) -> StateCache:
@@ -43,7 +48,20 @@ def open_states(encoder: str, input_ids_NT: np.ndarray, *, pad: int) -> StateCac
         fcntl.flock(door, fcntl.LOCK_EX)
         if not (folder / "cache.json").exists():
             _refuse_full_disk(folder, 2 * text.text.config.hidden_size * int((ids_NT != pad).sum()))
-        return StateCache.build(text, ids_NT, folder, on_progress=show)
+            _forget_oldest(folder)
+        cache = StateCache.build(text, ids_NT, folder, on_progress=show)
+        os.utime(folder)
+        return cache
+
+
+def _forget_oldest(made: Path) -> None:
+    """Delete all but the `_KEPT` − 1 caches used last, beside the one to be made; not those whose door someone holds. Who has
+    one open goes on reading: its files are mapped."""
+    others = [path.parent for path in made.parent.glob("*/cache.json") if path.parent != made]
+    for folder in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[_KEPT - 1 :]:
+        with open(f"{folder}.lock", "w") as door, contextlib.suppress(BlockingIOError):
+            fcntl.flock(door, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_full_disk(folder: Path, most: int) -> None:

@@ -12,6 +12,7 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import fetch
 from catid2_ray.config import GeneratorRecipe, StageRecipe
 from catid2_ray.docid import DocidSpace
+from catid2_ray.generator.encoder_decoder import load_text_encoder
 from catid2_ray.generator.examples import epoch_order, kept_words, mix_ratios, only_kept
 from catid2_ray.generator.losses import near_codes
 from catid2_ray.generator.model import build_generator
@@ -28,6 +29,8 @@ from catid2_ray.on_ray.pipeline import Job
 from catid2_ray.on_ray.shards import PartReader
 from catid2_ray.on_ray.token_states import open_states
 from catid2_ray.schedule import Phase
+
+_TOKENS_OF_ROWS = 4096  # rows whose tokens are counted
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
@@ -175,10 +178,12 @@ class GeneratorTask:
         """The whole texts and which of their tokens stay; `trim` takes the others out."""
         ids_BT, title_B = columns["input_ids"], columns["kind"] == KIND["title"]
         kept_BT = ids_BT != self.marks.pad
-        if self.recipe.word_keep < 1 and title_B.any():
-            kept_BT[title_B] = kept_words(
-                ids_BT[title_B], self.starts_word_V, keep=self.recipe.word_keep, generator=np.random.default_rng(seed),
-                pad=self.marks.pad, special=self.marks.special,
+        generator, share = np.random.default_rng(seed), self.recipe.word_drop_share
+        thin_B = title_B if share == 1 else title_B & (generator.random(len(title_B)) < share)
+        if self.recipe.word_keep < 1 and thin_B.any():
+            kept_BT[thin_B] = kept_words(
+                ids_BT[thin_B], self.starts_word_V, keep=self.recipe.word_keep, generator=generator, pad=self.marks.pad,
+                special=self.marks.special,
             )  # fmt: skip
         return {"input_ids": ids_BT, "kept": kept_BT, "codes": columns["codes"], "weight": columns["weight"]}
 
@@ -191,11 +196,17 @@ class GeneratorTask:
         states = self.states.take_texts(self.states.find(ids_BT), kept_BT)
         return {"states": states.states_BTE.numpy(), "real": states.mask_BT.numpy(), **rest}
 
-    def flops_per_example(self, module: DocidLoss) -> float:
-        """6 · weights · tokens (Kaplan et al. 2020, appendix B): an encoder's by query_tokens, which counts padding, a
-        decoder's by levels, a causal model's by both, and each level's rows of the projection. Attention's products of
-        pairs are left out, and so is a frozen encoder, whose states are computed once."""
-        model, levels, tokens = module.model, self.space.levels, self.recipe.query_tokens
+    def flops_per_example(self, module: DocidLoss, rows) -> float:
+        """6 · weights · tokens (Kaplan et al. 2020, appendix B): an encoder's by the mean number of tokens that stay in a text,
+        padding apart, a decoder's by levels, a causal model's by both, and each level's rows of the projection; all twice
+        where a second pass is compared. Attention's products of pairs are left out, and so is a frozen encoder, whose
+        states are computed once."""
+        sampled = rows.take(np.linspace(0, rows.rows - 1, min(rows.rows, _TOKENS_OF_ROWS)).astype(np.int64))
+        tokens = float(self.prepare(sampled, seed=0)["kept"].sum(1).mean())
+        return (2 if self.recipe.passes_weight else 1) * self._flops_per_pass(module, tokens)
+
+    def _flops_per_pass(self, module: DocidLoss, tokens: float) -> float:
+        model, levels = module.model, self.space.levels
         embeddings = {id(model.shared.weight), id(model.lm_head.weight)}
 
         def weights(part: torch.nn.Module) -> int:
@@ -228,5 +239,9 @@ class GeneratorTask:
         return ({"stage": plan[self.stage_of(epoch)].name} if len(plan) > 1 else {}), False
 
     def export(self, module: DocidLoss, folder: Path, history: list[dict]) -> None:
-        save_generator(module.model.float().cpu(), self.tokenizer, folder)
+        model = module.model.float().cpu()
+        if self.frozen:
+            # DeepSpeed rounded them to bf16 with all others, but the products' vectors are of the encoder as it was.
+            model.encoder.text.load_state_dict(load_text_encoder(self.recipe.encoder).state_dict())
+        save_generator(model, self.tokenizer, folder)
         (folder / "history.json").write_text(json.dumps(history, indent=1))

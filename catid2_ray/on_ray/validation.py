@@ -44,7 +44,7 @@ class Validation:
     def figures(self, model) -> dict[str, float]:
         """{"recall@50", "score"} of a generator, or of any Decoder: the mean over queries of the share that was found."""
         trie = _opened(self.store, self.ids)
-        found_P = np.zeros(len(self.query_P), bool)
+        found_P = np.zeros(len(self.query_P))
         for start in range(0, len(self.input_ids_QT), _BATCH):
             ids_BT = self.input_ids_QT[start : start + _BATCH]
             mask_BT = ids_BT != self.pad
@@ -59,13 +59,15 @@ class Validation:
 
 
 def found(result: BeamResult, codes_per_level, query_P: np.ndarray, packed_P: np.ndarray) -> np.ndarray:
-    """bool P: whether a pair's ID is among the results, in which the products of better IDs leave room before the cut."""
+    """float P, 0 … 1: whether a pair's product is within the cut. An ID of g products takes g ranks; where the cut falls
+    inside, each of them is inside with the chance of a random order."""
     docid_BKL, range_BK2 = result.docid_BKL.numpy(), result.row_range_BK2.numpy()
     real_BK = docid_BKL[..., 0] >= 0
     packed_BK = np.where(real_BK, np.maximum(docid_BKL, 0) @ DocidSpace(tuple(codes_per_level)).radix_L, -1)
     size_BK = range_BK2[..., 1] - range_BK2[..., 0]
     before_BK = np.cumsum(size_BK, axis=1) - size_BK
-    return ((packed_BK[query_P] == packed_P[:, None]) & (before_BK[query_P] < CUT)).any(1)
+    inside_BK = np.clip(CUT - before_BK, 0, size_BK) / np.maximum(size_BK, 1)
+    return ((packed_BK[query_P] == packed_P[:, None]) * inside_BK[query_P]).sum(1)
 
 
 def mean_recall(found_P: np.ndarray, query_P: np.ndarray) -> float:

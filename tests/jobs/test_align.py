@@ -43,6 +43,7 @@ def test_a_recipe_with_behaviour_is_aligned_and_published(shared_ray, tmp_path):
     store = Store(values["store"])
     generator = releases.current(store).manifests(store)["generator"]
     assert set(generator.parents) == {"trained", "ids", "examples", "prompts"}
+    assert generator.settings["model"] == "small", "serving asks what kind it is"
     figures = generator.metrics
     assert figures["measured_on"] == "validation" and figures["before"]["kl"] == pytest.approx(0, abs=1e-5)
     assert figures["after"]["kl"] > 0 and 0 < figures["training"]["experts"] <= 2

@@ -1,7 +1,13 @@
-"""A job that is killed in either training and run again ends in the same IDs and the same release content.
+"""A job that is killed in either training and run again ends in the same IDs and the same release content, and so does one whose
+training workers die.
 
 Workers that die while IDs are assigned: tests/on_ray/test_assign.py.
 """
+
+import threading
+import time
+
+import psutil
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
@@ -18,9 +24,30 @@ def digests(uri) -> dict[str, str]:
     return {part: manifest.digest for part, manifest in releases.current(store).manifests(store).items()}
 
 
+class WorkerKiller(threading.Thread):
+    """SIGKILLs one training worker of this process's Ray as soon as the generator's run has handed in a checkpoint more."""
+
+    def __init__(self, store: Store):
+        super().__init__(daemon=True)
+        self.store, self.before, self.killed = store, self.checkpoints(store), None
+
+    @staticmethod
+    def checkpoints(store: Store) -> set[str]:
+        runs = [name for name in store.names("runs") if name.startswith("generator-")]
+        return {name for run in runs for name in store.names(f"runs/{run}") if name.startswith("step-")}
+
+    def run(self):
+        while self.checkpoints(self.store) <= self.before:
+            time.sleep(0.02)
+        family = psutil.Process().children(recursive=True)
+        worker = next(process for process in family if "RayTrainWorker" in " ".join(process.cmdline()))
+        worker.kill()
+        self.killed = worker.pid
+
+
 def test_killed_jobs_end_in_the_same_digests(shared_ray, tiny, tmp_path):
     tiny["quantizer"] |= TWO_WORKERS
-    tiny["generator"] |= TWO_WORKERS | {"checkpoint_every_steps": 3}
+    tiny["generator"] |= TWO_WORKERS | {"checkpoint_every_steps": 3, "validate_queries": 20, "epochs": 6}
     undisturbed = write_recipe(tmp_path, tiny)
     reindex(Recipe.load(undisturbed, [f"store={tmp_path}/a"]))
 
@@ -30,8 +57,11 @@ def test_killed_jobs_end_in_the_same_digests(shared_ray, tiny, tmp_path):
     run_until("stage=training_the_quantizer_(cat_id2) epochs_done=3", *job)
     seen = run_until("stage=training_the_generator epochs_done=2", *job)
     assert not any("stage=training_the_quantizer_(cat_id2) epochs_done=1" in line for line in seen), "it went on"
-    last = reindex(Recipe.load(undisturbed, others))
-    assert "ids" not in last.made and "generator" in last.made
+    killer = WorkerKiller(Store(tmp_path / "b"))
+    killer.start()
+    last = reindex(Recipe.load(undisturbed, [*others, "generator.max_failures=1"]))
+    assert "ids" not in last.made and "generator" in last.made and killer.killed
+    assert last.parts["generator"].metrics["best_score"] > 0
     before, after = digests(f"{tmp_path}/a"), digests(f"{tmp_path}/b")
     assert before["ids"] == after["ids"]
     assert before == after

@@ -147,6 +147,10 @@ def test_queries_titles_and_users_meet_their_ids(made):
     metrics = made.examples.metrics
     assert metrics["users_without_history"] == len(teaching(made)) - users.total() > 0
     assert metrics["texts_cut"] > 0 and metrics["pairs_without_product"] == 0
+    asked = [name for row in teaching(made) for name in row["recent"][-2:]]
+    assert metrics["recent_without_product"] == sum(name not in codes for name in asked)
+    words = [tokenizer(" ".join(row["user"]), add_special_tokens=False)["input_ids"] for row in teaching(made)]
+    assert metrics["attributes_cut"] == sum(len(ids) > 4 for ids in words)
 
 
 def test_spans_and_synthetic_queries_meet_their_ids(made):

@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -25,13 +26,14 @@ from catid2_ray.errors import RecipeError, TrainingError
 from catid2_ray.generator.examples import tokenize
 from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
 from catid2_ray.on_ray import checkpoints
-from catid2_ray.on_ray.arrays import fixed_lists
+from catid2_ray.on_ray.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.engine import share_objects, start_engine
 from catid2_ray.on_ray.examples import KIND
 from catid2_ray.on_ray.loop import Seat, run_training
 from catid2_ray.on_ray.task import Run
 from catid2_ray.on_ray.train_generator import GeneratorTask
 from catid2_ray.schedule import Phase
+from tests.s3_server import new_bucket, s3_server
 
 SPACE, ROWS, TOKENS = DocidSpace((4, 4)), 60, 10
 TEXTS = [
@@ -118,19 +120,20 @@ def train(run: Run, rank: int, world: int) -> None:
 
 def found(run: Run) -> dict:
     folder, state = checkpoints.newest_whole(run.store, run.folder)
-    local = Path(run.store.path(folder))
-    return {"state": state, "weights": load_file(local / "export" / "model.safetensors"), "files": sorted(state.files)}
+    with checkpoints.opened(run.store, folder, state, ("export/",)) as local:
+        weights = load_file(local / "export" / "model.safetensors")
+    return {"state": state, "weights": weights, "files": sorted(state.files)}
 
 
-def all_cases(rank: int, folder: str, world: int) -> None:
+def all_cases(rank: int, folder: str, world: int, bucket: str) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
     results = {}
 
-    def case(name: str, *deaths: int, take_away: str = "", **settings) -> Run:
+    def case(name: str, *deaths: int, root: str = folder, take_away: str = "", **settings) -> Run:
         for dies_at in (*deaths, None):
-            run = run_of(folder, f"{name}-{world}", world=world, dies_at=dies_at, **settings)
+            run = run_of(root, f"{name}-{world}", world=world, dies_at=dies_at, **settings)
             train(run, rank, world)
             if world > 1:
                 dist.barrier()
@@ -147,13 +150,14 @@ def all_cases(rank: int, folder: str, world: int) -> None:
     case("undisturbed")
     # Steps 3 and 4 are lost with the checkpoint, from step 2 on it is done again.
     case("killed", 5, 4, take_away="optimiser-0.pt")
+    case("killed in S3", 5, root=bucket)
     case("accumulated", micro_batch=4, activation_checkpointing=True, zero_stage=2)
     if world > 1:
         half = {"precision": "bf16", "zero_stage": 2, "dropout": 0.1}
         case("half", **half)
         case("half killed", 5, **half)
     else:
-        run = case("scored", 6, kind=Scored, scores=(0.1, 0.5, 0.2, 0.4, 0.9), patience=2)
+        run = case("scored", 6, kind=Scored, scores=(0.1, 0.5, 0.2, 0.4, 0.9), patience=2, validate_queries=7)
         results["scored"]["kept"] = run.task.kept
         results["to the end"] = None
         case("to the end", kind=Scored, scores=(0.5, 0.2))
@@ -174,15 +178,19 @@ def all_cases(rank: int, folder: str, world: int) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[int, dict]:
     folder = str(tmp_path_factory.mktemp("loop"))
-    groups = [mp.spawn(all_cases, args=(folder, world), nprocs=world, join=False) for world in (1, 2)]
-    deadline = time.monotonic() + 400
-    try:
-        for group in groups:
-            while not group.join(timeout=1):
-                assert time.monotonic() < deadline, "the ranks wait for each other"
-    finally:
-        for process in (process for group in groups for process in group.processes):
-            process.kill()
+    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        bucket = new_bucket(environment)
+        groups = [mp.spawn(all_cases, args=(folder, world, bucket), nprocs=world, join=False) for world in (1, 2)]
+        deadline = time.monotonic() + 400
+        try:
+            for group in groups:
+                while not group.join(timeout=1):
+                    assert time.monotonic() < deadline, "the ranks wait for each other"
+        finally:
+            for process in (process for group in groups for process in group.processes):
+                process.kill()
     return {world: torch.load(f"{folder}/{world}.pt", weights_only=False) for world in (1, 2)}
 
 
@@ -214,6 +222,11 @@ def test_a_run_ends_after_its_phases_with_everything_that_is_published(trained):
     for file in ("model.safetensors", "optimiser-0.pt", "export/model.safetensors", "export/history.json"):
         assert file in result["files"]
     assert any(file.startswith("tensorboard/events") for file in result["files"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_it_makes_no_difference_that_checkpoints_lie_in_s3(trained, world):
+    assert same(trained[world]["killed in S3"], trained[world]["undisturbed"])
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -263,9 +276,16 @@ def test_a_batch_is_cut_as_its_arithmetic_says():
     batches = run_of("unused", "a", world=2, micro_batch=4).batches(2)
     assert (batches.micro, batches.accumulation, batches.rank_rows) == (4, 2, 8)
     assert batches.arithmetic == "micro_batch 4 x accumulation 2 x workers 2 = batch 16"
-    assert run_of("unused", "a", world=2, batch=1000, micro_batch=100).batches(2).plan.batch == 40, (
-        "the first phase's rows"
+    assert run_of("unused", "a", world=2, batch=1000, micro_batch=100).batches(2).plan.batch == 60, (
+        "the largest phase's rows"
     )
+
+
+def test_a_small_phase_leaves_the_batch_as_it_is():
+    run = run_of("unused", "a", world=2)
+    run.task.phases = lambda rows: [Phase(1, 3, 1e-3), Phase(2, 40, 1e-3)]
+    batches = run.batches(2)
+    assert batches.plan.batch == 16 and [batches.plan.place(epoch).steps for epoch in range(3)] == [1, 3, 3]
 
 
 def test_phases_of_nothing_are_refused():
@@ -290,4 +310,11 @@ def test_the_flops_of_an_example_are_six_a_weight_and_token():
     weights = {name: weight.numel() for name, weight in t5.named_parameters()}
     encoder = sum(size for name, size in weights.items() if name.startswith("encoder."))
     decoder = sum(size for name, size in weights.items() if name.startswith("decoder."))
-    assert run.task.flops_per_example(module) == 6 * (encoder * TOKENS + decoder * 2 + 8 * 16)
+    table = Blocks(run.task.tokenizer).table
+    rows = SimpleNamespace(rows=ROWS, take=lambda row_N: {n: matrix(table[n])[row_N] for n in run.task.columns})
+    run.task.starts_word_V = np.zeros_like(run.task.starts_word_V)  # a text is one word and stays
+    tokens = (matrix(table["input_ids"]) != 0).sum(1).mean()
+    assert tokens < TOKENS / 2, "padding is not counted"
+    assert run.task.flops_per_example(module, rows) == pytest.approx(6 * (encoder * tokens + decoder * 2 + 8 * 16))
+    run.task.recipe = run.task.recipe.model_copy(update={"consistency": 0.15})
+    assert run.task.flops_per_example(module, rows) == pytest.approx(12 * (encoder * tokens + decoder * 2 + 8 * 16))

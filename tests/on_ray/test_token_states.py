@@ -1,10 +1,12 @@
 """The generator's task with a frozen text encoder: ranks are fed token states, computed once a node. No cluster."""
 
+import fcntl
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import BertModel
 
 from catid2_ray.config import GeneratorRecipe
 from catid2_ray.docid import DocidSpace
@@ -14,6 +16,7 @@ from catid2_ray.generator.logits import docid_logits
 from catid2_ray.generator.saved import load_generator
 from catid2_ray.generator.vocabulary import load_tokenizer, with_docid_tokens
 from catid2_ray.on_ray.examples import KIND
+from catid2_ray.on_ray.token_states import open_states
 from catid2_ray.on_ray.train_generator import GeneratorTask
 from tests.unit.generator.text_models import save_bert
 
@@ -27,6 +30,7 @@ class Rows:
     def __init__(self, tokenizer):
         kinds = np.array([KIND["query"]] * 3 + [KIND["title"]] * 2, np.int8)
         codes = np.stack([np.arange(5) % k for k in SPACE.codes_per_level], 1).astype(np.int32)
+        self.rows = 5
         self.columns = {"kind": kinds, "weight": np.ones(5, np.float32), "codes": codes,
                         "input_ids": tokenize(tokenizer, TEXTS, length=8)}  # fmt: skip
 
@@ -75,9 +79,46 @@ def test_states_give_the_loss_of_the_ids_and_are_computed_once(folder, tmp_path,
     token = sizes["encoder.projection.weight"] + sizes["encoder.norm.weight"]
     decoder = sum(size for name, size in sizes.items() if name.startswith("decoder."))
     head = sum(task.space.codes_per_level) * module.model.lm_head.weight.shape[1]
-    assert task.flops_per_example(module) == 6 * (
-        token * task.recipe.query_tokens + sizes["encoder.sentence.weight"] + decoder * task.space.levels + head
+    tokens = task.prepare(rows.take(np.arange(5)), seed=0)["kept"].sum(1).mean()
+    assert task.flops_per_example(module, rows) == pytest.approx(
+        6 * (token * tokens + sizes["encoder.sentence.weight"] + decoder * task.space.levels + head)
     )
+
+
+def test_a_frozen_encoder_is_exported_as_it_was_whatever_the_precision(folder, tmp_path):
+    task, _ = task_of(folder)
+    module = task.build()
+    task.export(module.bfloat16(), tmp_path / "made", [])
+    made, was = load_generator(tmp_path / "made")[0], BertModel.from_pretrained(folder)
+    for name, weight in made.encoder.text.state_dict().items():
+        assert torch.equal(weight, was.state_dict()[name]), name
+
+
+def test_the_caches_used_last_stay(folder, tmp_path):
+    caches = tmp_path / "cache" / "token_states"
+
+    def opened(number):
+        open_states(folder, np.array([[2, 4 + number, 3]], np.int32), pad=0)
+        return max(caches.glob("*/cache.json"), key=lambda path: path.parent.stat().st_mtime_ns).parent
+
+    made = [opened(number) for number in range(3)]
+    assert opened(0) == made[0], "used again, and so the newest"
+    with open(f"{made[1]}.lock", "w") as door:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        made.append(opened(3))
+        assert all(path.exists() for path in made), "one that is being opened stays"
+    made.append(opened(4))
+    assert [path.exists() for path in made] == [True, False, False, True, True]
+
+
+def test_only_a_share_of_the_titles_loses_words(folder):
+    lost = {}
+    for share in (0, 0.5, 1):
+        task, rows = task_of(folder, word_keep=0.01, word_drop_share=share)
+        columns = {name: np.repeat(values, 200, axis=0) for name, values in rows.columns.items()}
+        kept_BT = task.prepare(columns, seed=4)["kept"]
+        lost[share] = (kept_BT.sum(1) < (columns["input_ids"] != 0).sum(1))[columns["kind"] == KIND["title"]].mean()
+    assert lost[0] == 0 and lost[1] > 0.9 and lost[1] * 0.35 < lost[0.5] < lost[1] * 0.65
 
 
 def test_a_disk_that_is_too_small_is_refused(folder, monkeypatch):

@@ -136,7 +136,7 @@ def test_smoothing_over_near_codes_is_the_loop(model):
     found_L = level_losses(model, IDS_BT, CODES_BL, space=SPACE, **settings)
     np.testing.assert_allclose(found_L.detach(), expected_L, rtol=1e-5)
     module = DocidLoss(model, space=SPACE, level_weights=(2, 1, 1), **settings)
-    torch.testing.assert_close(module(IDS_BT, CODES_BL), (found_L * torch.tensor([2, 1, 1])).sum() / 4)
+    torch.testing.assert_close(module(IDS_BT, CODES_BL), (found_L * torch.tensor([2, 1, 1])).sum() * 3 / 4)
     assert not any("near" in name for name in module.state_dict())
     with pytest.raises(RecipeError, match="must be positive, found 0"):
         near_codes(books, temperature=0)

@@ -1,9 +1,11 @@
 """The model's ID rows are its last ones and survive saving; the loss is the model's own; resuming is exact."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
@@ -12,7 +14,7 @@ from catid2_ray.errors import EncoderError, RecipeError, TrainingError
 from catid2_ray.generator.examples import Examples
 from catid2_ray.generator.model import pretrained_t5, small_t5
 from catid2_ray.generator.step import docid_loss, fit, level_losses
-from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
+from catid2_ray.generator.vocabulary import load_tokenizer, train_tokenizer, with_docid_tokens
 from tests.oracles.beam import step_logp
 
 SPACE = DocidSpace((4, 3, 5))
@@ -89,6 +91,32 @@ def test_an_mt5_is_loaded_as_the_t5_that_it_is(tmp_path):
             torch.testing.assert_close(ours(**inputs).logits[..., :base], expected)
 
 
+def test_a_model_as_mt5_is_published_without_tokenizer_json_and_safetensors(tmp_path):
+    """A SentencePiece model and a file of torch.load; and what such a file may not hold."""
+    (tmp_path / "text").write_text("折りたたみ傘 黒\nsartén negra\nステンレス 水筒\nblack water bottle\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spiece"), vocab_size=32, hard_vocab_limit=False,
+        character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    config = MT5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, tie_word_embeddings=False)
+    config.architectures = ["MT5ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": null}'
+    )
+    original = MT5ForConditionalGeneration(config)
+    torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids = tokenizer("折りたたみ傘 黒")["input_ids"]
+    assert ids[-1] == 1 and 2 not in ids and len(ids) > 2
+    base = len(tokenizer)
+    model = pretrained_t5(tmp_path, tokenizer=with_docid_tokens(tokenizer, SPACE), space=SPACE)
+    assert torch.equal(model.shared.weight[:base], original.shared.weight[:base])
+    torch.save({"shared.weight": Path("not a tensor")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(EncoderError, match="no T5 could be loaded from"):
+        pretrained_t5(tmp_path, tokenizer=tokenizer, space=SPACE)
+
+
 def test_a_model_that_cannot_be_had_is_an_error_in_words(tmp_path):
     tokenizer = with_docid_tokens(train_tokenizer(["steel hinge 10 ft"] * 3, size=64), SPACE)
     with pytest.raises(EncoderError, match="no T5 could be loaded from .*build a small T5"):
@@ -136,7 +164,9 @@ def test_levels_are_summed_or_weighed_and_halves_average_to_the_whole():
         grouped_L = level_losses(model, ids_BT, codes_BL, space=SPACE, most_groups=groups)
         torch.testing.assert_close(grouped_L, loss_L)
     weighed = docid_loss(model, ids_BT, codes_BL, space=SPACE, level_weights=(2, 1, 1))
-    torch.testing.assert_close(weighed, (2 * loss_L[0] + loss_L[1] + loss_L[2]) / 4)
+    torch.testing.assert_close(weighed, (2 * loss_L[0] + loss_L[1] + loss_L[2]) * 3 / 4)
+    evenly = docid_loss(model, ids_BT, codes_BL, space=SPACE, level_weights=(5, 5, 5))
+    torch.testing.assert_close(evenly, whole)
     weight_B = torch.tensor([1.0, 0.5, 0.0, 1.0, 2.0, 1.0])
     of_each = torch.stack([docid_loss(model, ids_BT[[i]], codes_BL[[i]], space=SPACE) for i in range(6)])
     weighted = docid_loss(model, ids_BT, codes_BL, space=SPACE, weight_B=weight_B)

@@ -35,10 +35,14 @@ def test_lines_are_the_oracles(rows, recent, attribute_tokens):
     query_BQ = tokenize(TOKENIZER, [query for query, _, _ in rows], length=8)
     row_R = np.repeat(np.arange(len(rows)), [len(codes) for _, _, codes in rows])
     codes_RL = np.array([code for _, _, codes in rows for code in codes], np.int64).reshape(-1, 2)
-    found_BW = with_users(
+    made = with_users(
         TOKENIZER, query_BQ, [user for _, user, _ in rows], row_R, codes_RL, space=SPACE, attribute_tokens=attribute_tokens,
         recent=recent,
     )  # fmt: skip
+    found_BW = made.input_ids_NT
+    assert made.cut_N.tolist() == [
+        len(TOKENIZER(user, add_special_tokens=False)["input_ids"]) > attribute_tokens for _, user, _ in rows
+    ]
     assert found_BW.shape[1] == user_width(8, attribute_tokens=attribute_tokens, recent=recent, levels=2)
     for found, query, (_, user, codes) in zip(found_BW, query_BQ, rows):
         words = TOKENIZER(user, add_special_tokens=False)["input_ids"]
@@ -54,7 +58,9 @@ def test_a_tokenizer_without_id_tokens_cannot_name_products_but_attributes():
     none, no_codes = np.zeros(0, np.int64), np.zeros((0, 2), np.int64)
     with pytest.raises(InputError, match="recent products need a model that reads ID tokens; set user_recent to 0"):
         with_users(PLAIN, query_BQ, ["female"], none, no_codes, space=SPACE, attribute_tokens=4, recent=1)
-    line = with_users(PLAIN, query_BQ, ["female"], none, no_codes, space=SPACE, attribute_tokens=4, recent=0)
+    line = with_users(
+        PLAIN, query_BQ, ["female"], none, no_codes, space=SPACE, attribute_tokens=4, recent=0
+    ).input_ids_NT
     assert PLAIN.decode(line[0], skip_special_tokens=True) == "female lamp"
 
 

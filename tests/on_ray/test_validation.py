@@ -1,0 +1,37 @@
+"""Recall while training, on results made by hand: where an ID that products share lies across the cut. No cluster."""
+
+import numpy as np
+import pytest
+import torch
+
+from catid2_ray.docid import DocidSpace
+from catid2_ray.on_ray.validation import CUT, found, mean_recall
+from catid2_ray.retrieval.beam import BeamResult
+
+CODES = (4, 8)
+
+
+def result(*queries: list[tuple[tuple[int, int], int]]) -> BeamResult:
+    """Of each query the IDs found, best first, with how many products have each."""
+    widest = max(map(len, queries))
+    docid_BKL, range_BK2 = np.full((len(queries), widest, 2), -1), np.zeros((len(queries), widest, 2), np.int64)
+    for row, found_of in enumerate(queries):
+        for place, (codes, products) in enumerate(found_of):
+            docid_BKL[row, place], range_BK2[row, place] = codes, (100 * place, 100 * place + products)
+    count_B = np.array([len(found_of) for found_of in queries])
+    return BeamResult(*map(torch.from_numpy, (docid_BKL, range_BK2, np.zeros((len(queries), widest)), count_B)))
+
+
+def test_products_of_one_id_share_the_ranks_that_are_left_before_the_cut():
+    answer = result([((0, 1), CUT - 10), ((2, 3), 40), ((1, 1), 1)], [((2, 3), 1), ((3, 7), 1)])
+    query_P = np.array([0, 0, 0, 0, 1, 1])
+    asked = np.array([(0, 1), (2, 3), (1, 1), (3, 7), (2, 3), (0, 1)])
+    found_P = found(answer, CODES, query_P, DocidSpace(CODES).pack(asked))
+    assert found_P.tolist() == pytest.approx([1, 10 / 40, 0, 0, 1, 0])
+    assert mean_recall(found_P, query_P) == pytest.approx((1.25 / 4 + 1 / 2) / 2)
+
+
+def test_unique_ids_count_whole():
+    answer = result([((code // 8, code % 8), 1) for code in range(32)])
+    asked = np.array([(0, 0), (3, 7)])
+    assert found(answer, CODES, np.zeros(2, int), DocidSpace(CODES).pack(asked)).tolist() == [1, 1]
