@@ -62,19 +62,12 @@ def shared_ray(_one_ray):
 
 
 _STARTS_RAY = ("tests/jobs/", "tests/end_to_end/", "tests/on_ray/test_assign.py", "tests/on_ray/test_esci_recipes.py")
-# Of files that start Ray two run at a time: the longest come first, beside one with many small tests.
-_FIRST = ("test_kill_and_resume.py", "tests/end_to_end/", "test_bad_input.py", "test_compare_ids.py", "test_submit.py")
+# Of files that start Ray two run at a time (Makefile): the longest come first, beside one with many small tests.
+_FIRST = ("test_kill_and_resume.py", "test_s3_to_http.py", "test_bad_input.py", "test_compare_ids.py", "test_submit.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        path = item.path.relative_to(config.rootpath).as_posix()
-        if path.startswith(_STARTS_RAY):
+        if item.path.relative_to(config.rootpath).as_posix().startswith(_STARTS_RAY):
             item.add_marker(pytest.mark.cluster)
-        # Under `--dist loadgroup` a group stays in one process: a file, or all files that share a release in S3.
-        folder = path.rpartition("/")[0]
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "tests/end_to_end" else path))
-    items.sort(
-        key=lambda item: next((place for place, of in enumerate(_FIRST) if of in item.path.as_posix()), len(_FIRST))
-    )
+    items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))

@@ -16,7 +16,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, CommitConflict, FormatError
 
 # Part of every key: raise it when what a stage writes changes, and no artefact of older code is found any more.
-FORMAT = 5
+FORMAT = 6
 
 
 def digest_of(value) -> str:

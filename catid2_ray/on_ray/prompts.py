@@ -29,6 +29,7 @@ SPLITS = ("train", "validation")
 FOLDERS = {"train": "part", "validation": "validation/part"}
 _BUCKET_PAIRS = 1_000_000
 _REWARDS = ("paid", "clicked", "exposed", "valid", "grades", "judged_max")
+_CUTS = ("judged_cut", "scores_cut", "queries_cut")  # what did not fit
 _SCORES = ("query_id", "product_id", "score")
 _SCORED = pa.schema([("query_id", pa.string()), ("packed", pa.int64()), ("score", pa.float64())])
 
@@ -90,9 +91,7 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         schema=schemas.fingerprint(_schema(parents["examples"], recipe)),
         metrics={"queries": counts["train"], "validation_queries": counts["validation"],
                  "rewards": "behaviour" if arguments["behaviour"] else "relevance",
-                 "judged_cut": sum(result["cut"] for result in made),
-                 "scores_cut": sum(result["scores_cut"] for result in made),
-                 "queries_cut": sum(result["queries_cut"] for result in made),
+                 **{name: sum(result[name] for result in made) for name in _CUTS},
                  "pairs_without_product": sum(result["without"] for result in found)},
     )  # fmt: skip
 
@@ -158,14 +157,7 @@ class _MakePrompts:
     def __call__(self, spec: dict) -> dict:
         bucket = spec["position"]
         pairs, scores = self._group("pairs", bucket), self._group("scores", bucket)
-        result = {
-            "position": bucket,
-            "files": [],
-            "cut": 0,
-            "scores_cut": 0,
-            "queries_cut": 0,
-            **dict.fromkeys(SPLITS, 0),
-        }
+        result = {"position": bucket, "files": [], **dict.fromkeys((*_CUTS, *SPLITS), 0)}
         for split in SPLITS:
             table = pairs.filter(pc.field("split") == split) if pairs is not None else None
             if table is None or not table.num_rows:
@@ -202,7 +194,7 @@ class _MakePrompts:
             table["relevance"].to_numpy() >= self.relevant_from, queries=len(names), width=width,
         )  # fmt: skip
         tokens, index = tokenize_cut(self.tokenizer, texts.to_pylist(), length=self.length), np.arange(len(names))
-        cuts = {"cut": rows.cut, "queries_cut": int(tokens.cut_N.sum())}
+        cuts = {"judged_cut": rows.cut, "queries_cut": int(tokens.cut_N.sum())}
         columns = {
             "part": np.full(len(names), bucket, np.int32), "index": index, "number": (bucket << 32) + index,
             "query": texts,

@@ -33,7 +33,7 @@ def test_a_recipe_runs_from_the_published_files_to_a_release(locale, shared_ray,
         pytest.skip("set CATID2_TEST_ESCI=1 to run every locale")
     sample = write_sample(tmp_path / "source", products=72)
     done = prepare_esci(
-        str(sample.folder), str(sample.categories), str(tmp_path / "data"), locale=locale, validation=0.1
+        str(sample.folder), str(sample.categories), str(tmp_path / "data"), locale=locale, validation=0.25
     )
     overrides = [f"catalog.root={done.root}", f"store={tmp_path / 'store'}", *SMALL]
     outcome = reindex(Recipe.load(ROOT / "jobs" / "recipes" / f"esci_{locale}.yaml", overrides))
@@ -45,6 +45,7 @@ def test_a_recipe_runs_from_the_published_files_to_a_release(locale, shared_ray,
     assert (
         examples["query_examples"] == counts["train_E"] + counts["train_S"] and examples["pairs_without_product"] == 0
     )
+    assert outcome.parts["generator"].metrics["best_score"] > 0, "the recipes choose the epoch by validation"
     # Every relevant test product was trained on, and words are found in a script without spaces too.
     assert outcome.figures["queries"]["unseen"] == 0 and outcome.figures["queries"]["all"] == counts["test_queries"]
     assert outcome.figures["recall"]["bm25"]["20"] > 0.5
