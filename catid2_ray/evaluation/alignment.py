@@ -178,10 +178,10 @@ def alignment_picture(history: Sequence[Mapping], *, title: str) -> Figure:
         at = np.arange(len(names))
         for shift, (figures, colour, word) in enumerate(((before, COLOURS[5], "before"), (after, COLOURS[0], "after"))):
             bars = panel.bar(at + 0.4 * shift, [figures[name] for name in names], 0.38, color=colour, label=word)
-            panel.bar_label(bars, fmt="%.2g", fontsize=7)
+            panel.bar_label(bars, fmt="%.3g", fontsize=7, padding=1 + 7 * shift)  # bars of no height lie side by side
         panel.set_xticks(at + 0.2, [headings[name] for name in names], fontsize=8)
         panel.set_title(label, fontsize=9, loc="left")
-        panel.margins(y=0.12)
+        panel.margins(y=0.16)
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)

@@ -7,7 +7,6 @@ survives `save_pretrained`; padded vocabularies (T5 has 32,128 rows for 32,100 t
 Pretrained weights are safetensors, or where a model has none (mT5) tensors that `torch.load` reads with `weights_only`.
 """
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,9 +21,6 @@ from catid2_ray.generator.encoder_decoder import encoder_decoder
 from catid2_ray.generator.heads import with_head
 from catid2_ray.generator.initial import init_docid_rows
 from catid2_ray.generator.vocabulary import EOS, PAD
-
-# For a model without them transformers would ask the hub, in a thread, to convert it.
-os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 def small_t5(
