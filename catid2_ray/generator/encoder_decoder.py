@@ -9,6 +9,7 @@ B batch, T tokens, E width of the text encoder, D width of the decoder.
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -149,6 +150,18 @@ def encoder_decoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return EncoderDecoder(text, config, frozen=frozen)
+
+
+@torch.no_grad()
+def unrounded(model: nn.Module, text: Callable[[], nn.Module]) -> nn.Module:
+    """The generator in float32 on CPU. Of a frozen text encoder that training in bf16 rounded with all other weights the true ones
+    are taken from `text()`, since the products' vectors are of the encoder as it was."""
+    encoder = getattr(model, "encoder", None)
+    rounded = getattr(encoder, "frozen", False) and next(encoder.text.parameters()).dtype != torch.float32
+    model = model.float().cpu()
+    if rounded:
+        encoder.text.load_state_dict(text().state_dict())
+    return model
 
 
 def load_text_encoder(name_or_folder: str) -> nn.Module:

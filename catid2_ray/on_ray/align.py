@@ -24,6 +24,7 @@ from catid2_ray.errors import RecipeError
 from catid2_ray.evaluation.alignment import measure
 from catid2_ray.generator.alignment import AlignmentLoss, Objective
 from catid2_ray.generator.alignment_fit import prompt_order
+from catid2_ray.generator.encoder_decoder import unrounded
 from catid2_ray.generator.saved import load_generator, save_generator
 from catid2_ray.generator.step import parameter_groups
 from catid2_ray.on_ray import prompts, worker
@@ -242,8 +243,6 @@ class AlignTask:
         return measure(model, reference, environment, asked, count=len(found["number"]), seed=self.seed)
 
     def export(self, module: AlignmentLoss, folder: Path, history: list[dict]) -> None:
-        model = module.model.float().cpu()
-        if getattr(getattr(model, "encoder", None), "frozen", False):
-            model.encoder.text.load_state_dict(self._generator().encoder.text.state_dict())  # as it was before bf16
+        model = unrounded(module.model, lambda: self._generator().encoder.text)
         save_generator(model, self._tokenizer, folder)
         (folder / "history.json").write_text(json.dumps(history, indent=1))

@@ -12,7 +12,7 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import fetch
 from catid2_ray.config import GeneratorRecipe, StageRecipe
 from catid2_ray.docid import DocidSpace
-from catid2_ray.generator.encoder_decoder import load_text_encoder
+from catid2_ray.generator.encoder_decoder import load_text_encoder, unrounded
 from catid2_ray.generator.examples import epoch_order, kept_words, mix_ratios, only_kept
 from catid2_ray.generator.losses import near_codes
 from catid2_ray.generator.model import build_generator
@@ -239,9 +239,6 @@ class GeneratorTask:
         return ({"stage": plan[self.stage_of(epoch)].name} if len(plan) > 1 else {}), False
 
     def export(self, module: DocidLoss, folder: Path, history: list[dict]) -> None:
-        model = module.model.float().cpu()
-        if self.frozen:
-            # DeepSpeed rounded them to bf16 with all others, but the products' vectors are of the encoder as it was.
-            model.encoder.text.load_state_dict(load_text_encoder(self.recipe.encoder).state_dict())
+        model = unrounded(module.model, lambda: load_text_encoder(self.recipe.encoder))
         save_generator(model, self.tokenizer, folder)
         (folder / "history.json").write_text(json.dumps(history, indent=1))

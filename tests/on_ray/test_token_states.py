@@ -85,13 +85,16 @@ def test_states_give_the_loss_of_the_ids_and_are_computed_once(folder, tmp_path,
     )
 
 
-def test_a_frozen_encoder_is_exported_as_it_was_whatever_the_precision(folder, tmp_path):
+def test_a_frozen_encoder_is_exported_as_it_was_whatever_the_precision(folder, tmp_path, monkeypatch):
     task, _ = task_of(folder)
     module = task.build()
     task.export(module.bfloat16(), tmp_path / "made", [])
     made, was = load_generator(tmp_path / "made")[0], BertModel.from_pretrained(folder)
     for name, weight in made.encoder.text.state_dict().items():
         assert torch.equal(weight, was.state_dict()[name]), name
+    whole = task.build()
+    monkeypatch.setattr("catid2_ray.on_ray.train_generator.load_text_encoder", None)  # not asked for in float32
+    task.export(whole, tmp_path / "whole", [])
 
 
 def test_the_caches_used_last_stay(folder, tmp_path):

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from catid2_ray.docid import DocidSpace
+from catid2_ray.generator.model import small_t5
 from catid2_ray.on_ray.validation import CUT, found, mean_recall
-from catid2_ray.retrieval.beam import BeamResult
+from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
+from catid2_ray.retrieval.trie import Trie
 
 CODES = (4, 8)
 
@@ -29,6 +31,21 @@ def test_products_of_one_id_share_the_ranks_that_are_left_before_the_cut():
     found_P = found(answer, CODES, query_P, DocidSpace(CODES).pack(asked))
     assert found_P.tolist() == pytest.approx([1, 10 / 40, 0, 0, 1, 0])
     assert mean_recall(found_P, query_P) == pytest.approx((1.25 / 4 + 1 / 2) / 2)
+
+
+def test_a_model_in_bf16_is_searched_as_the_recipes_for_gpus_ask():
+    codes_NL = np.stack(np.unravel_index(np.arange(0, 32, 2), CODES), 1)
+    trie = Trie.build(codes_NL, codes_per_level=CODES)
+    model = small_t5(
+        vocabulary=20, width=16, layers=1, heads=2, feed_forward=24, dropout=0.0, codes_per_level=CODES
+    ).eval()  # fmt: skip
+    ids_BT = np.array([[4, 5, 1], [6, 1, 0]])
+    found_in = [
+        constrained_beam_search(model.to(kind), trie, ids_BT, ids_BT != 0, beam_width=CUT, top_k=CUT)
+        for kind in (torch.float32, torch.bfloat16)
+    ]
+    assert all(answer.count_B.tolist() == [16, 16] for answer in found_in), "every ID of the catalogue"
+    np.testing.assert_allclose(found_in[1].logp_BK, found_in[0].logp_BK, atol=0.1)
 
 
 def test_unique_ids_count_whole():
