@@ -10,14 +10,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# Python compiles what it imports; of all that lies in these packages that is a small part.
+INSTALL = $(BIN)/pip install -q --no-compile -c constraints.txt
+
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e .
+	$(INSTALL) torch
+	$(INSTALL) -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	touch $@
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) torch
+	$(INSTALL) -e '.[dev]'
+	touch $(VENV)/.installed $@
 
 quickstart: $(VENV)/.installed
 	$(BIN)/catid2 reindex --recipe jobs/recipes/quickstart.yaml

@@ -1,5 +1,7 @@
 """Run `catid2` and `python -m jobs.…` as a user does: another process, its own Ray, its output as text."""
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -25,6 +27,19 @@ def run(*arguments, env: dict | None = None, timeout: float = TIMEOUT_S) -> subp
         [sys.executable, "-m", *map(str, arguments)],
         cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
+
+
+def run_here(*arguments) -> subprocess.CompletedProcess:
+    """`run_here("search", …)`: a command of `catid2` in this process, which has imported already what it needs."""
+    from catid2_ray import cli
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.guarded(lambda: cli.app(list(map(str, arguments)), standalone_mode=False))
+        except SystemExit as error:
+            code = error.code
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def run_until(line: str, *arguments, env: dict | None = None, timeout: float = TIMEOUT_S) -> list[str]:

@@ -1,5 +1,7 @@
 """DeepSpeed around a module, and the collectives that the training loop needs: the one place that imports deepspeed."""
 
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -27,6 +29,9 @@ class Gather(torch.autograd.Function):
 
 def start_engine(run: Run, module: torch.nn.Module, batches: Batches):
     """The DeepSpeed engine with AdamW; RecipeError where activations are to be checkpointed and the model cannot."""
+    # Nothing here is compiled, but DeepSpeed declares an optimizer that is, for which torch would import its whole compiler:
+    # more than a second and 45 MB in every worker.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     import deepspeed
 
     # The shared-memory op would be compiled with g++ on first use; plain gloo needs no compiler.

@@ -50,9 +50,7 @@ def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifes
     figures = score(
         job.store,
         parts,
-        pairs,
-        split=recipe.split,
-        min_relevance=recipe.min_relevance,
+        judge(job.store, parts, pairs, split=recipe.split, min_relevance=recipe.min_relevance),
         beam_width=recipe.beam_width,
         methods=recipe.methods,
         workers=recipe.workers,
@@ -71,15 +69,13 @@ def _pairs_of_split(store: Store, catalog: Manifest, split: str) -> pa.Table:
 
 
 def score(
-    store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: str, min_relevance: float, methods: tuple[str, ...],
-    beam_width: int, workers: int, seed: int, max_queries: int | None = None, bm25_max: int = 5_000_000,
-    query_encoder: str | None = None,
+    store: Store, parts: dict[str, Manifest], judgements: Judgements, *, methods: tuple[str, ...], beam_width: int, workers: int,
+    seed: int, max_queries: int | None = None, bm25_max: int = 5_000_000, query_encoder: str | None = None,
 ) -> dict:  # fmt: skip
-    """Figures of `evaluation.protocol.evaluate` plus `sample_queries`, for any table of pairs against these parts.
+    """Figures of `evaluation.protocol.evaluate` plus `sample_queries`, for the judgements of any table of pairs.
 
     `query_encoder`: for "dense" where the products' vectors are given by the catalogue.
     """
-    judgements = _judge(store, parts, pairs, split=split, min_relevance=min_relevance)
     if max_queries and max_queries < len(judgements.queries):
         chosen = np.sort(np.random.default_rng([seed, 3]).permutation(len(judgements.queries))[:max_queries])
         judgements = _only(judgements, chosen)
@@ -89,6 +85,7 @@ def score(
         "bm25": (_Bm25Search, {"catalog": parts["catalog"]}),
         "dense": (DenseSearch, {"parts": parts, "query_encoder": query_encoder, "k": max(KS)}),
     }
+    workers = min(workers, -(-len(judgements.queries) // _QUERIES_PER_SPEC))
     pools: dict[int, dict] = {}  # by number of actors, the methods that they run
     for method in methods:
         if method in IN_MEMORY and parts["catalog"].rows > bm25_max:
@@ -122,9 +119,11 @@ def _ranked(
     return ranked
 
 
-def _judge(
-    store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: str, min_relevance: float
-) -> Judgements:
+def judge(store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: str, min_relevance: float) -> Judgements:
+    """What counts as relevant in this table of pairs, and what of it the generator was taught.
+
+    Raises InputError where no pair of the split names a product of the catalogue.
+    """
     catalog, named = parts["catalog"], pairs["product_id"].unique()
     known = pa.concat_tables(
         [

@@ -125,16 +125,14 @@ def evaluate_release(
     checked = check_pairs(source.read_table(name))
     if checked.bad.num_rows:
         progress.event("set_aside", pairs=checked.bad.num_rows, first=repr(checked.bad["reason"][0].as_py()))
-    pairs = checked.good
+    judgements = evaluate.judge(store, parts, checked.good, split=split, min_relevance=min_relevance)
     cluster.connect(ClusterRecipe())
     try:
         figures = evaluate.score(
             store,
             parts,
-            pairs,
+            judgements,
             beam_width=parts["evaluation"].settings["beam_width"],
-            split=split,
-            min_relevance=min_relevance,
             methods=methods,
             workers=workers,
             seed=0,

@@ -19,7 +19,7 @@ from transformers import T5ForConditionalGeneration
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.on_ray.serve_app import AppSettings, RetrieverReplica
-from tests.command import ROOT, kill_tree, run
+from tests.command import ROOT, kill_tree, run, run_here
 
 FAST = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1, "metrics_interval_s": 0.5,
         "look_back_period_s": 2}  # fmt: skip
@@ -88,9 +88,9 @@ def test_search_answers_and_refuses(released):
         "catid2_ray.cli", "search", "stainless steel hinge", "--store", released["store"], "--k", 3, env=released["env"]
     )
     assert found.returncode == 0 and found.stdout.count("<a_") == 3, found.stderr
-    empty = run("catid2_ray.cli", "search", "  ", "--store", released["store"], env=released["env"])
+    empty = run_here("search", "  ", "--store", released["store"])
     assert empty.returncode == 3 and "at least one character" in empty.stderr
-    nothing = run("catid2_ray.cli", "search", "x", "--store", f"{released['store']}-other", env=released["env"])
+    nothing = run_here("search", "x", "--store", f"{released['store']}-other")
     assert nothing.returncode == 5 and "nothing was published" in nothing.stderr
 
 
@@ -104,17 +104,7 @@ def test_evaluate_scores_another_table_of_pairs(released):
     figures = json.loads(target.read_text())
     assert figures["release"] == released["figures"]["release"]
     assert set(figures["recall"]) == {"beam", "served"} and "recall_seen" in figures and "recall_unseen" in figures
-    wrong = run(
-        "catid2_ray.cli",
-        "evaluate",
-        "--store",
-        released["store"],
-        "--pairs",
-        pairs,
-        "--split",
-        "nightly",
-        env=released["env"],
-    )
+    wrong = run_here("evaluate", "--store", released["store"], "--pairs", pairs, "--split", "nightly")
     assert wrong.returncode == 3 and "no pair of split 'nightly'" in wrong.stderr
 
 
@@ -153,9 +143,7 @@ def test_http_answers_equal_the_command_line(released, server):
     assert set(body["products"][0]) == {"product_id", "docid", "score", "logp", "dense", "lexical", "title"}
     scores = [product["score"] for product in body["products"]]
     assert scores == sorted(scores, reverse=True)
-    shown = run(
-        "catid2_ray.cli", "search", "stainless steel hinge", "--store", released["store"], "--k", 3, env=released["env"]
-    )
+    shown = run_here("search", "stainless steel hinge", "--store", released["store"], "--k", 3)
     for product in body["products"]:
         assert product["product_id"] in shown.stdout and product["docid"] in shown.stdout
     assert httpx.get(f"{server}/healthz").json() == {"status": "ok", "release": body["release"], "changes": 0}

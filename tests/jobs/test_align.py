@@ -1,4 +1,5 @@
-"""Alignment from a recipe: behaviour logs in, a generator aligned by two workers out, and a release of it."""
+"""CQ-SID's whole way from a recipe: behaviour logs in, IDs that products may share, a causal language model that generates them,
+aligned by two workers, and a release of it."""
 
 import json
 
@@ -7,14 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from catid2_ray import cli
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, RecipeError
+from catid2_ray.generator.vocabulary import train_tokenizer
 from catid2_ray.on_ray.reindex import reindex, run_verb
 from catid2_ray.retrieval.retriever import Retriever
+from tests.command import write_recipe
 from tests.conftest import TINY
+from tests.text_models import save_qwen
 
 ALIGNMENT = {
     "enabled": True, "steps": 4, "report_every": 2, "updates": 2, "batch": 16, "group": 4, "injected": 2, "workers": 2,
@@ -35,15 +40,22 @@ def test_a_recipe_with_behaviour_is_aligned_and_published(shared_ray, tmp_path):
     pq.write_table(made.pairs.append_column("behaviour", pa.array(behaviour)), tmp_path / "shop" / "pairs.parquet")
     values = {name: dict(part) if isinstance(part, dict) else part for name, part in TINY.items()}
     values |= {"store": str(tmp_path / "store"), "catalog": {"root": str(tmp_path / "shop"), "rows_per_part": 100}}
-    values["quantizer"] = {"kind": "rq_kmeans", "codes_per_level": [8, 8, 8, 8], "kmeans_sample": 200}
-    values["generator"] |= {"epochs": 1, "mix": {"query": 1.0, "title": 0.1}}
+    values["quantizer"] |= {"kind": "cq_sid", "codes_per_level": [64, 8, 8], "leaf": 20, "epochs": 2}
+    values["evaluation"]["beam_width"] = 8
+    tokenizer = train_tokenizer(made.products["title"].to_pylist(), size=300)
+    qwen = save_qwen(tmp_path / "qwen", tied=True, words=len(tokenizer))
+    tokenizer.save_pretrained(qwen)
+    values["generator"] |= {"epochs": 1, "mix": {"query": 1.0, "title": 0.1}, "model": "causal", "causal": qwen}
     values["alignment"] = ALIGNMENT | {"ranker": "tests.jobs.test_align:ranked"}
     outcome = reindex(Recipe.build(values))
     assert {"generator", "prompts", "aligned"} <= set(outcome.made)
+    assert outcome.parts["ids"].metrics["duplicates_after"] > 0, "cq_sid lets products share an ID"
+    cli.report_ids(str(write_recipe(tmp_path, values)), html_file=str(tmp_path / "ids.html"))
+    assert "data:image/png;base64," in (tmp_path / "ids.html").read_text()
     store = Store(values["store"])
     generator = releases.current(store).manifests(store)["generator"]
     assert set(generator.parents) == {"trained", "ids", "examples", "prompts"}
-    assert generator.settings["model"] == "small", "serving asks what kind it is"
+    assert generator.settings["model"] == "causal", "serving asks what kind it is"
     figures = generator.metrics
     assert figures["measured_on"] == "validation" and figures["before"]["kl"] == pytest.approx(0, abs=1e-5)
     assert figures["after"]["kl"] > 0 and 0 < figures["training"]["experts"] <= 2

@@ -1,4 +1,5 @@
-"""`ray job submit` of jobs.reindex against a Ray cluster that is already running, as a platform team does it."""
+"""`ray job submit` of jobs.reindex against a Ray cluster that is already running, as a platform team does it; with IDs whose
+first tokens are categories and whose last are counted (hi_gen)."""
 
 import os
 import secrets
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from catid2_ray import cli
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from tests.command import ROOT, kill_tree, write_recipe
@@ -62,13 +64,19 @@ def submit(head, *entry: str) -> subprocess.CompletedProcess:
 
 
 def test_reindex_is_submitted_and_a_stage_after_it(head, tiny, tmp_path):
-    quantizer = {"kind": "rq_kmeans", "codes_per_level": [8, 8, 8, 8], "kmeans_sample": 200}
-    recipe = write_recipe(tmp_path, {**tiny, "store": str(tmp_path / "store"), "quantizer": quantizer})
+    tiny["quantizer"] |= {"kind": "hi_gen", "codes_per_level": [64, 8, 8], "leaf": 20}
+    tiny["evaluation"]["beam_width"] = 8
+    recipe = write_recipe(tmp_path, {**tiny, "store": str(tmp_path / "store")})
     result = submit(head, "python", "-m", "jobs.reindex", "--recipe", str(recipe))
     shown = result.stdout + result.stderr
     assert result.returncode == 0 and "succeeded" in shown, shown[-4000:]
-    release = releases.current(Store(tmp_path / "store"))
+    store = Store(tmp_path / "store")
+    release = releases.current(store)
     assert release.name in shown
+    ids = release.manifests(store)["ids"].metrics
+    assert ids["codes_per_level"] != tiny["quantizer"]["codes_per_level"] and ids["duplicates_after"] == 0
+    cli.report_ids(str(recipe), html_file=str(tmp_path / "ids.html"))
+    assert "data:image/png;base64," in (tmp_path / "ids.html").read_text()
     again = submit(head, "python", "-m", "jobs.assign_ids", "--recipe", str(recipe))
     assert again.returncode == 0 and "artifacts/ids/" in again.stdout, (again.stdout + again.stderr)[-3000:]
     wrong = submit(head, "python", "-m", "jobs.train_quantizer", "--recipe", str(recipe), "--set", "seed=1",

@@ -1,10 +1,12 @@
 """The ESCI recipes from the published files to a release, on the sample; widths, epochs and models cut down, the rest as it is.
 
-Japanese runs always; CATID2_TEST_ESCI=1 runs all three (about half a minute each).
+The generators are random: an mT5 as it is published, and small T5s made here. Japanese runs always; CATID2_TEST_ESCI=1 runs all
+three (about half a minute each).
 """
 
 import os
 
+import pyarrow.parquet as pq
 import pytest
 
 from catid2_ray.artifacts import release as releases
@@ -15,14 +17,18 @@ from catid2_ray.on_ray.reindex import reindex
 from catid2_ray.retrieval.retriever import Retriever
 from tests.command import ROOT
 from tests.esci_sample import write_sample
+from tests.text_models import save_mt5
 
 SMALL = [
     "cluster.gpus_per_worker=0", "catalog.rows_per_part=50", "catalog.workers=1", "embedding.encoder=lsa", "embedding.width=16",
     "embedding.gpus_per_worker=0", "quantizer.codes_per_level=[8,8,8,8]", "quantizer.hidden=[32]", "quantizer.latent=8",
     "quantizer.batch=32", "quantizer.epochs=4", "quantizer.kmeans_sample=64", "quantizer.collapse_patience=0",
-    "ids.workers=1", "generator.model=small", "generator.width=32", "generator.layers=1", "generator.heads=2",
-    "generator.feed_forward=64", "generator.vocabulary=300", "generator.precision=fp32", "generator.batch=32",
+    "ids.workers=1", "generator.precision=fp32", "generator.batch=32",
     "generator.epochs=2", "evaluation.workers=1", "evaluation.beam_width=16", "evaluation.min_beam_to_bm25=0",
+]  # fmt: skip
+SMALL_T5 = [
+    "generator.model=small", "generator.width=32", "generator.layers=1", "generator.heads=2", "generator.feed_forward=64",
+    "generator.vocabulary=300",
 ]  # fmt: skip
 QUERY = {"us": "black water bottle", "es": "sartén antiadherente negro", "jp": "折りたたみ傘 黒"}
 
@@ -36,6 +42,10 @@ def test_a_recipe_runs_from_the_published_files_to_a_release(locale, shared_ray,
         str(sample.folder), str(sample.categories), str(tmp_path / "data"), locale=locale, validation=0.25
     )
     overrides = [f"catalog.root={done.root}", f"store={tmp_path / 'store'}", *SMALL]
+    if locale == "jp":
+        titles = pq.read_table(tmp_path / "data" / "products.parquet", columns=["title"])["title"].to_pylist()
+        save_mt5(tmp_path / "mt5", titles, words=300)
+    overrides += [f"generator.model={tmp_path / 'mt5'}"] if locale == "jp" else SMALL_T5
     outcome = reindex(Recipe.load(ROOT / "jobs" / "recipes" / f"esci_{locale}.yaml", overrides))
     metrics, counts = outcome.parts["catalog"].metrics, done.counts
     assert metrics["products"] == counts["documents"] and metrics["products_set_aside"] == 0

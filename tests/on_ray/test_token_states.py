@@ -18,7 +18,7 @@ from catid2_ray.generator.vocabulary import load_tokenizer, with_docid_tokens
 from catid2_ray.on_ray.examples import KIND
 from catid2_ray.on_ray.token_states import open_states
 from catid2_ray.on_ray.train_generator import GeneratorTask
-from tests.unit.generator.text_models import save_bert
+from tests.text_models import save_bert
 
 SPACE = DocidSpace((4, 3, 5))
 TEXTS = ["steel hinge", "oak doors 10 ft", "brass hinges", "copper pipe", "oak table"]

@@ -15,7 +15,7 @@ from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie
 from tests.oracles.generators import brute_force, causal_next_logits, generate_causal
-from tests.unit.generator.text_models import save_bert, save_qwen, word_tokenizer
+from tests.text_models import save_bert, save_qwen, word_tokenizer
 
 SPACE = DocidSpace((4, 3, 5))
 TEXTS = ["steel hinge", "brass pipe 10 ft", "oak"]

@@ -18,7 +18,7 @@ from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.t5_decoder import T5Decoder
 from catid2_ray.retrieval.trie import Trie
 from tests.oracles.generators import brute_force
-from tests.unit.generator.text_models import save_bert
+from tests.text_models import save_bert
 
 SPACE = DocidSpace((4, 3, 5))
 TEXTS = ["steel hinge", "brass hinges 10 ft", "oak doors", "copper pipe", "oak", "steel hinge"]

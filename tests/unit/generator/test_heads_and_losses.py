@@ -17,7 +17,7 @@ from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie
 from tests.oracles import generators as oracle
-from tests.unit.generator.text_models import save_bert
+from tests.text_models import save_bert
 
 SPACE = DocidSpace((4, 3, 5))
 SIZES = {"width": 16, "heads": 2, "feed_forward": 24, "dropout": 0.1, "codes_per_level": SPACE.codes_per_level}

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
@@ -16,6 +15,7 @@ from catid2_ray.generator.model import pretrained_t5, small_t5
 from catid2_ray.generator.step import docid_loss, fit, level_losses
 from catid2_ray.generator.vocabulary import load_tokenizer, train_tokenizer, with_docid_tokens
 from tests.oracles.beam import step_logp
+from tests.text_models import save_mt5
 
 SPACE = DocidSpace((4, 3, 5))
 SMALL = {"vocabulary": 30, "width": 16, "layers": 1, "heads": 2, "feed_forward": 24}
@@ -93,19 +93,8 @@ def test_an_mt5_is_loaded_as_the_t5_that_it_is(tmp_path):
 
 def test_a_model_as_mt5_is_published_without_tokenizer_json_and_safetensors(tmp_path):
     """A SentencePiece model and a file of torch.load; and what such a file may not hold."""
-    (tmp_path / "text").write_text("折りたたみ傘 黒\nsartén negra\nステンレス 水筒\nblack water bottle\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spiece"), vocab_size=32, hard_vocab_limit=False,
-        character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-    )  # fmt: skip
-    config = MT5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, tie_word_embeddings=False)
-    config.architectures = ["MT5ForConditionalGeneration"]
-    config.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": null}'
-    )
-    original = MT5ForConditionalGeneration(config)
-    torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
+    texts = ["折りたたみ傘 黒", "sartén negra", "ステンレス 水筒", "black water bottle"] * 20
+    original = save_mt5(tmp_path, texts, words=32)
     tokenizer = load_tokenizer(str(tmp_path))
     ids = tokenizer("折りたたみ傘 黒")["input_ids"]
     assert ids[-1] == 1 and 2 not in ids and len(ids) > 2

@@ -13,7 +13,7 @@ from catid2_ray.generator.model import build_generator
 from catid2_ray.generator.saved import load_generator, save_generator
 from catid2_ray.generator.vocabulary import load_tokenizer, pad_of, train_tokenizer, with_docid_tokens
 from catid2_ray.retrieval.decoders import decoder_for
-from tests.unit.generator.text_models import save_bert, save_qwen, word_tokenizer
+from tests.text_models import save_bert, save_qwen, word_tokenizer
 
 SPACE = DocidSpace((4, 3, 5))
 SIZES = {"space": SPACE, "width": 16, "layers": 1, "heads": 2, "feed_forward": 24, "dropout": 0.1, "seed": 1}

@@ -17,7 +17,7 @@ from catid2_ray.generator.model import pretrained_causal, small_t5
 from catid2_ray.generator.vocabulary import load_tokenizer, with_docid_tokens
 from catid2_ray.retrieval.environment import CalledRanker, Environment, Rules
 from catid2_ray.retrieval.trie import Trie
-from tests.unit.generator.text_models import bert_tokenizer, save_bert, save_qwen, word_tokenizer
+from tests.text_models import bert_tokenizer, save_bert, save_qwen, word_tokenizer
 
 SPACE = DocidSpace((5, 5, 5))
 RNG = np.random.default_rng(0)

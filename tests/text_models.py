@@ -1,8 +1,20 @@
-"""Tiny random models of each kind with a tokenizer, for tests of generators: a BERT in a folder, and a Qwen2."""
+"""Tiny random models of each kind with a tokenizer, for tests of generators: a BERT in a folder, a Qwen2, and an mT5."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 WORDS = ("steel", "hinge", "brass", "copper", "pipe", "oak", "door", "table", "##s", "10", "ft")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -47,13 +59,33 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", padding_side="left")
 
 
-def save_qwen(folder, *, tied: bool) -> str:
-    """A random Qwen2 of width 24 with 4 heads, 2 of keys, and 3 rows more than `word_tokenizer` has, in `folder`."""
+def save_qwen(folder, *, tied: bool, words: int = len(WORDS) + 1) -> str:
+    """A random Qwen2 of width 24 with 4 heads, 2 of keys, and 3 rows more than the `words` of its tokenizer, in `folder`."""
     with torch.random.fork_rng():
         torch.manual_seed(4)
         config = Qwen2Config(
-            vocab_size=len(WORDS) + 1 + 3, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+            vocab_size=words + 3, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.3,
         )  # fmt: skip
         Qwen2ForCausalLM(config).save_pretrained(folder)
     return str(folder)
+
+
+def save_mt5(folder: Path, texts: Iterable[str], *, words: int) -> MT5ForConditionalGeneration:
+    """A random mT5 of width 16 as mT5 is published: a SentencePiece model of `texts` and a file of torch.load, in `folder`."""
+    folder.mkdir(exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "spiece"), vocab_size=words, hard_vocab_limit=False,
+        character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    config = MT5Config(
+        vocab_size=2 * words, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, tie_word_embeddings=False
+    )
+    config.architectures = ["MT5ForConditionalGeneration"]
+    config.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": null}'
+    )
+    model = MT5ForConditionalGeneration(config)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return model
