@@ -1,5 +1,6 @@
 """DeepSpeed around a module, and the collectives that the training loop needs: the one place that imports deepspeed."""
 
+import contextlib
 import os
 
 import torch
@@ -29,9 +30,6 @@ class Gather(torch.autograd.Function):
 
 def start_engine(run: Run, module: torch.nn.Module, batches: Batches):
     """The DeepSpeed engine with AdamW; RecipeError where activations are to be checkpointed and the model cannot."""
-    # Nothing here is compiled, but DeepSpeed declares an optimizer that is, for which torch would import its whole compiler:
-    # more than a second and 45 MB in every worker.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     import deepspeed
 
     # The shared-memory op would be compiled with g++ on first use; plain gloo needs no compiler.
@@ -40,26 +38,42 @@ def start_engine(run: Run, module: torch.nn.Module, batches: Batches):
     if getattr(settings, "activation_checkpointing", False):
         _checkpoint_activations(module)
     groups = run.task.parameter_groups(module, weight_decay=settings.weight_decay)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=torch.optim.AdamW(groups, lr=settings.learning_rate),
-        dist_init_required=False,
-        config={
-            "train_batch_size": batches.plan.batch,
-            "train_micro_batch_size_per_gpu": batches.micro,
-            "gradient_accumulation_steps": batches.accumulation,
-            "gradient_clipping": settings.clip,
-            "zero_optimization": {
-                "stage": settings.zero_stage,
-                "reduce_bucket_size": 20_000_000,
-                "allgather_bucket_size": 20_000_000,
+    with _without_compiler():
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=torch.optim.AdamW(groups, lr=settings.learning_rate),
+            dist_init_required=False,
+            config={
+                "train_batch_size": batches.plan.batch,
+                "train_micro_batch_size_per_gpu": batches.micro,
+                "gradient_accumulation_steps": batches.accumulation,
+                "gradient_clipping": settings.clip,
+                "zero_optimization": {
+                    "stage": settings.zero_stage,
+                    "reduce_bucket_size": 20_000_000,
+                    "allgather_bucket_size": 20_000_000,
+                },
+                "bf16": {"enabled": settings.precision == "bf16"},
+                "steps_per_print": 10**9,
+                "zero_allow_untested_optimizer": True,
             },
-            "bf16": {"enabled": settings.precision == "bf16"},
-            "steps_per_print": 10**9,
-            "zero_allow_untested_optimizer": True,
-        },
-    )
+        )
     return engine
+
+
+@contextlib.contextmanager
+def _without_compiler():
+    """DeepSpeed imports an optimizer that nobody asked for and that is compiled; torch would import its whole compiler for it:
+    more than a second and 45 MB in every worker."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def _checkpoint_activations(module: torch.nn.Module) -> None:
