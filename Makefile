@@ -10,8 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Python compiles what it imports; of all that lies in these packages that is a small part.
-INSTALL = $(BIN)/pip install -q --no-compile -c constraints.txt
+INSTALL = $(BIN)/pip install -q -c constraints.txt
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) torch
