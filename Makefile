@@ -4,22 +4,18 @@ PYTHON ?= python3.11
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+.NOTPARALLEL:
 .PHONY: quickstart test lint format bench clean
 .DEFAULT_GOAL := quickstart
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-INSTALL = $(BIN)/pip install -q -c constraints.txt
-
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) torch
-	$(INSTALL) -e .
-	touch $@
-
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) torch
-	$(INSTALL) -e '.[dev]'
+$(VENV)/.installed: WHAT = .
+$(VENV)/.installed-dev: WHAT = '.[dev]'
+$(VENV)/.installed $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e $(WHAT)
 	touch $(VENV)/.installed $@
 
 quickstart: $(VENV)/.installed

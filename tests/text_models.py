@@ -86,6 +86,8 @@ def save_mt5(folder: Path, texts: Iterable[str], *, words: int) -> MT5ForConditi
     (folder / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": null}'
     )
-    model = MT5ForConditionalGeneration(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = MT5ForConditionalGeneration(config)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     return model

@@ -85,6 +85,7 @@ def score(
         "bm25": (_Bm25Search, {"catalog": parts["catalog"]}),
         "dense": (DenseSearch, {"parts": parts, "query_encoder": query_encoder, "k": max(KS)}),
     }
+    # One pool runs all of its methods, so what bounds the actors worth starting is the slices of one method.
     workers = min(workers, -(-len(judgements.queries) // _QUERIES_PER_SPEC))
     pools: dict[int, dict] = {}  # by number of actors, the methods that they run
     for method in methods:

@@ -1,5 +1,5 @@
-"""CQ-SID's whole way from a recipe: behaviour logs in, IDs that products may share, a causal language model that generates them,
-aligned by two workers, and a release of it."""
+"""CQ-SID's whole way from a recipe: behaviour logs in, IDs that products may share, a generator of them aligned by two workers,
+and a release of it."""
 
 import json
 
@@ -14,12 +14,10 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, RecipeError
-from catid2_ray.generator.vocabulary import train_tokenizer
 from catid2_ray.on_ray.reindex import reindex, run_verb
 from catid2_ray.retrieval.retriever import Retriever
 from tests.command import write_recipe
 from tests.conftest import TINY
-from tests.text_models import save_qwen
 
 ALIGNMENT = {
     "enabled": True, "steps": 4, "report_every": 2, "updates": 2, "batch": 16, "group": 4, "injected": 2, "workers": 2,
@@ -42,10 +40,7 @@ def test_a_recipe_with_behaviour_is_aligned_and_published(shared_ray, tmp_path):
     values |= {"store": str(tmp_path / "store"), "catalog": {"root": str(tmp_path / "shop"), "rows_per_part": 100}}
     values["quantizer"] |= {"kind": "cq_sid", "codes_per_level": [64, 8, 8], "leaf": 20, "epochs": 2}
     values["evaluation"]["beam_width"] = 8
-    tokenizer = train_tokenizer(made.products["title"].to_pylist(), size=300)
-    qwen = save_qwen(tmp_path / "qwen", tied=True, words=len(tokenizer))
-    tokenizer.save_pretrained(qwen)
-    values["generator"] |= {"epochs": 1, "mix": {"query": 1.0, "title": 0.1}, "model": "causal", "causal": qwen}
+    values["generator"] |= {"epochs": 1, "mix": {"query": 1.0, "title": 0.1}}
     values["alignment"] = ALIGNMENT | {"ranker": "tests.jobs.test_align:ranked"}
     outcome = reindex(Recipe.build(values))
     assert {"generator", "prompts", "aligned"} <= set(outcome.made)
@@ -55,7 +50,7 @@ def test_a_recipe_with_behaviour_is_aligned_and_published(shared_ray, tmp_path):
     store = Store(values["store"])
     generator = releases.current(store).manifests(store)["generator"]
     assert set(generator.parents) == {"trained", "ids", "examples", "prompts"}
-    assert generator.settings["model"] == "causal", "serving asks what kind it is"
+    assert generator.settings["model"] == "small", "serving asks what kind it is"
     figures = generator.metrics
     assert figures["measured_on"] == "validation" and figures["before"]["kl"] == pytest.approx(0, abs=1e-5)
     assert figures["after"]["kl"] > 0 and 0 < figures["training"]["experts"] <= 2

@@ -1,4 +1,5 @@
-"""A release that lives: append, refuse, two at once, then a full re-ID on top; codes by k-means, a generator of one epoch."""
+"""A release that lives: append, refuse, two at once, then a full re-ID on top; codes by k-means, and as generator one epoch of a
+frozen text encoder under our decoder."""
 
 import json
 import shutil
@@ -19,8 +20,10 @@ from catid2_ray.on_ray.reindex import GateFailed, append_items, publish, reindex
 from catid2_ray.retrieval.retriever import Retriever
 from tests.command import run, write_recipe
 from tests.conftest import TINY
+from tests.text_models import save_bert
 
 MADE = generate(products=300, queries=120, seed=3)
+ENCODER = {}  # its folder, the same in all recipes: it is part of what the generator's artefact is named by
 
 
 def write_shop(folder, *, first=0, end=260, pairs=True) -> None:
@@ -35,7 +38,12 @@ def recipe_of(shop, store, **sections) -> Recipe:
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in TINY.items()}
     values |= {"store": str(store), "catalog": {"root": str(shop), "rows_per_part": 100}}
     values["quantizer"] = {"kind": "rq_kmeans", "codes_per_level": [8, 8, 8, 8], "kmeans_sample": 200}
-    values["generator"] |= {"epochs": 1, "mix": {"query": 1, "title": 0.1}}
+    values["generator"] |= {
+        "epochs": 1,
+        "mix": {"query": 1, "title": 0.1},
+        "model": "encoder_decoder",
+        "encoder": ENCODER["folder"],
+    }
     for section, change in sections.items():
         values[section] = values[section] | change
     return Recipe.build(values)
@@ -50,6 +58,7 @@ def ids_of(store: Store, manifest) -> dict[str, str]:
 def published(tmp_path_factory, shared_ray):
     """A folder with shop/ and store/, in which one release is current."""
     folder = tmp_path_factory.mktemp("append")
+    ENCODER["folder"] = save_bert(folder / "bert")
     write_shop(folder / "shop")
     return folder, reindex(recipe_of(folder / "shop", folder / "store"))
 

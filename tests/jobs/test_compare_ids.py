@@ -1,6 +1,7 @@
 """Every way of making IDs from one job, compared on a catalogue without pairs.
 
-Carried through to a served release: hi_gen in test_submit.py, cq_sid in test_align.py, the others all over.
+Carried through to a release: hi_gen (suffixes, like the dsi kinds) in test_submit.py, cq_sid (shared IDs) in test_align.py, unique
+IDs of a trained quantizer (cat_id2, like tiger) in test_kill_and_resume.py, of k-means in test_append.py.
 """
 
 import json

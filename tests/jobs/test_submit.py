@@ -1,5 +1,7 @@
-"""`ray job submit` of jobs.reindex against a Ray cluster that is already running, as a platform team does it; with IDs whose
-first tokens are categories and whose last are counted (hi_gen)."""
+"""`ray job submit` of jobs.reindex against a Ray cluster that is already running, as a platform team does it.
+
+The IDs' first tokens are categories and their last are counted (hi_gen); a causal language model generates them.
+"""
 
 import os
 import secrets
@@ -14,7 +16,11 @@ import pytest
 from catid2_ray import cli
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.synthetic import generate
+from catid2_ray.generator.vocabulary import train_tokenizer
+from catid2_ray.retrieval.retriever import Retriever
 from tests.command import ROOT, kill_tree, write_recipe
+from tests.text_models import save_qwen
 
 BIN = Path(sys.executable).parent
 
@@ -66,6 +72,10 @@ def submit(head, *entry: str) -> subprocess.CompletedProcess:
 def test_reindex_is_submitted_and_a_stage_after_it(head, tiny, tmp_path):
     tiny["quantizer"] |= {"kind": "hi_gen", "codes_per_level": [64, 8, 8], "leaf": 20}
     tiny["evaluation"]["beam_width"] = 8
+    tokenizer = train_tokenizer(generate(products=240, queries=120, seed=3).products["title"].to_pylist(), size=300)
+    qwen = save_qwen(tmp_path / "qwen", tied=True, words=len(tokenizer))
+    tokenizer.save_pretrained(qwen)
+    tiny["generator"] |= {"model": "causal", "causal": qwen}
     recipe = write_recipe(tmp_path, {**tiny, "store": str(tmp_path / "store")})
     result = submit(head, "python", "-m", "jobs.reindex", "--recipe", str(recipe))
     shown = result.stdout + result.stderr
@@ -75,6 +85,8 @@ def test_reindex_is_submitted_and_a_stage_after_it(head, tiny, tmp_path):
     assert release.name in shown
     ids = release.manifests(store)["ids"].metrics
     assert ids["codes_per_level"] != tiny["quantizer"]["codes_per_level"] and ids["duplicates_after"] == 0
+    retriever = Retriever.open(releases.release_folder(store, release, tmp_path / "cache"))
+    assert len(retriever.retrieve(["stainless steel hinge"], k=5)[0]) == 5
     cli.report_ids(str(recipe), html_file=str(tmp_path / "ids.html"))
     assert "data:image/png;base64," in (tmp_path / "ids.html").read_text()
     again = submit(head, "python", "-m", "jobs.assign_ids", "--recipe", str(recipe))

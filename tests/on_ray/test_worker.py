@@ -1,6 +1,7 @@
 """The training loop's own pieces: gathering with gradients over real processes, equal steps on all ranks, checkpoints."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from catid2_ray.on_ray.engine import Gather, start_engine
 from catid2_ray.on_ray.task import Run
 from catid2_ray.on_ray.train_quantizer import QuantizerTask
 
-WORLD = 2
+WORLD, SWITCH = 2, "TORCHDYNAMO_DISABLE"
 
 
 def gather_rows(rank: int) -> dict:
@@ -108,6 +109,7 @@ def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
     found = {"gather": gather_rows(rank)}
     found |= {case: continue_training(rank, f"{folder}/{number}", *case) for number, case in enumerate(CASES)}
+    found["compiler"] = {"imported": "torch._inductor.compile_fx" in sys.modules, "switch": os.environ.get(SWITCH)}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -136,3 +138,7 @@ def test_a_checkpoint_continues_exactly_and_refuses_another_world(ranks, case):
         by_workers, by_batch = found["refused"]
         assert "written by 2 workers, this run has 3: each worker draws from its own range" in by_workers
         assert "batch of 8 rows by 2 workers, this run with 3 has 12: its steps are others" in by_batch
+
+
+def test_an_engine_starts_without_torchs_compiler_and_leaves_its_switch(ranks):
+    assert all(rank["compiler"] == {"imported": False, "switch": os.environ.get(SWITCH)} for rank in ranks)
