@@ -8,8 +8,8 @@ import json
 import os
 from pathlib import Path
 
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_model, save_file
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -40,17 +40,24 @@ def save_generator(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder:
     elif isinstance(model, EncoderDecoder):
         about = {"kind": "encoder_decoder", "frozen": model.encoder.frozen, "decoder": model.config.to_dict()}
         model.encoder.text.config.save_pretrained(folder / "text")
-        save_model(model, str(folder / "model.safetensors"))
+        save_file(_weights(model), folder / "model.safetensors")
     else:
         head = getattr(model, "pawa", None)
         weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("pawa.")}
         model.save_pretrained(folder, state_dict=weights)
         if head is not None:
             about = {"kind": "t5", "head": "pawa"}
-            save_model(head, str(folder / _HEAD))
+            save_file(_weights(head), folder / _HEAD)
     if about:
         (folder / "generator.json").write_text(json.dumps(about, indent=1, sort_keys=True), encoding="utf-8")
     tokenizer.save_pretrained(folder)
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """The state, tied weights once, each with storage of its own: under ZeRO all weights are views of one buffer, which
+    safetensors' own save_model refuses where some are tied."""
+    tied = dict(module.named_parameters(remove_duplicate=False)).keys() - dict(module.named_parameters()).keys()
+    return {name: weight.detach().clone() for name, weight in module.state_dict().items() if name not in tied}
 
 
 def load_generator(folder: str | os.PathLike) -> tuple[nn.Module, PreTrainedTokenizerFast]:

@@ -39,6 +39,15 @@ def made(kind, folder, **changes):
     return build_generator("causal", tokenizer=tokenizer, causal=str(folder / "qwen"), **settings), tokenizer
 
 
+def in_one_buffer(model) -> None:
+    """As ZeRO leaves trained weights: views of one buffer."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    flat = torch.cat([weight.detach().flatten() for weight in weights])
+    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights])):
+        weight.data = part.view_as(weight)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["as built", "under ZeRO"])
 @pytest.mark.parametrize(
     "kind, head",
     [
@@ -49,8 +58,10 @@ def made(kind, folder, **changes):
         ("causal", "plain"),
     ],
 )
-def test_what_was_saved_scores_alike(kind, head, tmp_path):
+def test_what_was_saved_scores_alike(kind, head, flat, tmp_path):
     model, tokenizer = made(kind, tmp_path, head=head, head_rank=4)
+    if flat:
+        in_one_buffer(model)
     if head == "pawa":
         torch.nn.init.normal_(model.pawa.up.weight)
     save_generator(model.eval(), tokenizer, tmp_path / "saved")
