@@ -34,10 +34,11 @@ from surroundings import machine
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
-from catid2_ray.on_ray import cluster
-from catid2_ray.on_ray.arrays import fixed_lists
-from catid2_ray.on_ray.assign import stage
-from catid2_ray.on_ray.pipeline import Job, chain
+from catid2_ray.on_ray.job import Job
+from catid2_ray.on_ray.machine import cluster
+from catid2_ray.on_ray.machine.arrays import fixed_lists
+from catid2_ray.on_ray.pipeline import chain
+from catid2_ray.on_ray.stages.assign import stage
 from catid2_ray.quantizer.model import ResidualQuantizer
 
 HIDDEN, LATENT, CODES = (256, 128), 32, (256, 256, 256, 256)

@@ -23,11 +23,11 @@ from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.config import Recipe
-from catid2_ray.on_ray import catalog, cluster, embed, realign, train_quantizer
-from catid2_ray.on_ray.arrays import fixed_lists
-from catid2_ray.on_ray.assign import stage
-from catid2_ray.on_ray.base import Base
-from catid2_ray.on_ray.pipeline import Job
+from catid2_ray.on_ray.job import Job, PreviousRelease
+from catid2_ray.on_ray.machine import cluster
+from catid2_ray.on_ray.machine.arrays import fixed_lists
+from catid2_ray.on_ray.stages import catalog, embed, realign, train_quantizer
+from catid2_ray.on_ray.stages.assign import stage
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "jobs" / "recipes" / "compare_ids.yaml"
@@ -62,7 +62,9 @@ class World:
     def __init__(self, folder: Path, table: pa.Table, overrides: list[str]):
         self.folder, self.table, self.overrides = folder, table, overrides
 
-    def run(self, rows: int, base: Base | None, *, keeps: bool = False, settings: dict | None = None) -> Base:
+    def run(
+        self, rows: int, base: PreviousRelease | None, *, keeps: bool = False, settings: dict | None = None
+    ) -> PreviousRelease:
         root = self.folder / f"data-{rows}"
         if not root.exists():
             root.mkdir()
@@ -70,7 +72,7 @@ class World:
         extra = [f"{name}={json.dumps(value)}" for name, value in (settings or {}).items()]
         recipe = Recipe.load(RECIPE, [f"catalog.root={root}", f"store={self.folder}/store", *self.overrides, *extra])
         with cluster.PeakMemory() as peak:
-            job = Job(recipe=recipe, store=Store(recipe.store), peak=peak, base=base)
+            job = Job(recipe=recipe, store=Store(recipe.store), peak=peak, previous=base)
             parts: dict[str, Manifest] = {"catalog": catalog.run(job, {})}
             parts["embeddings"] = embed.run(job, parts, frozen=base.parts if keeps else None)
             if keeps:
@@ -79,10 +81,10 @@ class World:
                 parts["quantizer"] = train_quantizer.run(job, parts)
                 parts["quantizer"] = realign.run(job, parts)
             parts["ids"] = stage.run(job, parts, keeps=keeps)
-        return Base(Release(name=f"r-{parts['ids'].digest[:12]}", parts={}), parts)
+        return PreviousRelease(Release(name=f"r-{parts['ids'].digest[:12]}", parts={}), parts)
 
 
-def row_of(name: str, day: Base) -> dict:
+def row_of(name: str, day: PreviousRelease) -> dict:
     metrics = day.parts["ids"].metrics
     quality, churn = metrics["quality"], metrics["churn"]
     return {

@@ -52,7 +52,7 @@ def main() -> None:
         if options.render:
             rows = [row for path in options.render for row in json.loads(Path(path).read_text())]
         else:
-            from catid2_ray.on_ray.compare import compare_ids
+            from catid2_ray.on_ray.reports import compare_ids
 
             rows = compare_ids(recipe, list(CLAIMS), 3).rows
             rows += compare_ids(recipe, [kind for kind in KINDS if kind not in CLAIMS], 1).rows

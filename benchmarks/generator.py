@@ -33,7 +33,7 @@ from catid2_ray.generator.saved import save_generator
 from catid2_ray.generator.states import CachedExamples
 from catid2_ray.generator.step import level_losses
 from catid2_ray.generator.vocabulary import load_tokenizer, marks
-from catid2_ray.on_ray.arrays import matrix
+from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie

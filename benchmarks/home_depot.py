@@ -51,7 +51,7 @@ def main() -> None:
         if options.render:
             figures = json.loads(Path(options.render).read_text())
         else:
-            from catid2_ray.on_ray.reindex import reindex
+            from catid2_ray.on_ray.commands import reindex
 
             figures = reindex(recipe).figures
     target = HERE / "results" / "home_depot.md"

@@ -49,7 +49,7 @@ def guarded(call: Callable[[], None]) -> None:
 @app.command()
 def reindex(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOption = None) -> None:
     """The main job: embed, train, assign unique IDs, train the generator, evaluate, publish. Continues where it was left."""
-    from catid2_ray.on_ray.reindex import reindex as run
+    from catid2_ray.on_ray.commands import reindex as run
 
     _run_and_show(run, Recipe.load(recipe, overrides or []), json_file)
 
@@ -57,7 +57,7 @@ def reindex(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOp
 @app.command()
 def append(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOption = None) -> None:
     """Today's catalogue under the published quantizer and generator: new products get free IDs, no published ID moves."""
-    from catid2_ray.on_ray.reindex import append_items as run
+    from catid2_ray.on_ray.commands import append_items as run
 
     _run_and_show(run, Recipe.load(recipe, overrides or []), json_file)
 
@@ -65,7 +65,7 @@ def append(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOpt
 def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
     """Run to a published release, show its figures and a few answers from it."""
     from catid2_ray.evaluation.report import closing_table
-    from catid2_ray.on_ray.reindex import GateFailed, write_json
+    from catid2_ray.on_ray.commands import GateFailed, write_json
 
     console = Console()
     try:
@@ -101,8 +101,8 @@ _OPEN: dict[str, object] = {}
 
 
 def _answer(console: Console, store: Store, query: str, *, k: int, expression: dict | None = None) -> None:
-    from catid2_ray.on_ray.live_log import LiveLog, LiveUpdates
-    from catid2_ray.on_ray.query_encoder import open_retriever
+    from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
+    from catid2_ray.on_ray.machine.query_encoder import open_retriever
 
     release = releases.current(store)
     if release.name not in _OPEN:
@@ -144,8 +144,8 @@ def compare_ids(
 ) -> None:
     """Train and assign several ways of making IDs on equal budgets, each cached, and show them side by side."""
     from catid2_ray.evaluation.pages import compare_page, compare_table
-    from catid2_ray.on_ray.compare import compare_ids as run
-    from catid2_ray.on_ray.reindex import write_json
+    from catid2_ray.on_ray.commands import write_json
+    from catid2_ray.on_ray.reports import compare_ids as run
 
     loaded = Recipe.load(recipe, overrides or [])
     found = run(loaded, [kind.strip() for kind in kinds.split(",") if kind.strip()], seeds)
@@ -184,7 +184,7 @@ def report_ids(
     html_file: HtmlOption = None,
 ) -> None:
     """Draw the quality of a recipe's IDs, which must be assigned already, as one page."""
-    from catid2_ray.on_ray.ids_report import ids_report
+    from catid2_ray.on_ray.reports import ids_report
 
     loaded = Recipe.load(recipe, overrides or [])
     page = ids_report(loaded, beside=beside)
@@ -197,7 +197,7 @@ def align(recipe: RecipeOption, overrides: SetOption = None, html_file: HtmlOpti
     import json
 
     from catid2_ray.evaluation.alignment import alignment_page, alignment_table
-    from catid2_ray.on_ray.reindex import run_verb
+    from catid2_ray.on_ray.commands import run_verb
 
     loaded = Recipe.load(recipe, overrides or [])
     store, made = run_verb(loaded, "align_generator")
@@ -236,7 +236,7 @@ def serve(
     port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
 ) -> None:
     """Serve the current release over HTTP on this machine until interrupted (POST /v1/retrieve, GET /healthz)."""
-    from catid2_ray.on_ray.serve_app import serve_here
+    from catid2_ray.on_ray.serve.app import serve_here
 
     serve_here(store, host=host, port=port)
 
@@ -256,8 +256,8 @@ def evaluate(
     """Score the current release of a store on a table of pairs."""
     from catid2_ray.errors import InputError
     from catid2_ray.evaluation.report import closing_table
-    from catid2_ray.on_ray.evaluate import METHODS
-    from catid2_ray.on_ray.reindex import evaluate_release, write_json
+    from catid2_ray.on_ray.commands import evaluate_release, write_json
+    from catid2_ray.on_ray.stages.evaluate import METHODS
 
     names = tuple(name.strip() for name in methods.split(",") if name.strip())
     if unknown := set(names) - set(METHODS):
@@ -289,7 +289,7 @@ def prepare_esci(
     """Turn the published ESCI files into products and pairs by the paper's rules, with its Table 1 beside our counts."""
     from catid2_ray.evaluation.report import rich_tables
     from catid2_ray.evaluation.table_one import NOTE
-    from catid2_ray.on_ray.prepare_esci import prepare_esci as run
+    from catid2_ray.on_ray.stages.prepare_esci import prepare_esci as run
 
     done = run(
         source, categories, out, locale=locale, version=version, corpus=corpus, validation=validation, seed=seed,

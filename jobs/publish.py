@@ -1,6 +1,6 @@
 """`python -m jobs.publish --recipe R`: make the committed parts of this recipe the current release."""
 
-from catid2_ray.on_ray.reindex import publish
+from catid2_ray.on_ray.commands import publish
 from jobs.verb import main
 
 

@@ -19,7 +19,7 @@ def main(work: Callable[[Recipe], str]) -> None:
 
 def main_stage(verb: str) -> None:
     """`main` for a verb that runs stages: prints the URI of the last stage's manifest."""
-    from catid2_ray.on_ray.reindex import run_verb
+    from catid2_ray.on_ray.commands import run_verb
 
     def work(recipe: Recipe) -> str:
         store, manifest = run_verb(recipe, verb)

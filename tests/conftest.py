@@ -44,7 +44,7 @@ def _own_cache(tmp_path_factory):
 def _one_ray(_own_cache):
     """One Ray for all tests that run jobs in this process: starting it and its workers costs more than most of them."""
     from catid2_ray.config import ClusterRecipe
-    from catid2_ray.on_ray import cluster
+    from catid2_ray.on_ray.machine import cluster
 
     cluster.connect(ClusterRecipe())
     yield
@@ -54,7 +54,7 @@ def _one_ray(_own_cache):
 @pytest.fixture(scope="module")
 def shared_ray(_one_ray):
     """Jobs that find a Ray running use it; here they also leave it be when they end."""
-    from catid2_ray.on_ray import cluster
+    from catid2_ray.on_ray.machine import cluster
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "disconnect", lambda: None)

@@ -155,3 +155,8 @@ def verify(store: Store, manifest: Manifest) -> None:
             raise ArtifactError(
                 f"{store.uri_of(name)} has {size} bytes, its manifest says {entry['bytes']}. Delete its folder and rerun"
             )
+
+
+def tree_of(embeddings: Manifest, catalog: Manifest) -> str:
+    """Where the category tree lies whose ids the embeddings' rows carry: beside them after an append."""
+    return (embeddings if embeddings.named("taxonomy.json") else catalog).file("taxonomy.json")

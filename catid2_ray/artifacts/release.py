@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from catid2_ray.artifacts.manifest import Manifest, digest_of, find, verify
+from catid2_ray.artifacts.stages import CARRIED, PARTS
 from catid2_ray.artifacts.store import Store, sha256_of
 from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError
 
-PARTS = ("catalog", "embeddings", "quantizer", "ids", "examples", "generator", "serving", "evaluation")
 _NEWER = ("serving",)  # releases of before have no such part; they are served by the beam alone
 
 
@@ -52,9 +52,6 @@ class Release:
         return found
 
 
-_CARRIED = ("quantizer", "examples", "generator", "evaluation")  # an append takes them over from the release before
-
-
 def check_parts(manifests: dict[str, Manifest]) -> None:
     """Raise ReleaseError unless every part was made from exactly the other parts given.
 
@@ -64,7 +61,7 @@ def check_parts(manifests: dict[str, Manifest]) -> None:
     for part, manifest in manifests.items():
         for role, digest in manifest.parents.items():
             fits = role not in manifests or manifests[role].digest == digest
-            if not fits and not (part in _CARRIED and digest in kept.get(role, ())):
+            if not fits and not (part in CARRIED and digest in kept.get(role, ())):
                 raise ReleaseError(
                     f"parts do not match: {part} was made from {role} {digest[:12]}, but the release holds {role} "
                     f"{manifests[role].digest[:12]}. Rerun the job so that {part} is made anew"

@@ -1,176 +1,153 @@
-"""The chain of stages and its cache: what is committed is found, what is not is made, and only then is Ray started.
+"""The chain of stages, bound to the code that runs each, and an append to the release that is current.
 
 catalog → embeddings (→ queries, for kinds that learn from them) → quantizer → ids → examples → generator (→ prompts →
 generator aligned, where the recipe asks for it) → serving → evaluation → release
 """
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts import release as releases
-from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.artifacts.manifest import Manifest
+from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError, CapacityError, InputError, QualityGateError, RecipeError
-from catid2_ray.on_ray import cluster, progress
-from catid2_ray.on_ray.base import Base, open_base
-
-VERB_OF = {
-    "catalog": "embed_catalog",
-    "embeddings": "embed_catalog",
-    "queries": "train_quantizer",
-    "quantizer": "train_quantizer",
-    "ids": "assign_ids",
-    "examples": "train_generator",
-    "generator": "train_generator",
-    "prompts": "align_generator",
-    "aligned": "align_generator",
-    "serving": "evaluate",
-    "evaluation": "evaluate",
-}
-
-
-@dataclass
-class Job:
-    """One run of a recipe against its store.
-
-    `produce` is how every stage makes its artefact. `only` limits what may be made: a stage outside it must be committed
-    already, else an ArtifactError names the job to run first. A stage has the name of the kind that it makes, but for
-    "aligned", which makes a generator of a generator. `made` tells which stages ran. `base`: the release that is built
-    on; `pointer`: how often something had been published when the work began.
-    """
-
-    recipe: Recipe
-    store: Store
-    only: frozenset[str] = frozenset(VERB_OF)
-    made: list[str] = field(default_factory=list)
-    peak: cluster.PeakMemory | None = None
-    base: Base | None = None
-    pointer: int | None = None
-    quiet: bool = False
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, recipe: Recipe, *, only=tuple(VERB_OF)) -> Iterator["Job"]:
-        """Checks the store first, so that an unreachable bucket fails before any work; shuts Ray down at the end."""
-        _refuse_relative(recipe)
-        store = Store(recipe.store)
-        store.check()
-        try:
-            with cluster.PeakMemory() as peak:
-                yield cls(recipe=recipe, store=store, only=frozenset(only), peak=peak)
-        finally:
-            cluster.disconnect()
-
-    def produce(
-        self, kind: str, settings: dict, parents: dict[str, Manifest], work: Callable[[Attempt], Manifest], *,
-        stage: str | None = None,
-    ) -> Manifest:  # fmt: skip
-        """The committed artefact of these inputs and settings, made by `work` where it does not exist yet."""
-        stage = stage or kind
-        digests = {role: parent.digest for role, parent in parents.items()}
-        found = artifact.find(self.store, kind, artifact.key_of(kind, settings, digests))
-        if found:
-            artifact.verify(self.store, found)
-            if not self.quiet:
-                progress.event("reuse", stage=stage, key=found.key)
-            return found
-        if stage not in self.only:
-            raise ArtifactError(
-                f"{self.store.uri} holds no {stage} for this recipe: run `python -m jobs.{VERB_OF[stage]} --recipe …` first, "
-                "or `jobs.reindex` for the whole chain"
-            )
-        attempt = Attempt(
-            self.store, kind, settings=settings, parents=digests, recipe=self.recipe.model_dump(mode="json")
-        )
-        attempt.measure = lambda: {"peak_memory_bytes": self.peak.lap()}
-        self.peak.lap()
-        progress.event("start", stage=stage, key=attempt.key)
-        recipe = self.recipe
-        cluster.connect(recipe.cluster, workers=recipe.most_workers)
-        try:
-            made = work(attempt)
-        except BaseException:
-            self.store.delete_folder(attempt.name("exchange"))
-            raise
-        self.made.append(stage)
-        progress.event("commit", stage=stage, key=made.key, digest=made.digest[:12], seconds=made.metrics["seconds"])
-        return made
-
-
-ROLE_OF = {"aligned": "generator"}  # under which name a stage's artefact goes on, where it is not its own
+from catid2_ray.errors import ArtifactError, CapacityError, InputError, QualityGateError, RecipeError, ReleaseError
+from catid2_ray.on_ray.job import Job, PreviousRelease, open_previous
+from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.stages import (
+    align,
+    catalog,
+    embed,
+    evaluate,
+    examples,
+    lay_out,
+    realign,
+    train_generator,
+    train_quantizer,
+)
+from catid2_ray.on_ray.stages.assign import stage as assign
 
 
 def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
-    """Run or find every stage up to `last`; returns their manifests by name. Sets `base` and `pointer` of the job."""
-    from catid2_ray.on_ray import catalog
-
+    """Run or find every stage up to `last`; returns their manifests by name. Sets `previous` and `pointer` of the job."""
     parts = {"catalog": catalog.run(job, {})}
     if last != "catalog":
         check_codes(job.recipe, parts["catalog"])
-        if last in _NEED_PAIRS:
+        if STAGES[last].pairs:
             _refuse_without_pairs(job.recipe, parts["catalog"])
         job.pointer, current = releases.pointer(job.store)
-        job.base = _base(job, parts["catalog"], open_base(job.store, current))
+        job.previous = _built_on(job, parts["catalog"], open_previous(job.store, current))
         _after_catalog(job, parts, last)
     return parts
 
 
+def _renamed_quantizer(job: Job, parts: dict[str, Manifest]) -> Manifest:
+    return realign.run(job, {**parts, "quantizer": train_quantizer.run(job, parts)})
+
+
+# Of the stages in `artifacts.stages`; `prompts` is run by `aligned`, which alone reads it.
+_RUN = {
+    "embeddings": embed.run,
+    "queries": embed.run_queries,
+    "quantizer": _renamed_quantizer,
+    "ids": assign.run,
+    "examples": examples.run,
+    "generator": train_generator.run,
+    "aligned": align.run,
+    "serving": lay_out.run,
+    "evaluation": evaluate.run,
+}
+
+
 def _after_catalog(job: Job, parts: dict[str, Manifest], last: str) -> None:
-    from catid2_ray.on_ray import align, embed, evaluate, examples, realign, serving, train_generator, train_quantizer
-    from catid2_ray.on_ray.assign import stage as assign
-
-    def quantizer(job: Job, parts: dict[str, Manifest]) -> Manifest:
-        return realign.run(job, {**parts, "quantizer": train_quantizer.run(job, parts)})
-
-    stages = {
-        "embeddings": embed.run,
-        **({"queries": embed.run_queries} if job.recipe.quantizer.query_item else {}),
-        "quantizer": quantizer,
-        "ids": assign.run,
-        "examples": examples.run,
-        "generator": train_generator.run,
-        "aligned": align.run,
-        "serving": serving.run,
-        "evaluation": evaluate.run,
-    }
-    for name, run in stages.items():
+    for name, run in _RUN.items():
+        if name == "queries" and not job.recipe.quantizer.query_item:
+            continue
         if name == "examples":
             _gate_churn(job.recipe, parts["ids"])
-        parts[ROLE_OF.get(name, name)] = run(job, parts)
+        parts[STAGES[name].role] = run(job, parts)
         if name == last:
             return
 
 
-def _base(job: Job, catalog: Manifest, current: Base | None) -> Base | None:
+def _built_on(job: Job, catalog: Manifest, current: PreviousRelease | None) -> PreviousRelease | None:
     """What a full re-ID of this catalogue builds on: the current release, but for a rerun what that was built on.
 
     A rerun must find what the run before it made, though that has been published meanwhile. It is one when this recipe's
-    chain on the older base leads to the very IDs of the current release.
+    chain on that older release leads to the very IDs of the current release.
     """
     if current is None or current.appended or current.parts["catalog"].digest != catalog.digest:
         return current
     try:
-        before = open_base(job.store, current.parts["ids"].metrics["base"])
+        before = open_previous(job.store, current.parts["ids"].metrics["base"])
         parts = {"catalog": catalog}
-        _after_catalog(replace(job, only=frozenset(), base=before, quiet=True), parts, "ids")
+        _after_catalog(replace(job, only=frozenset(), previous=before, quiet=True), parts, "ids")
     except ArtifactError:  # that chain leads nowhere, or the older release is gone
         return current
     return before if parts["ids"].digest == current.parts["ids"].digest else current
 
 
-def _refuse_relative(recipe: Recipe) -> None:
-    """In a submitted job the working directory is a copy that Ray deletes, and that other nodes do not see."""
-    read = {"store": recipe.store, "catalog.root": recipe.catalog.root}
-    for name, uri in (read | {"alignment.ranker_scores": recipe.alignment.ranker_scores}).items():
-        if os.environ.get("RAY_ADDRESS") and uri and "://" not in uri and not os.path.isabs(uri):
-            raise RecipeError(
-                f"{name} {uri!r} is a relative path, but this job runs on a cluster, in a copy of the working directory "
-                f"that is deleted afterwards: set {name} to s3://… or to an absolute path that all nodes share"
+_MADE = ("catalog", "embeddings", "ids", "serving", "evaluation")
+
+
+def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
+    """The parts of the next release, not published yet. Where the catalogue is the current release's, those of the latter,
+    but for how it is served: a changed serving section alone makes a new release.
+
+    Raises ReleaseError where there is no release to append to or its parts do not belong together, its IDs having been made
+    with another quantizer, say; RecipeError where the recipe or the catalogue asks for another encoder, quantizer or kind of
+    IDs than the release has.
+    """
+    with Job.open(recipe, only=_MADE) as job:
+        job.pointer, name = releases.pointer(job.store)
+        if name is None:
+            raise ReleaseError(
+                f"nothing was published to {job.store.uri} yet, so there is nothing to append to: run `catid2 reindex` first"
             )
+        job.previous = open_previous(job.store, name)
+        if job.previous is None:
+            raise ReleaseError(f"release {name} in {job.store.uri} was made by another version: run `catid2 reindex`")
+        _refuse_another_recipe(recipe, job.previous)
+        parts = dict(job.previous.parts)
+        parts["catalog"] = catalog.run(job, {})
+        if parts["catalog"].digest == job.previous.parts["catalog"].digest:
+            parts = dict(job.previous.parts)
+        else:
+            check_codes(recipe, parts["catalog"])
+            parts["embeddings"] = embed.run(job, parts, frozen=job.previous.parts)
+            parts["ids"] = assign.run(job, parts, keeps=True)
+        parts["serving"] = lay_out.run(job, parts)
+        if parts == job.previous.parts:
+            return parts, job
+        if parts["catalog"].metrics["pairs_table"]:
+            parts["evaluation"] = evaluate.run(job, parts)
+        else:
+            progress.event(
+                "not_evaluated", reason="the catalogue has no pairs; the release keeps the figures of the one before"
+            )
+        return parts, job
+
+
+def _refuse_another_recipe(recipe: Recipe, previous: PreviousRelease) -> None:
+    ids = previous.parts["ids"]
+    if ids.metrics["ids"] != "unique":
+        raise RecipeError(
+            f"release {previous.release.name} has IDs of kind {ids.metrics['ids']!r}, and only unique IDs can be appended to: "
+            "others may be shared or renumbered by new products. Run `catid2 reindex`"
+        )
+    made_by = Recipe.build(ids.recipe)
+    differ = [
+        f"{section}.{name} is {value!r}, the release has {had!r}"
+        for section in ("embedding", "quantizer")
+        for name, value in getattr(recipe, section).identity().items()
+        if name != "warm_start" and value != (had := getattr(made_by, section).identity()[name])
+    ]
+    if differ:
+        raise RecipeError(
+            f"append keeps encoder and quantizer of release {previous.release.name}, but the recipe asks for others: "
+            + "; ".join(differ)
+            + ". Set them back, or run `catid2 reindex` for a full re-ID"
+        )
 
 
 def _gate_churn(recipe: Recipe, ids: Manifest) -> None:
@@ -192,9 +169,6 @@ def _gate_churn(recipe: Recipe, ids: Manifest) -> None:
             f"{after['addresses_reused']:,} IDs name another product. Nothing was published. Use `catid2 append`, which "
             "moves no ID, set quantizer.warm_start, or raise ids.max_churn"
         )
-
-
-_NEED_PAIRS = ("examples", "generator", "aligned", "serving", "evaluation")
 
 
 def check_codes(recipe: Recipe, catalog: Manifest) -> None:

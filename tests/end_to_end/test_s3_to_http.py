@@ -18,8 +18,8 @@ from transformers import T5ForConditionalGeneration
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
-from catid2_ray.on_ray import cluster
-from catid2_ray.on_ray.serve_app import AppSettings, RetrieverReplica
+from catid2_ray.on_ray.machine import cluster
+from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica
 from tests.command import ROOT, kill_tree, run, run_here
 
 FAST = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1, "metrics_interval_s": 0.5,

@@ -14,7 +14,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, RecipeError
-from catid2_ray.on_ray.reindex import reindex, run_verb
+from catid2_ray.on_ray.commands import reindex, run_verb
 from catid2_ray.retrieval.retriever import Retriever
 from tests.command import write_recipe
 from tests.conftest import TINY

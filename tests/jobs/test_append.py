@@ -15,8 +15,8 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
 from catid2_ray.errors import CommitConflict, QualityGateError, RecipeError, ReleaseError
-from catid2_ray.on_ray.append import append
-from catid2_ray.on_ray.reindex import GateFailed, append_items, publish, reindex
+from catid2_ray.on_ray.commands import GateFailed, append_items, publish, reindex
+from catid2_ray.on_ray.pipeline import append
 from catid2_ray.retrieval.retriever import Retriever
 from tests.command import run, write_recipe
 from tests.conftest import TINY

@@ -16,7 +16,7 @@ from catid2_ray.errors import (
     StorageError,
     TrainingError,
 )
-from catid2_ray.on_ray.reindex import publish, reindex, run_verb
+from catid2_ray.on_ray.commands import publish, reindex, run_verb
 
 MADE = generate(products=60, queries=40, seed=1)
 pytestmark = pytest.mark.usefixtures("shared_ray")

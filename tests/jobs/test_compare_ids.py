@@ -15,8 +15,8 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
 from catid2_ray.errors import RecipeError
-from catid2_ray.on_ray.arrays import matrix
-from catid2_ray.on_ray.compare import compare_ids
+from catid2_ray.on_ray.machine.arrays import matrix
+from catid2_ray.on_ray.reports import compare_ids
 from tests.command import run, write_recipe
 
 KEYS = {

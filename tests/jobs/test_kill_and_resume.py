@@ -12,7 +12,7 @@ import psutil
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
-from catid2_ray.on_ray.reindex import reindex
+from catid2_ray.on_ray.commands import reindex
 from tests.command import run_until, write_recipe
 
 # Two training workers: resuming then has to put ZeRO's partitions of both ranks back.

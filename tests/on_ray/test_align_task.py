@@ -18,9 +18,9 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, RecipeError
 from catid2_ray.generator.model import small_t5
 from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
-from catid2_ray.on_ray import prompts
-from catid2_ray.on_ray.align import AlignTask, open_ranker
-from catid2_ray.on_ray.arrays import fixed_lists, matrix
+from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
+from catid2_ray.on_ray.stages import prompts
+from catid2_ray.on_ray.stages.align import AlignTask, open_ranker
 from catid2_ray.retrieval.trie import Trie
 from tests.conftest import TINY
 

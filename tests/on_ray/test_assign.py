@@ -25,14 +25,15 @@ from catid2_ray.errors import CapacityError
 from catid2_ray.identifiers.clusters import split_clusters
 from catid2_ray.identifiers.collisions import assign_unique
 from catid2_ray.identifiers.suffix import ordinal_suffix
-from catid2_ray.on_ray import cluster, realign
-from catid2_ray.on_ray.arrays import fixed_lists, matrix
-from catid2_ray.on_ray.assign import stage
-from catid2_ray.on_ray.assign.buckets import codebooks
-from catid2_ray.on_ray.assign.work import open_coder
-from catid2_ray.on_ray.base import Base
-from catid2_ray.on_ray.live_log import LiveLog
-from catid2_ray.on_ray.pipeline import Job, chain
+from catid2_ray.on_ray.job import Job, PreviousRelease
+from catid2_ray.on_ray.machine import cluster
+from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
+from catid2_ray.on_ray.machine.live_log import LiveLog
+from catid2_ray.on_ray.pipeline import chain
+from catid2_ray.on_ray.stages import realign
+from catid2_ray.on_ray.stages.assign import stage
+from catid2_ray.on_ray.stages.assign.buckets import codebooks
+from catid2_ray.on_ray.stages.assign.work import open_coder
 from catid2_ray.quantizer.coder import encode
 
 WIDTH, CODES = 8, (16, 16, 32)
@@ -76,9 +77,9 @@ def parts_of(recipe: Recipe, last: str = "ids") -> dict:
     return chain(job, last)
 
 
-def assigned(recipe: Recipe, parts: dict, base: Base | None = None, *, keeps=False):
+def assigned(recipe: Recipe, parts: dict, base: PreviousRelease | None = None, *, keeps=False):
     """The ids artefact of these parts, made anew."""
-    job = Job(recipe=recipe, store=Store(recipe.store), peak=cluster.PeakMemory(), base=base)
+    job = Job(recipe=recipe, store=Store(recipe.store), peak=cluster.PeakMemory(), previous=base)
     shutil.rmtree(f"{recipe.store}/artifacts/ids", ignore_errors=True)
     return stage.run(job, {name: parts[name] for name in ("catalog", "embeddings", "quantizer")}, keeps=keeps)
 
@@ -228,13 +229,13 @@ def test_other_modes_equal_one_call(world):
         assert manifest.metrics["codes_per_level"][:3] == list(CODES)
 
 
-def base_on(recipe: Recipe, parts: dict, ids) -> Base:
+def base_on(recipe: Recipe, parts: dict, ids) -> PreviousRelease:
     """A release of these parts, as if it had been published; its artefact of IDs is kept out of the way of the next."""
     store = Store(recipe.store)
     kept = dataclasses.replace(ids, folder=f"kept/{ids.digest[:8]}")
     if not store.exists(kept.folder):
         shutil.copytree(store.path(ids.folder), store.path(kept.folder))
-    return Base(Release(name=f"r-{ids.digest[:6]}", parts={}), {**parts, "ids": kept})
+    return PreviousRelease(Release(name=f"r-{ids.digest[:6]}", parts={}), {**parts, "ids": kept})
 
 
 def grown(folder, tmp_path, *, drop: int, add: int, seed: int):
@@ -327,7 +328,7 @@ def test_a_full_re_id_reports_its_churn(world, tmp_path):
     gone, new = grown(folder, tmp_path, drop=50, add=100, seed=4)
     later = recipe_of(tmp_path).model_copy(update={"store": recipe.store, "seed": 3})
     found = parts_of(later, "quantizer")
-    job = Job(recipe=later, store=Store(later.store), peak=cluster.PeakMemory(), base=base)
+    job = Job(recipe=later, store=Store(later.store), peak=cluster.PeakMemory(), previous=base)
     aligned = realign.run(job, found)
     assert np.mean(aligned.metrics["agreement_after"]) > np.mean(aligned.metrics["agreement_before"])
     second = assigned(later, found | {"quantizer": aligned}, base)

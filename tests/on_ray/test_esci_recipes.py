@@ -12,8 +12,8 @@ import pytest
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
-from catid2_ray.on_ray.prepare_esci import prepare_esci
-from catid2_ray.on_ray.reindex import reindex
+from catid2_ray.on_ray.commands import reindex
+from catid2_ray.on_ray.stages.prepare_esci import prepare_esci
 from catid2_ray.retrieval.retriever import Retriever
 from tests.command import ROOT
 from tests.esci_sample import write_sample

@@ -15,9 +15,9 @@ from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import EXAMPLE_KINDS, Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, RecipeError
-from catid2_ray.on_ray import catalog, examples, recent, validation
-from catid2_ray.on_ray.arrays import fixed_lists, matrix
-from catid2_ray.on_ray.train_generator import GeneratorTask
+from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
+from catid2_ray.on_ray.stages import catalog, examples, recent, validation
+from catid2_ray.on_ray.stages.train_generator import GeneratorTask
 from catid2_ray.retrieval.trie import Trie
 from tests.oracles.examples import epochs_of, user_tokens
 from tests.unit.generator.test_doc2query import save_tiny_doc2query

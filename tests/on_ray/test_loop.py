@@ -25,13 +25,13 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError, TrainingError
 from catid2_ray.generator.examples import tokenize
 from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
-from catid2_ray.on_ray import checkpoints
-from catid2_ray.on_ray.arrays import fixed_lists, matrix
-from catid2_ray.on_ray.engine import share_objects, start_engine
-from catid2_ray.on_ray.examples import KIND
-from catid2_ray.on_ray.loop import Seat, run_training
-from catid2_ray.on_ray.task import Run
-from catid2_ray.on_ray.train_generator import GeneratorTask
+from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
+from catid2_ray.on_ray.stages.examples import KIND
+from catid2_ray.on_ray.stages.train_generator import GeneratorTask
+from catid2_ray.on_ray.training import checkpoints
+from catid2_ray.on_ray.training.engine import share_objects, start_engine
+from catid2_ray.on_ray.training.loop import Seat, run_training
+from catid2_ray.on_ray.training.task import Run
 from catid2_ray.schedule import Phase
 from tests.s3_server import new_bucket, s3_server
 

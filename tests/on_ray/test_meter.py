@@ -2,8 +2,9 @@
 
 import pytest
 
-from catid2_ray.on_ray import meter, progress
-from catid2_ray.on_ray.meter import Meter, peak_flops
+from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.training import meter
+from catid2_ray.on_ray.training.meter import Meter, peak_flops
 
 
 def test_the_bar_and_the_event_files_get_every_figure(tmp_path, monkeypatch):

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from catid2_ray.config import QuantizerRecipe
-from catid2_ray.on_ray.arrays import fixed_lists, matrix
-from catid2_ray.on_ray.fit_quantizer import fit_coder
-from catid2_ray.on_ray.train_quantizer import QuantizerTask, _LabelledParts, _Labels, forced_column
+from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
+from catid2_ray.on_ray.stages.train_quantizer import QuantizerTask, _LabelledParts, _Labels, fit_coder, forced_column
 
 
 def task(**settings) -> QuantizerTask:

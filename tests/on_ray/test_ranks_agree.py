@@ -20,12 +20,12 @@ import torch.multiprocessing as mp
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import QuantizerRecipe
-from catid2_ray.on_ray.arrays import fixed_lists
-from catid2_ray.on_ray.engine import Gather, start_engine
-from catid2_ray.on_ray.loop import Seat, Training
-from catid2_ray.on_ray.shards import RankRange, ShardRows
-from catid2_ray.on_ray.task import Run
-from catid2_ray.on_ray.train_quantizer import QuantizerTask
+from catid2_ray.on_ray.machine.arrays import fixed_lists
+from catid2_ray.on_ray.stages.train_quantizer import QuantizerTask
+from catid2_ray.on_ray.training.engine import Gather, start_engine
+from catid2_ray.on_ray.training.loop import Seat, Training
+from catid2_ray.on_ray.training.shards import RankRange, ShardRows
+from catid2_ray.on_ray.training.task import Run
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.quantizer.step import Extras, LossWeights, parameter_groups, training_loss
 

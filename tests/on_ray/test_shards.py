@@ -4,8 +4,8 @@ import pytest
 
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.errors import StorageError
-from catid2_ray.on_ray.arrays import fixed_lists, matrix
-from catid2_ray.on_ray.shards import RankRange, ShardRows, StreamedRows
+from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
+from catid2_ray.on_ray.training.shards import RankRange, ShardRows, StreamedRows
 
 ROWS = [7, 1, 12, 5]
 

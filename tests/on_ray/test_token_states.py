@@ -15,9 +15,9 @@ from catid2_ray.generator.examples import tokenize
 from catid2_ray.generator.logits import docid_logits
 from catid2_ray.generator.saved import load_generator
 from catid2_ray.generator.vocabulary import load_tokenizer, with_docid_tokens
-from catid2_ray.on_ray.examples import KIND
-from catid2_ray.on_ray.token_states import open_states
-from catid2_ray.on_ray.train_generator import GeneratorTask
+from catid2_ray.on_ray.stages.examples import KIND
+from catid2_ray.on_ray.stages.token_states import open_states
+from catid2_ray.on_ray.stages.train_generator import GeneratorTask
 from tests.text_models import save_bert
 
 SPACE = DocidSpace((4, 3, 5))
@@ -93,7 +93,7 @@ def test_a_frozen_encoder_is_exported_as_it_was_whatever_the_precision(folder, t
     for name, weight in made.encoder.text.state_dict().items():
         assert torch.equal(weight, was.state_dict()[name]), name
     whole = task.build()
-    monkeypatch.setattr("catid2_ray.on_ray.train_generator.load_text_encoder", None)  # not asked for in float32
+    monkeypatch.setattr("catid2_ray.on_ray.stages.train_generator.load_text_encoder", None)  # not asked for in float32
     task.export(whole, tmp_path / "whole", [])
 
 
@@ -126,7 +126,7 @@ def test_only_a_share_of_the_titles_loses_words(folder):
 
 def test_a_disk_that_is_too_small_is_refused(folder, monkeypatch):
     free = SimpleNamespace(free=10)
-    monkeypatch.setattr("catid2_ray.on_ray.token_states.shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("catid2_ray.on_ray.stages.token_states.shutil.disk_usage", lambda _: free)
     task, rows = task_of(folder)
     with pytest.raises(StorageError, match="token states need up to 0.0 GB, .*CATID2_CACHE.*encoder_mode=tuned"):
         step(task, task.build(), rows)

@@ -6,7 +6,7 @@ import torch
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.generator.model import small_t5
-from catid2_ray.on_ray.validation import CUT, found, mean_recall
+from catid2_ray.on_ray.stages.validation import CUT, found, mean_recall
 from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
 from catid2_ray.retrieval.trie import Trie
 

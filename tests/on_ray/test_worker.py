@@ -15,11 +15,11 @@ from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import QuantizerRecipe
 from catid2_ray.errors import TrainingError
-from catid2_ray.on_ray import checkpoints
-from catid2_ray.on_ray.checkpoints import State
-from catid2_ray.on_ray.engine import Gather, start_engine
-from catid2_ray.on_ray.task import Run
-from catid2_ray.on_ray.train_quantizer import QuantizerTask
+from catid2_ray.on_ray.stages.train_quantizer import QuantizerTask
+from catid2_ray.on_ray.training import checkpoints
+from catid2_ray.on_ray.training.checkpoints import State
+from catid2_ray.on_ray.training.engine import Gather, start_engine
+from catid2_ray.on_ray.training.task import Run
 
 WORLD, SWITCH = 2, "TORCHDYNAMO_DISABLE"
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from catid2_ray.on_ray import checkpoints
-from catid2_ray.on_ray.checkpoints import State
+from catid2_ray.on_ray.training import checkpoints
+from catid2_ray.on_ray.training.checkpoints import State
 
 
 def write(store, name: str, state: State, *, leave_out: tuple[str, ...] = (), cut: tuple[str, ...] = ()) -> None:

@@ -7,7 +7,7 @@ import pytest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, CommitConflict, InputError
-from catid2_ray.on_ray.live_log import LiveLog, LiveUpdates
+from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 
 
 class Shop:

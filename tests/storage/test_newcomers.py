@@ -13,7 +13,7 @@ from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.identifiers import ledger
-from catid2_ray.on_ray.newcomers import Newcomers
+from catid2_ray.on_ray.serve.newcomers import Newcomers
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.retrieval.live import LiveTrie
 from catid2_ray.retrieval.trie import Trie

@@ -12,8 +12,8 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.sources import category_lines, esci
 from catid2_ray.cli import app, guarded
 from catid2_ray.errors import InputError, StorageError
-from catid2_ray.on_ray import prepare_esci as module
-from catid2_ray.on_ray.prepare_esci import prepare_esci
+from catid2_ray.on_ray.stages import prepare_esci as module
+from catid2_ray.on_ray.stages.prepare_esci import prepare_esci
 from tests.esci_sample import write_sample
 from tests.oracles import esci as oracle
 

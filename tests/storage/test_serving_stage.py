@@ -13,8 +13,8 @@ from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, RecipeError
 from catid2_ray.evaluation.baselines.bm25 import Bm25
-from catid2_ray.on_ray import serving
-from catid2_ray.on_ray.arrays import fixed_lists
+from catid2_ray.on_ray.machine.arrays import fixed_lists
+from catid2_ray.on_ray.stages import lay_out as serving
 from catid2_ray.retrieval.lexical import LexicalIndex
 from catid2_ray.retrieval.product_names import ProductNames
 from catid2_ray.retrieval.trie import Trie

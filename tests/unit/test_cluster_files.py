@@ -44,7 +44,7 @@ def test_serve_file_is_valid_and_its_numbers_fit_each_other():
 
 
 def test_serve_file_names_what_the_code_has():
-    from catid2_ray.on_ray import serve_app
+    from catid2_ray.on_ray.serve import app as serve_app
 
     application = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0]
     serve_app.AppSettings(**application["args"])

@@ -48,6 +48,18 @@ ONLY_IN = {
     "pytest": set(),
     "tests": set(),
 }
+# Inside the machine room: what each of its rooms may import of the others.
+MACHINE = {
+    "machine": set(),
+    "job": {"machine"},
+    "training": {"machine"},
+    "stages": {"machine", "job", "training"},
+    "pipeline": {"machine", "job", "stages"},
+    "reports": {"machine", "job", "stages", "pipeline"},
+    "commands": {"machine", "job", "stages", "pipeline"},
+    "serve": {"machine"},
+    "serve_app": {"serve"},
+}
 SOURCES = sorted(str(path.relative_to(ROOT)) for room in ("catid2_ray", "jobs") for path in (ROOT / room).rglob("*.py"))
 
 
@@ -79,6 +91,10 @@ def violations(path: str, source: str) -> list[str]:
         elif top == "catid2_ray":
             if rest and rest[0] not in allowed and rest[0] != "__version__":
                 found.append(f"{path}:{line} {room} imports {rest[0]}; allowed: {', '.join(sorted(allowed))}")
+            elif rest[:1] == ["on_ray"] and len(rest) > 1 and path.startswith("catid2_ray/on_ray/"):
+                inner = Path(path).with_suffix("").parts[2]
+                if rest[1] not in MACHINE[inner] | {inner}:
+                    found.append(f"{path}:{line} on_ray.{inner} imports on_ray.{rest[1]}")
         elif top == "jobs":
             if room != "jobs":
                 found.append(f"{path}:{line} {room} imports jobs")
@@ -109,9 +125,13 @@ def test_imports_stay_inside_the_rules(path):
         ("catid2_ray/catalog/text.py", "from . import products"),
         ("catid2_ray/artifacts/release.py", "import s3fs"),
         ("catid2_ray/artifacts/release.py", "from catid2_ray.catalog.products import check_products"),
-        ("catid2_ray/on_ray/catalog.py", "import s3fs"),
-        ("catid2_ray/on_ray/reindex.py", "from catid2_ray.cli import app"),
-        ("catid2_ray/on_ray/assign/stage.py", "from ot.batch import solve_batch"),
+        ("catid2_ray/on_ray/stages/catalog.py", "import s3fs"),
+        ("catid2_ray/on_ray/commands.py", "from catid2_ray.cli import app"),
+        ("catid2_ray/on_ray/stages/assign/stage.py", "from ot.batch import solve_batch"),
+        ("catid2_ray/on_ray/machine/live_log.py", "from catid2_ray.on_ray.job import Job"),
+        ("catid2_ray/on_ray/training/loop.py", "from catid2_ray.on_ray.stages import embed"),
+        ("catid2_ray/on_ray/stages/embed.py", "from catid2_ray.on_ray.pipeline import chain"),
+        ("catid2_ray/on_ray/serve/app.py", "from catid2_ray.on_ray.stages.embed import model_identity"),
         ("catid2_ray/evaluation/report.py", "from catid2_ray.on_ray import progress"),
         ("catid2_ray/cli.py", "import ray"),
         ("catid2_ray/cli.py", "from jobs.reindex import run"),
@@ -131,7 +151,7 @@ def test_the_rules_catch(path, source):
         ("catid2_ray/artifacts/store.py", "import s3fs"),
         ("catid2_ray/artifacts/manifest.py", "import catid2_ray"),
         ("catid2_ray/identifiers/collisions.py", "from ot.batch import solve_batch"),
-        ("catid2_ray/on_ray/parts.py", "import ray\nfrom catid2_ray.config import Recipe"),
+        ("catid2_ray/on_ray/machine/parts.py", "import ray\nfrom catid2_ray.config import Recipe"),
         ("jobs/verb.py", "from catid2_ray.cli import guarded\nfrom jobs.verb import main"),
     ],
 )
@@ -147,9 +167,56 @@ def test_every_room_has_a_rule():
 @pytest.mark.parametrize("path", SOURCES)
 def test_files_are_short_documented_and_named_for_what_they_do(path):
     source = (ROOT / path).read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 350
+    assert len(source.splitlines()) <= 500
     assert ast.get_docstring(ast.parse(source)), "the first line says what the file is for"
     assert not {"utils", "util", "helpers", "helper", "common", "misc"} & set(Path(path).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_functions_are_short(path):
+    """At most 60 lines beside the docstring."""
+    long = {}
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            documented = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
+            if node.end_lineno - node.lineno + 1 - documented > 60:
+                long[node.name] = node.end_lineno - node.lineno + 1
+    assert long == {}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The sets of modules of which each reaches every other by imports: those that remain when modules that import nothing, or
+    that nothing imports, are taken away again and again."""
+    graph = {name: set(targets) for name, targets in graph.items()}
+    while leaves := {name for name in graph if not graph[name] & graph.keys()}:
+        graph = {name: targets for name, targets in graph.items() if name not in leaves}
+    while roots := graph.keys() - set().union(*graph.values()):
+        graph = {name: targets for name, targets in graph.items() if name not in roots}
+    return [sorted(graph)] if graph else []
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module → the modules of `sources` (dotted name → text) that it imports, wherever the import stands."""
+    graph = {}
+    for module, source in sources.items():
+        targets = set()
+        for _, name in imported(source):
+            name = name if name in sources else name.rpartition(".")[0]
+            targets |= {name} & (sources.keys() - {module})
+        graph[module] = targets
+    return graph
+
+
+def test_no_import_circles():
+    names = {path: ".".join(Path(path).with_suffix("").parts).removesuffix(".__init__") for path in SOURCES}
+    graph = import_graph({name: (ROOT / path).read_text(encoding="utf-8") for path, name in names.items()})
+    assert circles(graph) == []
+
+
+def test_circles_are_caught():
+    sources = {"a": "from b import x", "b": "def f():\n    import c", "c": "from a import y", "d": "import a", "e": ""}
+    assert circles(import_graph(sources)) == [["a", "b", "c"]]
+    assert circles(import_graph(sources | {"c": ""})) == []
 
 
 STAGES_ALONE = """

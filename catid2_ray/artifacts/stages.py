@@ -1,0 +1,62 @@
+"""The chain of stages as one list: what each makes of what, which job runs it, and what becomes of it in a release.
+
+`on_ray/pipeline.py` binds each to the code that runs it. A stage has the name of the kind of artefact that it makes, but for
+`aligned`, which makes a generator of a generator.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from catid2_ray.artifacts.manifest import Manifest
+
+
+class Stage(NamedTuple):
+    """`job`: the module of jobs/ that runs it. `parents`: the artefacts that it always reads, `sometimes` those that some
+    recipes make it read. `part`: its name in a release, None where a release does without. `carried`: an append takes it over
+    from the release before. `pairs`: it needs a table of pairs. `timed`: its name among the seconds of a job's figures."""
+
+    name: str
+    job: str
+    parents: tuple[str, ...] = ()
+    sometimes: tuple[str, ...] = ()
+    part: str | None = None
+    carried: bool = False
+    pairs: bool = False
+    timed: str | None = None
+
+    @property
+    def role(self) -> str:
+        """Under which name later stages read its artefact."""
+        return self.part or self.name
+
+    def reads(self, parts: Mapping[str, Manifest], *sometimes: str) -> dict[str, Manifest]:
+        """The artefacts that it reads by their roles, of `sometimes` those that this recipe makes it read."""
+        assert set(sometimes) <= set(self.sometimes), f"{self.name} may also read {self.sometimes}, not {sometimes}"
+        return {role: parts[role] for role in (*self.parents, *sometimes)}
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("catalog", "embed_catalog", part="catalog", timed="catalog"),
+        Stage("embeddings", "embed_catalog", ("catalog",), part="embeddings", timed="embed"),
+        Stage("queries", "train_quantizer", ("catalog", "embeddings")),
+        Stage("quantizer", "train_quantizer", ("embeddings",), ("queries",), part="quantizer", carried=True, timed="quantizer"),
+        Stage("ids", "assign_ids", ("catalog", "embeddings", "quantizer"), part="ids", timed="assign"),
+        Stage("examples", "train_generator", ("catalog", "ids"), part="examples", carried=True, pairs=True, timed="examples"),
+        Stage("generator", "train_generator", ("ids", "examples"), ("quantizer",), part="generator", carried=True, pairs=True,
+              timed="generator"),
+        Stage("prompts", "align_generator", ("catalog", "ids", "examples"), pairs=True),
+        Stage("aligned", "align_generator", ("trained", "ids", "examples", "prompts"), part="generator", carried=True, pairs=True),
+        Stage("serving", "evaluate", ("catalog", "embeddings", "ids"), part="serving", pairs=True, timed="serving"),
+        Stage("evaluation", "evaluate", ("catalog", "ids", "examples", "generator"), ("embeddings", "serving"), part="evaluation",
+              carried=True, pairs=True, timed="evaluate"),
+    )
+}  # fmt: skip
+PARTS = tuple(dict.fromkeys(stage.part for stage in STAGES.values() if stage.part))
+CARRIED = tuple(dict.fromkeys(stage.part for stage in STAGES.values() if stage.carried))
+
+
+def of_job(job: str) -> list[str]:
+    """The names of the stages that a job runs, in their order."""
+    return [stage.name for stage in STAGES.values() if stage.job == job]

@@ -1,0 +1,148 @@
+"""What the command line and the jobs call: one verb, the whole chain with its publication, or the scoring of a release."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.manifest import Manifest
+from catid2_ray.artifacts.release import Release
+from catid2_ray.artifacts.stages import STAGES, of_job
+from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.pairs import check_pairs
+from catid2_ray.config import ClusterRecipe, Recipe
+from catid2_ray.errors import QualityGateError, RecipeError
+from catid2_ray.on_ray.job import Job
+from catid2_ray.on_ray.machine import cluster, progress
+from catid2_ray.on_ray.pipeline import append, chain
+from catid2_ray.on_ray.stages import evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """`figures` is the JSON of the job; `made` the stages that ran."""
+
+    release: Release
+    figures: dict
+    parts: dict[str, Manifest]
+    made: list[str]
+
+
+def run_verb(recipe: Recipe, verb: str) -> tuple[Store, Manifest]:
+    """One verb's stages alone; the stages before must be committed (ArtifactError names the job to run first)."""
+    if verb == "align_generator" and not recipe.alignment.enabled:
+        raise RecipeError(
+            "alignment.enabled is off, and what is published would not be aligned: set alignment.enabled=true in the recipe"
+        )
+    stages = of_job(verb)
+    with Job.open(recipe, only=stages) as job:
+        return job.store, chain(job, stages[-1])[STAGES[stages[-1]].role]
+
+
+def publish(recipe: Recipe) -> tuple[Store, Release]:
+    """Publish the committed parts of this recipe; QualityGateError when the evaluation is under the recipe's demand."""
+    with Job.open(recipe, only=()) as job:
+        parts = chain(job)
+        _gate(recipe, parts["evaluation"].metrics)
+        return job.store, releases.publish(job.store, parts, after=job.pointer)[0]
+
+
+def reindex(recipe: Recipe) -> Outcome:
+    """The whole chain: continue at the first stage without a committed manifest, evaluate, publish."""
+    with Job.open(recipe) as job:
+        parts = chain(job)
+        figures = figures_of(parts)
+        _gate(recipe, figures)
+        release, _ = releases.publish(job.store, parts, after=job.pointer)
+    return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
+
+
+def append_items(recipe: Recipe) -> Outcome:
+    """Today's catalogue under the current release's quantizer and generator: see `pipeline.append`; evaluate, publish."""
+    parts, job = append(recipe)
+    figures = figures_of(parts)
+    if parts["evaluation"].parents["ids"] == parts["ids"].digest:  # else it is that of the release before
+        _gate(recipe, figures)
+    release, _ = releases.publish(job.store, parts, after=job.pointer)
+    return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
+
+
+def figures_of(parts: dict[str, Manifest]) -> dict:
+    """The job's JSON. Seconds and peak memory are those of the runs that made the stages, not of a rerun that found them."""
+    ids, scores = parts["ids"].metrics, parts["evaluation"].metrics
+    return {
+        "documents": ids["documents"],
+        "collision_rate_before": ids["collision_rate_before"],
+        "duplicates_after": ids["duplicates_after"],
+        "codes_used": ids["codes_used"],
+        "codes_per_level": ids["codes_per_level"],
+        **{name: ids[name] for name in ("number", "base", "ledger", "churn")},
+        **{name: scores[name] for name in ("recall", "recall_seen", "recall_unseen", "queries")},
+        "seconds": {
+            stage.timed: _seconds(parts[stage.role]) for stage in STAGES.values() if stage.timed and stage.role in parts
+        },
+        "peak_memory_bytes": max(manifest.metrics["peak_memory_bytes"] for manifest in parts.values()),
+    }
+
+
+def _seconds(manifest: Manifest) -> float:
+    return manifest.metrics["seconds"] + manifest.metrics.get("seconds_training", 0.0)
+
+
+def _gate(recipe: Recipe, figures: dict) -> None:
+    """What is served, or else the beam, must reach the demanded share of BM25's recall@50, or nothing is published."""
+    recall, share = figures["recall"], recipe.evaluation.min_beam_to_bm25
+    judged = "served" if "served" in recall else "beam"
+    named = "what is served" if judged == "served" else "the beam"
+    if judged in recall and "bm25" in recall and recall[judged]["50"] < share * recall["bm25"]["50"]:
+        raise GateFailed(
+            f"recall@50 of {named} is {recall[judged]['50']:.3f}, under {share} × BM25's {recall['bm25']['50']:.3f} "
+            "(evaluation.min_beam_to_bm25). Nothing was published. Train the generator longer (generator.epochs), or look at "
+            "the quantizer's history.json for a collapse",
+            figures,
+        )
+
+
+class GateFailed(QualityGateError):
+    """Carries the figures, so that the closing table can be shown."""
+
+    def __init__(self, message: str, figures: dict):
+        super().__init__(message)
+        self.figures = figures
+
+
+def evaluate_release(
+    store_uri: str, pairs_file: str, *, split: str, min_relevance: float, methods: tuple[str, ...], workers: int = 2
+) -> dict:
+    """Score the current release of a store on another table of pairs; the same recall keys as the job's figures."""
+    store = Store(store_uri)
+    store.check()
+    release = releases.current(store)
+    parts = release.manifests(store)
+    path = Path(pairs_file)
+    source = Store(pairs_file.rsplit("/", 1)[0] if pairs_file.startswith("s3://") else str(path.parent))
+    name = pairs_file.rsplit("/", 1)[-1] if pairs_file.startswith("s3://") else path.name
+    checked = check_pairs(source.read_table(name))
+    if checked.bad.num_rows:
+        progress.event("set_aside", pairs=checked.bad.num_rows, first=repr(checked.bad["reason"][0].as_py()))
+    judgements = evaluate.judge(store, parts, checked.good, split=split, min_relevance=min_relevance)
+    cluster.connect(ClusterRecipe())
+    try:
+        figures = evaluate.score(
+            store,
+            parts,
+            judgements,
+            beam_width=parts["evaluation"].settings["beam_width"],
+            methods=methods,
+            workers=workers,
+            seed=0,
+            query_encoder=Recipe.build(parts["evaluation"].recipe).serving.query_encoder,
+        )
+    finally:
+        cluster.disconnect()
+    figures.pop("sample_queries")
+    return {"release": release.name, **figures}
+
+
+def write_json(path: str, figures: dict | list) -> None:
+    Path(path).write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,0 +1,214 @@
+"""Several ways of making IDs side by side: each kind and seed is trained and assigned (or found) on one catalogue.
+
+Budgets are shared: a kind changes only the fields that define it (`config.kinds`). Labels that training sees may be masked,
+exchanged or cut; scores are always against the catalogue's own.
+"""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.manifest import Manifest, tree_of
+from catid2_ray.artifacts.release import fetch
+from catid2_ray.catalog.taxonomy import Taxonomy
+from catid2_ray.config import KINDS, Recipe
+from catid2_ray.errors import ArtifactError, RecipeError
+from catid2_ray.evaluation import figures
+from catid2_ray.evaluation.pages import ids_page
+from catid2_ray.on_ray.job import Job, open_previous
+from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine.arrays import matrix
+from catid2_ray.on_ray.pipeline import chain, check_codes
+from catid2_ray.on_ray.stages import catalog, embed, train_quantizer
+from catid2_ray.on_ray.stages.assign import stage as assign
+from catid2_ray.on_ray.stages.catalog import read_sample
+from catid2_ray.quantizer.coder import load_coder
+from catid2_ray.quantizer.model import ResidualQuantizer
+
+
+class Comparison(NamedTuple):
+    """`rows`: one dict a run, ready for JSON; `catalog`: the products that all runs describe."""
+
+    rows: list[dict]
+    catalog: Manifest
+
+
+def variant(recipe: Recipe, kind: str, seed: int) -> Recipe:
+    """The recipe with another kind of IDs and seed, checked anew; a collapse is measured rather than stopped."""
+    quantizer = recipe.quantizer.as_kind(kind) | {"collapse_patience": 0}
+    return Recipe.build(recipe.model_dump(mode="json") | {"quantizer": quantizer, "seed": seed})
+
+
+def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
+    """Train and assign every kind with the seeds recipe.seed, recipe.seed + 1, …; what is committed is found, not made.
+
+    RecipeError for an unknown kind or a seed count under 1; what the catalogue cannot be given is said before any run.
+    Every run's artefacts are those that a job of its recipe would make in a store without a release, except that all share
+    the embeddings of `recipe.seed`: a comparison builds on no release.
+    """
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown or not kinds or seeds < 1:
+        raise RecipeError(
+            f"--kinds {','.join(kinds)!r}, --seeds {seeds}: "
+            + (f"unknown {', '.join(unknown)}; " if unknown else "at least one kind and one seed are needed; ")
+            + f"kinds are {', '.join(KINDS)}"
+        )
+    variants = [variant(recipe, kind, recipe.seed + number) for kind in kinds for number in range(seeds)]
+    rows = []
+    with Job.open(recipe) as job:
+        parts = chain(job, "embeddings")
+        job.previous = None
+        for each in variants:
+            check_codes(each, parts["catalog"])
+        for number, each in enumerate(variants):
+            progress.event("compare", kind=each.quantizer.kind, seed=each.seed, run=f"{number + 1}/{len(variants)}")
+            rows.append(_row(each, parts_of_kind(dataclasses.replace(job, recipe=each), parts)))
+    return Comparison(rows, parts["catalog"])
+
+
+def parts_of_kind(job: Job, parts: dict[str, Manifest]) -> dict[str, Manifest]:
+    """`parts` (catalogue and embeddings) with the quantizer and the IDs of the job's kind, built on no release."""
+    parts = {name: parts[name] for name in ("catalog", "embeddings")}
+    if job.recipe.quantizer.query_item:
+        parts["queries"] = embed.run_queries(job, parts)
+    parts["quantizer"] = train_quantizer.run(job, parts)
+    return parts | {"ids": assign.run(job, parts)}
+
+
+def _row(recipe: Recipe, parts: dict[str, Manifest]) -> dict:
+    queries = parts["queries"].metrics["seconds"] if "queries" in parts else 0.0
+    return row_of(recipe, parts["quantizer"], parts["ids"], seconds_before=queries)
+
+
+def row_of(recipe: Recipe, quantizer: Manifest, ids: Manifest, *, seconds_before: float = 0.0) -> dict:
+    """One run's figures. Collisions and use of codes are those of the codes before de-duplication, purity and AMI those of
+    the published IDs; `seconds` is making the quantizer, its queries included, and assigning."""
+    quality, figures = ids.metrics["quality"], quantizer.metrics
+    raw, final = quality["raw"], quality["final"]
+    return {
+        "kind": recipe.quantizer.kind,
+        "seed": recipe.seed,
+        "ids": ids.metrics["ids"],
+        "collision_rate": raw["collision_rate"],
+        "shared_rate": raw["shared_rate"],
+        "largest_shared": raw["largest_bucket"],
+        "floor": quality["floor"],
+        "codes_per_level": ids.metrics["codes_per_level"][: len(raw["codes_used"])],
+        "codes_used": raw["codes_used"],
+        "perplexity": raw["perplexity"],
+        "purity": final["purity"],
+        "purity_null": final["purity_shuffled"],
+        "ami": final["ami"],
+        "ami_null": final["ami_shuffled"],
+        "neighbours": quality["neighbour_agreement"]["share"],
+        "duplicates_after": ids.metrics["duplicates_after"],
+        "verdict": figures.get("verdict"),
+        "codes_used_in_training": figures.get("codes_used"),
+        "with_query": figures.get("with_query"),
+        "seconds": round(seconds_before + figures["seconds"] + ids.metrics["seconds"], 2),
+        "seconds_resolving": ids.metrics["seconds_of_passes"]["resolving"],
+    }
+
+
+_ROWS = 20_000  # products that the pictures show
+_EXAMPLE_CATEGORIES, _EXAMPLES_EACH = 5, 4
+
+
+def ids_report(recipe: Recipe, *, beside: str | None = None) -> str:
+    """One HTML page. `beside`: another kind, whose IDs stand beside these in the table of titles (the paper's Table 8).
+
+    Raises ArtifactError that names the job to run where IDs are not assigned yet.
+    """
+    with Job.open(recipe, only=()) as job:
+        parts = _appended(job) or chain(job, "ids")
+        quality = parts["ids"].metrics["quality"]
+        numbers = {**quality["raw"], **{name: value for name, value in quality.items() if name not in ("raw", "final")}}
+        # On the published IDs, as the rest of the page; the raw codes are what collides and what is in use.
+        numbers |= {name: value for name, value in quality["final"].items() if name.startswith(("purity", "ami"))}
+        sample, other = _sample(job, parts), None
+        if beside:
+            of_kind = dataclasses.replace(job, recipe=variant(recipe, beside, recipe.seed), previous=None)
+            other = _docids(of_kind, parts_of_kind(of_kind, parts))
+        return ids_page(
+            numbers,
+            _images(job, parts, sample),
+            _examples(sample, other),
+            title=f"IDs of {recipe.name}: {recipe.quantizer.kind}",
+        )
+
+
+def _appended(job: Job) -> dict[str, Manifest] | None:
+    """The parts of the current release where it is this catalogue appended to an earlier one: no recipe makes those anew."""
+    current = open_previous(job.store, releases.pointer(job.store)[1])
+    if current and current.appended and current.parts["catalog"].digest == catalog.run(job, {}).digest:
+        return current.parts
+    return None
+
+
+def _sample(job: Job, parts: dict[str, Manifest]) -> dict:
+    def of(role: str, columns: list[str]) -> pa.Table:
+        return read_sample(job.store, parts[role], columns, rows=_ROWS, seed=job.recipe.seed)
+
+    products, ids = of("catalog", ["product_id", "title", "category_path"]), of("ids", ["product_id", "codes", "docid"])
+    vectors = of("embeddings", ["product_id", "embedding", "category"])
+    if not products["product_id"].equals(ids["product_id"]) or not ids["product_id"].equals(vectors["product_id"]):
+        raise ArtifactError("parts of catalog, embeddings and ids do not hold the same products; rerun jobs.assign_ids")
+    return {
+        "title": products["title"].to_pylist(),
+        "path": products["category_path"].to_pylist(),
+        "docid": ids["docid"].to_pylist(),
+        "codes_NL": matrix(ids["codes"]),
+        "embedding_ND": matrix(vectors["embedding"]),
+        "category_NH": matrix(vectors["category"]),
+    }
+
+
+def _docids(job: Job, parts: dict[str, Manifest]) -> list[str]:
+    table = read_sample(job.store, parts["ids"], ["docid"], rows=_ROWS, seed=job.recipe.seed)
+    return table["docid"].to_pylist()
+
+
+def _images(job: Job, parts: dict[str, Manifest], sample: dict) -> dict:
+    taxonomy = Taxonomy.from_json(job.store.read(tree_of(parts["embeddings"], parts["catalog"])).decode())
+    names = [[path[-1] for path in level] for level in taxonomy.levels]
+    codes_NL, category_NH = sample["codes_NL"], sample["category_NH"]
+    images = {
+        "Codes by level, and the categories in them (the paper's Figure 3)": figures.layer_distribution(
+            codes_NL, category_NH, names, tuple(parts["ids"].metrics["codes_per_level"])
+        ),
+        "Words that mark the fullest first codes (Figure 6)": figures.prefix_terms(sample["title"], codes_NL),
+    }
+    with tempfile.TemporaryDirectory() as cache:
+        coder = load_coder(fetch(job.store, parts["quantizer"], Path(cache)))
+        history = json.loads(job.store.read(parts["quantizer"].file("history.json")))
+    panels = [("embedding", sample["embedding_ND"])]
+    if isinstance(coder, ResidualQuantizer) and coder.hidden is not None:
+        with torch.no_grad():
+            panels.append(("latent z", coder.latents(torch.from_numpy(sample["embedding_ND"].copy())).numpy()))
+    depth_1 = category_NH[:, 0] if category_NH.shape[1] else np.full(len(codes_NL), -1)
+    images["Products by category, before and after the encoder (Figure 4)"] = figures.latent_map(
+        panels, depth_1, names[0] if names else [], seed=job.recipe.seed
+    )
+    if len(history) > 1:
+        images["Training, epoch by epoch"] = figures.training_curves(history)
+    return images
+
+
+def _examples(sample: dict, other: list[str] | None) -> list[dict]:
+    """A few products of the categories that have most (Table 8)."""
+    joined = np.array([" > ".join(path or ["no category"]) for path in sample["path"]])
+    names, count_C = np.unique(joined, return_counts=True)
+    chosen = names[np.argsort(-count_C, kind="stable")[:_EXAMPLE_CATEGORIES]]
+    rows = [row for name in chosen for row in np.flatnonzero(joined == name)[:_EXAMPLES_EACH]]
+    return [
+        {"title": sample["title"][row], "category": str(joined[row]), "docid": sample["docid"][row]}
+        | ({"other_docid": other[row]} if other else {})
+        for row in rows
+    ]

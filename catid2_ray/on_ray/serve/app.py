@@ -1,0 +1,218 @@
+"""The online side: a Ray Serve application that answers POST /v1/retrieve from the store's current release.
+
+One deployment is ingress and retriever at once, so a request crosses one queue. Requests are batched inside a replica; a
+request's answer does not depend on its batch mates. Health is a real query through the same path, with a deadline.
+Changes of products go through a series in the store (`live_log.py`), which every replica follows.
+"""
+
+import asyncio
+import time
+from typing import Literal
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.store import Store
+from catid2_ray.config import ClusterRecipe
+from catid2_ray.errors import CommitConflict, InputError, QueryError, RecipeError, StorageError
+from catid2_ray.on_ray.machine import cluster
+from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
+from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from catid2_ray.on_ray.serve.api import ChangeResponse, Inserted, InsertRequest, InsertResponse, NamesRequest
+from catid2_ray.on_ray.serve.newcomers import Newcomers
+from catid2_ray.retrieval.rescoring import Hit
+
+CANARY_QUERY, CANARY_DEADLINE_S = "canary", 10.0
+MAX_ONGOING, MAX_QUEUED = 64, 256
+
+api = FastAPI(title="catid2-ray retriever", docs_url="/docs")
+
+
+class RetrieveRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    query: str = Field(description="what the shopper typed")
+    k: int = Field(10, description="products to return, 1 to 1000")
+    filter: dict | None = Field(
+        None, description='an expression over the release\'s filter columns, such as {"column": "price", "to": 20}'
+    )
+
+
+class Product(BaseModel):
+    product_id: str
+    docid: str = Field(description="semantic ID, such as <a_65><b_225><c_205><d_19>")
+    score: float = Field(description="what ranks the product: logp, or where the release re-scores, the final score")
+    logp: float = Field(description="natural log of P(ID | query); of its prefix where the search stops early")
+    dense: float | None = Field(description="product of query and product vector, where the release re-scores by it")
+    lexical: float | None = Field(description="BM25, where the release re-scores by it")
+    title: str | None
+
+    @classmethod
+    def of(cls, hit: Hit) -> "Product":
+        names = ("product_id", "score", "logp", "dense", "lexical", "title")
+        return cls(docid=hit.docid_text, **{name: getattr(hit, name) for name in names})
+
+
+class RetrieveResponse(BaseModel):
+    release: str
+    products: list[Product] = Field(description="best first")
+
+
+class AppSettings(BaseModel):
+    """Arguments of the application, as in serve_config.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+    store: str = Field(description="folder or s3:// prefix of the store")
+    release: str | None = Field(None, description="name of a release; none = the current one when a replica starts")
+    threads: int = Field(1, ge=1, description="torch threads of a replica")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where the generator and the query encoder run")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="numbers of the generator")
+    weights: Literal["float32", "int8"] | None = Field(None, description="none = as the release was evaluated")
+    normalize: Literal["level", "vocabulary"] | None = Field(None, description="none = as the release was evaluated")
+    updates: bool = Field(True, description="accept POST /v1/products, /v1/withdraw and /v1/restore")
+    poll_s: float = Field(1.0, gt=0, description="seconds between looks for changes that other replicas took")
+
+
+@api.exception_handler(InputError)
+async def _unanswerable(request: Request, error: InputError) -> JSONResponse:
+    return JSONResponse(status_code=422, content={"error": str(error)})
+
+
+@api.exception_handler(StorageError)
+async def _not_written(request: Request, error: StorageError) -> JSONResponse:
+    return JSONResponse(status_code=409 if isinstance(error, CommitConflict) else 503, content={"error": str(error)})
+
+
+@serve.deployment(
+    name="Retriever",
+    max_ongoing_requests=MAX_ONGOING,
+    max_queued_requests=MAX_QUEUED,
+    autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 16},
+    health_check_period_s=10,
+    health_check_timeout_s=30,
+    user_config={"max_batch_size": 16, "batch_wait_timeout_s": 0.005},
+    ray_actor_options={"num_cpus": 1},
+)
+@serve.ingress(api)
+class RetrieverReplica:
+    """Loads a release, checks its parts against each other, answers one query to warm up, then turns ready."""
+
+    def __init__(self, settings: AppSettings):
+        torch.set_num_threads(settings.threads)
+        store, self.settings = Store(settings.store), settings
+        release = releases.load(store, settings.release) if settings.release else releases.current(store)
+        self.retriever = open_retriever(
+            releases.release_folder(store, release, releases.default_cache()), device=settings.device,
+            dtype=settings.dtype, weights=settings.weights, normalize=settings.normalize,
+        )  # fmt: skip
+        self.release = release.name
+        self.newcomers = Newcomers(store, release.manifests(store))
+        self.updates = LiveUpdates(self.retriever, LiveLog(store, release.name))
+        self.updates.catch_up()
+        self.updates.follow(settings.poll_s)
+        self.retriever.retrieve([CANARY_QUERY], k=1)
+
+    def reconfigure(self, user_config: dict) -> None:
+        if user_config["max_batch_size"] > MAX_ONGOING:
+            raise RecipeError(
+                f"user_config.max_batch_size {user_config['max_batch_size']} exceeds max_ongoing_requests {MAX_ONGOING}: "
+                "such a batch could never fill"
+            )
+        self._answer.set_max_batch_size(user_config["max_batch_size"])
+        self._answer.set_batch_wait_timeout_s(user_config["batch_wait_timeout_s"])
+
+    async def check_health(self) -> None:
+        await asyncio.wait_for(asyncio.to_thread(self.retriever.retrieve, [CANARY_QUERY], k=1), CANARY_DEADLINE_S)
+
+    @api.get("/healthz")
+    async def healthz(self) -> dict:
+        return {"status": "ok", "release": self.release, "changes": self.updates.applied}
+
+    @api.post("/v1/retrieve")
+    async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
+        self.retriever.check(request.query, k=request.k)
+        if request.filter is not None:
+            # Refused here, it cannot spoil a batch; it is kept for the search.
+            await asyncio.to_thread(self.retriever.compile, request.filter)
+        hits = await self._answer(request)
+        return RetrieveResponse(release=self.release, products=[Product.of(hit) for hit in hits])
+
+    @api.post("/v1/products")
+    async def insert(self, request: InsertRequest) -> InsertResponse:
+        self._check_updates()
+        asked = [product.model_dump() for product in request.products]
+
+        def build() -> dict:
+            vectors = self.retriever.products.base_vectors is not None
+            made = self.newcomers.prepare(asked, self.retriever.live.view, vectors=vectors)
+            return {"kind": "insert", "products": made}
+
+        done = await asyncio.to_thread(self.updates.change, build)
+        inserted = [Inserted(product_id=one["product_id"], docid=one["docid"]) for one in done["products"]]
+        return InsertResponse(release=self.release, change=done["number"], products=inserted)
+
+    @api.post("/v1/withdraw")
+    async def withdraw(self, request: NamesRequest) -> ChangeResponse:
+        return await self._change("withdraw", request.product_ids)
+
+    @api.post("/v1/restore")
+    async def restore(self, request: NamesRequest) -> ChangeResponse:
+        return await self._change("restore", request.product_ids)
+
+    async def _change(self, kind: str, product_ids: list[str]) -> ChangeResponse:
+        self._check_updates()
+        done = await asyncio.to_thread(self.updates.change, lambda: {"kind": kind, "products": product_ids})
+        return ChangeResponse(release=self.release, change=done["number"])
+
+    def _check_updates(self) -> None:
+        if not self.settings.updates:
+            raise QueryError("this deployment takes no changes (its setting `updates` is off)")
+
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
+    async def _answer(self, requests: list[RetrieveRequest]) -> list:
+        return await asyncio.to_thread(self._search, requests)
+
+    def _search(self, requests: list[RetrieveRequest]) -> list:
+        """Requests of one beam width go together: a k above the beam widens it, and must not widen it for others."""
+        beam, answers = self.retriever.beam_width, [None] * len(requests)
+        for width in sorted({max(beam, request.k) for request in requests}):
+            group = [number for number, request in enumerate(requests) if max(beam, request.k) == width]
+            mine = [requests[number] for number in group]
+            found = self.retriever.retrieve(
+                [one.query for one in mine], k=max(one.k for one in mine), filters=[one.filter for one in mine]
+            )
+            for number, hits in zip(group, found):
+                answers[number] = hits[: requests[number].k]
+        return answers
+
+
+def build(settings: AppSettings):
+    """The application that serve_config.yaml names."""
+    return RetrieverReplica.bind(settings)
+
+
+def serve_here(store: str, *, host: str, port: int) -> None:
+    """Serve on this machine until interrupted. Fails before Ray starts when nothing was published."""
+    opened = Store(store)
+    opened.check()
+    release = releases.current(opened)
+    releases.release_folder(opened, release, releases.default_cache())
+    cluster.connect(ClusterRecipe())
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(build(AppSettings(store=opened.uri)), name="catid2")
+        print(
+            f"serving release {release.name} on http://{host}:{port}  (POST /v1/retrieve, GET /healthz, GET /docs); "
+            "Ctrl-C ends it",
+            flush=True,
+        )
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        print("shutting down")
+    finally:
+        serve.shutdown()
+        cluster.disconnect()

@@ -1,0 +1,181 @@
+"""IDs and vectors of products that come between two releases: the release's encoder and quantizer, the nearest free code.
+
+As in an append, a newcomer gets the codes that the frozen quantizer gives it, and where its last code is taken, the nearest
+that is free below the same prefix. The ID of a product that left is free only after its quarantine, and waits for that product
+until then. What an append can do besides, moving to another prefix, needs the whole catalogue: a
+prefix that is full is refused. Everything is read from the store at the first product that needs it.
+
+D width of the embedding, L levels, K codes of the last level, Z width of its codebook.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from catid2_ray.artifacts.manifest import Manifest, tree_of
+from catid2_ray.artifacts.release import default_cache, fetch
+from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.taxonomy import Taxonomy
+from catid2_ray.catalog.text import join_text
+from catid2_ray.config import Recipe
+from catid2_ray.docid import DocidSpace
+from catid2_ray.errors import InputError
+from catid2_ray.on_ray.machine.arrays import matrix
+from catid2_ray.on_ray.machine.query_encoder import query_encoder
+from catid2_ray.quantizer.coder import encode, load_coder
+from catid2_ray.quantizer.model import ResidualQuantizer
+from catid2_ray.retrieval.live import LiveView
+from catid2_ray.retrieval.rows import codes_of
+
+_ROWS = 16  # of one padded forward pass
+
+
+class Newcomers:
+    """`prepare` products that a caller describes, so that a change holds all that a replica needs."""
+
+    def __init__(self, store: Store, parts: dict[str, Manifest]):
+        self.store, self.parts = store, parts
+        self.recipe = Recipe.build(parts["ids"].recipe)
+
+    @functools.cached_property
+    def _encode(self):
+        if self.parts["catalog"].metrics["width"]:
+            raise InputError(
+                "the catalogue's embeddings are given, so the release has no encoder for new products: send the product's vector"
+            )
+        name, folder = self.recipe.embedding.encoder, None
+        if name == "lsa":
+            folder = fetch(self.store, self.parts["embeddings"], default_cache(), below=("encoder/",))
+        return query_encoder(folder, {"name": name, "tokens": self.recipe.embedding.tokens})
+
+    @functools.cached_property
+    def _coder(self) -> ResidualQuantizer:
+        coder = load_coder(fetch(self.store, self.parts["quantizer"], default_cache()))
+        if not isinstance(coder, ResidualQuantizer) or self.parts["ids"].metrics["ids"] != "unique":
+            raise InputError(
+                f"IDs of kind {self.parts['ids'].metrics['ids']!r} of this quantizer cannot be made one by one: send the docid"
+            )
+        return coder
+
+    @functools.cached_property
+    def _tree(self) -> Taxonomy:
+        return Taxonomy.from_json(self.store.read(tree_of(self.parts["embeddings"], self.parts["catalog"])).decode())
+
+    @functools.cached_property
+    def _gone(self) -> dict[int, str]:
+        """Packed ID → product that left and for which this release still reserves it."""
+        ids, found = self.parts["ids"], {}
+        for entry in ids.named("ledger/"):
+            table = self.store.read_table(ids.file(entry["name"]), columns=["product_id", "codes", "until"])
+            table = table.filter(pc.greater(table["until"], ids.metrics["number"]))
+            packed = self._space.pack(matrix(table["codes"]).astype(np.int64)).tolist()
+            found |= dict(zip(packed, table["product_id"].to_pylist()))
+        return found
+
+    @functools.cached_property
+    def _back(self) -> dict[str, int]:
+        return {name: packed for packed, name in self._gone.items()}
+
+    @functools.cached_property
+    def _waiting_G(self) -> np.ndarray:
+        return np.sort(np.array(list(self._gone), np.int64))
+
+    @property
+    def _space(self) -> DocidSpace:
+        return DocidSpace(tuple(self.parts["ids"].metrics["codes_per_level"]))
+
+    def prepare(self, products: Sequence[dict], view: LiveView, *, vectors: bool) -> list[dict]:
+        """The products with `docid` (text) and, where `vectors` are asked for, `vector` (list of D floats).
+
+        `products`: dicts with product_id, title, and optionally description, category_path, docid, vector. Raises InputError
+        where something is missing that cannot be made.
+        """
+        wanting = [one for one in products if one.get("vector") is None and (vectors or one.get("docid") is None)]
+        made = dict(zip(map(id, wanting), self._encode(self._texts(wanting)))) if wanting else {}
+        vector_of = {id(one): np.asarray(made.get(id(one), one.get("vector")), np.float32) for one in products}
+        docids = self._reserved(products)
+        nameless = [one for one in products if one.get("docid") is None and id(one) not in docids]
+        docids |= dict(zip(map(id, nameless), self._docids(nameless, vector_of, view)))
+        prepared = []
+        for one in products:
+            kept = {
+                name: one[name] for name in ("product_id", "title", "value", "columns") if one.get(name) is not None
+            }
+            kept["docid"] = one.get("docid") or docids[id(one)]
+            if vectors:
+                kept["vector"] = vector_of[id(one)].tolist()
+            prepared.append(kept)
+        return prepared
+
+    def _texts(self, products: Sequence[dict]) -> list[str]:
+        table = pa.table(
+            {
+                "title": pa.array([one["title"] for one in products], pa.string()),
+                "description": pa.array([one.get("description") for one in products], pa.string()),
+                "category_path": pa.array([one.get("category_path") or [] for one in products], pa.list_(pa.string())),
+            }
+        )
+        return join_text(table, self.recipe.embedding.text)
+
+    def _reserved(self, products: Sequence[dict]) -> dict[int, str]:
+        """id() of a product that left and returns → the ID it had. Raises InputError for a docid that waits for another."""
+        for one in products:
+            packed = int(self._space.pack(np.array([self._space.parse(one["docid"])]))[0]) if one.get("docid") else None
+            if self._gone.get(packed, one["product_id"]) != one["product_id"]:
+                raise InputError(
+                    f"{one['docid']} waits for product {self._gone[packed]!r}, which left and may return (ids.id_quarantine); send "
+                    f"another docid for product {one['product_id']!r}, or none"
+                )
+        return {
+            id(one): self._space.text(self._space.unpack([self._back[one["product_id"]]])[0].tolist())
+            for one in products
+            if one.get("docid") is None and one["product_id"] in self._back
+        }
+
+    def _docids(self, products: Sequence[dict], vector_of: dict, view: LiveView) -> list[str]:
+        if not products:
+            return []
+        coder, found = self._coder, []
+        width = self.parts["embeddings"].metrics["width"]
+        for one in products:
+            if vector_of[id(one)].shape != (width,):
+                raise InputError(
+                    f"the vector of product {one['product_id']!r} has {vector_of[id(one)].size} numbers, the release's {width}"
+                )
+        vector_MD = torch.from_numpy(np.stack([vector_of[id(one)] for one in products]))
+        paths = pa.array([one.get("category_path") or [] for one in products], pa.list_(pa.string()))
+        category_MH = torch.from_numpy(self._tree.category_ids(paths, grown=True).astype(np.int64))
+        encoded = encode(coder, vector_MD, category_MH, rows=_ROWS)
+        book_KZ = coder.codebooks[-1].detach()
+        distance_MK = torch.cdist(encoded.residual_BZ, book_KZ).numpy()
+        mine: dict[tuple, set[int]] = {}
+        space = DocidSpace(tuple(view.codes_per_level))
+        for one, codes_L, distance_K in zip(products, encoded.codes_BL.tolist(), distance_MK):
+            prefix = tuple(codes_L[:-1])
+            home = space.pack(np.array([[*prefix, 0]]))[0]
+            first, last = np.searchsorted(self._waiting_G, [home, home + space.codes_per_level[-1]])
+            waiting = (self._waiting_G[first:last] - home).tolist()
+            taken = mine.setdefault(prefix, {*_taken(view, prefix), *waiting})
+            free = [code for code in np.argsort(distance_K, kind="stable").tolist() if code not in taken]
+            if not free:
+                raise InputError(
+                    f"all {len(distance_K)} IDs below {space.text(prefix)} are taken, so product {one['product_id']!r} has no "
+                    "place near its like: send a docid of your choice, or let `catid2 append` place it"
+                )
+            taken.add(free[0])
+            found.append(space.text([*prefix, free[0]]))
+        return found
+
+
+def _taken(view: LiveView, prefix: tuple[int, ...]) -> list[int]:
+    """Last codes below a prefix that a product has or had, in the release or since."""
+    start, end = view.base.item_range(prefix)
+    rows = np.arange(start, end)
+    if view.inserted is not None:
+        rows = np.append(rows, view.base.rows + np.arange(len(view.live_inserted)))
+    codes_ML = codes_of(view, rows)
+    return codes_ML[(codes_ML[:, :-1] == np.array(prefix, np.int64)).all(1), -1].tolist()

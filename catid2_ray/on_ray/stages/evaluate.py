@@ -1,0 +1,268 @@
+"""Stage 5b: recall of the beam search, and of what is served, beside BM25 and dense search: all, seen, unseen products.
+
+Searching is spread over actors that map the trie into memory; judgements are small and stay in the driver. BM25 and dense
+search are in-memory baselines of one actor, left out above `evaluation.bm25_max_products`.
+"""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.artifacts.release import default_cache, fetch, parts_folder, retriever_settings
+from catid2_ray.artifacts.stages import STAGES
+from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.pairs import training_pairs
+from catid2_ray.catalog.text import join_text
+from catid2_ray.config import Recipe
+from catid2_ray.errors import InputError
+from catid2_ray.evaluation.baselines.bm25 import Bm25
+from catid2_ray.evaluation.protocol import Judgements, evaluate
+from catid2_ray.on_ray.job import Job
+from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine.arrays import matrix
+from catid2_ray.on_ray.machine.parts import map_parts
+from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from catid2_ray.on_ray.machine.query_encoder import query_encoder as open_encoder
+from catid2_ray.on_ray.stages.catalog import part_specs
+
+KS = (5, 10, 20, 50, 100)
+METHODS = ("beam", "bm25", "dense", "served")
+IN_MEMORY = ("bm25", "dense")  # one process holds the catalogue
+_QUERIES_PER_SPEC = 64
+_SAMPLES = 3
+
+
+def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
+    """The evaluation artefact: figures.json."""
+    settings = {**job.recipe.evaluation.identity(), "seed": job.recipe.seed}
+    sometimes = []
+    if "dense" in job.recipe.evaluation.methods:
+        sometimes.append("embeddings")
+        settings["encoder"] = job.recipe.serving.query_encoder or job.recipe.embedding.encoder
+    if "served" in job.recipe.evaluation.methods:
+        sometimes.append("serving")
+    parents = STAGES["evaluation"].reads(parts, *sometimes)
+    return job.produce("evaluation", settings, parents, lambda attempt: _evaluate(job, attempt, parts))
+
+
+def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifest:
+    recipe = job.recipe.evaluation
+    pairs = _pairs_of_split(job.store, parts["catalog"], recipe.split)
+    figures = score(
+        job.store,
+        parts,
+        judge(job.store, parts, pairs, split=recipe.split, min_relevance=recipe.min_relevance),
+        beam_width=recipe.beam_width,
+        methods=recipe.methods,
+        workers=recipe.workers,
+        max_queries=recipe.max_queries,
+        seed=job.recipe.seed,
+        bm25_max=recipe.bm25_max_products,
+        query_encoder=job.recipe.serving.query_encoder,
+    )
+    entry = job.store.write_file(attempt.name("figures.json"), json.dumps(figures, indent=1).encode())
+    return attempt.commit([entry], metrics=figures)
+
+
+def _pairs_of_split(store: Store, catalog: Manifest, split: str) -> pa.Table:
+    tables = [store.read_table(catalog.file(entry["name"])) for entry in catalog.named("pairs/part-")]
+    return pa.concat_tables([table.filter(pc.field("split") == split) for table in tables])
+
+
+def score(
+    store: Store, parts: dict[str, Manifest], judgements: Judgements, *, methods: tuple[str, ...], beam_width: int, workers: int,
+    seed: int, max_queries: int | None = None, bm25_max: int = 5_000_000, query_encoder: str | None = None,
+) -> dict:  # fmt: skip
+    """Figures of `evaluation.protocol.evaluate` plus `sample_queries`, for the judgements of any table of pairs.
+
+    `query_encoder`: for "dense" where the products' vectors are given by the catalogue.
+    """
+    if max_queries and max_queries < len(judgements.queries):
+        chosen = np.sort(np.random.default_rng([seed, 3]).permutation(len(judgements.queries))[:max_queries])
+        judgements = _only(judgements, chosen)
+    handlers = {
+        "beam": (_Search, {"parts": parts, "beam_width": beam_width}),
+        "served": (_Search, {"parts": parts, "beam_width": None}),
+        "bm25": (_Bm25Search, {"catalog": parts["catalog"]}),
+        "dense": (DenseSearch, {"parts": parts, "query_encoder": query_encoder, "k": max(KS)}),
+    }
+    # One pool runs all of its methods, so what bounds the actors worth starting is the slices of one method.
+    workers = min(workers, -(-len(judgements.queries) // _QUERIES_PER_SPEC))
+    pools: dict[int, dict] = {}  # by number of actors, the methods that they run
+    for method in methods:
+        if method in IN_MEMORY and parts["catalog"].rows > bm25_max:
+            progress.event("skip", method=method, products=parts["catalog"].rows, limit=bm25_max)
+            continue
+        pools.setdefault(1 if method in IN_MEMORY else workers, {})[method] = handlers[method]
+    ranked = {}
+    for size, together in pools.items():
+        ranked |= _ranked(store, judgements.queries, together, workers=size)
+    ranked = {method: ranked[method] for method in methods if method in ranked}
+    return evaluate(judgements, ranked, KS) | {
+        "sample_queries": judgements.queries[:: max(1, len(judgements.queries) // _SAMPLES)][:_SAMPLES]
+    }
+
+
+def _ranked(
+    store: Store, queries: list[str], handlers: dict[str, tuple], *, workers: int
+) -> dict[str, list[list[str]]]:
+    """By method, the product ids that it returns for each query, best first; all in one pass over one pool, since a process
+    that only starts costs more than most of the searching."""
+    starts = range(0, len(queries), _QUERIES_PER_SPEC)
+    slices = [queries[start : start + _QUERIES_PER_SPEC] for start in starts]
+    specs = [{"method": method, "queries": part, "rows": len(part)} for method in handlers for part in slices]
+    results = map_parts(
+        _Rank, {"store": store, "handlers": handlers}, specs, workers=workers,
+        label=f"searching with {', '.join(handlers)}", unit="queries", actors=True,
+    )  # fmt: skip
+    ranked = {method: [] for method in handlers}
+    for spec, result in zip(specs, results):
+        ranked[spec["method"]] += result["ranked"]
+    return ranked
+
+
+def judge(store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: str, min_relevance: float) -> Judgements:
+    """What counts as relevant in this table of pairs, and what of it the generator was taught.
+
+    Raises InputError where no pair of the split names a product of the catalogue.
+    """
+    catalog, named = parts["catalog"], pairs["product_id"].unique()
+    known = pa.concat_tables(
+        [
+            table.filter(pc.is_in(table["product_id"], named))
+            for table in (store.read_table(catalog.file(e["name"]), columns=["product_id"]) for e in catalog.parts())
+        ]
+    )["product_id"]
+    taught = {
+        "min_relevance": parts["examples"].settings["min_relevance"],
+        "weights": parts["examples"].settings.get("relevance_weights"),
+    }
+    seen = pa.concat_arrays(
+        [
+            pc.unique(training_pairs(table, **taught)["product_id"].combine_chunks())
+            for table in (
+                store.read_table(catalog.file(e["name"]), columns=["product_id", "split", "relevance"])
+                for e in catalog.named("pairs/part-")
+            )
+        ]
+    )
+    seen = _known_to_the_generator(store, parts, seen)
+    return Judgements.from_pairs(
+        pairs, split=split, min_relevance=min_relevance, seen=seen.filter(pc.is_in(seen, named)), known=known
+    )
+
+
+def _known_to_the_generator(store: Store, parts: dict[str, Manifest], seen: pa.Array) -> pa.Array:
+    """After an append: those of `seen` that were in the catalogue which the generator learned from."""
+    ids, learned = parts["ids"], parts["generator"].parents["ids"]
+    if ids.digest == learned:
+        return seen
+    number = ids.metrics["number"] - 1 - ids.extends["ids"].index(learned)
+    known = []
+    for entry in ids.named("ledger/"):
+        table = store.read_table(ids.file(entry["name"]), columns=["product_id", "since"])
+        known.append(table.filter(pc.field("since") <= number)["product_id"])
+    return seen.filter(
+        pc.is_in(seen, pa.chunked_array([chunk for column in known for chunk in column.chunks], pa.string()))
+    )
+
+
+def _only(judgements: Judgements, chosen: np.ndarray) -> Judgements:
+    columns = ("query_ids", "queries", "relevant", "seen", "unseen")
+    return Judgements(
+        **{name: [getattr(judgements, name)[i] for i in chosen] for name in columns},
+        dropped_pairs=judgements.dropped_pairs,
+    )
+
+
+class _Rank:
+    """Actor: the specs of one method after the other; it holds what one method needs."""
+
+    def __init__(self, *, store: Store, handlers: dict[str, tuple]):
+        self.store, self.handlers, self.method, self.handler = store, handlers, None, None
+
+    def __call__(self, spec: dict) -> dict:
+        if spec["method"] != self.method:
+            handler_class, arguments = self.handlers[spec["method"]]
+            self.handler = None  # given back before the next is opened
+            self.handler, self.method = handler_class(store=self.store, **arguments), spec["method"]
+        return self.handler(spec)
+
+
+class _Search:
+    """A retriever over the candidate release, on this node's cache: the beam alone, or what is served."""
+
+    def __init__(self, *, store: Store, parts: dict[str, Manifest], beam_width: int | None):
+        settings = retriever_settings(parts, release="candidate", beam_width=beam_width)
+        self.retriever = open_retriever(parts_folder(store, parts, default_cache(), settings))
+
+    def __call__(self, spec: dict) -> dict:
+        texts = [query[: self.retriever.max_query_chars] for query in spec["queries"]]
+        # A larger k would widen the beam beyond what is served.
+        hits = self.retriever.retrieve(texts, k=min(max(KS), self.retriever.beam_width))
+        return {"position": spec["position"], "ranked": [[hit.product_id for hit in row] for row in hits]}
+
+
+class _Bm25Search:
+    """The whole catalogue's titles and descriptions in memory."""
+
+    def __init__(self, *, store: Store, catalog: Manifest):
+        tables = [
+            store.read_table(catalog.file(spec["file"]), columns=["product_id", "title", "description"])
+            for spec in part_specs(catalog)
+        ]
+        products = pa.concat_tables(tables)
+        self.index = Bm25(products["product_id"].to_pylist(), join_text(products, ("title", "description")))
+
+    def __call__(self, spec: dict) -> dict:
+        return {"position": spec["position"], "ranked": self.index.retrieve(spec["queries"], k=max(KS))}
+
+
+_BLOCK = 65_536  # products scored at a time
+
+
+class DenseSearch:
+    """Actor: queries in, their `k` nearest products by cosine out."""
+
+    def __init__(self, *, store: Store, parts: dict[str, Manifest], query_encoder: str | None, k: int):
+        embeddings, self.k = parts["embeddings"], k
+        made_by = Recipe.build(embeddings.recipe).embedding
+        if parts["catalog"].metrics["width"] and not query_encoder:
+            raise InputError(
+                "dense search needs vectors for queries, but the catalogue's embeddings are given and no encoder is known: set "
+                "serving.query_encoder, or leave dense out of the methods"
+            )
+        name, folder = query_encoder or made_by.encoder, None
+        if name == "lsa":
+            folder = fetch(store, embeddings, default_cache(), below=("encoder/",))
+        self.encode = open_encoder(folder, {"name": name, "tokens": made_by.tokens})
+        ids, blocks = [], []
+        for entry in embeddings.parts():
+            table = store.read_table(embeddings.file(entry["name"]), columns=["product_id", "embedding"])
+            vector_ND = torch.from_numpy(np.array(matrix(table["embedding"]), np.float32))
+            blocks.append(torch.nn.functional.normalize(vector_ND, dim=-1).half())
+            ids += table["product_id"].to_pylist()
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        self.product_ids = [ids[i] for i in order]
+        self.vector_ND = torch.cat(blocks)[torch.tensor(order)]
+
+    def __call__(self, spec: dict) -> dict:
+        query_BD = torch.nn.functional.normalize(torch.from_numpy(np.asarray(self.encode(spec["queries"]))), dim=-1)
+        if query_BD.shape[1] != self.vector_ND.shape[1]:
+            raise InputError(
+                f"queries have vectors of width {query_BD.shape[1]}, products of {self.vector_ND.shape[1]}: set "
+                "serving.query_encoder to the encoder that made the products' vectors"
+            )
+        score_BN = torch.cat([query_BD @ block.float().T for block in self.vector_ND.split(_BLOCK)], 1).numpy()
+        return {"position": spec["position"], "ranked": [self._best(score_N) for score_N in score_BN]}
+
+    def _best(self, score_N: np.ndarray) -> list[str]:
+        k, at = min(self.k, len(score_N)), np.arange(len(score_N))
+        if k < len(score_N):
+            # All that tie with the last are kept, so that the cut does not depend on the partition's order.
+            at = np.flatnonzero(score_N >= np.partition(score_N, len(score_N) - k)[len(score_N) - k])
+        return [self.product_ids[i] for i in at[np.argsort(-score_N[at], kind="stable")][:k]]

@@ -1,0 +1,244 @@
+"""Stage 3b: train the seq2seq generator, query → ID tokens, with Ray Train and DeepSpeed; export it as a folder."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.artifacts.release import fetch
+from catid2_ray.artifacts.stages import STAGES
+from catid2_ray.config import GeneratorRecipe, StageRecipe
+from catid2_ray.docid import DocidSpace
+from catid2_ray.generator.encoder_decoder import load_text_encoder, unrounded
+from catid2_ray.generator.examples import epoch_order, kept_words, mix_ratios, only_kept
+from catid2_ray.generator.losses import near_codes
+from catid2_ray.generator.model import build_generator
+from catid2_ray.generator.saved import save_generator
+from catid2_ray.generator.states import TokenStates
+from catid2_ray.generator.step import DocidLoss, parameter_groups
+from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word
+from catid2_ray.on_ray.job import Job
+from catid2_ray.on_ray.stages import validation
+from catid2_ray.on_ray.stages.assign.buckets import codebooks
+from catid2_ray.on_ray.stages.assign.work import open_coder
+from catid2_ray.on_ray.stages.embed import model_identity
+from catid2_ray.on_ray.stages.examples import KIND
+from catid2_ray.on_ray.stages.token_states import open_states
+from catid2_ray.on_ray.training import worker
+from catid2_ray.on_ray.training.shards import PartReader
+from catid2_ray.schedule import Phase
+
+_TOKENS_OF_ROWS = 4096  # rows whose tokens are counted
+
+
+def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
+    """The generator artefact: a folder that `generator.saved.load_generator` loads, with its tokenizer."""
+    recipe = job.recipe.generator
+    parents = STAGES["generator"].reads(parts, *(["quantizer"] if _needs_codewords(recipe) else []))
+    settings = {**recipe.identity(), **model_identity(recipe.pretrained), "seed": job.recipe.seed}
+    if recipe.validate_queries:
+        settings["validate_from"] = job.recipe.evaluation.min_relevance
+    return job.produce("generator", settings, parents, lambda attempt: _train(job, attempt, parts, parents))
+
+
+def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict[str, Manifest]) -> Manifest:
+    recipe, examples = job.recipe.generator, parents["examples"]
+    with tempfile.TemporaryDirectory() as cache:
+        folder = fetch(job.store, examples, Path(cache), below=("tokenizer/",))
+        tokenizer = load_tokenizer(str(folder / "tokenizer"), kind=recipe.kind)
+    counts = {kind: examples.metrics[f"{kind}_examples"] for kind in recipe.kinds}
+    checked = None
+    if recipe.validate_queries:
+        checked = validation.sample(
+            job.store, parts["catalog"], parents["ids"], tokenizer, queries=recipe.validate_queries, seed=job.recipe.seed,
+            min_relevance=job.recipe.evaluation.min_relevance, query_tokens=recipe.query_tokens,
+        )  # fmt: skip
+    space = DocidSpace(parents["ids"].metrics["codes_per_level"])
+    task = GeneratorTask(
+        recipe, tokenizer, space, counts, job.recipe.seed, validation=checked, codebooks=_codebooks(job, parts, space)
+    )
+    run = worker.Run(
+        task=task, settings=recipe, seed=job.recipe.seed, threads=job.recipe.cluster.threads_per_worker,
+        device="cuda" if job.recipe.cluster.gpus_per_worker else "cpu", store=job.store, rows=examples,
+    )  # fmt: skip
+    files, figures = worker.train(run, job.recipe.cluster, attempt, label="training the generator")
+    chosen = {name: figures[name] for name in ("best_epoch", "best_score", "stopped_early") if name in figures}
+    metrics = {"loss": figures["loss"], "epochs": figures["epochs_done"], **chosen, **counts}
+    manifest = attempt.commit(files, metrics=metrics)
+    worker.clean(job.store, attempt)
+    return manifest
+
+
+def _needs_codewords(recipe: GeneratorRecipe) -> bool:
+    return recipe.new_rows == "codewords" or recipe.smoothing == "near"
+
+
+def _codebooks(job: Job, parts: dict[str, Manifest], space: DocidSpace) -> list[np.ndarray | None] | None:
+    """Per level the quantizer's codewords, where the recipe uses them; None for a level whose codes have none, such as a
+    suffix's or a tree's."""
+    if not _needs_codewords(job.recipe.generator):
+        return None
+    coder = open_coder(job.store, parts["quantizer"])
+    books = codebooks(coder) if hasattr(coder, "codebooks") else []
+    fit = [book if len(book) == k else None for book, k in zip(books, space.codes_per_level)]
+    return fit + [None] * (space.levels - len(fit))
+
+
+class GeneratorTask:
+    """Examples of all kinds as the stages mix them; titles lose words at random, so that they look like queries.
+
+    `counts`: rows of each kind in the whole artefact. `validation`: what to search with after an epoch, or None.
+    `codebooks`: per level K×Z, from which ID rows begin and which say what codes are near. With a frozen text encoder a
+    rank is fed its token states instead of ids (`token_states.py`).
+    """
+
+    reader = PartReader(("kind", "weight", "input_ids", "codes"))
+    columns = list(reader.columns)
+    shards = "whole"  # an example is about a hundred bytes: every rank holds all, and any number of ranks trains alike
+
+    def __init__(
+        self,
+        recipe: GeneratorRecipe,
+        tokenizer: PreTrainedTokenizerFast,
+        space: DocidSpace,
+        counts: dict[str, int],
+        seed: int,
+        *,
+        validation: validation.Validation | None = None,
+        codebooks: list[np.ndarray | None] | None = None,
+    ):
+        self.codebooks, self.marks, self.states = codebooks, marks(tokenizer), None
+        self.frozen = recipe.model == "encoder_decoder" and recipe.encoder_mode == "frozen"
+        self.recipe, self.tokenizer, self.space, self.counts, self.seed = recipe, tokenizer, space, counts, seed
+        self.validation = validation
+        self.ratios = [mix_ratios(counts, stage.mix) for stage in recipe.plan]
+        self.starts_word_V = starts_word(tokenizer)
+
+    def stage_of(self, epoch: int) -> int:
+        """The number of the stage that an epoch, counted through all of them, lies in."""
+        ends = np.cumsum([stage.epochs for stage in self.recipe.plan])
+        return min(int(np.searchsorted(ends, epoch, side="right")), len(ends) - 1)
+
+    def _per_epoch(self, stage: int) -> int:
+        return max(1, sum(round(ratio * self.counts[kind]) for kind, ratio in self.ratios[stage].items()))
+
+    def phases(self, rows: int) -> list[Phase]:
+        """One a stage; all ranks take the same steps, whatever their rows."""
+        return [
+            Phase(stage.epochs, self._per_epoch(number), stage.learning_rate or self.recipe.learning_rate)
+            for number, stage in enumerate(self.recipe.plan)
+        ]
+
+    def build(self) -> DocidLoss:
+        recipe = self.recipe
+        model = build_generator(
+            recipe.model, tokenizer=self.tokenizer, space=self.space, width=recipe.width, layers=recipe.layers,
+            heads=recipe.heads, feed_forward=recipe.feed_forward, dropout=recipe.dropout, encoder=recipe.encoder,
+            encoder_mode=recipe.encoder_mode, decoder_layers=recipe.decoder_layers, causal=recipe.causal, head=recipe.head,
+            head_rank=recipe.head_rank, seed=self.seed,
+            codebooks=self.codebooks if recipe.new_rows == "codewords" else None,
+        )  # fmt: skip
+        near = None
+        if recipe.smoothing == "near":
+            near = near_codes(self.codebooks, temperature=recipe.smoothing_temperature)
+        return DocidLoss(
+            model, space=self.space, level_weights=recipe.level_weights, label_smoothing=recipe.label_smoothing, near=near,
+            consistency=recipe.passes_weight,
+        )  # fmt: skip
+
+    def parameter_groups(self, module: DocidLoss, *, weight_decay: float) -> list[dict]:
+        return parameter_groups(module, weight_decay=weight_decay)
+
+    def start(self, module: DocidLoss) -> None:
+        """Nothing: weights come from the seed or from the pretrained checkpoint."""
+
+    def rows_per_epoch(self, rows: int) -> int:
+        return max(1, round(rows * self._per_epoch(0) / max(1, sum(self.counts.values()))))
+
+    def order(self, rows, *, seed: int, epoch: int, batch: int, steps: int) -> np.ndarray:
+        """Rows of the epoch's stage as it mixes them, shuffled; a pure function of (seed, epoch)."""
+        table, ratio = rows.take(slice(None)), self.ratios[self.stage_of(epoch)]
+        kind_N = table["kind"]
+        if self.frozen and self.states is None:
+            self.states = open_states(self.recipe.encoder, table["input_ids"], pad=self.marks.pad)
+        places = {kind: np.flatnonzero(kind_N == KIND[kind]) for kind in ratio}
+        sizes = {kind: len(place) for kind, place in places.items() if len(place)}
+        order = epoch_order(sizes, {kind: ratio[kind] for kind in sizes}, seed=seed, epoch=epoch)
+        row_N = np.empty(len(order.row_N), np.int64)
+        for number, kind in enumerate(order.kinds):
+            here_N = order.kind_N == number
+            row_N[here_N] = places[kind][order.row_N[here_N]]
+        return row_N
+
+    def prepare(self, columns: dict[str, np.ndarray], *, seed: int) -> dict[str, np.ndarray]:
+        """The whole texts and which of their tokens stay; `trim` takes the others out."""
+        ids_BT, title_B = columns["input_ids"], columns["kind"] == KIND["title"]
+        kept_BT = ids_BT != self.marks.pad
+        generator, share = np.random.default_rng(seed), self.recipe.word_drop_share
+        thin_B = title_B if share == 1 else title_B & (generator.random(len(title_B)) < share)
+        if self.recipe.word_keep < 1 and thin_B.any():
+            kept_BT[thin_B] = kept_words(
+                ids_BT[thin_B], self.starts_word_V, keep=self.recipe.word_keep, generator=generator, pad=self.marks.pad,
+                special=self.marks.special,
+            )  # fmt: skip
+        return {"input_ids": ids_BT, "kept": kept_BT, "codes": columns["codes"], "weight": columns["weight"]}
+
+    def trim(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The tokens that stay, as ids or states, without columns that are padding in every row."""
+        ids_BT, kept_BT = columns["input_ids"], columns["kept"]
+        rest = {"codes": columns["codes"], "weight": columns["weight"]}
+        if self.states is None:
+            return {"input_ids": only_kept(ids_BT, kept_BT, pad=self.marks.pad), **rest}
+        states = self.states.take_texts(self.states.find(ids_BT), kept_BT)
+        return {"states": states.states_BTE.numpy(), "real": states.mask_BT.numpy(), **rest}
+
+    def flops_per_example(self, module: DocidLoss, rows) -> float:
+        """6 · weights · tokens (Kaplan et al. 2020, appendix B): an encoder's by the mean number of tokens that stay in a text,
+        padding apart, a decoder's by levels, a causal model's by both, and each level's rows of the projection; all twice
+        where a second pass is compared. Attention's products of pairs are left out, and so is a frozen encoder, whose
+        states are computed once."""
+        sampled = rows.take(np.linspace(0, rows.rows - 1, min(rows.rows, _TOKENS_OF_ROWS)).astype(np.int64))
+        tokens = float(self.prepare(sampled, seed=0)["kept"].sum(1).mean())
+        return (2 if self.recipe.passes_weight else 1) * self._flops_per_pass(module, tokens)
+
+    def _flops_per_pass(self, module: DocidLoss, tokens: float) -> float:
+        model, levels = module.model, self.space.levels
+        embeddings = {id(model.shared.weight), id(model.lm_head.weight)}
+
+        def weights(part: torch.nn.Module) -> int:
+            return sum(w.numel() for w in part.parameters() if w.requires_grad and id(w) not in embeddings)
+
+        projected = sum(self.space.codes_per_level) * model.lm_head.weight.shape[1]
+        if self.recipe.kind == "causal":
+            return 6.0 * (weights(model) * (tokens + levels - 1) + projected)
+        # The whole text's vector passes its matrix once, not once per token.
+        once = weights(model.encoder.sentence) if hasattr(model.encoder, "sentence") else 0
+        encoder = (weights(model.encoder) - once) * tokens + once
+        return 6.0 * (encoder + weights(model.decoder) * levels + projected)
+
+    def loss(self, engine, batch: dict[str, torch.Tensor], *, gather) -> tuple[torch.Tensor, dict]:
+        inputs = TokenStates(batch["states"], batch["real"]) if "states" in batch else batch["input_ids"].long()
+        return engine(inputs, batch["codes"].long(), batch["weight"]), {}
+
+    def validate(self, module: DocidLoss, epoch: int) -> dict:
+        """Recall@50 of the real search on the sample; nothing where none was asked for. It is a `score`, by which the best epoch
+        is chosen, in the last stage alone: what an earlier one made is there to be built upon."""
+        if self.validation is None:
+            return {}
+        figures = self.validation.figures(module.model)
+        last = self.stage_of(epoch) + 1 == len(self.recipe.plan)
+        return figures if last else {name: value for name, value in figures.items() if name != "score"}
+
+    def end_epoch(self, module: DocidLoss, *, epoch: int, means: dict, history: list[dict]) -> tuple[dict, bool]:
+        """The stage's name, where there are several."""
+        plan: tuple[StageRecipe, ...] = self.recipe.plan
+        return ({"stage": plan[self.stage_of(epoch)].name} if len(plan) > 1 else {}), False
+
+    def export(self, module: DocidLoss, folder: Path, history: list[dict]) -> None:
+        model = unrounded(module.model, lambda: load_text_encoder(self.recipe.encoder))
+        save_generator(model, self.tokenizer, folder)
+        (folder / "history.json").write_text(json.dumps(history, indent=1))

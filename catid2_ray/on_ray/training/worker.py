@@ -1,0 +1,143 @@
+"""A training run on Ray Train: workers, their rows, failures, and what is published of the result. The loop is loop.py."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import ray.data
+import ray.train
+from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from catid2_ray.artifacts.manifest import Attempt
+from catid2_ray.artifacts.store import Store
+from catid2_ray.config import ClusterRecipe
+from catid2_ray.errors import CatidError, CollapseError, TrainingError
+from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine.parts import our_error
+from catid2_ray.on_ray.training import checkpoints
+from catid2_ray.on_ray.training.checkpoints import State
+from catid2_ray.on_ray.training.loop import Seat, run_training
+from catid2_ray.on_ray.training.meter import FOLDER as TENSORBOARD
+from catid2_ray.on_ray.training.shards import RankRange
+from catid2_ray.on_ray.training.task import Run
+
+_COLLECTIVE_S = 1800  # ranks wait that long for rank 0, which validates alone
+
+
+def train(run: Run, cluster: ClusterRecipe, attempt: Attempt, *, label: str) -> tuple[list[dict], dict]:
+    """Run to the end, resuming where an earlier job was killed. Returns (manifest entries of the export, last figures).
+
+    The checkpoints lie in the run's folder, which is named by the artefact's key, so a rerun of the same recipe finds them;
+    they are deleted once the export is in the attempt. TensorBoard's files come to lie beside the export, outside the
+    manifest. Raises TrainingError when the workers failed more often than max_failures, CollapseError when the task stopped.
+    """
+    run, store = replace(run, name=run_name(attempt)), run.store
+    found = checkpoints.newest_whole(store, run.folder)
+    if found is None or not found[1].finished:
+        _fit(run, cluster, label)
+        found = checkpoints.newest_whole(store, run.folder)
+    folder, state = found or ("", State())
+    if state.history and "stop" in state.history[-1]:
+        raise CollapseError(state.history[-1]["stop"])
+    if not state.finished:
+        raise TrainingError(
+            f"{label} ended after {state.epoch} epochs without a whole last checkpoint in {store.uri_of(run.folder)}; see the "
+            "logs of the workers, and rerun to go on"
+        )
+    with checkpoints.opened(store, folder, state, ("export/", TENSORBOARD)) as files:
+        entries = store.upload(files / "export", attempt.folder)
+        store.upload(files / TENSORBOARD, attempt.name(TENSORBOARD))
+    return entries, {"epochs_done": state.epoch, **state.history[-1]}
+
+
+class _Trainer(TorchTrainer):
+    """TorchTrainer without the actor that frees the resources of a controller that died, where Ray is this job's own and ends
+    with it. That actor asks the dashboard, which is not there, and each training waited 12 s for it to give up."""
+
+    def _create_default_callbacks(self) -> list:
+        callbacks = super()._create_default_callbacks()
+        if os.environ.get("RAY_ADDRESS"):
+            return callbacks
+        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+
+def _fit(run: Run, cluster: ClusterRecipe, label: str) -> None:
+    settings, store = run.settings, run.store
+    if not store.is_s3:
+        os.makedirs(store.path("runs"), exist_ok=True)
+    options = ray.data.DataContext.get_current().execution_options
+    gpus = cluster.gpus_per_worker
+    trainer = _Trainer(
+        _loop,
+        # As bytes: Ray's controller looks at the config, and would first import all that the workers need.
+        train_loop_config={"run": ray.cloudpickle.dumps(run)},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=_COLLECTIVE_S),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
+        ),
+        datasets={_rows_name(run, rank): span.dataset(store, run.task.reader) for rank, span in enumerate(_spans(run))},
+        dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=store.path("runs"),
+            storage_filesystem=store.arrow_fs if store.is_s3 else None,
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    batches = run.batches(settings.workers)
+    progress.event(
+        "batches", stage=label.replace(" ", "_"), arithmetic=f"'{batches.arithmetic}'", epochs=batches.plan.epochs,
+        steps=batches.plan.steps,
+    )  # fmt: skip
+    with progress.remote_bar(label, batches.plan.steps, "steps"):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _cause(error, label) from error
+
+
+def _spans(run: Run) -> list[RankRange]:
+    world = 1 if run.whole else run.settings.workers
+    return [RankRange(run.rows, rank=rank, world=world) for rank in range(world)]
+
+
+def _rows_name(run: Run, rank: int) -> str:
+    return "rows-0" if run.whole else f"rows-{rank}"
+
+
+def run_name(attempt: Attempt) -> str:
+    """Of the folder of checkpoints: the artefact's key, so that a rerun of the same recipe finds them."""
+    return f"{attempt.kind}-{attempt.key}"
+
+
+def clean(store: Store, attempt: Attempt) -> None:
+    """Delete the run's checkpoints; call after the commit."""
+    store.delete_folder(f"runs/{run_name(attempt)}")
+
+
+def _cause(error: Exception, label: str) -> CatidError:
+    """The error of ours inside Ray's, as it was raised, or a TrainingError that quotes the worker's last words."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        # Ray Train hands over what a worker raised inside a wrapper that has no public way in.
+        if inner := our_error(getattr(failure, "_base_exc", failure)):
+            return inner
+    text = str(error).strip().splitlines()
+    return TrainingError(
+        f"{label} failed: {text[-1] if text else type(error).__name__}. Rerun to resume from the last checkpoint"
+    )
+
+
+def _loop(config: dict) -> None:
+    run: Run = ray.cloudpickle.loads(config["run"])
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+
+    def hand_in(figures: dict, folder: Path, name: str) -> None:
+        ray.train.report(figures, checkpoint=Checkpoint.from_directory(str(folder)), checkpoint_dir_name=name)
+
+    rows = ray.train.get_dataset_shard(_rows_name(run, rank))
+    run_training(run, Seat(rank=rank, world=context.get_world_size(), rows=rows, hand_in=hand_in))
