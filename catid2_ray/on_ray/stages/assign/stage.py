@@ -31,7 +31,7 @@ from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.live_log import LiveLog
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.stages.assign.buckets import NumberBucket, ResolveBucket, codebooks, resolve_regions
-from catid2_ray.on_ray.stages.assign.order import Ordered, splitters, write_serving
+from catid2_ray.on_ray.stages.assign.order import Ordered, near_equal, write_ordered
 from catid2_ray.on_ray.stages.assign.quality import describe
 from catid2_ray.on_ray.stages.assign.work import EncodePart, SpreadLedger, Work, Yesterday, open_coder
 from catid2_ray.on_ray.stages.assign.write import Numbers, WriteIds
@@ -73,12 +73,12 @@ def _assign(job: Job, attempt: Attempt, parents: dict[str, Manifest], keeps: boo
 
     numbers = _numbers(work.mode, max((result.get("numbers", 1) for result in found), default=1))
     space = DocidSpace((*coder.codes_per_level, *numbers.codes_per_level))
-    ranges, shared = -(-total // work.recipe.bucket_rows), work.mode == "cluster"
+    order, shared = near_equal(work, space, -(-total // work.recipe.bucket_rows)), work.mode == "cluster"
     arguments = {"space": space, "numbers": numbers, "moves": work.buckets + len(regions), "shared": shared}
-    arguments |= {"work": work, "splitters": splitters(work, space, ranges)}
+    arguments |= {"work": work, "order": order}
     written = _over_parts(WriteIds, arguments, work, "writing IDs")
     watch.lap("writing")
-    ordered = write_serving(work, attempt, space, ranges, shared=shared)
+    ordered = write_ordered(work, attempt, space, order, shared=shared)
     watch.lap("ordering")
     if ordered.duplicates and not shared:
         raise ArtifactError(
