@@ -57,16 +57,16 @@ def model_identity(name: str | None) -> dict:
     return {"model_files": digest_of([[path.relative_to(folder).as_posix(), sha256_of(path)] for path in files])}
 
 
-def _refuse_another_encoder(settings: dict, catalog: Manifest, made: Manifest, way_out: str) -> None:
+def _refuse_another_encoder(settings: dict, catalog: Manifest, before: Manifest, way_out: str) -> None:
     """Vectors of another encoder mean nothing to the quantizer of the release whose embeddings are `made`."""
-    had = made.settings
+    had = before.settings
     differ = [
         f"{name} is {settings.get(name)!r}, the release has {had.get(name)!r}"
         for name in sorted((settings.keys() | had.keys()) - {"seed"})
         if settings.get(name) != had.get(name)
     ]
-    if catalog.metrics["width"] not in (None, made.metrics["width"]):
-        differ.append(f"the column embedding has width {catalog.metrics['width']}, there {made.metrics['width']}")
+    if catalog.metrics["width"] not in (None, before.metrics["width"]):
+        differ.append(f"the column embedding has width {catalog.metrics['width']}, there {before.metrics['width']}")
     if differ:
         raise RecipeError(
             f"the release's quantizer reads vectors of the release's encoder, but today's are others: {'; '.join(differ)} "
@@ -228,12 +228,12 @@ def _embed_queries(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> 
         _EmbedQueries, arguments, part_specs(parents["catalog"]), workers=recipe.workers, label="embedding queries",
         unit="products", actors=recipe.encoder != "lsa", num_gpus=recipe.gpus_per_worker,
     )  # fmt: skip
-    found = sum(result["found"] for result in results)
-    if not found:
+    with_query = sum(result["found"] for result in results)
+    if not with_query:
         progress.event("without_queries", products=parents["embeddings"].rows, note="the query-item term will be 0")
     return attempt.commit(
         [result["file"] for result in results], rows=parents["embeddings"].rows,
-        schema=schemas.fingerprint(schemas.queries(width)), metrics={"with_query": found},
+        schema=schemas.fingerprint(schemas.queries(width)), metrics={"with_query": with_query},
     )  # fmt: skip
 
 

@@ -258,7 +258,7 @@ class QuantizerTask:
             codes_SL = module.encode(sample_ND, category_NH).codes_BL.cpu().numpy()
         collisions = 1 - len(np.unique(recipe.space.pack(codes_SL))) / len(codes_SL)
         # Where products share IDs on purpose, collisions are no fault.
-        found = verdict(health.levels, collisions if recipe.ids == "unique" else None)
+        judged = verdict(health.levels, collisions if recipe.ids == "unique" else None)
         figures = {
             **_figures_of(health.levels),
             "collision_rate_sample": collisions,
@@ -266,14 +266,14 @@ class QuantizerTask:
             "gradient_norm": norms,
             "anchors": [round(means.pop(name), 1) for name in sorted(means) if name.startswith("anchors_")],
             "revived": revived,
-            "verdict": found.state,
-            "reason": found.reason,
+            "verdict": judged.state,
+            "reason": judged.reason,
         }
-        states = [record["verdict"] for record in history] + [found.state]
+        states = [record["verdict"] for record in history] + [judged.state]
         if recipe.collapse_patience and persistent(states, recipe.collapse_patience):
             figures["stop"] = (
                 f"the codes collapsed and stayed so for {recipe.collapse_patience} epochs (quantizer.collapse_patience), the "
-                f"last being {epoch + 1} of {recipe.epochs}: {found.reason}. Codes used per level {figures['codes_used']} of "
+                f"last being {epoch + 1} of {recipe.epochs}: {judged.reason}. Codes used per level {figures['codes_used']} of "
                 f"{list(recipe.codes_per_level)}, perplexity {figures['perplexity']}, mean norm of z {health.latent_norm:.3g}, "
                 f"gradient norms {norms}. Lower quantizer.hierarchical or learning_rate, raise cluster_scale or dispersion, "
                 "or set latent_radius"

@@ -108,9 +108,9 @@ def sample(
             catalog.file(spec["pairs"]), columns=["query_id", "query", "product_id", "split", "relevance"]
         )
         pairs = pairs.filter((pc.field("split") == "validation") & (pc.field("relevance") >= min_relevance))
-        held = store.read_table(ids.file(spec["file"]), columns=["product_id", "codes"])
-        place = pc.index_in(pairs["product_id"].combine_chunks(), held["product_id"].combine_chunks())
-        packed = space.pack(matrix(held["codes"])[place.drop_null().to_numpy()])
+        ids_of_part = store.read_table(ids.file(spec["file"]), columns=["product_id", "codes"])
+        place = pc.index_in(pairs["product_id"].combine_chunks(), ids_of_part["product_id"].combine_chunks())
+        packed = space.pack(matrix(ids_of_part["codes"])[place.drop_null().to_numpy()])
         known = pairs.filter(place.is_valid()).select(["query_id", "query", "product_id"])
         known = known.append_column("packed", pa.array(packed)).group_by(known.column_names + ["packed"]).aggregate([])
         kept = known if kept is None else pa.concat_tables([kept, known])

@@ -65,10 +65,10 @@ class Work:
 
     def before(self, position: int) -> pa.Table:
         """Yesterday's ledger of the products whose part is the one at `position`, by product_id."""
-        found = [
+        pieces = [
             read_group(self.store, self.name("ledger-before", file), position) for file in range(self.yesterday.files)
         ]
-        return pa.concat_tables(found).sort_by("product_id").combine_chunks()
+        return pa.concat_tables(pieces).sort_by("product_id").combine_chunks()
 
     def home_of(self, packed_N: np.ndarray) -> np.ndarray:
         """The prefix of L − 1 codes, which decides the bucket."""
