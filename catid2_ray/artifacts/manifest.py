@@ -15,7 +15,8 @@ import catid2_ray
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, CommitConflict, FormatError
 
-# Part of every key: raise it when what a stage writes changes, and no artefact of older code is found any more.
+# Of the manifest itself. What a stage writes has a version of its own (artifacts/stages.py). Raise it only together with a reader
+# for what came before: published releases are read by every later version.
 FORMAT = 6
 
 
@@ -87,10 +88,23 @@ def find(store: Store, kind: str, key: str) -> Manifest | None:
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{store.uri_of(name)} is not a manifest ({error}); delete that folder and rerun") from None
     if manifest.format != FORMAT:
+        newer = manifest.format > FORMAT
         raise FormatError(
-            f"{store.uri_of(name)} has format {manifest.format}, this version reads {FORMAT}; delete that folder and rerun"
+            f"{store.uri_of(name)} has format {manifest.format}, this version reads {FORMAT}: "
+            + (
+                "it was written by a newer version of catid2-ray; run that one"
+                if newer
+                else "it is older than 0.1; make it anew"
+            )
         )
     return manifest
+
+
+def of_digest(store: Store, kind: str, digest: str) -> list[Manifest]:
+    """The committed artefacts of a kind with this content; reads every manifest of the kind."""
+    keys = {name.split("/")[0] for name in store.names(f"artifacts/{kind}")}
+    found = (find(store, kind, key) for key in sorted(keys))
+    return [manifest for manifest in found if manifest and manifest.digest == digest]
 
 
 class Attempt:

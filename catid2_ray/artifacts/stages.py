@@ -13,7 +13,9 @@ from catid2_ray.artifacts.manifest import Manifest
 class Stage(NamedTuple):
     """`job`: the module of jobs/ that runs it. `parents`: the artefacts that it always reads, `sometimes` those that some
     recipes make it read. `part`: its name in a release, None where a release does without. `carried`: an append takes it over
-    from the release before. `pairs`: it needs a table of pairs. `timed`: its name among the seconds of a job's figures."""
+    from the release before. `pairs`: it needs a table of pairs. `timed`: its name among the seconds of a job's figures.
+    `version`: raise it when what the stage writes changes; its artefacts and those made of them are then made anew, and those of
+    before are still read (upgrade policy in the README)."""
 
     name: str
     job: str
@@ -23,6 +25,7 @@ class Stage(NamedTuple):
     carried: bool = False
     pairs: bool = False
     timed: str | None = None
+    version: int = 1
 
     @property
     def role(self) -> str:
@@ -33,6 +36,11 @@ class Stage(NamedTuple):
         """The artefacts that it reads by their roles, of `sometimes` those that this recipe makes it read."""
         assert set(sometimes) <= set(self.sometimes), f"{self.name} may also read {self.sometimes}, not {sometimes}"
         return {role: parts[role] for role in (*self.parents, *sometimes)}
+
+    def settings(self, settings: Mapping) -> dict:
+        """What names an artefact of this stage, its version included. The first version is not written out: artefacts of format
+        6, made before stages had versions, keep their keys."""
+        return {**settings, **({"version": self.version} if self.version > 1 else {})}
 
 
 STAGES = {

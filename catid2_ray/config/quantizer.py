@@ -109,12 +109,15 @@ class QuantizerRecipe(TrainingRecipe):
         0.0, "weight of the query–item term, which sees one training query a product (CQ-SID)", unit="weight", ge=0
     )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_from_kind(cls, values):
+    def _fill_from_kind(cls, values, build):
+        """The preset's fields count as left out, as defaults do (`Recipe.continued`)."""
         if isinstance(values, dict) and (kind := values.get("kind", "cat_id2")) in KINDS:
-            return preset(kind) | values
-        return values
+            section = build(preset(kind) | values)
+            section.model_fields_set.intersection_update(values)
+            return section
+        return build(values)
 
     @model_validator(mode="after")
     def _ids_fit(self):

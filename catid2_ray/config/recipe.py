@@ -1,6 +1,7 @@
 """The recipe: all sections together, read from YAML with overrides, and checked across sections."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -10,6 +11,7 @@ from catid2_ray.config.alignment import AlignmentRecipe
 from catid2_ray.config.base import Section, setting
 from catid2_ray.config.data import CatalogRecipe, ClusterRecipe, EmbeddingRecipe
 from catid2_ray.config.generator import EvaluationRecipe, GeneratorRecipe, IdsRecipe
+from catid2_ray.config.older import as_meant
 from catid2_ray.config.quantizer import QuantizerRecipe
 from catid2_ray.config.serving import BUILT_IN_FILTERS, ServingRecipe
 from catid2_ray.errors import RecipeError
@@ -115,6 +117,22 @@ class Recipe(Section):
                 )
                 lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{found}{hint}")
             raise RecipeError("the recipe is not valid:\n  " + "\n  ".join(lines)) from None
+
+    @classmethod
+    def stored(cls, values: dict) -> "Recipe":
+        """A recipe that was stored with an artefact, by this version or an earlier one: what it lacks means what it meant then."""
+        return cls.build(as_meant(values))
+
+    def continued(self, sections: Mapping[str, dict]) -> "Recipe":
+        """This recipe with what it leaves out taken from the recipes stored with a release. `sections`: by section, the stored
+        recipe that it is taken from. Settings of the machine (workers, say) and the source of the catalogue stay today's."""
+        values = self.model_dump(mode="json", exclude_unset=True)
+        for name, stored in sections.items():
+            before = getattr(Recipe.stored(stored), name).identity()
+            if name == "catalog":
+                before = {field: value for field, value in before.items() if field not in ("root", "synthetic")}
+            values[name] = before | (values.get(name) or {})
+        return Recipe.build(values)
 
     @classmethod
     def load(cls, path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> "Recipe":

@@ -136,7 +136,7 @@ def evaluate_release(
             methods=methods,
             workers=workers,
             seed=0,
-            query_encoder=Recipe.build(parts["evaluation"].recipe).serving.query_encoder,
+            query_encoder=Recipe.stored(parts["evaluation"].recipe).serving.query_encoder,
         )
     finally:
         cluster.disconnect()

@@ -33,24 +33,30 @@ class PreviousRelease:
         return "append" in self.parts["ids"].settings
 
 
-def open_previous(store: Store, name: str | None) -> PreviousRelease | None:
-    """A release to build on; None without a name, and, with a line in the log, where an older version of this software wrote it.
+def open_previous(store: Store, name: str | None, *, new_ledger: bool = False) -> PreviousRelease | None:
+    """A release to build on; None without a name, and, with a line in the log, where it cannot be read and `new_ledger` allows to
+    do without it.
 
-    Raises ReleaseError where the release is recorded but its parts are gone or do not match.
+    Raises ArtifactError where the release is recorded but cannot be read: its parts are gone, do not match, or were written by a
+    version of this software whose formats this one does not read.
     """
     if name is None:
         return None
     try:
         release = releases.load(store, name)
         return PreviousRelease(release, release.manifests(store))
-    except FormatError as error:
-        progress.event("new_ledger", base=name, reason=f"'{error}'")
-        return None
-    except ReleaseError as error:
-        raise ReleaseError(
-            f"{error}. What is made now would continue that release's ledger: restore it, or, to start anew without knowing "
-            f"which IDs were given before, delete {store.uri_of('current')}"
+    except (FormatError, ReleaseError) as error:
+        if new_ledger:
+            progress.event("new_ledger", base=name, reason=f"'{error}'")
+            return None
+        raise type(error)(
+            f"{error}. What is made now continues the ledger of release {name}, which says which IDs were given and which are in "
+            "quarantine: restore the release, or begin a ledger anew with `catid2 reindex --new-ledger`, which may give every "
+            "product another ID"
         ) from None
+
+
+HISTORY = frozenset({"previous", "warm", "encoder"})  # roles of parents that come from the release that is built on
 
 
 @dataclass
@@ -60,7 +66,8 @@ class Job:
     `produce` is how every stage makes its artefact. `only` limits what may be made: a stage outside it must be committed
     already, else an ArtifactError names the job to run first. A stage has the name of the kind that it makes, but for
     "aligned", which makes a generator of a generator. `made` tells which stages ran. `previous`: the release that is
-    built on; `pointer`: how often something had been published when the work began.
+    built on; `pointer`: how often something had been published when the work began. `new_ledger`: a ledger may be begun anew
+    where that of the previous release cannot be continued. `refit_encoder`: a fitted text encoder is fitted anew.
     """
 
     recipe: Recipe
@@ -70,33 +77,41 @@ class Job:
     peak: cluster.PeakMemory | None = None
     previous: PreviousRelease | None = None
     pointer: int | None = None
-    quiet: bool = False
+    new_ledger: bool = False
+    refit_encoder: bool = False
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, recipe: Recipe, *, only=tuple(STAGES)) -> Iterator["Job"]:
+    def open(cls, recipe: Recipe, *, only=tuple(STAGES), **choices) -> Iterator["Job"]:
         """Checks the store first, so that an unreachable bucket fails before any work; shuts Ray down at the end."""
         _refuse_relative(recipe)
         store = Store(recipe.store)
         store.check()
         try:
             with cluster.PeakMemory() as peak:
-                yield cls(recipe=recipe, store=store, only=frozenset(only), peak=peak)
+                yield cls(recipe=recipe, store=store, only=frozenset(only), peak=peak, **choices)
         finally:
             cluster.disconnect()
 
     def produce(
         self, kind: str, settings: dict, parents: dict[str, Manifest], work: Callable[[Attempt], Manifest], *,
-        stage: str | None = None,
+        stage: str | None = None, history: dict[str, Manifest] | None = None, anew: bool = False,
     ) -> Manifest:  # fmt: skip
-        """The committed artefact of these inputs and settings, made by `work` where it does not exist yet."""
-        stage = stage or kind
-        digests = {role: parent.digest for role, parent in parents.items()}
+        """The committed artefact of these inputs and settings, made by `work` where it does not exist yet.
+
+        `history`: parents that come from the release that is built on, by role: what is made now starts from them. What that
+        release itself holds, made of the same other parents with the same settings, is taken as it is, whatever it had
+        started from (unless `anew`): nothing that matters has changed since, so nothing is to be made or renamed.
+        """
+        stage, history = stage or kind, history or {}
+        settings = STAGES[stage].settings(settings)
+        digests = {role: parent.digest for role, parent in (parents | history).items()}
         committed = artifact.find(self.store, kind, artifact.key_of(kind, settings, digests))
+        if committed is None and not anew:
+            committed = self._unchanged(kind, settings, {role: digests[role] for role in parents})
         if committed:
             artifact.verify(self.store, committed)
-            if not self.quiet:
-                progress.event("reuse", stage=stage, key=committed.key)
+            progress.event("reuse", stage=stage, key=committed.key)
             return committed
         if stage not in self.only:
             raise ArtifactError(
@@ -121,6 +136,20 @@ class Job:
             "commit", stage=stage, key=manifest.key, digest=manifest.digest[:12], seconds=manifest.metrics["seconds"]
         )
         return manifest
+
+    def _unchanged(self, kind: str, settings: dict, digests: dict[str, str]) -> Manifest | None:
+        """The artefact of the release that is built on, or one that it was made of in one more step, if it is of these settings
+        and parents but for those of HISTORY."""
+        if self.previous is None:
+            return None
+        held = [part for part in self.previous.parts.values() if part.kind == kind]
+        for digest in [part.parents["trained"] for part in held if "trained" in part.parents]:
+            held += artifact.of_digest(self.store, kind, digest)
+        for manifest in held:
+            others = {role: digest for role, digest in manifest.parents.items() if role not in HISTORY}
+            if manifest.settings == settings and others == digests:
+                return manifest
+        return None
 
 
 def _refuse_relative(recipe: Recipe) -> None:

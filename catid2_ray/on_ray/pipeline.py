@@ -4,14 +4,12 @@ catalog → embeddings (→ queries, for kinds that learn from them) → quantiz
 generator aligned, where the recipe asks for it) → serving → evaluation → release
 """
 
-from dataclasses import replace
-
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError, CapacityError, InputError, QualityGateError, RecipeError, ReleaseError
+from catid2_ray.errors import CapacityError, InputError, QualityGateError, RecipeError, ReleaseError
 from catid2_ray.on_ray.job import Job, PreviousRelease, open_previous
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.stages import (
@@ -36,8 +34,16 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
         if STAGES[last].pairs:
             _refuse_without_pairs(job.recipe, parts["catalog"])
         job.pointer, current = releases.pointer(job.store)
-        job.previous = _built_on(job, parts["catalog"], open_previous(job.store, current))
-        _after_catalog(job, parts, last)
+        job.previous = open_previous(job.store, current, new_ledger=job.new_ledger)
+        _refuse_new_ledger(job)
+        for name, run in _RUN.items():
+            if name == "queries" and not job.recipe.quantizer.query_item:
+                continue
+            if name == "examples":
+                _gate_churn(job.recipe, parts["ids"])
+            parts[STAGES[name].role] = run(job, parts)
+            if name == last:
+                break
     return parts
 
 
@@ -59,35 +65,36 @@ _RUN = {
 }
 
 
-def _after_catalog(job: Job, parts: dict[str, Manifest], last: str) -> None:
-    for name, run in _RUN.items():
-        if name == "queries" and not job.recipe.quantizer.query_item:
-            continue
-        if name == "examples":
-            _gate_churn(job.recipe, parts["ids"])
-        parts[STAGES[name].role] = run(job, parts)
-        if name == last:
-            return
-
-
-def _built_on(job: Job, catalog: Manifest, current: PreviousRelease | None) -> PreviousRelease | None:
-    """What a full re-ID of this catalogue builds on: the current release, but for a rerun what that was built on.
-
-    A rerun must find what the run before it made, though that has been published meanwhile. It is one when this recipe's
-    chain on that older release leads to the very IDs of the current release.
-    """
-    if current is None or current.appended or current.parts["catalog"].digest != catalog.digest:
-        return current
-    try:
-        before = open_previous(job.store, current.parts["ids"].metrics["base"])
-        parts = {"catalog": catalog}
-        _after_catalog(replace(job, only=frozenset(), previous=before, quiet=True), parts, "ids")
-    except ArtifactError:  # that chain leads nowhere, or the older release is gone
-        return current
-    return before if parts["ids"].digest == current.parts["ids"].digest else current
+def _refuse_new_ledger(job: Job) -> None:
+    """The ledger of unique IDs is followed from release to release; where this recipe cannot, that must be said aloud."""
+    if job.previous is None or job.new_ledger:
+        return
+    before, quantizer = job.previous.parts["ids"].metrics, job.recipe.quantizer
+    if before["ids"] != "unique":
+        return
+    release = job.previous.release.name
+    way_out = (
+        "Set the recipe back, publish to another store, or begin a ledger anew with `catid2 reindex --new-ledger`: every product "
+        "may then get another ID, and an ID in quarantine may name another product at once"
+    )
+    if quantizer.ids != "unique":
+        raise ReleaseError(
+            f"release {release} has unique IDs, whose ledger is continued from release to release, but quantizer.kind "
+            f"{quantizer.kind!r} makes IDs of kind {quantizer.ids!r}, which are not followed. {way_out}"
+        )
+    if list(quantizer.codes_per_level) != before["codes_per_level"]:
+        raise ReleaseError(
+            f"release {release} has IDs of {before['codes_per_level']} codes per level, the recipe asks for "
+            f"{list(quantizer.codes_per_level)} (quantizer.codes_per_level), and a ledger holds IDs of one form. {way_out}"
+        )
 
 
 _MADE = ("catalog", "embeddings", "ids", "serving", "evaluation")
+# A section of the recipe, and the part of a release that was made by it.
+_SECTIONS = {
+    "catalog": "catalog", "embedding": "embeddings", "quantizer": "quantizer", "ids": "ids", "generator": "generator",
+    "alignment": "generator", "serving": "serving", "evaluation": "evaluation",
+}  # fmt: skip
 
 
 def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
@@ -96,7 +103,7 @@ def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
 
     Raises ReleaseError where there is no release to append to or its parts do not belong together, its IDs having been made
     with another quantizer, say; RecipeError where the recipe or the catalogue asks for another encoder, quantizer or kind of
-    IDs than the release has.
+    IDs than the release has. What the recipe leaves out is as in the recipe of the release.
     """
     with Job.open(recipe, only=_MADE) as job:
         job.pointer, name = releases.pointer(job.store)
@@ -105,8 +112,9 @@ def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
                 f"nothing was published to {job.store.uri} yet, so there is nothing to append to: run `catid2 reindex` first"
             )
         job.previous = open_previous(job.store, name)
-        if job.previous is None:
-            raise ReleaseError(f"release {name} in {job.store.uri} was made by another version: run `catid2 reindex`")
+        recipe = job.recipe = recipe.continued(
+            {section: job.previous.parts[part].recipe for section, part in _SECTIONS.items()}
+        )
         _refuse_another_recipe(recipe, job.previous)
         parts = dict(job.previous.parts)
         parts["catalog"] = catalog.run(job, {})
@@ -135,7 +143,7 @@ def _refuse_another_recipe(recipe: Recipe, previous: PreviousRelease) -> None:
             f"release {previous.release.name} has IDs of kind {ids.metrics['ids']!r}, and only unique IDs can be appended to: "
             "others may be shared or renumbered by new products. Run `catid2 reindex`"
         )
-    made_by = Recipe.build(ids.recipe)
+    made_by = Recipe.stored(ids.recipe)
     differ = [
         f"{section}.{name} is {value!r}, the release has {had!r}"
         for section in ("embedding", "quantizer")

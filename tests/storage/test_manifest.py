@@ -109,7 +109,7 @@ def test_a_manifest_of_another_format_is_refused(local_store, make):
     made = make(local_store, "ids", {"f": b"x"})
     local_store.write(manifest_name(local_store), json.dumps(asdict(made) | {"format": 99}).encode())
     with pytest.raises(
-        ArtifactError, match=f"has format 99, this version reads {FORMAT}; delete that folder and rerun"
+        ArtifactError, match=f"has format 99, this version reads {FORMAT}: it was written by a newer version"
     ):
         find(local_store, "ids", made.key)
 

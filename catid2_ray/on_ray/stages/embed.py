@@ -32,21 +32,33 @@ def run(job: Job, parts: dict[str, Manifest], *, frozen: dict[str, Manifest] | N
     """The embeddings artefact: part-*.parquet of schemas.embeddings; for lsa the fitted encoder in encoder/.
 
     `frozen`: parts of a release whose fitted encoder and category tree are used instead of new ones (append); the tree
-    then lies beside the vectors. A warm start of the quantizer keeps the encoder too: it would not know another's vectors.
+    then lies beside the vectors. A fitted encoder is kept from release to release until the job's `refit_encoder`, so that a
+    product whose text stays has the vector that it had.
     """
     recipe, catalog = job.recipe.embedding, parts["catalog"]
-    parents = STAGES["embeddings"].reads(parts)
+    parents, history = STAGES["embeddings"].reads(parts), {}
     if catalog.metrics["width"]:
         settings = {"given": True}
     else:
         settings = {**recipe.identity(), "seed": job.recipe.seed, **model_identity(recipe.encoder)}
-        if recipe.encoder == "lsa" and not frozen and job.previous and job.recipe.quantizer.warm_start:
-            parents["encoder"] = job.previous.parts["embeddings"]
-            _refuse_another_encoder(settings, catalog, parents["encoder"], "quantizer.warm_start=false")
+        if recipe.encoder == "lsa" and not frozen and job.previous and not job.refit_encoder:
+            history = _kept_encoder(job, settings, catalog)
     if frozen:
-        parents |= {"encoder": frozen["embeddings"], "tree": frozen["catalog"]}
+        parents, history = parents | {"tree": frozen["catalog"]}, {"encoder": frozen["embeddings"]}
         _refuse_another_encoder(settings, catalog, frozen["embeddings"], "`catid2 reindex` instead of append")
-    return job.produce("embeddings", settings, parents, lambda attempt: _embed(job, attempt, parents))
+    return job.produce(
+        "embeddings", settings, parents, lambda attempt: _embed(job, attempt, parents | history), history=history,
+        anew=job.refit_encoder,
+    )  # fmt: skip
+
+
+def _kept_encoder(job: Job, settings: dict, catalog: Manifest) -> dict[str, Manifest]:
+    """The embeddings of the release before, whose fitted encoder is used again; none where this recipe's is another."""
+    before = job.previous.parts["embeddings"]
+    if job.recipe.quantizer.warm_start:  # it would not know the vectors of another encoder
+        _refuse_another_encoder(settings, catalog, before, "quantizer.warm_start=false")
+    same = {**before.settings, "seed": None} == {**settings, "seed": None} and before.named("encoder/")
+    return {"encoder": before} if same else {}
 
 
 def model_identity(name: str | None) -> dict:

@@ -32,9 +32,14 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     alike = previous and recipe.ids.realign and recipe.quantizer.ids == "unique" == previous.parts["ids"].metrics["ids"]
     if not alike or previous.parts["ids"].metrics["codes_per_level"] != list(recipe.quantizer.codes_per_level):
         return trained
-    parents = {"trained": trained, "embeddings": parts["embeddings"], "previous": previous.parts["ids"]}
+    named = previous.parts["quantizer"]
+    if trained.digest in (named.digest, named.parents.get("trained")):
+        return named  # it is the quantizer of the release before, whose codes have their names
+    parents, history = {"trained": trained, "embeddings": parts["embeddings"]}, {"previous": previous.parts["ids"]}
     settings = {"rows": recipe.quantizer.kmeans_sample, "seed": recipe.seed, "encode_rows": recipe.ids.encode_rows}
-    return job.produce("quantizer", settings, parents, lambda attempt: _rename(job, attempt, parents))
+    return job.produce(
+        "quantizer", settings, parents, lambda attempt: _rename(job, attempt, parents | history), history=history
+    )
 
 
 def _rename(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:

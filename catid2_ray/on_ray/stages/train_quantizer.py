@@ -49,12 +49,15 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The quantizer artefact: the coder's files and history.json (one record an epoch; one in all where it is fitted)."""
     recipe = job.recipe.quantizer
     parents = STAGES["quantizer"].reads(parts, *(["queries"] if recipe.query_item else []))
-    if recipe.warm_start and job.previous:
-        parents["warm"] = job.previous.parts["quantizer"]
+    history = {"warm": job.previous.parts["quantizer"]} if recipe.warm_start and job.previous else {}
     settings = {**_deciding(recipe), "seed": job.recipe.seed}
-    if recipe.coder == "rq_vae":
-        return job.produce("quantizer", settings, parents, lambda attempt: _train(job, attempt, parents))
-    return job.produce("quantizer", settings, parents, lambda attempt: _fit(job, attempt, parents, parts["catalog"]))
+
+    def work(attempt: Attempt) -> Manifest:
+        if recipe.coder == "rq_vae":
+            return _train(job, attempt, parents | history)
+        return _fit(job, attempt, parents | history, parts["catalog"])
+
+    return job.produce("quantizer", settings, parents, work, history=history)
 
 
 _TREE_FIELDS = ("branch", "leaf", "tree_categories")

@@ -45,8 +45,7 @@ def run(job: Job, parts: dict[str, Manifest], *, keeps: bool = False) -> Manifes
     `keeps`: products that the release before has, or was given while it served, keep their IDs (append).
     """
     parents = STAGES["ids"].reads(parts)
-    if job.previous:
-        parents["previous"] = job.previous.parts["ids"]
+    history = {"previous": job.previous.parts["ids"]} if job.previous else {}
     quantizer = job.recipe.quantizer
     settings = {**job.recipe.ids.identity(), "ids": quantizer.ids, "by_value": quantizer.tree_categories}
     settings |= {"seed": job.recipe.seed} if quantizer.ids == "cluster" else {}
@@ -54,7 +53,13 @@ def run(job: Job, parts: dict[str, Manifest], *, keeps: bool = False) -> Manifes
     served = served_ids(job.store, job.previous, quarantine=job.recipe.ids.id_quarantine) if keeps else None
     if served:
         settings["served"] = digest_of(served.select(["product_id", "codes"]).to_pydict())
-    return job.produce("ids", settings, parents, lambda attempt: _assign(job, attempt, parents, keeps, served))
+    return job.produce(
+        "ids",
+        settings,
+        parents,
+        lambda attempt: _assign(job, attempt, parents | history, keeps, served),
+        history=history,
+    )
 
 
 def _assign(job: Job, attempt: Attempt, parents: dict[str, Manifest], keeps: bool, served: pa.Table | None) -> Manifest:

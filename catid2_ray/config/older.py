@@ -1,0 +1,24 @@
+"""Recipes that earlier versions stored with their artefacts, read with the meaning that they had then.
+
+A stored recipe names every setting that existed when it was stored. A setting that it lacks came later; where the default of
+today is not what was done before there was a choice, MEANT says what was.
+"""
+
+import copy
+
+# Of settings that came after format 6 (0.1): what was done before, where that is not today's default.
+MEANT: dict[str, object] = {}
+# Settings that are gone: nothing depends on them any more.
+GONE: frozenset[str] = frozenset()
+
+
+def as_meant(stored: dict) -> dict:
+    """The values of a stored recipe, completed and cleared so that today's model reads them."""
+    values = copy.deepcopy(stored)
+    for path, meaning in MEANT.items():
+        section, name = path.split(".")
+        values.setdefault(section, {}).setdefault(name, meaning)
+    for path in GONE:
+        section, name = path.split(".")
+        values.get(section, {}).pop(name, None)
+    return values
