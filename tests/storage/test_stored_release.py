@@ -6,9 +6,11 @@ import pytest
 
 from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts import release as releases
-from catid2_ray.artifacts.stages import PARTS
+from catid2_ray.artifacts.stages import PARTS, STAGES
 from catid2_ray.artifacts.store import Store
+from catid2_ray.errors import FormatError, ReleaseError
 from catid2_ray.on_ray.commands import reindex
+from catid2_ray.on_ray.job import open_previous
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from tests.stored import unpack
@@ -48,3 +50,35 @@ def test_it_is_served(stored, tmp_path):
         assert len(hits) == 3 and all(hit.docid_text.startswith("<a_") and hit.dense is not None for hit in hits)
     figures = json.loads(store.read(release.manifests(store)["evaluation"].file("figures.json")))
     assert set(figures["recall"]) == {"beam", "bm25", "served"}
+
+
+def test_other_levels_would_begin_another_ledger_and_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "connect", lambda *_, **__: pytest.fail("refused only after Ray was started"))
+    other = unpack(tmp_path, quantizer={"codes_per_level": [16, 8, 8, 8]})
+    with pytest.raises(
+        ReleaseError, match=r"IDs of \[8, 8, 8, 8\] codes per level, the recipe asks for \[16, 8, 8, 8\].*--new-ledger"
+    ):
+        reindex(other)
+    kind = unpack(tmp_path / "kind", quantizer={"kind": "cq_sid", "codes_per_level": [64, 8, 8]})
+    with pytest.raises(
+        ReleaseError, match="quantizer.kind 'cq_sid' makes IDs of kind 'cluster', which are not followed"
+    ):
+        reindex(kind)
+
+
+def test_a_release_that_cannot_be_read_never_begins_a_ledger_silently(stored):
+    store = Store(stored.store)
+    name = releases.current(store).name
+    manifest = releases.current(store).manifests(store)["generator"]
+    fields = json.loads(store.read(manifest.name))
+    store.write(manifest.name, json.dumps(fields | {"format": 99}).encode())
+    with pytest.raises(FormatError, match="written by a newer version.*reindex --new-ledger"):
+        open_previous(store, name)
+    assert open_previous(store, name, new_ledger=True) is None
+
+
+@pytest.mark.parametrize("later", [1, 2])
+def test_it_is_served_by_versions_to_come(stored, tmp_path, monkeypatch, later):
+    for name, stage in list(STAGES.items()):
+        monkeypatch.setitem(STAGES, name, stage._replace(version=stage.version + later))
+    test_it_is_served(stored, tmp_path)

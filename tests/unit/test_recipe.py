@@ -433,3 +433,54 @@ def test_a_generators_kind_and_source_follow_from_its_model():
     assert [GeneratorRecipe(head=head, dropout=d).passes_weight for head, d in (("plain", 0.1), ("pawa", 0.1), ("pawa", 0))] == [
         0.0, 0.15, 0.0,
     ]  # fmt: skip
+
+
+STORED = Recipe.build(
+    {"catalog": {"root": "/then", "rows_per_part": 60, "filter_columns": {"price": "float"}, "workers": 7},
+     "quantizer": {"kind": "tiger", "epochs": 5, "reconstruction": 0.5}, "embedding": {"width": 16}}
+).model_dump(mode="json")  # fmt: skip
+
+
+def test_what_a_recipe_leaves_out_is_taken_from_a_stored_one():
+    today = Recipe.build({"catalog": {"root": "/now"}, "quantizer": {"batch": 64}})
+    sections = {name: STORED for name in ("catalog", "quantizer", "embedding")}
+    continued = today.continued(sections)
+    assert continued.catalog.root == "/now" and continued.catalog.rows_per_part == 60
+    assert continued.catalog.filter_columns == {"price": "float"}
+    assert continued.catalog.workers == Recipe.build({"catalog": {"root": "/now"}}).catalog.workers, (
+        "a machine's setting"
+    )
+    assert continued.quantizer.kind == "tiger" and continued.quantizer.reconstruction == 0.5
+    assert continued.quantizer.epochs == 5 and continued.quantizer.batch == 64 and continued.embedding.width == 16
+    assert continued.generator == today.generator, "no section was given to take it from"
+
+
+def test_what_a_recipe_gives_stays_also_where_it_is_the_default():
+    today = Recipe.build({"catalog": {"root": "/now"}, "quantizer": {"kind": "cat_id2", "epochs": 300}})
+    continued = today.continued({"quantizer": STORED})
+    assert continued.quantizer.kind == "cat_id2" and continued.quantizer.epochs == 300
+
+
+def test_a_stored_recipe_means_what_it_meant(monkeypatch):
+    from catid2_ray.config import older
+
+    monkeypatch.setattr(older, "MEANT", {"quantizer.epochs": 3, "ids.id_quarantine": 1})
+    monkeypatch.setattr(older, "GONE", frozenset({"quantizer.forgotten"}))
+    values = {"catalog": {"root": "/then"}, "quantizer": {"forgotten": 1}, "ids": {"id_quarantine": 4}}
+    recipe = Recipe.stored(values)
+    assert recipe.quantizer.epochs == 3, "it came later, and this is what was done before"
+    assert recipe.ids.id_quarantine == 4 and values["quantizer"] == {"forgotten": 1}
+
+
+def test_every_setting_that_came_after_the_stored_release_says_what_was_done_before():
+    """A new setting either has a default that changes nothing, named here, or a line in config/older.py."""
+    from catid2_ray.config.older import GONE, MEANT
+
+    harmless = set()
+    stored = json.loads((Path(__file__).parents[1] / "data" / "recipe_format_6.json").read_text())
+    today = Recipe.build({"catalog": {"root": "/now"}}).model_dump(mode="json")
+    for name, values in today.items():
+        if isinstance(values, dict):
+            came = {f"{name}.{field}" for field in values.keys() - stored[name].keys()}
+            assert came <= MEANT.keys() | harmless
+            assert {f"{name}.{field}" for field in stored[name].keys() - values.keys()} <= GONE
