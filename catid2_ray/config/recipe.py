@@ -16,6 +16,8 @@ from catid2_ray.config.quantizer import QuantizerRecipe
 from catid2_ray.config.serving import BUILT_IN_FILTERS, ServingRecipe
 from catid2_ray.errors import RecipeError
 
+_OF_THE_MACHINE = ("actors", "processes", "GPUs")  # units of settings that say where a job runs
+
 
 class Recipe(Section):
     """One job: a catalogue, a store, and the settings of every stage."""
@@ -128,9 +130,11 @@ class Recipe(Section):
         recipe that it is taken from. Settings of the machine (workers, say) and the source of the catalogue stay today's."""
         values = self.model_dump(mode="json", exclude_unset=True)
         for name, stored in sections.items():
-            before = getattr(Recipe.stored(stored), name).identity()
-            if name == "catalog":
-                before = {field: value for field, value in before.items() if field not in ("root", "synthetic")}
+            section = getattr(Recipe.stored(stored), name)
+            before = section.model_dump(mode="json")
+            for field, about in type(section).model_fields.items():
+                if about.json_schema_extra["unit"] in _OF_THE_MACHINE or field in ("root", "synthetic"):
+                    del before[field]
             values[name] = before | (values.get(name) or {})
         return Recipe.build(values)
 

@@ -62,7 +62,7 @@ def append_items(recipe: Recipe) -> Outcome:
     parts, job = append(recipe)
     figures = figures_of(parts)
     if parts["evaluation"].parents["ids"] == parts["ids"].digest:  # else it is that of the release before
-        _gate(recipe, figures)
+        _gate(job.recipe, figures)
     release, _ = releases.publish(job.store, parts, after=job.pointer)
     return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
 
