@@ -31,6 +31,7 @@ class SyntheticRecipe(Section):
     seed: int = setting(7, "seed of the generator", unit="integer", ge=0)
 
 
+_OF_PAIRS = ()  # settings of the catalogue that only its pairs depend on
 _TAKEN = {"product_id", "title", "description", "category_path", "value", "embedding"}
 
 
@@ -71,6 +72,14 @@ class CatalogRecipe(Section):
                 f"{self.max_category_depth}: every product would be set aside"
             )
         return self
+
+    def identity(self) -> dict:
+        """What decides the table of products; `pairs_identity` what decides that of pairs."""
+        return {name: value for name, value in super().identity().items() if name not in _OF_PAIRS}
+
+    def pairs_identity(self) -> dict:
+        values = super().identity()
+        return {name: values[name] for name in ("synthetic", "max_bad_fraction", *_OF_PAIRS)}
 
 
 class EmbeddingRecipe(Section):

@@ -1,6 +1,6 @@
 """The chain of stages, bound to the code that runs each, and an append to the release that is current.
 
-catalog → embeddings (→ queries, for kinds that learn from them) → quantizer → ids → examples → generator (→ prompts →
+catalog → pairs → embeddings (→ queries, for kinds that learn from them) → quantizer → ids → examples → generator (→ prompts →
 generator aligned, where the recipe asks for it) → serving → evaluation → release
 """
 
@@ -31,8 +31,9 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
     parts = {"catalog": catalog.run(job, {})}
     if last != "catalog":
         check_codes(job.recipe, parts["catalog"])
-        if STAGES[last].pairs:
-            _refuse_without_pairs(job.recipe, parts["catalog"])
+        parts["pairs"] = catalog.run_pairs(job, parts)
+        if STAGES[last].needs_pairs:
+            _refuse_without_pairs(job.recipe, parts["pairs"])
         job.pointer, current = releases.pointer(job.store)
         job.previous = open_previous(job.store, current, new_ledger=job.new_ledger)
         _refuse_new_ledger(job)
@@ -51,7 +52,7 @@ def _renamed_quantizer(job: Job, parts: dict[str, Manifest]) -> Manifest:
     return realign.run(job, {**parts, "quantizer": train_quantizer.run(job, parts)})
 
 
-# Of the stages in `artifacts.stages`; `prompts` is run by `aligned`, which alone reads it.
+# Of the stages in `artifacts.stages` that follow the tables; `prompts` is run by `aligned`, which alone reads it.
 _RUN = {
     "embeddings": embed.run,
     "queries": embed.run_queries,
@@ -89,7 +90,7 @@ def _refuse_new_ledger(job: Job) -> None:
         )
 
 
-_MADE = ("catalog", "embeddings", "ids", "serving", "evaluation")
+_MADE = ("catalog", "pairs", "embeddings", "ids", "serving", "evaluation")
 # A section of the recipe, and the part of a release that was made by it.
 _SECTIONS = {
     "catalog": "catalog", "embedding": "embeddings", "quantizer": "quantizer", "ids": "ids", "generator": "generator",
@@ -99,7 +100,8 @@ _SECTIONS = {
 
 def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
     """The parts of the next release, not published yet. Where the catalogue is the current release's, those of the latter,
-    but for how it is served: a changed serving section alone makes a new release.
+    but for how it is served: a changed serving section alone makes a new release. Pairs matter to an append as far as they
+    evaluate it: new ones alone change nothing.
 
     Raises ReleaseError where there is no release to append to or its parts do not belong together, its IDs having been made
     with another quantizer, say; RecipeError where the recipe or the catalogue asks for another encoder, quantizer or kind of
@@ -122,12 +124,13 @@ def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
             parts = dict(job.previous.parts)
         else:
             check_codes(recipe, parts["catalog"])
+            parts["pairs"] = catalog.run_pairs(job, parts)
             parts["embeddings"] = embed.run(job, parts, frozen=job.previous.parts)
             parts["ids"] = assign.run(job, parts, keeps=True)
         parts["serving"] = lay_out.run(job, parts)
         if parts == job.previous.parts:
             return parts, job
-        if parts["catalog"].metrics["pairs_table"]:
+        if parts["pairs"].metrics["pairs_table"]:
             parts["evaluation"] = evaluate.run(job, parts)
         else:
             progress.event(
@@ -213,11 +216,11 @@ def check_codes(recipe: Recipe, catalog: Manifest) -> None:
         )
 
 
-def _refuse_without_pairs(recipe: Recipe, catalog: Manifest) -> None:
-    if not catalog.metrics["pairs_table"]:
+def _refuse_without_pairs(recipe: Recipe, pairs: Manifest) -> None:
+    if not pairs.metrics["pairs_table"]:
         Store(recipe.catalog.root).parquet_files("pairs")  # says what it looked for and where
-    if catalog.metrics["train_relevance_max"] < recipe.generator.min_relevance:
+    if pairs.metrics["train_relevance_max"] < recipe.generator.min_relevance:
         raise InputError(
             f"no pair of the train split has relevance ≥ {recipe.generator.min_relevance}: the highest is "
-            f"{catalog.metrics['train_relevance_max']}. Lower generator.min_relevance or check the pairs' split and relevance"
+            f"{pairs.metrics['train_relevance_max']}. Lower generator.min_relevance or check the pairs' split and relevance"
         )

@@ -156,7 +156,10 @@ def test_what_does_not_belong_to_the_release_is_refused(copied, tmp_path):
     with pytest.raises(ReleaseError, match="ids was made from quantizer 000000000000"):
         append_items(recipe_of(shop, store.uri))
     shutil.rmtree(f"{store.uri}/artifacts/ids")
-    with pytest.raises(ReleaseError, match=r"its part ids \(.*\) is gone.*restore the release, or begin a ledger anew with .*--new-ledger"):
+    with pytest.raises(
+        ReleaseError,
+        match=r"its part ids \(.*\) is gone.*restore the release, or begin a ledger anew with .*--new-ledger",
+    ):
         append_items(recipe_of(shop, store.uri))
     assert releases.pointer(store) == (1, first.release.name)
 

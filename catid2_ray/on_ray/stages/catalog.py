@@ -5,8 +5,9 @@ of the set of rows, duplicates meet in one part, and later joins of pairs with p
 uniform random samples of the catalogue, which fits of bounded size use.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 
 from catid2_ray.artifacts import schemas
 from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import check_pairs
 from catid2_ray.catalog.products import check_products
@@ -27,26 +29,38 @@ from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine.groups import read_group, write_groups
 from catid2_ray.on_ray.machine.parts import map_parts
 
+PAIRS = "pairs/part-"  # how the names of files of pairs begin
 _NAMED_BAD_ROWS = 10
 _PIECE_ROWS = 262_144  # read at a time, or one row group of the source where that is larger
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
-    """The catalog artefact: products in part-*.parquet, pairs in pairs/, what was set aside in rejected/, taxonomy.json."""
+    """The catalog artefact: products in part-*.parquet, what was set aside in rejected/, taxonomy.json."""
     recipe, width = job.recipe.catalog, _given_width(job)
     settings = {**recipe.identity(), "width": width}
     if not recipe.filter_columns:
         del settings["filter_columns"]  # so that catalogues without any are those of before
     if recipe.root is not None:
-        source = Store(recipe.root)
-        source.check()
-        settings["source"] = {
-            table: [[name, source.fingerprint(name)] for name in _files(source, table)]
-            for table in ("products", "pairs")
-        }
-        if _logged(source):
+        settings["source"] = _fingerprints(recipe.root, "products")
+    return job.produce("catalog", settings, {}, lambda attempt: _make_products(job, attempt, width))
+
+
+def run_pairs(job: Job, parts: dict[str, Manifest]) -> Manifest:
+    """The pairs artefact: pairs/part-*.parquet, in part i those that name products of part i of the catalogue, and what was
+    set aside in rejected/. An artefact of its own: new pairs leave all that is made of products alone as it is."""
+    recipe = job.recipe.catalog
+    settings, parents = recipe.pairs_identity(), STAGES["pairs"].reads(parts)
+    if recipe.root is not None:
+        settings["source"] = _fingerprints(recipe.root, "pairs")
+        if _logged(Store(recipe.root)):
             settings["behaviour"] = True
-    return job.produce("catalog", settings, {}, lambda attempt: _prepare(job, attempt, width))
+    return job.produce("pairs", settings, parents, lambda attempt: _make_pairs(job, attempt, parents["catalog"]))
+
+
+def _fingerprints(root: str, table: str) -> list[list[str]]:
+    source = Store(root)
+    source.check()
+    return [[name, source.fingerprint(name)] for name in _files(source, table)]
 
 
 def _files(source: Store, table: str) -> list[str]:
@@ -94,55 +108,46 @@ def _given_width(job: Job) -> int | None:
     )
 
 
-def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
-    recipe, files = job.recipe.catalog, []
-    if recipe.synthetic is not None:
-        made = generate(
-            products=recipe.synthetic.products, queries=recipe.synthetic.queries, seed=recipe.synthetic.seed
-        )
-        files += [
-            job.store.write_table(attempt.name("source/products.parquet"), made.products),
-            job.store.write_table(attempt.name("source/pairs.parquet"), made.pairs),
-        ]
-        source = Store(f"{job.store.uri}/{attempt.name('source')}")
-    else:
-        source = Store(recipe.root)
-    tables = {
-        "products": _inspect(source, "products", _WriteProducts, recipe.filter_columns),
-        "pairs": _inspect(source, "pairs", _WritePairs),
-    }
-    rows = tables["products"].rows
-    if rows == 0:
-        raise InputError(f"the catalogue {source.uri} is empty: products has no rows")
-    part_count = -(-rows // recipe.rows_per_part)
-    arguments = {"store": job.store, "folder": attempt.folder, "recipe": recipe, "width": width}
-    products = _partition(source, tables["products"], part_count, _WriteProducts, arguments)
-    _refuse_bad(source, "products", rows, products, recipe)
-    pairs = []
-    if tables["pairs"].rows:
-        pairs = _partition(source, tables["pairs"], part_count, _WritePairs, arguments)
-    _refuse_bad(source, "pairs", tables["pairs"].rows, pairs, recipe)
+@contextlib.contextmanager
+def _source(job: Job, attempt: Attempt) -> Iterator[Store]:
+    """Where the tables lie; a generated catalogue is written for the time of the reading."""
+    recipe = job.recipe.catalog
+    if recipe.synthetic is None:
+        yield Store(recipe.root)
+        return
+    wanted = recipe.synthetic
+    generated = generate(products=wanted.products, queries=wanted.queries, seed=wanted.seed)
+    for table in ("products", "pairs"):
+        job.store.write_table(attempt.name(f"source/{table}.parquet"), getattr(generated, table))
+    yield Store(f"{job.store.uri}/{attempt.name('source')}")
+    job.store.delete_folder(attempt.name("source"))
+
+
+def _make_products(job: Job, attempt: Attempt, width: int | None) -> Manifest:
+    recipe = job.recipe.catalog
+    with _source(job, attempt) as source:
+        table = _inspect(source, "products", _WriteProducts, recipe.filter_columns)
+        if table.rows == 0:
+            raise InputError(f"the catalogue {source.uri} is empty: products has no rows")
+        part_count = -(-table.rows // recipe.rows_per_part)
+        arguments = {"store": job.store, "folder": attempt.folder, "recipe": recipe, "width": width}
+        products = _partition(source, table, part_count, _WriteProducts, arguments)
+    _refuse_bad(source, "products", table.rows, products, recipe)
     job.store.delete_folder(attempt.name("exchange"))
 
     paths = Counter()
     for result in products:
         paths.update({tuple(path): count for path, count in result["paths"]})
     taxonomy = Taxonomy.build(paths, depth=recipe.max_category_depth)
-    files.append(job.store.write_file(attempt.name("taxonomy.json"), taxonomy.to_json().encode()))
-    files += [entry for result in products + pairs for entry in result["files"]]
-    good = sum(result["good"] for result in products)
+    files = [job.store.write_file(attempt.name("taxonomy.json"), taxonomy.to_json().encode())]
+    files += [entry for result in products for entry in result["files"]]
+    good = _total(products, "good")
     metrics = {
         "products": good,
         "parts": part_count,
-        "products_set_aside": sum(result["bad"] for result in products),
-        "reasons": dict(sum((Counter(result["reasons"]) for result in products + pairs), Counter())),
-        "paths_cut": sum(result["cut_paths"] for result in products),
-        "pairs_table": bool(tables["pairs"].files),
-        "pairs": sum(result["good"] for result in pairs),
-        "behaviour": "behaviour" in tables["pairs"].columns,
-        "train_relevance_max": max((result["train_relevance_max"] for result in pairs), default=0.0),
-        "pairs_duplicate": sum(result["duplicates"] for result in pairs),
-        "pairs_set_aside": sum(result["bad"] for result in pairs),
+        "products_set_aside": _total(products, "bad"),
+        "reasons": _reasons(products),
+        "paths_cut": _total(products, "cut_paths"),
         "categories": list(taxonomy.sizes),
         "taxonomy": taxonomy.digest,
         "width": width,
@@ -150,6 +155,36 @@ def _prepare(job: Job, attempt: Attempt, width: int | None) -> Manifest:
     return attempt.commit(
         files, rows=good, schema=schemas.fingerprint(schemas.products(width, recipe.filter_columns)), metrics=metrics
     )
+
+
+def _make_pairs(job: Job, attempt: Attempt, catalog: Manifest) -> Manifest:
+    recipe, pairs = job.recipe.catalog, []
+    with _source(job, attempt) as source:
+        table = _inspect(source, "pairs", _WritePairs)
+        if table.rows:
+            arguments = {"store": job.store, "folder": attempt.folder, "recipe": recipe, "width": None}
+            pairs = _partition(source, table, catalog.metrics["parts"], _WritePairs, arguments)
+    _refuse_bad(source, "pairs", table.rows, pairs, recipe)
+    job.store.delete_folder(attempt.name("exchange"))
+    metrics = {
+        "pairs_table": bool(table.files),
+        "pairs": _total(pairs, "good"),
+        "behaviour": "behaviour" in table.columns,
+        "train_relevance_max": max((result["train_relevance_max"] for result in pairs), default=0.0),
+        "pairs_duplicate": _total(pairs, "duplicates"),
+        "pairs_set_aside": _total(pairs, "bad"),
+        "reasons": _reasons(pairs),
+    }
+    files = [entry for result in pairs for entry in result["files"]]
+    return attempt.commit(files, rows=metrics["pairs"], metrics=metrics)
+
+
+def _total(results: list[dict], name: str) -> int:
+    return sum(result[name] for result in results)
+
+
+def _reasons(results: list[dict]) -> dict[str, int]:
+    return dict(sum((Counter(result["reasons"]) for result in results), Counter()))
 
 
 class _Source(NamedTuple):
@@ -286,7 +321,7 @@ class _WritePairs(_WriteProducts):
         checked = check_pairs(group)
         table = schemas.conform(checked.good, schemas.pairs(checked.good.column_names), where=f"pairs, part {part}")
         highest = pc.max(table.filter(pc.field("split") == "train")["relevance"]).as_py()
-        return self._result(part, table, checked, "pairs/part", train_relevance_max=highest or 0.0)
+        return self._result(part, table, checked, PAIRS.removesuffix("-"), train_relevance_max=highest or 0.0)
 
 
 def _general(reason: str) -> str:
@@ -321,16 +356,12 @@ def _refuse_bad(source: Store, table: str, rows: int, results: list[dict], recip
         )
 
 
-def part_specs(catalog: Manifest) -> list[dict]:
-    """The parts of a catalogue as work for `map_parts`: part number, file name, rows and, where there are any, pairs."""
-    pairs = {entry["part"]: entry for entry in catalog.named("pairs/part-")}
+def part_specs(catalog: Manifest, pairs: Manifest | None = None) -> list[dict]:
+    """The parts of a catalogue as work for `map_parts`: part number, file name, rows and, where `pairs` is given and has some
+    for the part, the store name of their file."""
+    of_part = {entry["part"]: pairs.file(entry["name"]) for entry in pairs.named(PAIRS)} if pairs else {}
     return [
-        {
-            "part": entry["part"],
-            "file": entry["name"],
-            "rows": entry["rows"],
-            "pairs": pairs[entry["part"]]["name"] if entry["part"] in pairs else None,
-        }
+        {"part": entry["part"], "file": entry["name"], "rows": entry["rows"], "pairs": of_part.get(entry["part"])}
         for entry in catalog.parts()
     ]
 

@@ -237,8 +237,8 @@ def _embed_queries(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> 
         "min_relevance": job.recipe.generator.min_relevance,
     }  # fmt: skip
     results = map_parts(
-        _EmbedQueries, arguments, part_specs(parents["catalog"]), workers=recipe.workers, label="embedding queries",
-        unit="products", actors=recipe.encoder != "lsa", num_gpus=recipe.gpus_per_worker,
+        _EmbedQueries, arguments, part_specs(parents["catalog"], parents["pairs"]), workers=recipe.workers,
+        label="embedding queries", unit="products", actors=recipe.encoder != "lsa", num_gpus=recipe.gpus_per_worker,
     )  # fmt: skip
     with_query = sum(result["found"] for result in results)
     if not with_query:
@@ -264,7 +264,7 @@ class _EmbedQueries:
         vector_ND = np.zeros((len(names), self.width), np.float32)
         asked_N = np.zeros(len(names), bool)
         if spec["pairs"]:
-            pairs = training_pairs(self.store.read_table(f"{self.catalog}/{spec['pairs']}"), self.min_relevance)
+            pairs = training_pairs(self.store.read_table(spec["pairs"]), self.min_relevance)
             pairs = pairs.sort_by([("product_id", "ascending"), ("relevance", "descending"), ("query_id", "ascending")])
             ids, first = np.unique(pairs["product_id"].to_numpy().astype(str), return_index=True)
             place = pc.index_in(pa.array(ids, pa.string()), names.combine_chunks())

@@ -27,7 +27,7 @@ from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.machine.query_encoder import query_encoder as open_encoder
-from catid2_ray.on_ray.stages.catalog import part_specs
+from catid2_ray.on_ray.stages.catalog import PAIRS, part_specs
 
 KS = (5, 10, 20, 50, 100)
 METHODS = ("beam", "bm25", "dense", "served")
@@ -51,7 +51,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
 
 def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifest:
     recipe = job.recipe.evaluation
-    pairs = _pairs_of_split(job.store, parts["catalog"], recipe.split)
+    pairs = _pairs_of_split(job.store, parts["pairs"], recipe.split)
     figures = score(
         job.store,
         parts,
@@ -68,8 +68,8 @@ def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifes
     return attempt.commit([entry], metrics=figures)
 
 
-def _pairs_of_split(store: Store, catalog: Manifest, split: str) -> pa.Table:
-    tables = [store.read_table(catalog.file(entry["name"])) for entry in catalog.named("pairs/part-")]
+def _pairs_of_split(store: Store, pairs: Manifest, split: str) -> pa.Table:
+    tables = [store.read_table(pairs.file(entry["name"])) for entry in pairs.named(PAIRS)]
     return pa.concat_tables([table.filter(pc.field("split") == split) for table in tables])
 
 
@@ -145,8 +145,8 @@ def judge(store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: s
         [
             pc.unique(training_pairs(table, **taught)["product_id"].combine_chunks())
             for table in (
-                store.read_table(catalog.file(e["name"]), columns=["product_id", "split", "relevance"])
-                for e in catalog.named("pairs/part-")
+                store.read_table(parts["pairs"].file(e["name"]), columns=["product_id", "split", "relevance"])
+                for e in parts["pairs"].named(PAIRS)
             )
         ]
     )

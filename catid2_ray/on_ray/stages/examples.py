@@ -33,7 +33,7 @@ from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.stages import recent
-from catid2_ray.on_ray.stages.catalog import part_specs, read_sample
+from catid2_ray.on_ray.stages.catalog import PAIRS, part_specs, read_sample
 from catid2_ray.on_ray.stages.embed import model_identity
 from catid2_ray.schedule import seed_from
 
@@ -90,14 +90,18 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     )
     if recipe.model == "small":
         progress.event("fit", what="tokenizer", subwords=recipe.vocabulary)
-        tokenizer = train_tokenizer(_texts(job, catalog), size=recipe.vocabulary)
+        tokenizer = train_tokenizer(_texts(job, catalog, parents["pairs"]), size=recipe.vocabulary)
     else:
         tokenizer = load_tokenizer(recipe.pretrained, kind=recipe.kind)
     tokenizer = with_docid_tokens(tokenizer, space)
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save_pretrained(local)
         files = job.store.upload(Path(local), attempt.name("tokenizer"))
-    specs, workers, synthetic = part_specs(catalog), job.recipe.ids.workers, "synthetic" in recipe.kinds
+    specs, workers, synthetic = (
+        part_specs(catalog, parents["pairs"]),
+        job.recipe.ids.workers,
+        "synthetic" in recipe.kinds,
+    )
     arguments = {
         "store": job.store, "folder": attempt.folder, "catalog": catalog.folder, "ids": parents["ids"].folder,
         "recipe": recipe, "tokenizer": tokenizer, "space": space, "seed": job.recipe.seed,
@@ -106,7 +110,7 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     counts = Counter()
     if "user" in recipe.kinds and recipe.user_recent:
         counts["recent_without_product"] = recent.exchange(
-            job.store, attempt.name("exchange"), specs, catalog=catalog.folder, ids=parents["ids"].folder,
+            job.store, attempt.name("exchange"), specs, ids=parents["ids"].folder,
             teaches=_teaching(recipe), most=recipe.user_recent, parts=catalog.metrics["parts"], workers=workers,
         )  # fmt: skip
     results = map_parts(
@@ -142,15 +146,15 @@ def _teaching(recipe: GeneratorRecipe):
     return partial(training_pairs, min_relevance=recipe.min_relevance, weights=recipe.relevance_weights)
 
 
-def _texts(job: Job, catalog: Manifest):
+def _texts(job: Job, catalog: Manifest, pairs: Manifest):
     """Titles of a bounded sample, then the training queries of the same parts: what queries will look like."""
     rows = job.recipe.generator.tokenizer_rows
     yield from read_sample(job.store, catalog, ["title"], rows=rows, seed=job.recipe.seed)["title"].to_pylist()
     seen = 0
-    for entry in catalog.named("pairs/part-"):
-        pairs = _teaching(job.recipe.generator)(job.store.read_table(catalog.file(entry["name"])))
-        yield from pairs["query"].to_pylist()
-        seen += pairs.num_rows
+    for entry in pairs.named(PAIRS):
+        taught = _teaching(job.recipe.generator)(job.store.read_table(pairs.file(entry["name"])))
+        yield from taught["query"].to_pylist()
+        seen += taught.num_rows
         if seen >= rows:
             return
 
@@ -223,7 +227,7 @@ class _MakeExamples:
         if not spec["pairs"]:
             nothing = self._whole([], np.zeros(0, np.int64), counts)
             return dict.fromkeys([kind for kind in ("query", "user") if kind in self.recipe.kinds], nothing), counts
-        pairs = _teaching(self.recipe)(self.store.read_table(f"{self.catalog}/{spec['pairs']}"))
+        pairs = _teaching(self.recipe)(self.store.read_table(spec["pairs"]))
         place = pc.index_in(pairs["product_id"].combine_chunks(), names)
         known_P = place.is_valid().to_numpy(zero_copy_only=False)
         counts["pairs_without_product"] = int((~known_P).sum())

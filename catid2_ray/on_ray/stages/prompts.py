@@ -60,13 +60,13 @@ def score_file(uri: str) -> tuple[Store, str]:
 
 def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     recipe, catalog, ids = job.recipe.alignment, parents["catalog"], parents["ids"]
-    buckets, space = -(-catalog.metrics["pairs"] // _BUCKET_PAIRS), DocidSpace(ids.metrics["codes_per_level"])
+    buckets, space = -(-parents["pairs"].metrics["pairs"] // _BUCKET_PAIRS), DocidSpace(ids.metrics["codes_per_level"])
     exchange = attempt.name("exchange")
     grouped = map_parts(
         _Join,
         {"store": job.store, "exchange": exchange, "catalog": catalog.folder, "ids": ids.folder, "space": space,
          "buckets": buckets, "scores": recipe.ranker_scores},
-        part_specs(catalog), workers=job.recipe.ids.workers, label="joining judgements", unit="products",
+        part_specs(catalog, parents["pairs"]), workers=job.recipe.ids.workers, label="joining judgements", unit="products",
     )  # fmt: skip
     ranges = [result["range"] for result in grouped if result["range"]]
     if not ranges:
@@ -77,7 +77,7 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     arguments = {
         "store": job.store, "folder": attempt.folder, "exchange": exchange, "parts": len(grouped), "recipe": recipe,
         "examples": parents["examples"], "kind": job.recipe.generator.kind, "relevant_from": job.recipe.evaluation.min_relevance,
-        "behaviour": bool(catalog.metrics.get("behaviour")),
+        "behaviour": bool(parents["pairs"].metrics.get("behaviour")),
         "low": min(low for low, _ in ranges), "high": max(high for _, high in ranges),
     }  # fmt: skip
     specs = [{"rows": sum(result["pairs"] for result in grouped) // buckets} for _ in range(buckets)]
@@ -117,7 +117,7 @@ class _Join:
         names, packed_N = ids["product_id"].combine_chunks(), self.space.pack(matrix(ids["codes"]))
         pairs, without, span = None, 0, None
         if spec["pairs"]:
-            pairs = self.store.read_table(f"{self.catalog}/{spec['pairs']}")
+            pairs = self.store.read_table(spec["pairs"])
             pairs = pairs.filter(pc.is_in(pairs["split"], pa.array(SPLITS)))
             before = pairs.num_rows
             pairs = self._with_ids(pairs, names, packed_N)

@@ -24,7 +24,7 @@ class Recent(NamedTuple):
     codes_RL: np.ndarray
 
 
-def exchange(store: Store, folder: str, specs: list[dict], *, catalog: str, ids: str, teaches, most: int, parts: int,
+def exchange(store: Store, folder: str, specs: list[dict], *, ids: str, teaches, most: int, parts: int,
              workers: int) -> int:  # fmt: skip
     """Write the answers for all parts below `folder`; `answers` reads those of one. Returns how many products that were asked
     for are not in the catalogue.
@@ -33,7 +33,7 @@ def exchange(store: Store, folder: str, specs: list[dict], *, catalog: str, ids:
     of the latest products of a row are asked for.
     """
     asking = [spec for spec in specs if spec["pairs"]]
-    arguments = {"store": store, "folder": folder, "catalog": catalog, "teaches": teaches, "most": most, "parts": parts}
+    arguments = {"store": store, "folder": folder, "teaches": teaches, "most": most, "parts": parts}
     map_parts(_Ask, arguments, asking, workers=workers, label="looking up recent products", unit="products")
     arguments = {
         "store": store,
@@ -58,12 +58,12 @@ def answers(store: Store, folder: str, part: int, answering: list[int]) -> Recen
 class _Ask:
     """Actor: pairs of a part in, the products that they name as recent out, by part."""
 
-    def __init__(self, *, store: Store, folder: str, catalog: str, teaches, most: int, parts: int):
-        self.store, self.folder, self.catalog = store, folder, catalog
+    def __init__(self, *, store: Store, folder: str, teaches, most: int, parts: int):
+        self.store, self.folder = store, folder
         self.teaches, self.most, self.parts = teaches, most, parts
 
     def __call__(self, spec: dict) -> dict:
-        pairs = self.teaches(self.store.read_table(f"{self.catalog}/{spec['pairs']}"))
+        pairs = self.teaches(self.store.read_table(spec["pairs"]))
         recent = (
             pairs["recent"].combine_chunks() if "recent" in pairs.column_names else pa.array([], pa.list_(pa.string()))
         )

@@ -36,7 +36,8 @@ from catid2_ray.schedule import Phase
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The generator artefact: a folder that `generator.saved.load_generator` loads, with its tokenizer."""
     recipe = job.recipe.generator
-    parents = STAGES["generator"].reads(parts, *(["quantizer"] if _needs_codewords(recipe) else []))
+    sometimes = {"quantizer": _needs_codewords(recipe), "pairs": bool(recipe.validate_queries)}
+    parents = STAGES["generator"].reads(parts, *(role for role, needed in sometimes.items() if needed))
     settings = {**recipe.identity(), **model_identity(recipe.pretrained), "seed": job.recipe.seed}
     if recipe.validate_queries:
         settings["validate_from"] = job.recipe.evaluation.min_relevance
@@ -52,8 +53,8 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
     checked = None
     if recipe.validate_queries:
         checked = validation.sample(
-            job.store, parts["catalog"], parents["ids"], tokenizer, queries=recipe.validate_queries, seed=job.recipe.seed,
-            min_relevance=job.recipe.evaluation.min_relevance, query_tokens=recipe.query_tokens,
+            job.store, parts["catalog"], parents["pairs"], parents["ids"], tokenizer, queries=recipe.validate_queries,
+            seed=job.recipe.seed, min_relevance=job.recipe.evaluation.min_relevance, query_tokens=recipe.query_tokens,
         )  # fmt: skip
     space = DocidSpace(parents["ids"].metrics["codes_per_level"])
     task = GeneratorTask(

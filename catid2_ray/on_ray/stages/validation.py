@@ -97,21 +97,20 @@ def keep_smallest(table: pa.Table, *, queries: int, seed: int) -> pa.Table:
 
 
 def sample(
-    store: Store, catalog: Manifest, ids: Manifest, tokenizer, *, queries: int, min_relevance: float, query_tokens: int, seed: int
+    store: Store, catalog: Manifest, pairs: Manifest, ids: Manifest, tokenizer, *, queries: int, min_relevance: float,
+    query_tokens: int, seed: int,
 ) -> Validation:  # fmt: skip
     """Validation queries with a relevant product in the catalogue. InputError where there is none."""
     space, kept = DocidSpace(tuple(ids.metrics["codes_per_level"])), None
-    for spec in part_specs(catalog):
+    for spec in part_specs(catalog, pairs):
         if not spec["pairs"]:
             continue
-        pairs = store.read_table(
-            catalog.file(spec["pairs"]), columns=["query_id", "query", "product_id", "split", "relevance"]
-        )
-        pairs = pairs.filter((pc.field("split") == "validation") & (pc.field("relevance") >= min_relevance))
+        judged = store.read_table(spec["pairs"], columns=["query_id", "query", "product_id", "split", "relevance"])
+        judged = judged.filter((pc.field("split") == "validation") & (pc.field("relevance") >= min_relevance))
         ids_of_part = store.read_table(ids.file(spec["file"]), columns=["product_id", "codes"])
-        place = pc.index_in(pairs["product_id"].combine_chunks(), ids_of_part["product_id"].combine_chunks())
+        place = pc.index_in(judged["product_id"].combine_chunks(), ids_of_part["product_id"].combine_chunks())
         packed = space.pack(matrix(ids_of_part["codes"])[place.drop_null().to_numpy()])
-        known = pairs.filter(place.is_valid()).select(["query_id", "query", "product_id"])
+        known = judged.filter(place.is_valid()).select(["query_id", "query", "product_id"])
         known = known.append_column("packed", pa.array(packed)).group_by(known.column_names + ["packed"]).aggregate([])
         kept = known if kept is None else pa.concat_tables([kept, known])
         kept = keep_smallest(kept, queries=queries, seed=seed)

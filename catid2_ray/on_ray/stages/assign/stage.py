@@ -141,7 +141,7 @@ def _extends(before: dict[str, Manifest]) -> dict[str, list[str]]:
     kept = before["ids"].extends
     return {
         role: [before[role].digest, *kept.get(role, [])]
-        for role in ("catalog", "embeddings", "ids", "serving")
+        for role in ("catalog", "pairs", "embeddings", "ids", "serving")
         if role in before
     }
 
