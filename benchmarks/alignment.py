@@ -30,14 +30,13 @@ from catid2_ray.catalog.synthetic import generate
 from catid2_ray.catalog.text import LsaEncoder, join_text
 from catid2_ray.docid import DocidSpace
 from catid2_ray.evaluation.alignment import ROWS, measure
-from catid2_ray.generator.alignment import Objective
-from catid2_ray.generator.alignment_fit import align
-from catid2_ray.generator.examples import Examples, tokenize
+from catid2_ray.generator.batches import Examples
+from catid2_ray.generator.eg_grpo import Objective, align
 from catid2_ray.generator.model import small_t5
 from catid2_ray.generator.rewards import judged_rows, relevance_rewards
 from catid2_ray.generator.saved import load_generator, save_generator
 from catid2_ray.generator.step import fit
-from catid2_ray.generator.vocabulary import starts_word, train_tokenizer, with_docid_tokens
+from catid2_ray.generator.vocabulary import starts_word, tokenize, train_tokenizer, with_docid_tokens
 from catid2_ray.identifiers.collisions import assign_unique
 from catid2_ray.quantizer.kmeans import nearest, residual_kmeans
 from catid2_ray.retrieval.environment import Environment, Rules

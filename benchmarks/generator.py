@@ -27,12 +27,11 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.docid import DocidSpace
 from catid2_ray.evaluation.protocol import Judgements, evaluate
-from catid2_ray.generator import Examples, fit, starts_word, tokenize
+from catid2_ray.generator.batches import Examples
 from catid2_ray.generator.encoder_decoder import encoder_decoder
 from catid2_ray.generator.saved import save_generator
-from catid2_ray.generator.states import CachedExamples
-from catid2_ray.generator.step import level_losses
-from catid2_ray.generator.vocabulary import load_tokenizer, marks
+from catid2_ray.generator.step import fit, level_losses
+from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word, tokenize
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
@@ -136,7 +135,7 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
         starts_word_V=starts_word(data["tokenizer"]), keep=options.keep_words, drop_share=options.drop_share,
         **marks(data["tokenizer"])._asdict(),
     )  # fmt: skip
-    cached = CachedExamples.build(examples, model.encoder, Path(options.cache) / "states", on_progress=said)
+    cached = examples.with_states(model.encoder, Path(options.cache) / "states", on_progress=said)
     steps = options.examples // options.batch
     check_BT, check_BL = check_pairs(data, codes_NL)
     curve, losses, began, paused = [], [], time.process_time(), 0.0

@@ -24,10 +24,17 @@ import torch
 from surroundings import machine, rounded
 
 from catid2_ray.docid import DocidSpace
-from catid2_ray.generator import Examples, fit, small_t5, starts_word, tokenize, train_tokenizer
-from catid2_ray.generator.lengths import length_groups
-from catid2_ray.generator.step import least_rows
-from catid2_ray.generator.vocabulary import load_tokenizer, marks, with_docid_tokens
+from catid2_ray.generator.batches import Examples, length_groups
+from catid2_ray.generator.model import small_t5
+from catid2_ray.generator.step import fit, least_rows
+from catid2_ray.generator.vocabulary import (
+    load_tokenizer,
+    marks,
+    starts_word,
+    tokenize,
+    train_tokenizer,
+    with_docid_tokens,
+)
 
 SPACE = DocidSpace((256, 256, 256, 256))
 BATCH = {"small": 256, "minilm": 256, "base": 32}
@@ -130,7 +137,7 @@ def trainer(model, examples: Examples, name: str, steps: int, clock: Clock) -> N
     class Rows(torch.utils.data.Dataset):
         def __init__(self):
             picked = [examples.batch(seed=0, step=step, batch=BATCH[name]) for step in range(steps)]
-            self.ids = [row[row != examples.pad].tolist() for part in picked for row in part.input_ids_BT]
+            self.ids = [row[row != examples.pad].tolist() for part in picked for row in part.texts]
             self.labels = [row for part in picked for row in (part.codes_BL + offset_L).tolist()]
 
         def __len__(self):
@@ -188,14 +195,12 @@ def measure(name: str, way: str, options) -> dict:
     model, clock = build(name, tokenizer, options.encoder), Clock(max(2, steps // 5))
     rows, found = examples, {}
     lengths = np.concatenate(
-        [examples.batch(seed=0, step=s, batch=BATCH[name]).input_ids_BT.astype(bool).sum(1) for s in range(4)]
+        [examples.batch(seed=0, step=s, batch=BATCH[name]).texts.astype(bool).sum(1) for s in range(4)]
     )
     with tempfile.TemporaryDirectory() as folder:
         if way == "cached":
-            from catid2_ray.generator.states import CachedExamples
-
             began = time.perf_counter()
-            rows = CachedExamples.build(examples, model.encoder, Path(folder) / "states")
+            rows = examples.with_states(model.encoder, Path(folder) / "states")
             found["seconds_caching"] = time.perf_counter() - began
         if way == "trainer":
             trainer(model, examples, name, steps, clock)
@@ -227,7 +232,7 @@ def padding(examples: Examples, model, batch: int) -> dict:
     """Share of padding among the tokens that a step computes on, with rows as they come and in groups of like length."""
     real = whole = grouped = 0
     for step in range(20):
-        length_B = (examples.batch(seed=0, step=step, batch=batch).input_ids_BT != examples.pad).sum(1)
+        length_B = (examples.batch(seed=0, step=step, batch=batch).texts != examples.pad).sum(1)
         real, whole = real + length_B.sum(), whole + length_B.max() * len(length_B)
         grouped += sum(length_B[part].max() * len(part) for part in length_groups(length_B, least=least_rows(model)))
     return {"as they come": 1 - real / whole, "grouped": 1 - real / grouped}

@@ -23,8 +23,8 @@ from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.config.kinds import preset
 from catid2_ray.identifiers.collisions import assign_unique
 from catid2_ray.identifiers.quality import id_quality
-from catid2_ray.quantizer.labels import exchange_paths
 from catid2_ray.quantizer.model import ResidualQuantizer
+from catid2_ray.quantizer.sampler import exchange_paths
 from catid2_ray.quantizer.step import LossWeights, fit
 
 BUDGET = {"hidden": (256, 128), "latent": 10, "codes": (256,) * 4, "batch": 1024, "epochs": 20, "learning_rate": 2e-3}

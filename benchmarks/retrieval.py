@@ -32,9 +32,8 @@ from catid2_ray.catalog.text import HuggingFaceEncoder
 from catid2_ray.evaluation.baselines.bm25 import Bm25
 from catid2_ray.evaluation.bootstrap import bootstrap_means
 from catid2_ray.evaluation.protocol import Judgements, per_query_recalls
-from catid2_ray.generator.examples import tokenize
 from catid2_ray.generator.saved import load_generator
-from catid2_ray.generator.vocabulary import PAD
+from catid2_ray.generator.vocabulary import PAD, tokenize
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie

@@ -12,15 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from catid2_ray.catalog.products import list_column, require_columns, string_column
+from catid2_ray import tables
+from catid2_ray.catalog.products import list_column, lists_of, require_columns, string_column
 from catid2_ray.errors import InputError
+from catid2_ray.tables import PAIRS, nullable
 
 SPLITS = ("train", "validation", "test")
-PAIRS = pa.schema(
-    [("query_id", pa.string()), ("query", pa.string()), ("product_id", pa.string())]
-    + [("relevance", pa.float64()), ("split", pa.string())]
-)
-
 BEHAVIOURS = ("exposed", "clicked", "paid")  # what a searcher did with a product, the strongest last
 USER_COLUMNS = {"user": "an attribute of user is empty", "recent": "a product_id in recent is empty"}
 _JOINT = "\x1f"  # separates list entries in keys; no text of a shop holds it
@@ -68,14 +65,14 @@ def check_pairs(table: pa.Table) -> CheckedPairs:
     for text, fault in faults.items():
         reason = pc.if_else(pc.and_(pc.is_null(reason), pc.fill_null(fault, True)), text, reason)
 
-    schema = pairs_schema(columns)
-    checked = pa.table({name: columns[name] for name in schema.names}, schema=schema)
+    schema = tables.pairs(columns)
+    checked = pa.table({name: columns[name] for name in schema.names}, schema=nullable(schema))
     sound = pc.is_null(reason)
     bad = checked.select(["query_id", "query", "product_id"]).append_column("reason", reason)
     bad = bad.filter(pc.invert(sound)).sort_by(
         [(n, "ascending") for n in ("query_id", "product_id", "reason", "query")]
     )
-    good = checked.filter(sound)
+    good = checked.filter(sound).cast(schema)
     keys = {name: pc.binary_join(good[name], _JOINT) for name in USER_COLUMNS if name in good.column_names}
     keyed = pa.table(
         {**{name: good[name] for name in PAIRS.names}, **{f"{name} key": key for name, key in keys.items()}}
@@ -93,12 +90,6 @@ def check_pairs(table: pa.Table) -> CheckedPairs:
     return CheckedPairs(good.take(pa.array(chosen_N)).combine_chunks(), bad, int(good.num_rows - first.num_rows))
 
 
-def pairs_schema(given) -> pa.Schema:
-    """PAIRS, with the optional columns that are in `given`."""
-    lists = [pa.field(name, pa.list_(pa.string())) for name in USER_COLUMNS if name in given]
-    return pa.schema([*PAIRS, *lists, *([pa.field("behaviour", pa.string())] if "behaviour" in given else [])])
-
-
 def _texts(table: pa.Table, name: str, *, stripped: bool) -> tuple[pa.Array, pa.Array]:
     """The column as lists of strings, null made empty, and bool: rows with an empty or missing entry."""
     lists = list_column(table, name, pa.string())
@@ -107,9 +98,7 @@ def _texts(table: pa.Table, name: str, *, stripped: bool) -> tuple[pa.Array, pa.
     entries = pc.utf8_trim_whitespace(entries) if stripped else entries
     empty_C = pc.fill_null(_blank(entries), True).to_numpy(zero_copy_only=False)
     row_C = np.repeat(np.arange(len(length_N)), length_N)
-    offsets = np.concatenate(([0], np.cumsum(length_N))).astype(np.int32)
-    clean = pa.ListArray.from_arrays(pa.array(offsets), entries, type=pa.list_(pa.string()))
-    return clean, pa.array(np.bincount(row_C[empty_C], minlength=len(length_N)) > 0)
+    return lists_of(length_N, entries), pa.array(np.bincount(row_C[empty_C], minlength=len(length_N)) > 0)
 
 
 def _blank(column: pa.Array) -> pa.Array:

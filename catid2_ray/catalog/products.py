@@ -1,7 +1,10 @@
 """The product table's check at the door: good rows in the house schema, bad rows set aside with one reason each.
 
 Everything is a column operation, so a million rows take seconds. A row is judged by its own faults first and as a
-duplicate only afterwards: of two rows with one id, of which one has no title, the one with a title stays.
+duplicate only afterwards: of two rows with one id, of which one has no title, the one with a title stays. A column for filters
+that has another type than the recipe names is refused as a whole; in a row, a missing value of it stays missing.
+
+N rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from catid2_ray.catalog.filter_columns import check_columns
 from catid2_ray.catalog.taxonomy import PATH_SEPARATOR
 from catid2_ray.errors import InputError
+from catid2_ray.tables import FILTER_TYPES
 
-CATEGORY_PATH = pa.list_(pa.string())
+_SEPARATOR = ". "  # between texts of a product
 
 
 class Checked(NamedTuple):
@@ -34,16 +37,14 @@ def check_products(
 
     `table`: product_id and title (strings; integers are taken as ids), optionally description (string), category_path
     (list of strings, root first), value (number: what the business gains by the product, larger = more), embedding (list
-    of floats). `width`: the embeddings' width D, or None where the
-    table's embeddings are not used. Depths count category names from the root. `filter_columns`: further columns to keep,
-    name → type, as `catalog.filter_columns` reads them.
+    of floats). `width`: the embeddings' width D, or None where the table's embeddings are not used. Depths count category
+    names from the root. `filter_columns`: further columns to keep, name → type, as the recipe's `catalog.filter_columns`.
 
     The good table has product_id, title, description (null where unknown), category_path (cut to
     `max_category_depth`, empty where unknown), value (float32, null where unknown), the filter columns and, with a width,
-    embedding (fixed_size_list<float32>[D]). Names and texts are stripped; an empty category name ends its path; product ids stay
-    as they are. Of the rows with one
-    product_id that have no other fault, the first by (title, description, category_path, embedding) stays, so neither
-    result depends on the order of the rows.
+    embedding (fixed_size_list<float32>[D]). Names and texts are stripped; an empty category name ends its path; product ids
+    stay as they are. Of the rows with one product_id that have no other fault, the first by (title, description,
+    category_path, embedding) stays, so neither result depends on the order of the rows.
 
     Raises InputError when a required column is missing or of a type that cannot be read.
     """
@@ -96,29 +97,30 @@ def require_columns(table: pa.Table, names: Sequence[str], *, what: str) -> None
 
 def string_column(table: pa.Table, name: str) -> pa.Array:
     """One column as pa.string(), one chunk; strings, integers, dictionaries of strings and all-null columns pass."""
-    column = _one_chunk(table[name])
+    column = one_chunk(table[name])
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_integer(kind) or _is_text(kind)):
+    if not (pa.types.is_integer(kind) or pa.types.is_null(kind) or _is_text(kind)):
         raise InputError(f"column {name}: expected strings, found {column.type}; cast it to string")
     return column.cast(pa.string())
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     return any(test(kind) for test in tests)
 
 
-def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
+def one_chunk(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A column as one array, of its storage type."""
+    combined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(combined, pa.ChunkedArray):
-        combined = combined.chunk(0) if combined.num_chunks else pa.array([], combined.type)
+        combined = pa.concat_arrays(combined.chunks) if combined.num_chunks else pa.array([], combined.type)
     # Tensor columns of a data pipeline are extension types over plain lists.
     return combined.storage if isinstance(combined.type, pa.BaseExtensionType) else combined
 
 
 def list_column(table: pa.Table, name: str, item: pa.DataType) -> pa.Array:
     """One column as lists of `item`, one chunk; lists of any type that can be read so pass."""
-    column = _one_chunk(table[name])
+    column = one_chunk(table[name])
     try:
         # Through numpy's rules a double beyond float32 becomes an infinity, which the check then names row by row.
         return column.cast(pa.list_(item), safe=False)
@@ -126,6 +128,19 @@ def list_column(table: pa.Table, name: str, item: pa.DataType) -> pa.Array:
         raise InputError(
             f"column {name}: expected a list of {item} per row, found {column.type}; convert it"
         ) from error
+
+
+def joined(parts: Sequence[pa.Array | pa.ChunkedArray]) -> pa.Array | pa.ChunkedArray:
+    """Texts of several columns joined row by row with ". "; null and empty parts are left out."""
+    # Arrow's own joining that skips nulls drops rows that are null throughout, so each part brings its separator.
+    parts = [pc.fill_null(part, "") for part in parts]
+    parts = [pc.if_else(pc.equal(part, ""), "", pc.binary_join_element_wise(_SEPARATOR, part, "")) for part in parts]
+    return pc.utf8_slice_codeunits(pc.binary_join_element_wise(*parts, ""), len(_SEPARATOR))
+
+
+def or_null(column: pa.Array) -> pa.Array:
+    """Strings, null where they are empty."""
+    return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
 
 
 def _blank(column: pa.Array) -> np.ndarray:
@@ -144,15 +159,14 @@ def _mark(reason: np.ndarray, fault_N: np.ndarray, text) -> None:
 def _description(table: pa.Table) -> pa.Array:
     if "description" not in table.column_names:
         return pa.nulls(table.num_rows, pa.string())
-    text = pc.utf8_trim_whitespace(string_column(table, "description"))
-    return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+    return or_null(pc.utf8_trim_whitespace(string_column(table, "description")))
 
 
 def _value(table: pa.Table, reason: np.ndarray) -> pa.Array:
     """float32, null where there is no value or it is NaN; an infinite one is a fault of the row."""
     if "value" not in table.column_names:
         return pa.nulls(table.num_rows, pa.float32())
-    column = _one_chunk(table["value"])
+    column = one_chunk(table["value"])
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
         raise InputError(f"column value: expected numbers, found {column.type}; convert it")
     value_N = pc.fill_null(column.cast(pa.float32(), safe=False), float("nan")).to_numpy(zero_copy_only=False)
@@ -164,7 +178,7 @@ def _clean_paths(table: pa.Table, max_depth: int) -> tuple[pa.Array, np.ndarray]
     """The stripped paths cut to `max_depth`, and int64 N, each path's depth before the cut."""
     rows = table.num_rows
     if "category_path" not in table.column_names:
-        return _lists(np.zeros(rows, np.int64), pa.array([], pa.string())), np.zeros(rows, np.int64)
+        return lists_of(np.zeros(rows, np.int64), pa.array([], pa.string())), np.zeros(rows, np.int64)
     column = list_column(table, "category_path", pa.string())
     length_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     names = pc.replace_substring(pc.list_flatten(column), PATH_SEPARATOR, " ")
@@ -175,12 +189,13 @@ def _clean_paths(table: pa.Table, max_depth: int) -> tuple[pa.Array, np.ndarray]
     depth_N = length_N.copy()
     np.minimum.at(depth_N, row_C[empty_C], position_C[empty_C])
     kept_N = np.minimum(depth_N, max_depth)
-    return _lists(kept_N, names.filter(pa.array(position_C < kept_N[row_C]))), depth_N
+    return lists_of(kept_N, names.filter(pa.array(position_C < kept_N[row_C]))), depth_N
 
 
-def _lists(length_N: np.ndarray, names: pa.Array) -> pa.Array:
+def lists_of(length_N: np.ndarray, texts: pa.Array, *, missing: pa.Array | None = None) -> pa.Array:
+    """Lists of so many of the texts each, one after the other; `missing`: bool N, null in their stead."""
     offsets = np.concatenate(([0], np.cumsum(length_N))).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), names, type=CATEGORY_PATH)
+    return pa.ListArray.from_arrays(pa.array(offsets), texts, type=pa.list_(pa.string()), mask=missing)
 
 
 def _check_embeddings(column: pa.Array, width: int, reason: np.ndarray) -> pa.Array:
@@ -223,3 +238,60 @@ def _mark_duplicates(reason: np.ndarray, columns: dict[str, pa.Array]) -> None:
     ids = keys["product_id"].take(pa.array(order)).to_numpy(zero_copy_only=False)
     repeated = np.concatenate(([False], ids[1:] == ids[:-1]))
     reason[candidate[order[repeated]]] = "duplicate product_id"
+
+
+def check_columns(table: pa.Table, columns: Mapping[str, str]) -> tuple[dict[str, pa.Array], dict[str, np.ndarray]]:
+    """({name: array of its type in FILTER_TYPES}, {fault: bool N, rows that have it}).
+
+    `columns`: name → key of FILTER_TYPES. Names inside lists are stripped and empty ones left out; NaN is a missing value.
+    Raises InputError for a column that is missing or whose values are of another type.
+    """
+    checked, faults = {}, {}
+    for name, kind in columns.items():
+        if name not in table.column_names:
+            raise InputError(
+                f"product table: column {name} is missing, which catalog.filter_columns names; found "
+                f"{', '.join(table.column_names)}. Add it, or take it out of catalog.filter_columns"
+            )
+        checked[name] = _typed(name, kind, one_chunk(table[name]))
+        if kind == "float":
+            number_N = pc.fill_null(checked[name], float("nan")).to_numpy(zero_copy_only=False)
+            faults[f"{name} is infinite"] = np.isinf(number_N)
+            checked[name] = pa.array(number_N, pa.float64(), mask=np.isnan(number_N))
+    return checked, faults
+
+
+def _typed(name: str, kind: str, values: pa.Array) -> pa.Array:
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    is_, given = pa.types, values.type
+    fits = {
+        "string": _is_text(given) or is_.is_integer(given),
+        "int": is_.is_integer(given),
+        "float": is_.is_floating(given) or is_.is_integer(given) or is_.is_decimal(given),
+        "bool": is_.is_boolean(given),
+        "list<string>": is_.is_nested(given) and hasattr(given, "value_type") and _is_text(_plain(given.value_type)),
+    }
+    if not (fits[kind] or is_.is_null(given)):
+        given_as = str(given).removeprefix("DataType").strip("()")
+        raise InputError(
+            f"product table: column {name} is {given_as}, but catalog.filter_columns says {kind}: cast the column or "
+            "correct the recipe"
+        )
+    try:
+        values = values.cast(FILTER_TYPES[kind])
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"product table: column {name} cannot be read as {kind} ({error}); cast it") from error
+    return _clean_lists(values) if kind == "list<string>" else values
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _clean_lists(lists: pa.Array) -> pa.Array:
+    names = pc.utf8_trim_whitespace(pc.replace_substring(pc.list_flatten(lists), PATH_SEPARATOR, " "))
+    kept_C = pc.fill_null(pc.not_equal(names, ""), False)
+    row_C = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
+    length_N = np.bincount(row_C[kept_C.to_numpy(zero_copy_only=False)], minlength=len(lists))
+    return lists_of(length_N, names.filter(kept_C), missing=lists.is_null() if lists.null_count else None)

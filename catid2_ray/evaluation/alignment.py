@@ -19,7 +19,7 @@ from torch import Tensor
 from catid2_ray.errors import InputError
 from catid2_ray.evaluation.figures import COLOURS
 from catid2_ray.evaluation.pages import plain_page
-from catid2_ray.generator.alignment import Groups, group_advantages, group_logps, pack
+from catid2_ray.generator.eg_grpo import Groups, group_advantages, group_logps, pack
 from catid2_ray.generator.vocabulary import pad_of
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.environment import Environment

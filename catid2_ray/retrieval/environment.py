@@ -17,7 +17,7 @@ from torch import Tensor
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, RecipeError
-from catid2_ray.generator.alignment import Experience, Groups, Objective, collect, pack
+from catid2_ray.generator.eg_grpo import Experience, Groups, Objective, collect, pack
 from catid2_ray.generator.rewards import expert_candidates, graded, looked_up, ranker_bonus, unpack
 from catid2_ray.generator.vocabulary import pad_of
 from catid2_ray.retrieval.rollout import Rollouts, beam_rollouts, leaves_of, sample_rollouts

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, QueryError
-from catid2_ray.generator.examples import tokenize
+from catid2_ray.generator.vocabulary import tokenize
 from catid2_ray.retrieval import folder as folders
 from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for

@@ -62,7 +62,7 @@ class T5Cache(NamedTuple):
 
 class T5Decoder:
     """`Decoder` over a `T5ForConditionalGeneration` or an `EncoderDecoder` whose last ΣK vocabulary rows are the ID tokens,
-    level by level, with a plain or a prefix-aware head (`generator/heads.py`).
+    level by level, with a plain or a prefix-aware head (`generator.logits.PawaHead`).
 
     Any size, tied or untied head, float32 or half precision. `weights`: "float32" reads the model's own weights,
     whatever their type; "int8" copies the matrices of encoder and decoder in 8 bits now, for CPUs only (`int8.py`).

@@ -21,8 +21,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import GeneratorRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError, TrainingError
-from catid2_ray.generator.examples import tokenize
-from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
+from catid2_ray.generator.vocabulary import tokenize, train_tokenizer, with_docid_tokens
 from catid2_ray.on_ray.machine.arrays import fixed_lists
 from catid2_ray.on_ray.stages.examples import KIND
 from catid2_ray.on_ray.stages.train_generator import GeneratorTask

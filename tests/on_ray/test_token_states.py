@@ -11,10 +11,9 @@ from transformers import BertModel
 from catid2_ray.config import GeneratorRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import StorageError
-from catid2_ray.generator.examples import tokenize
 from catid2_ray.generator.logits import docid_logits
 from catid2_ray.generator.saved import load_generator
-from catid2_ray.generator.vocabulary import load_tokenizer, with_docid_tokens
+from catid2_ray.generator.vocabulary import load_tokenizer, tokenize, with_docid_tokens
 from catid2_ray.on_ray.stages.examples import KIND
 from catid2_ray.on_ray.stages.token_states import open_states
 from catid2_ray.on_ray.stages.train_generator import GeneratorTask

@@ -23,8 +23,7 @@ from catid2_ray.config import AlignmentRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError
 from catid2_ray.evaluation.alignment import measure
-from catid2_ray.generator.alignment import AlignmentLoss, Objective
-from catid2_ray.generator.alignment_fit import prompt_order
+from catid2_ray.generator.eg_grpo import AlignmentLoss, Objective, prompt_order
 from catid2_ray.generator.encoder_decoder import unrounded
 from catid2_ray.generator.saved import load_generator, save_generator
 from catid2_ray.generator.step import parameter_groups

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from catid2_ray import tables
 from catid2_ray.artifacts import schemas
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.stages import STAGES
@@ -25,6 +25,7 @@ from catid2_ray.catalog.synthetic import generate
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.config import CatalogRecipe
 from catid2_ray.errors import InputError
+from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine.groups import read_group, write_groups
 from catid2_ray.on_ray.machine.parts import map_parts
@@ -230,8 +231,7 @@ def _inspect(source: Store, table: str, writer: type, more: Iterable[str] = ()) 
 
 def part_of(product_ids: pa.ChunkedArray, parts: int) -> np.ndarray:
     """int32 N, the part that each product belongs to."""
-    keys = product_ids.cast(pa.string()).fill_null("").to_pandas().to_numpy(dtype=object)
-    return (pd.util.hash_array(keys, categorize=False) % np.uint64(parts)).astype(np.int32)
+    return (hash_of_text(product_ids.cast(pa.string()).fill_null("")) % np.uint64(parts)).astype(np.int32)
 
 
 class _Spread:
@@ -314,12 +314,12 @@ class _WriteProducts:
 
 class _WritePairs(_WriteProducts):
     table = "pairs"
-    needed = tuple(schemas.PAIRS.names)
+    needed = tuple(tables.PAIRS.names)
     wanted = (*needed, "user", "recent", "behaviour")
 
     def write(self, part: int, group: pa.Table) -> dict:
         checked = check_pairs(group)
-        table = schemas.conform(checked.good, schemas.pairs(checked.good.column_names), where=f"pairs, part {part}")
+        table = schemas.conform(checked.good, tables.pairs(checked.good.column_names), where=f"pairs, part {part}")
         highest = pc.max(table.filter(pc.field("split") == "train")["relevance"]).as_py()
         return self._result(part, table, checked, PAIRS.removesuffix("-"), train_relevance_max=highest or 0.0)
 

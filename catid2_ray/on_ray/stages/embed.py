@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from catid2_ray import tables
 from catid2_ray.artifacts import schemas
 from catid2_ray.artifacts.manifest import Attempt, Manifest, digest_of, tree_of
 from catid2_ray.artifacts.stages import STAGES
@@ -152,9 +153,7 @@ def _copy(store: Store, source: Manifest, below: str, attempt: Attempt) -> list[
 
 def _fit_lsa(job: Job, catalog: Manifest, folder: str) -> list[dict]:
     recipe = job.recipe.embedding
-    sample = read_sample(
-        job.store, catalog, list(schemas.PRODUCTS.names), rows=recipe.sample_rows, seed=job.recipe.seed
-    )
+    sample = read_sample(job.store, catalog, list(tables.PRODUCTS.names), rows=recipe.sample_rows, seed=job.recipe.seed)
     progress.event("fit", what="lsa", rows=sample.num_rows)
     encoder = LsaEncoder.fit(
         join_text(sample, recipe.text),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,11 +22,9 @@ from catid2_ray.catalog.pairs import pair_weights, training_pairs
 from catid2_ray.config import EXAMPLE_KINDS, GeneratorRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
-from catid2_ray.generator.doc2query import Doc2Query
-from catid2_ray.generator.examples import tokenize_cut
-from catid2_ray.generator.spans import description_spans
-from catid2_ray.generator.users import user_width, with_users
-from catid2_ray.generator.vocabulary import frame, load_tokenizer, train_tokenizer, with_docid_tokens
+from catid2_ray.generator.inputs import Doc2Query, description_spans, user_width, with_users
+from catid2_ray.generator.vocabulary import frame, load_tokenizer, tokenize_cut, train_tokenizer, with_docid_tokens
+from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
@@ -260,7 +257,7 @@ class _MakeExamples:
     def _spans(self, descriptions, names: pa.Array, counts: dict) -> _Rows:
         fits = self.recipe.query_tokens - sum(map(len, frame(self.tokenizer)))
         spans = description_spans(
-            self.tokenizer, descriptions.to_pylist(), pd.util.hash_array(names.to_numpy(zero_copy_only=False), categorize=False),
+            self.tokenizer, descriptions.to_pylist(), hash_of_text(names),
             tokens=min(self.recipe.span_tokens or fits, fits), windows=self.recipe.span_windows,
             length=self.recipe.query_tokens, seed=self.seed,
         )  # fmt: skip

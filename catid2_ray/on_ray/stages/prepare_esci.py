@@ -207,7 +207,7 @@ def _prepare(inputs: _Inputs, rules: esci_rules.Rules, folder: Path) -> dict:
     queries = [esci_rules.QUERIES.empty_table()]
     with (
         _writer(folder / "out" / "products.parquet", _PRODUCTS) as products,
-        _writer(folder / "out" / "pairs.parquet", esci_rules.PAIRS) as pairs,
+        _writer(folder / "out" / "pairs.parquet", esci_rules.JUDGED_PAIRS) as pairs,
         progress.bar("joining categories", texts.rows, "products") as shown,
     ):
         for part in range(_PARTS):

@@ -5,7 +5,6 @@ query; a bucket is then made whole, whatever the size of the catalogue. A pair t
 """
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -17,9 +16,9 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import AlignmentRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
-from catid2_ray.generator.examples import tokenize_cut
 from catid2_ray.generator.rewards import BEHAVIOURS, judged_rows, relevance_rewards
-from catid2_ray.generator.vocabulary import load_tokenizer
+from catid2_ray.generator.vocabulary import load_tokenizer, tokenize_cut
+from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.groups import read_group, write_groups
@@ -138,7 +137,7 @@ class _Join:
         return table.append_column("packed", pa.array(packed_N[place.drop_null().to_numpy()]))
 
     def _spread(self, name: str, table: pa.Table) -> None:
-        key_N = pd.util.hash_array(table["query_id"].cast(pa.string()).to_pandas().to_numpy(object), categorize=False)
+        key_N = hash_of_text(table["query_id"])
         write_groups(self.store, name, table, (key_N % np.uint64(self.buckets)).astype(np.int64), self.buckets)
 
 

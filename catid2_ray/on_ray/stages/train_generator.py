@@ -13,13 +13,12 @@ from catid2_ray.artifacts.release import fetch
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.config import GeneratorRecipe, StageRecipe
 from catid2_ray.docid import DocidSpace
+from catid2_ray.generator.batches import epoch_order, kept_words, mix_ratios, only_kept
 from catid2_ray.generator.encoder_decoder import load_text_encoder, unrounded
-from catid2_ray.generator.examples import epoch_order, kept_words, mix_ratios, only_kept
-from catid2_ray.generator.losses import near_codes
 from catid2_ray.generator.model import build_generator
 from catid2_ray.generator.saved import save_generator
 from catid2_ray.generator.states import TokenStates
-from catid2_ray.generator.step import DocidLoss, parameter_groups
+from catid2_ray.generator.step import DocidLoss, near_codes, parameter_groups
 from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.stages import validation

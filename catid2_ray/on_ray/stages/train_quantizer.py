@@ -25,7 +25,7 @@ from catid2_ray.on_ray.stages.assign.work import open_coder
 from catid2_ray.on_ray.stages.catalog import read_sample
 from catid2_ray.on_ray.training import worker
 from catid2_ray.on_ray.training.shards import PartReader
-from catid2_ray.quantizer.coder import Coder, encode
+from catid2_ray.quantizer.coder import Coder, TreeCoder, encode
 from catid2_ray.quantizer.health import (
     codebook_health,
     gradient_norms,
@@ -34,11 +34,9 @@ from catid2_ray.quantizer.health import (
     revive_dead_codes,
     verdict,
 )
-from catid2_ray.quantizer.labels import exchange_paths, mask_categories
 from catid2_ray.quantizer.model import ResidualQuantizer
-from catid2_ray.quantizer.sampler import category_balanced_order
+from catid2_ray.quantizer.sampler import category_balanced_order, exchange_paths, mask_categories
 from catid2_ray.quantizer.step import Extras, LossWeights, epoch_order, parameter_groups, training_loss
-from catid2_ray.quantizer.tree import TreeCoder
 from catid2_ray.schedule import seed_from
 
 _REVIVE_UNTIL = 0.75

@@ -132,11 +132,11 @@ def test_the_report_of_ids_shows_what_the_numbers_are(depths):
     codes, category = rng.integers(0, 4, (60, 3)), rng.integers(0, 3, (60, depths))
     figures = quality.id_quality(codes, category, (4, 4, 4))
     figures |= {
-        "floor": quality.equal_embedding_floor(embedding),
+        "floor": {"collision_rate": 0.0, "shared_rate": 0.0},
         "hourglass": quality.hourglass(figures["normalised_entropy"]),
         "prefix_agreement": quality.prefix_agreement(codes, category, pairs=100),
         "neighbour_agreement": quality.neighbour_agreement(codes, embedding, neighbours=3),
-        "displacement": quality.displacement(np.zeros(60, bool), np.zeros(60)),
+        "displacement": quality.displacement_of(np.zeros(0), 60),
         "reconstruction": quality.reconstruction_error(embedding, embedding),
         "added": {"later": [1, "<u>"]},
     }

@@ -5,8 +5,7 @@ import pytest
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, InputError, RecipeError
-from catid2_ray.generator.examples import tokenize
-from catid2_ray.generator.vocabulary import load_tokenizer, starts_word, train_tokenizer, with_docid_tokens
+from catid2_ray.generator.vocabulary import load_tokenizer, starts_word, tokenize, train_tokenizer, with_docid_tokens
 
 TITLES = [
     "Stainless Steel Hinge 3/4 in. x 10 ft.",

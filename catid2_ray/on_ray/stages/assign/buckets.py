@@ -11,10 +11,9 @@ import pyarrow as pa
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CapacityError
-from catid2_ray.identifiers.clusters import split_clusters
 from catid2_ray.identifiers.collisions import assign_unique, colliding_prefixes
 from catid2_ray.identifiers.overflow import closed_regions, is_member
-from catid2_ray.identifiers.suffix import ordinal_suffix
+from catid2_ray.identifiers.suffixes import ordinal_suffix, split_clusters
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.groups import read_group, read_groups, write_groups

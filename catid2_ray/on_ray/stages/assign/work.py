@@ -17,9 +17,10 @@ from catid2_ray.artifacts.release import fetch
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import IdsRecipe
 from catid2_ray.docid import DocidSpace
+from catid2_ray.hashing import bucket_of
 from catid2_ray.identifiers import ledger
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
-from catid2_ray.on_ray.machine.groups import bucket_of, read_group, write_groups
+from catid2_ray.on_ray.machine.groups import read_group, write_groups
 from catid2_ray.quantizer.coder import Coder, encode, load_coder
 
 LEDGER_COLUMNS = ("product_id", "codes", "status", "since", "until", "cost")

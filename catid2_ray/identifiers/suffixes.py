@@ -1,10 +1,12 @@
-"""Cluster IDs: products may share an ID, but never more than T_max of them; larger clusters are split into groups.
+"""One token more: what tells apart, or groups, the products that share their codes.
 
-Unusual: CQ-SID caps the groups at 100, so that its T_max breaks above 5,000 products; here the bound always holds, with
-the fewest groups, of sizes that differ by one at most. What group a product gets depends on its own cluster alone, so
-partitions of whole clusters can be split apart from each other.
+`ordinal_suffix` makes IDs unique by construction (TIGER's extra token, DSI's place in the leaf, naive digits); the suffix carries
+no meaning, only its order does, which may follow a priority (Hi-Gen's efficient items first). `split_clusters` lets products
+share an ID, but never more than T_max of them. Unusual: CQ-SID caps the groups at 100, so that its T_max breaks above 5,000
+products; here the bound always holds, with the fewest groups, of sizes that differ by one at most. What a product gets
+depends on those of its own codes alone, so partitions of whole clusters can be treated apart from each other.
 
-N products, Z latent width; R rows of one block of clusters, B parts of it.
+N products, S tokens of the suffix, Z latent width; R rows of one block of clusters, B parts of it.
 """
 
 import operator
@@ -13,11 +15,56 @@ from typing import NamedTuple
 import numpy as np
 
 from catid2_ray.errors import InputError
+from catid2_ray.hashing import splitmix
+from catid2_ray.identifiers.ledger import refuse_infinite, refuse_repeats
 
 METHODS = ("kmeans", "value", "random")
 BLOCK_NUMBERS = 2**22  # float64 numbers of one block of residuals, 32 MiB; a single larger cluster is a block
 POWER_STEPS = 8  # towards the first principal direction of a part, where its 2-means starts
 LLOYD_STEPS = 12  # at most; a part that has settled stays as it is
+
+
+class Suffix(NamedTuple):
+    """`codes_NS` int64 to append to the prefix codes, `codes_per_level` to append to theirs."""
+
+    codes_NS: np.ndarray
+    codes_per_level: tuple[int, ...]
+
+
+def ordinal_suffix(prefix_N, product_ids, *, priority_N=None, base: int | None = None) -> Suffix:
+    """Number the products of each equal prefix 0, 1, 2, … in the order of (−priority, product_id).
+
+    `prefix_N`: integers, such as packed prefix codes. `product_ids`: N different strings. `priority_N`: a float per
+    product, larger first, NaN last, in any unit; None = all equal. `base` None: one token with as many codes as the
+    largest group has products (1 when all prefixes differ). `base` b: as many digits 0 … b − 1, most significant
+    first, as the largest group needs, at least one. The same products get the same suffix in any order of rows; a
+    later product can renumber its group, so suffixes belong to one assignment.
+
+    Raises InputError for repeated product_ids, tables of different lengths, prefixes that are no integers and
+    base < 2. Source: TIGER (2305.05065) and DSI (2202.06991), METHODS 5.3 and 6.3; priority, Hi-Gen (2404.15675), 6.5.
+    """
+    if base is not None and base < 2:
+        raise InputError(f"base must be 2 or more digits, or None for one token, found {base}")
+    prefix_N, ids_N, order_N = _in_id_order(prefix_N, product_ids)
+    count = len(ids_N)
+    priority_N = np.zeros(count) if priority_N is None else np.asarray(priority_N, dtype=np.float64)
+    if priority_N.shape != (count,):
+        raise InputError(f"{count} product_ids need as many priorities, found {priority_N.shape}")
+    missing_N = np.isnan(priority_N)
+    keys = (np.where(missing_N, 0.0, -priority_N)[order_N], missing_N[order_N], prefix_N[order_N])
+    order_N = order_N[np.lexsort(keys)]  # stable: product_id decides between equal priorities
+    sorted_N = prefix_N[order_N]
+    start_N = np.searchsorted(sorted_N, sorted_N)
+    ordinal_N = np.empty(count, dtype=np.int64)
+    ordinal_N[order_N] = np.arange(count) - start_N
+    largest = int(ordinal_N.max(initial=0)) + 1
+    if base is None:
+        return Suffix(ordinal_N[:, None], (largest,))
+    digits = 1
+    while base**digits < largest:
+        digits += 1
+    weight_S = base ** np.arange(digits - 1, -1, -1, dtype=np.int64)
+    return Suffix(ordinal_N[:, None] // weight_S % base, (base,) * digits)
 
 
 class Groups(NamedTuple):
@@ -48,16 +95,18 @@ def split_clusters(
 
     Source: CQ-SID (arXiv 2605.14434), METHODS 2.5, without its limit of 100 groups.
     """
-    prefix_N, ids_N, t_max = _checked(prefix_N, product_ids, t_max, method)
-    count = len(ids_N)
-    order_N = np.argsort(ids_N, kind="stable")
-    _refuse_repeats(ids_N[order_N])
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    t_max = operator.index(t_max)
+    if t_max < 1:
+        raise InputError(f"t_max must be at least 1 product for each ID, found {t_max}")
+    prefix_N, ids_N, order_N = _in_id_order(prefix_N, product_ids)
     order_N = order_N[np.argsort(prefix_N[order_N], kind="stable")]
     _, size_C = np.unique(prefix_N, return_counts=True)
     groups_C = -(-size_C // t_max)
     row_R = order_N[np.repeat(groups_C > 1, size_C)]
     size_B, groups_B = size_C[groups_C > 1], groups_C[groups_C > 1]
-    group_N = np.zeros(count, np.int64)
+    group_N = np.zeros(len(ids_N), np.int64)
     if method == "kmeans":
         residual_NZ = _finite_residuals(residual_NZ, ids_N)
         group_N[row_R] = _by_residual(residual_NZ, row_R, size_B, groups_B)
@@ -77,27 +126,16 @@ def split_clusters(
     return Groups(group_N, int(groups_C.max(initial=1)), report)
 
 
-def _checked(prefix_N, product_ids, t_max, method):
-    if method not in METHODS:
-        raise InputError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
-    t_max = operator.index(t_max)
-    if t_max < 1:
-        raise InputError(f"t_max must be at least 1 product for each ID, found {t_max}")
+def _in_id_order(prefix_N, product_ids):
+    """Prefixes and product_ids as arrays, and the order of the product_ids; InputError where they are not what they must be."""
     prefix_N, ids_N = np.asarray(prefix_N), np.asarray(product_ids, dtype=str)
     if prefix_N.shape != ids_N.shape or ids_N.ndim != 1:
         raise InputError(f"product_ids of shape {ids_N.shape} need as many prefixes, found shape {prefix_N.shape}")
     if len(prefix_N) and prefix_N.dtype.kind not in "iu":
         raise InputError(f"prefixes must be integers, found {prefix_N.dtype}: pack the codes first")
-    return prefix_N, ids_N, t_max
-
-
-def _refuse_repeats(sorted_N):
-    repeated = np.flatnonzero(sorted_N[1:] == sorted_N[:-1])
-    if len(repeated):
-        raise InputError(
-            f"product_id {str(sorted_N[repeated[0]])!r} occurs more than once ({len(repeated)} repeats in all): "
-            f"give each product one row"
-        )
+    order_N = np.argsort(ids_N, kind="stable")
+    refuse_repeats(ids_N[order_N], "the table")
+    return prefix_N, ids_N, order_N
 
 
 def _finite_residuals(residual_NZ, ids_N):
@@ -107,12 +145,7 @@ def _finite_residuals(residual_NZ, ids_N):
             f'method "kmeans" needs residuals, numbers of shape {len(ids_N)}×Z, found {residual_NZ.dtype} of shape '
             f'{residual_NZ.shape}; hand them over, or split by "value" or "random"'
         )
-    wrong = np.flatnonzero(~np.isfinite(residual_NZ).all(axis=1))
-    if len(wrong):
-        raise InputError(
-            f"the residual of product_id {str(ids_N[wrong[0]])!r} (row {wrong[0]}) is not finite, "
-            f"one of {len(wrong)}; encode the catalogue again"
-        )
+    refuse_infinite(residual_NZ, ids_N)
     return residual_NZ
 
 
@@ -129,20 +162,13 @@ def _value_keys(value_N, ids_N, row_R):
 
 
 def _hashes(ids_R, seed):
-    """uint64 R: the characters and the seed, mixed one column of characters at a time (splitmix64's finaliser)."""
-    hash_R = _mix(np.full(len(ids_R), operator.index(seed) % 2**64, np.uint64))
+    """uint64 R: the characters and the seed, mixed one column of characters at a time."""
+    hash_R = splitmix(np.full(len(ids_R), operator.index(seed) % 2**64, np.uint64))
     letters_RW = np.ascontiguousarray(ids_R).view(np.uint32).reshape(len(ids_R), ids_R.itemsize // 4)
     for letter_R in letters_RW.T:
         # Padding is skipped: the width follows the longest product_id of the call, the hash must not.
-        hash_R = np.where(letter_R == 0, hash_R, _mix(hash_R ^ letter_R.astype(np.uint64)))
+        hash_R = np.where(letter_R == 0, hash_R, splitmix(hash_R ^ letter_R.astype(np.uint64)))
     return hash_R
-
-
-def _mix(value_R):
-    value_R = value_R + np.uint64(0x9E3779B97F4A7C15)
-    value_R = (value_R ^ (value_R >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value_R = (value_R ^ (value_R >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value_R ^ (value_R >> np.uint64(31))
 
 
 def _places(size_B):

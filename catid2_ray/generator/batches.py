@@ -1,63 +1,24 @@
-"""Training examples: texts as token ids, titles thinned into pseudo-queries, and which rows make up step s.
+"""Which rows make up step s: examples mixed and shuffled by epoch, titles thinned into pseudo-queries, texts of like length.
 
 A batch is a pure function of (seed, step), drawn for all workers at once and then cut by rank, so resuming and
 changing the number of workers leave the stream of examples as it was.
 
-B batch, T tokens, V vocabulary, L levels, N rows.
+B batch, T tokens, V vocabulary, L levels, N rows or distinct lengths, G groups.
 """
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from catid2_ray.errors import InputError, RecipeError
-from catid2_ray.generator.vocabulary import EOS, PAD, frame
+from catid2_ray.generator.states import StateCache, TokenStates
+from catid2_ray.generator.vocabulary import EOS, PAD
 
-_CHUNK = 8192
-
-
-def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int) -> np.ndarray:
-    """int32 N×`length`: token ids with the tokenizer's own marks (`</s>`; [CLS] and [SEP]), cut to `length`, padded on
-    the right with its padding token (0 in T5 and BERT).
-
-    ID tokens or `</s>` written out in a text are read as plain characters. Raises InputError for a length below 2.
-    """
-    if length < 2:
-        raise InputError(f"texts need at least 2 tokens (one and </s>), found length={length}")
-    ids_NT = np.zeros((len(texts), length), np.int32)
-    for start in range(0, len(texts), _CHUNK):
-        encoded = tokenizer(
-            list(texts[start : start + _CHUNK]),
-            max_length=length,
-            truncation=True,
-            padding="max_length",
-            padding_side="right",
-            split_special_tokens=True,
-            return_attention_mask=False,
-        )
-        ids_NT[start : start + _CHUNK] = encoded["input_ids"]
-    return ids_NT
-
-
-class Cut(NamedTuple):
-    """`input_ids_NT` as `tokenize` gives them; `cut_N` bool: texts that were longer."""
-
-    input_ids_NT: np.ndarray
-    cut_N: np.ndarray
-
-
-def tokenize_cut(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int) -> Cut:
-    """`tokenize`, and which texts lost something by it."""
-    longer_NT = tokenize(tokenizer, texts, length=length + 1)
-    cut_N = longer_NT[:, length] != tokenizer.pad_token_id
-    marks = len(frame(tokenizer)[1])
-    # The end marks of a text that is one token too long move one place to the left, over its last word.
-    longer_NT[cut_N, length - marks : length] = longer_NT[cut_N, length - marks + 1 : length + 1]
-    return Cut(np.ascontiguousarray(longer_NT[:, :length]), cut_N)
+MOST_PADDING = 0.1  # share of the tokens of a batch that may be padding
 
 
 def kept_words(
@@ -71,7 +32,9 @@ def kept_words(
 ) -> np.ndarray:
     """bool B×T: which tokens stay when each word stays with probability `keep`, at least one word per row.
 
-    Whole words fall, never parts of one. Tokens in `special` always stay ([CLS] and [SEP] too); padding never does.
+    Turns a title into something like a query, in the spirit of NCI's generated queries (Wang et al. 2022, section 3.2),
+    without a second model. Whole words fall, never parts of one. Tokens in `special` always stay ([CLS] and [SEP] too);
+    padding never does.
     """
     if not 0.0 < keep <= 1.0:
         raise RecipeError(f"keep must be in (0, 1], found {keep}")
@@ -89,25 +52,6 @@ def kept_words(
     return (real_BT & np.take_along_axis(kept_word_BT, np.maximum(word_BT, 0), 1)) | (
         special_BT & (input_ids_BT != pad)
     )
-
-
-def drop_words(
-    input_ids_BT: np.ndarray,
-    starts_word_V: np.ndarray,
-    *,
-    keep: float,
-    generator: np.random.Generator,
-    pad: int = PAD,
-    special: Sequence[int] = (EOS,),
-) -> np.ndarray:
-    """int32 B×T: the tokens that `kept_words` keeps, moved to the left.
-
-    Turns a title into something like a query, in the spirit of NCI's generated queries (Wang et al. 2022, section 3.2),
-    without a second model.
-    """
-    kept_BT = kept_words(input_ids_BT, starts_word_V, keep=keep, generator=generator, pad=pad, special=special)
-    thin_BT = only_kept(input_ids_BT, kept_BT, pad=pad)
-    return np.pad(thin_BT, ((0, 0), (0, input_ids_BT.shape[1] - thin_BT.shape[1])), constant_values=pad)
 
 
 def only_kept(input_ids_BT: np.ndarray, kept_BT: np.ndarray, *, pad: int = PAD) -> np.ndarray:
@@ -165,27 +109,18 @@ def mix_ratios(sizes: Mapping[str, int], mix: Mapping[str, float]) -> dict[str, 
 
 
 class Batch(NamedTuple):
-    """`input_ids_BT` int32, no column of only padding; `codes_BL` int64; `weight_B` float32, None where all count 1."""
+    """`texts`: int32 ids B×T without a column of only padding, or a frozen encoder's states of them; `codes_BL` int64;
+    `weight_B` float32, None where all count 1."""
 
-    input_ids_BT: np.ndarray
+    texts: np.ndarray | TokenStates
     codes_BL: np.ndarray
     weight_B: np.ndarray | None = None
 
-    def inputs(self, device: torch.device) -> torch.Tensor:
-        """What the loss takes: int64 B×T on `device`."""
-        return torch.from_numpy(self.input_ids_BT).long().to(device)
-
-
-class Picked(NamedTuple):
-    """The rows of one worker's step: `kind_B` indexes the sorted kinds, `row_B` that kind's table; `input_ids_BT` as
-    they lie in the tables; `kept_BT` bool, the tokens that stay once words fell."""
-
-    kind_B: np.ndarray
-    row_B: np.ndarray
-    input_ids_BT: np.ndarray
-    kept_BT: np.ndarray
-    codes_BL: np.ndarray
-    weight_B: np.ndarray | None
+    def inputs(self, device: torch.device) -> torch.Tensor | TokenStates:
+        """What the loss takes: int64 B×T or states, on `device`."""
+        if isinstance(self.texts, TokenStates):
+            return TokenStates(*(part.to(device, non_blocking=True) for part in self.texts))
+        return torch.from_numpy(self.texts).long().to(device)
 
 
 @dataclass
@@ -193,9 +128,9 @@ class Examples:
     """Every example of a training run: per kind ("query", "title" …) an int32 N×T table of ids and the N×L codes.
 
     `ratio`: how often a kind's rows appear per epoch (1.0 where unnamed). `weight`: what each row of a kind counts in the loss
-    (1 where unnamed). `drop_share` of the "title" rows of each
-    batch lose words with probability 1 − `keep`; needs `starts_word_V`. Tables may be memory-mapped; all have one T.
-    `pad`, `special`: the tokenizer's padding and the marks that never fall (`vocabulary.marks`).
+    (1 where unnamed). `drop_share` of the "title" rows of each batch lose words with probability 1 − `keep`; needs
+    `starts_word_V`. Tables may be memory-mapped; all have one T. `pad`, `special`: the tokenizer's padding and the marks that
+    never fall (`vocabulary.marks`). `states`: where the texts are read as token states, see `with_states`.
     """
 
     input_ids: Mapping[str, np.ndarray]
@@ -207,19 +142,24 @@ class Examples:
     pad: int = PAD
     special: tuple[int, ...] = (EOS,)
     weight: Mapping[str, np.ndarray] = field(default_factory=dict)
+    states: StateCache | None = None
     _epochs: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         for kind, ids_NT in self.input_ids.items():
             if kind not in self.codes or len(ids_NT) != len(self.codes[kind]):
-                found = len(self.codes[kind]) if kind in self.codes else "none"
-                raise InputError(
-                    f"examples of kind {kind!r}: {len(ids_NT)} texts but {found} IDs; they must go in pairs"
-                )
+                ids = len(self.codes[kind]) if kind in self.codes else "none"
+                raise InputError(f"examples of kind {kind!r}: {len(ids_NT)} texts but {ids} IDs; they must go in pairs")
         if len({ids_NT.shape[1] for ids_NT in self.input_ids.values()}) != 1:
             raise InputError(
                 f"tables differ in length: { {k: v.shape[1] for k, v in self.input_ids.items()} }; use one T"
             )
+
+    def with_states(self, encoder, folder: str | os.PathLike, **settings) -> "Examples":
+        """These rows in the same steps, and the same words fall, but read as the states of a frozen text encoder, which are
+        cached in `folder`; `settings` as in `StateCache.build`."""
+        ids_NT = np.concatenate([self.input_ids[kind] for kind in sorted(self.input_ids)])
+        return replace(self, states=StateCache.build(encoder, ids_NT, folder, **settings), _epochs={})
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -235,7 +175,7 @@ class Examples:
             self._epochs[seed, epoch] = epoch_order(self.sizes, self.ratio, seed=seed, epoch=epoch)
         return self._epochs[seed, epoch]
 
-    def pick(self, *, seed: int, step: int, batch: int, rank: int = 0, workers: int = 1) -> Picked:
+    def batch(self, *, seed: int, step: int, batch: int, rank: int = 0, workers: int = 1) -> Batch:
         """The rows of `rank` in step `step`; `batch` counts all workers together. A pure function of its arguments."""
         if batch % workers:
             raise RecipeError(f"a batch of {batch} rows does not divide among {workers} workers")
@@ -264,17 +204,45 @@ class Examples:
                 )  # fmt: skip
         share = batch // workers
         mine = slice(rank * share, (rank + 1) * share)
-        return Picked(
-            kind_B[mine],
-            row_B[mine],
-            ids_BT[mine],
-            kept_BT[mine],
-            codes_BL[mine],
-            None if weight_B is None else weight_B[mine],
-        )
+        texts = only_kept(ids_BT[mine], kept_BT[mine], pad=self.pad)
+        if self.states is not None:
+            texts = self.states.take_texts(self.states.find(ids_BT[mine]), kept_BT[mine])
+        return Batch(texts, codes_BL[mine], None if weight_B is None else weight_B[mine])
 
-    def batch(self, *, seed: int, step: int, batch: int, rank: int = 0, workers: int = 1) -> Batch:
-        """The texts and IDs of `pick`, as token ids."""
-        picked = self.pick(seed=seed, step=step, batch=batch, rank=rank, workers=workers)
-        ids_BT = only_kept(picked.input_ids_BT, picked.kept_BT, pad=self.pad)
-        return Batch(ids_BT, picked.codes_BL, picked.weight_B)
+
+def length_groups(
+    length_B: np.ndarray, *, least: int = 32, most: int = 8, padding: float = MOST_PADDING
+) -> list[np.ndarray]:
+    """Rows in as few groups as keep padding at or under the share `padding`, lengths ascending from group to group.
+
+    Of all ways to cut the sorted lengths the one with least padding is found, by dynamic programming over the distinct lengths
+    (at most as many as tokens fit an input), so the cost does not grow with the batch.
+    `length_B`: tokens of each row. Groups have at least `least` rows (but for one group of all), as a pass over few rows
+    costs as much as over many, and there are at most `most`. Where the goal cannot be reached so, the grouping with
+    least padding is given. Rows of one length are never parted, so groups can be of unequal size. Rows keep their order
+    inside a group.
+    """
+    length_B = np.maximum(np.asarray(length_B), 1)
+    length_N, number_B, rows_N = np.unique(length_B, return_inverse=True, return_counts=True)
+    before_N = np.concatenate(([0], np.cumsum(rows_N)))
+    # cost_NN[i, j]: tokens of a group of the distinct lengths i … j, all padded to the last.
+    size_NN = before_N[None, 1:] - before_N[:-1, None]
+    cost_NN = np.where(size_NN >= least, size_NN * length_N[None, :], np.inf)
+    cost_NN[0, -1] = len(length_B) * length_N[-1]
+    real = int(length_B.sum())
+    best_N, cuts = cost_NN[0], [np.zeros(len(length_N), np.int64)]
+    least_cost, chosen = cost_NN[0, -1], 1
+    for groups in range(2, min(most, len(length_N)) + 1):
+        if 1.0 - real / least_cost <= padding:
+            break
+        # The last group begins at distinct length i, after the best cut of all shorter ones.
+        through_NN = np.concatenate(([np.inf], best_N[:-1]))[:, None] + cost_NN
+        cuts.append(through_NN.argmin(0))
+        best_N = through_NN.min(0)
+        if best_N[-1] < least_cost:
+            least_cost, chosen = best_N[-1], groups
+    group_N, end = np.zeros(len(length_N), np.int64), len(length_N)
+    for group in range(chosen - 1, 0, -1):
+        first = int(cuts[group][end - 1])
+        group_N[first:end], end = group, first
+    return [np.flatnonzero(group_N[number_B] == group) for group in range(chosen)]

@@ -9,10 +9,11 @@ taken, needs i.i.d. samples of the policy, which the members of a beam are not.
 B groups (one a query), G rollouts, E expert candidates, N members, L levels, K codes of a level, T query tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,8 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError
 from catid2_ray.generator.logits import decoder_logits, docid_logits, memory_of
 from catid2_ray.generator.states import TokenStates
+from catid2_ray.generator.step import parameter_groups, update
+from catid2_ray.schedule import learning_rate_at, seed_from
 
 _FLAT = 1e-6  # rewards nearer to each other than this are equal
 
@@ -255,3 +258,55 @@ class AlignmentLoss(nn.Module):
     def forward(self, input_ids_BT: Tensor, experience: Experience) -> tuple[Tensor, dict]:
         logps = group_logps(self.model, input_ids_BT, experience.groups.codes_BNL, space=self.space)
         return alignment_loss(logps, experience, self.objective)
+
+
+def prompt_order(prompts: int, *, rollout: int, batch: int, seed: int) -> np.ndarray:
+    """int64 `batch`, the prompts of one rollout: a walk through permutations, one a pass, each a function of the seed."""
+    position = rollout * batch + np.arange(batch)
+    passes, place = np.divmod(position, prompts)
+    order = np.empty(batch, np.int64)
+    for number in np.unique(passes):
+        mine = passes == number
+        order[mine] = np.random.default_rng((seed, 4, int(number))).permutation(prompts)[place[mine]]
+    return order
+
+
+def align(
+    model: nn.Module,
+    *,
+    prompts: Callable[[np.ndarray], Mapping[str, Tensor]],
+    count: int,
+    experience: Callable[[Mapping[str, Tensor], int], tuple[Experience, dict]],
+    objective: Objective,
+    space: DocidSpace,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    updates: int = 1,
+    warmup_share: float = 0.05,
+    weight_decay: float = 1e-4,
+    clip: float = 1.0,
+    seed: int = 0,
+    stop: Callable[[int], bool] = lambda step: False,
+) -> list[dict[str, float]]:
+    """Alignment in one process, without Ray: train `model` in place for `steps` updates, `updates` on each rollout of `batch`
+    prompts; figures of every step.
+
+    `prompts(rows)` gives the tensors of those of `count` prompts, `experience(batch, seed)` what `Environment.experience`
+    gives. `stop(step)` may end it early. Raises TrainingError when the loss is not finite.
+    """
+    module = AlignmentLoss(model, space=space, objective=objective)
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=weight_decay), lr=learning_rate, fused=True)
+    history, given = [], None
+    for step in range(steps):
+        if stop(step):
+            break
+        if step % updates == 0:
+            rows = prompt_order(count, rollout=step // updates, batch=batch, seed=seed)
+            asked = prompts(rows)
+            given, rolled = experience(asked, seed_from(seed, step))
+        rate = learning_rate_at(step, steps, peak=learning_rate, warmup_share=warmup_share)
+        loss, figures = module(asked["input_ids"], given)
+        figure = update(model, optimizer, loss, rate=rate, clip=clip, what="alignment", step=step)
+        history.append({"loss": figure, **{name: float(value) for name, value in {**rolled, **figures}.items()}})
+    return history
