@@ -85,7 +85,9 @@ def publish(store: Store, manifests: dict[str, Manifest], *, after: int | None =
     check_parts(manifests)
     for manifest in manifests.values():
         verify(store, manifest)
-    parts = {part: {"key": manifests[part].key, "digest": manifests[part].digest} for part in PARTS}
+    # Pairs that lie in the catalogue of an older release are no part of their own.
+    own = [part for part in PARTS if manifests[part].kind == part]
+    parts = {part: {"key": manifests[part].key, "digest": manifests[part].digest} for part in own}
     release = Release(
         name=f"r-{digest_of(parts)[:12]}", parts=parts, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     )

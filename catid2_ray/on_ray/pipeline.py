@@ -28,15 +28,15 @@ from catid2_ray.on_ray.stages.assign import stage as assign
 
 def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
     """Run or find every stage up to `last`; returns their manifests by name. Sets `previous` and `pointer` of the job."""
+    job.pointer, current = releases.pointer(job.store)
+    job.previous = open_previous(job.store, current, new_ledger=job.new_ledger)
+    _refuse_new_ledger(job)
     parts = {"catalog": catalog.run(job, {})}
     if last != "catalog":
         check_codes(job.recipe, parts["catalog"])
         parts["pairs"] = catalog.run_pairs(job, parts)
         if STAGES[last].needs_pairs:
             _refuse_without_pairs(job.recipe, parts["pairs"])
-        job.pointer, current = releases.pointer(job.store)
-        job.previous = open_previous(job.store, current, new_ledger=job.new_ledger)
-        _refuse_new_ledger(job)
         for name, run in _RUN.items():
             if name == "queries" and not job.recipe.quantizer.query_item:
                 continue

@@ -53,8 +53,8 @@ def shop(tmp_path):
     def attempt(kind):
         return Attempt(store, kind, settings={"query_tokens": 8}, parents={}, recipe={})
 
-    catalog, ids, examples, trained = map(attempt, ("catalog", "ids", "examples", "generator"))
-    files = {"catalog": [], "ids": []}
+    catalog, judged, ids, examples, trained = map(attempt, ("catalog", "pairs", "ids", "examples", "generator"))
+    files = {"catalog": [], "pairs": [], "ids": []}
     for part, half in enumerate((names[::2], names[1::2])):
         place_N = np.arange(40)[part::2]
         of_part = pairs.filter(pc.is_in(pairs["product_id"], pa.array(half + (["gone"] if part else []))))
@@ -63,7 +63,7 @@ def shop(tmp_path):
         )
         for kind, made, name, rows in (
             ("catalog", catalog, f"part-{part:05d}.parquet", pa.table({"product_id": half})),
-            ("catalog", catalog, f"pairs/part-{part:05d}.parquet", of_part),
+            ("pairs", judged, f"pairs/part-{part:05d}.parquet", of_part),
             ("ids", ids, f"part-{part:05d}.parquet", table),
         ):
             files[kind].append({**store.write_table(made.name(name), rows), "part": part})
@@ -82,7 +82,8 @@ def shop(tmp_path):
     model.save_pretrained(local / "generator")
     metrics = {"codes_per_level": list(SPACE.codes_per_level)}
     return store, pairs, dict(zip(names, packed_N.tolist())), {
-        "catalog": catalog.commit(files["catalog"], metrics={"pairs": pairs.num_rows, "behaviour": True}),
+        "catalog": catalog.commit(files["catalog"], metrics={}),
+        "pairs": judged.commit(files["pairs"], metrics={"pairs": pairs.num_rows, "behaviour": True}),
         "ids": ids.commit([*files["ids"], *store.upload(local / "ids", ids.folder)], metrics=metrics),
         "examples": examples.commit(store.upload(local / "examples", examples.folder), metrics={}),
         "trained": trained.commit(store.upload(local / "generator", trained.folder), metrics={}),
@@ -131,7 +132,7 @@ def test_prompts_hold_what_was_judged(shop, monkeypatch, buckets):
 
 def test_grades_and_a_table_of_scores(shop, monkeypatch, tmp_path):
     store, pairs, packed, parents = shop
-    parents["catalog"].metrics["behaviour"] = False
+    parents["pairs"].metrics["behaviour"] = False
     scores = pa.table({"query_id": ["q0", "q0", "q4", "q9"], "product_id": ["p03", "p04", "p30", "p01"],
                        "score": [3.0, -1.0, 2.0, 0.0]})  # fmt: skip
     pq.write_table(scores, tmp_path / "scores.parquet")

@@ -73,10 +73,12 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module in (catalog, examples, recent):
             patch.setattr(module, "map_parts", serially)
-        products = catalog._prepare(job, attempt("catalog"), None)
+        products = catalog._make_products(job, attempt("catalog"), None)
+        pairs = catalog._make_pairs(job, attempt("pairs"), products)
         ids = write_ids(store, attempt("ids"), products)
-        found = examples._make(job, attempt("examples"), {"catalog": products, "ids": ids})
-    return SimpleNamespace(recipe=recipe, store=store, catalog=products, ids=ids, examples=found, job=job)
+        parents = {"catalog": products, "pairs": pairs, "ids": ids}
+        written = examples._make(job, attempt("examples"), parents)
+    return SimpleNamespace(recipe=recipe, store=store, **parents, parents=parents, examples=written, job=job)
 
 
 def write_ids(store, attempt, products):
@@ -104,7 +106,7 @@ def ids_of(made):
 
 
 def teaching(made):
-    pairs = read_all(made, made.catalog, "pairs/part-").to_pylist()
+    pairs = read_all(made, made.pairs, "pairs/part-").to_pylist()
     return [row for row in pairs if row["split"] == "train" and row["relevance"] >= 2]
 
 
@@ -178,7 +180,7 @@ def test_examples_do_not_depend_on_the_order_of_the_work(made, monkeypatch):
     for module in (examples, recent):
         monkeypatch.setattr(module, "map_parts", backwards)
     attempt = Attempt(made.store, "examples", settings={"again": 1}, parents={}, recipe={})
-    again = examples._make(made.job, attempt, {"catalog": made.catalog, "ids": made.ids})
+    again = examples._make(made.job, attempt, made.parents)
     assert again.digest == made.examples.digest
 
 
@@ -194,13 +196,14 @@ def test_a_kind_without_rows_is_refused(made, monkeypatch, tmp_path):
     }
     recipe = Recipe.build(values | {"store": str(tmp_path / "store")})
     job = SimpleNamespace(recipe=recipe, store=Store(recipe.store))
-    products = catalog._prepare(job, Attempt(job.store, "catalog", settings={}, parents={}, recipe={}), None)
+    products = catalog._make_products(job, Attempt(job.store, "catalog", settings={}, parents={}, recipe={}), None)
+    pairs = catalog._make_pairs(job, Attempt(job.store, "pairs", settings={}, parents={}, recipe={}), products)
     ids = write_ids(job.store, Attempt(job.store, "ids", settings={}, parents={}, recipe={}), products)
     attempt = Attempt(job.store, "examples", settings={}, parents={}, recipe={})
     with pytest.raises(
         InputError, match="mix asks for user examples, but no training pair has a user.*Set mix.user to 0"
     ):
-        examples._make(job, attempt, {"catalog": products, "ids": ids})
+        examples._make(job, attempt, {"catalog": products, "pairs": pairs, "ids": ids})
 
 
 class Held:
@@ -279,11 +282,11 @@ def test_validation_is_the_recall_of_the_search(made, tmp_path):
 
     def sample(**changes):
         given = {"queries": 3, "min_relevance": 2, "query_tokens": 10, "seed": 5} | changes
-        return validation.sample(made.store, made.catalog, made.ids, tokenizer, **given)
+        return validation.sample(made.store, made.catalog, made.pairs, made.ids, tokenizer, **given)
 
     pairs = [
         row
-        for row in read_all(made, made.catalog, "pairs/part-").to_pylist()
+        for row in read_all(made, made.pairs, "pairs/part-").to_pylist()
         if row["split"] == "validation" and row["relevance"] >= 2
     ]
     everything = sample(queries=1000)

@@ -14,13 +14,14 @@ from tests.s3_server import new_bucket, s3_server
 
 PARENTS_OF = {
     "catalog": (),
+    "pairs": ("catalog",),
     "embeddings": ("catalog",),
     "quantizer": ("embeddings",),
     "ids": ("catalog", "embeddings", "quantizer"),
-    "examples": ("catalog", "ids"),
+    "examples": ("catalog", "pairs", "ids"),
     "generator": ("ids", "examples"),
     "serving": ("catalog", "embeddings", "ids"),
-    "evaluation": ("catalog", "ids", "generator", "serving"),
+    "evaluation": ("catalog", "pairs", "ids", "generator", "serving"),
 }
 
 

@@ -298,7 +298,7 @@ def test_one_pass_serves_where_the_generator_reads_with_the_products_encoder(cha
 
 def test_parts_are_the_stages_in_order():
     assert PARTS == (
-        "catalog", "embeddings", "quantizer", "ids", "examples", "generator", "serving", "evaluation"
+        "catalog", "pairs", "embeddings", "quantizer", "ids", "examples", "generator", "serving", "evaluation"
     )  # fmt: skip
 
 
@@ -322,15 +322,16 @@ def test_work_that_began_before_another_publication_is_not_published(store, chai
 def test_ids_that_keep_earlier_ones_go_with_what_was_trained_on_those(local_store, chain, make):
     one = chain(local_store, "one")
     fresh = {
-        role: make(local_store, role, {"f": b"grown"}, settings={"word": "grown"}) for role in ("catalog", "embeddings")
+        role: make(local_store, role, {"f": b"grown"}, settings={"word": "grown"})
+        for role in ("catalog", "pairs", "embeddings")
     }
-    parents = {role: fresh[role].digest for role in fresh} | {"quantizer": one["quantizer"].digest}
+    parents = {role: fresh[role].digest for role in ("catalog", "embeddings")} | {"quantizer": one["quantizer"].digest}
     files = {"trie/arrays.npy": b"grown", "products.arrow": b"grown"}
     settings = {"metrics": {"codes_per_level": [4, 4, 4]}, "parents": parents}
     stranger = make(local_store, "ids", files, settings={"word": "stranger"}, **settings)
     with pytest.raises(ReleaseError, match="parts do not match: quantizer was made from embeddings"):
         check_parts(one | fresh | {"ids": stranger})
-    keeps = {role: [one[role].digest] for role in ("catalog", "embeddings", "ids", "serving")}
+    keeps = {role: [one[role].digest] for role in ("catalog", "pairs", "embeddings", "ids", "serving")}
     grown = make(local_store, "ids", files, settings={"word": "grown"}, extends=keeps, **settings)
     laid_out = {role: (fresh | {"ids": grown})[role].digest for role in ("catalog", "embeddings", "ids")}
     serving = make(local_store, "serving", {"serving.json": b"grown"}, parents=laid_out)
