@@ -22,7 +22,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import AlignmentRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError
-from catid2_ray.evaluation.alignment import measure
+from catid2_ray.evaluation.alignment_report import measure
 from catid2_ray.generator.alignment import AlignmentLoss, Objective
 from catid2_ray.generator.alignment_fit import prompt_order
 from catid2_ray.generator.encoder_decoder import unrounded
