@@ -1,7 +1,7 @@
 """What the benchmarks share: options, the machine that they name, timing, fresh processes, tables and pages.
 
-A page of results/ has two parts. What stands above the line KEPT is written by its benchmark; the text below it is written by people
-and stays when the page is rendered again. The benchmarks import this file as scripts do.
+A page of results/ has two parts. What stands above the line KEPT is written by its benchmark; the text below it is written
+by people and stays when the page is rendered again. The benchmarks import this file as scripts do.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def where(benchmark: str, *, device: str = "cpu", threads: int = 1) -> dict:
 
 
 def in_turns(runs: Mapping, *, turns: int, seconds: float = 0.0, device: str = "cpu") -> dict:
-    """Name → the seconds of each call. The runs take turns, because machines are noisy: at least `turns`, on until `seconds` passed."""
+    """Name → the seconds of each call, in turns because machines are noisy: at least `turns`, on until `seconds` have passed."""
     taken, start = {name: [] for name in runs}, time.perf_counter()
     turn = 0
     while turn < turns or time.perf_counter() - start < seconds:
