@@ -28,6 +28,13 @@ def token_type(codes: int) -> type:
     return np.uint8 if codes <= 2**8 else np.int16 if codes <= 2**15 else np.int32
 
 
+def entries(first_R: np.ndarray, count_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(all entries of R ranges, one range after the other; the range of each), from where each begins and its length."""
+    range_M = np.repeat(np.arange(len(count_R)), count_R)
+    skipped_R = np.cumsum(count_R) - count_R
+    return np.arange(len(range_M)) + (first_R - skipped_R)[range_M], range_M
+
+
 @dataclass(frozen=True, eq=False)
 class Starts:
     """Where `count` consecutive ranges begin that cover 0 … `total` − 1, none empty: count + 1 numbers s_0 = 0 < … <

@@ -31,7 +31,7 @@ from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.stages.catalog import part_specs
 from catid2_ray.on_ray.stages.embed import model_identity
 from catid2_ray.retrieval.lexical import Block, LexicalIndex, count_words
-from catid2_ray.retrieval.product_names import ProductNames
+from catid2_ray.retrieval.products import ProductNames
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import VectorStore
 

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from catid2_ray.errors import ArtifactError, CapacityError, InputError, QueryError
 from catid2_ray.retrieval.beam import constrained_beam_search
-from catid2_ray.retrieval.filters import Filter, FilterIndex
+from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
 from catid2_ray.retrieval.live import LiveTrie, result_rows
-from catid2_ray.retrieval.live_filters import LiveFilter
-from catid2_ray.retrieval.product_names import ProductNames
+from catid2_ray.retrieval.products import ProductNames
 from catid2_ray.retrieval.trie import Trie
 from tests.oracles.beam import Table
 from tests.unit.retrieval.test_beam import model_for, random_ids, random_queries
