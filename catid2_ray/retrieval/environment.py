@@ -20,9 +20,9 @@ from catid2_ray.errors import InputError, RecipeError
 from catid2_ray.generator.alignment import Experience, Groups, Objective, collect, pack
 from catid2_ray.generator.rewards import expert_candidates, graded, looked_up, ranker_bonus, unpack
 from catid2_ray.generator.vocabulary import pad_of
+from catid2_ray.retrieval.arrays import entries
 from catid2_ray.retrieval.rollout import Rollouts, beam_rollouts, sample_rollouts
 from catid2_ray.retrieval.trie import Trie
-from catid2_ray.retrieval.trie_arrays import entries
 from catid2_ray.schedule import seed_from
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from catid2_ray.docid import DocidSpace
+from catid2_ray.retrieval.arrays import pointer_type, token_type
 from catid2_ray.retrieval.trie import Trie
-from catid2_ray.retrieval.trie_arrays import pointer_type, token_type
 
 
 class InsertedArrays(NamedTuple):

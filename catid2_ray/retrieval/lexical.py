@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from catid2_ray.errors import ArtifactError, InputError
-from catid2_ray.retrieval.trie_arrays import entries
+from catid2_ray.retrieval.arrays import entries, read_header
 from catid2_ray.scripts import UNSPACED, pairs_of_unspaced
 
 FORMAT = 1
@@ -130,11 +130,7 @@ class LexicalIndex:
         """Memory-map a written index. Raises ArtifactError for a folder that is missing, half-written or inconsistent."""
         folder = Path(folder)
         try:
-            header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-            if header["format"] != FORMAT:
-                raise ArtifactError(
-                    f"{folder / HEADER} has format {header['format']}, this version reads {FORMAT}. {_AGAIN}"
-                )
+            header = read_header(folder / HEADER, "lexical index", version=FORMAT, again=_AGAIN)
             start_N1, idf_V = (
                 np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
                 for name in ("start", "idf")

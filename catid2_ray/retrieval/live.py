@@ -1,7 +1,7 @@
 """New, withdrawn and returned products in a trie that serves, without a rebuild: base + inserted products + bits of rows.
 
 The base stays memory-mapped and untouched, a search walks it and the inserted products side by side (`trie_tensors.py`)
-and finds what it would in a trie rebuilt from the live products (`LiveView.ids`). The next release's trie has them in it.
+and finds what it would in a trie rebuilt from the live products. The next release's trie has them in it.
 
 Rows have two numberings. A product's row never changes: 0 … N − 1 in the base, N + i for the i-th that was inserted;
 filters, names and `result_rows` speak of these. Results speak of ranges: `row_range_BK2` in the base, and
@@ -24,18 +24,11 @@ import torch
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CapacityError, InputError
+from catid2_ray.retrieval.arrays import entries
 from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter, LiveFilterIndex
 from catid2_ray.retrieval.inserted import Inserted
 from catid2_ray.retrieval.products import ProductNames
 from catid2_ray.retrieval.trie import Trie
-from catid2_ray.retrieval.trie_arrays import entries
-
-
-class LiveIds(NamedTuple):
-    """All live products in ID order: int64 codes, and rows (below N of the base, N + i the i-th inserted product)."""
-
-    codes_NL: np.ndarray
-    row_N: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,13 +92,6 @@ class LiveView:
             return numbers
         order_D, size = self.inserted.order_D, self.base.rows
         return np.where(numbers < size, numbers, size + order_D[np.maximum(numbers - size, 0)])
-
-    def ids(self) -> LiveIds:
-        """Every live product, as a trie rebuilt from them has it. O(N + D); equal IDs: base first, then as inserted."""
-        row_N = np.flatnonzero(self.is_live(np.arange(self.rows)))
-        codes_NL = codes_of(self, row_N)
-        order_N = np.argsort(DocidSpace(self.codes_per_level).pack(codes_NL), kind="stable")
-        return LiveIds(codes_NL[order_N], row_N[order_N])
 
 
 def codes_of(trie: Trie | LiveView, rows) -> np.ndarray:

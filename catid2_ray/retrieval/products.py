@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.errors import InputError, ReleaseError
+from catid2_ray.retrieval.arrays import pointer_type, read_array
 from catid2_ray.retrieval.lexical import LexicalIndex
-from catid2_ray.retrieval.trie_arrays import pointer_type, read_array
 from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
 
 _NAMES = "product_names"

@@ -17,15 +17,15 @@ import numpy as np
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, InputError, ReleaseError
-from catid2_ray.retrieval.trie_arrays import (
+from catid2_ray.retrieval.arrays import (
     FORMAT,
     HEADER,
     Starts,
     entries,
     pointer_type,
     read_array,
-    read_header,
     read_starts,
+    read_trie_header,
     token_type,
 )
 
@@ -261,7 +261,7 @@ class Trie:
         Checked here are lengths, types and both ends of every array, whatever N; `check` reads everything.
         """
         folder = Path(folder)
-        header = read_header(folder)
+        header = read_trie_header(folder)
         if identity is not None and header["identity"] != identity:
             raise ReleaseError(
                 f"{folder} is a trie of other IDs: it says {header['identity']!r}, expected {identity!r}; take all parts "

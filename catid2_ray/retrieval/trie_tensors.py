@@ -54,7 +54,7 @@ def filter_tensors(
 
 
 class _Starts(NamedTuple):
-    """`trie_arrays.Starts` as tensors of one device: the numbers themselves, or the exceptions to one entry a range."""
+    """`arrays.Starts` as tensors of one device: the numbers themselves, or the exceptions to one entry a range."""
 
     whole: Tensor | None
     extra: Tensor | None

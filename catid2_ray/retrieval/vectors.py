@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from catid2_ray.errors import ArtifactError, InputError
+from catid2_ray.retrieval.arrays import read_header
 
 FORMAT = 1
 HEADER = "vectors.json"
@@ -245,18 +246,8 @@ def _npy_header(file, rows: int, width: int) -> int:
 
 def _read_header(folder: Path) -> tuple[int, int, bool]:
     path = folder / HEADER
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder} holds no finished vectors: {HEADER} is missing. {_AGAIN}") from None
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON ({error}). {_AGAIN}") from None
-    try:
-        if header["format"] != FORMAT:
-            raise ArtifactError(f"{path} has format {header['format']}, this version reads {FORMAT}. {_AGAIN}")
-        rows, width, normalized = header["rows"], header["width"], header["normalized"]
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is no header of vectors ({error!r}). {_AGAIN}") from None
+    header = read_header(path, "vectors", version=FORMAT, again=_AGAIN)
+    rows, width, normalized = (header.get(name) for name in ("rows", "width", "normalized"))
     if type(rows) is not int or type(width) is not int or type(normalized) is not bool or min(rows, width) < 1:
         raise ArtifactError(f"{path} contradicts itself: {header}. {_AGAIN}")
     return rows, width, normalized

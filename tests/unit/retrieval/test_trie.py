@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, InputError, ReleaseError
+from catid2_ray.retrieval.arrays import Starts
 from catid2_ray.retrieval.trie import Trie
-from catid2_ray.retrieval.trie_arrays import Starts
 from tests.oracles.trie import DictTrie, starts_of
 
 
@@ -281,7 +281,7 @@ def _other_end(folder):
     [
         (_without_header, "holds no finished trie"),
         (_broken_header, "is not JSON"),
-        (_empty_header, "is no trie header"),
+        (_empty_header, "is no header of this kind: trie"),
         (_other_format, "has format 99"),
         (_other_rows, "contradicts itself"),
         (_missing_array, "token_2.npy cannot be read"),

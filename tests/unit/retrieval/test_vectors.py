@@ -127,7 +127,7 @@ def test_a_damaged_store_is_refused(tmp_path, what, text):
 def test_a_header_without_its_numbers_is_refused(tmp_path):
     VectorStore.write(tmp_path, [np.ones((2, 2))])
     (tmp_path / "vectors.json").write_text("[]")
-    with pytest.raises(ArtifactError, match="is no header of vectors"):
+    with pytest.raises(ArtifactError, match="is no header of this kind: vectors"):
         VectorStore.open(tmp_path)
 
 
