@@ -7,8 +7,8 @@ N rows (products), V terms of the vocabulary, P (product, term) pairs, B queries
 """
 
 import json
-import math
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from catid2_ray.errors import ArtifactError, InputError
+from catid2_ray.retrieval.arrays import entries, read_header
 from catid2_ray.scripts import UNSPACED, pairs_of_unspaced
 
 FORMAT = 1
@@ -35,8 +36,8 @@ _AGAIN = "Make the serving part again"
 def words(text: str, *, indexed: bool = False) -> list[str]:
     """Words of two letters or more, lower case, English stop words left out, no stemming; Japanese and Chinese by pairs of
     characters and, where a text is `indexed`, single ones too."""
-    found = _WORD.findall(pairs_of_unspaced(text, singles=indexed).lower())
-    return [word for word in found if word not in _STOPWORDS]
+    all_words = _WORD.findall(pairs_of_unspaced(text, singles=indexed).lower())
+    return [word for word in all_words if word not in _STOPWORDS]
 
 
 class Counted(NamedTuple):
@@ -129,11 +130,7 @@ class LexicalIndex:
         """Memory-map a written index. Raises ArtifactError for a folder that is missing, half-written or inconsistent."""
         folder = Path(folder)
         try:
-            header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-            if header["format"] != FORMAT:
-                raise ArtifactError(
-                    f"{folder / HEADER} has format {header['format']}, this version reads {FORMAT}. {_AGAIN}"
-                )
+            header = read_header(folder / HEADER, "lexical index", version=FORMAT, again=_AGAIN)
             start_N1, idf_V = (
                 np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
                 for name in ("start", "idf")
@@ -192,10 +189,8 @@ class LexicalIndex:
         return score_BC
 
     def _scores(self, terms: np.ndarray, times: np.ndarray, row_M: np.ndarray) -> np.ndarray:
-        first_M, end_M = self.start_N1[row_M], self.start_N1[row_M + 1]
-        count_M = end_M - first_M
-        owner_P = np.repeat(np.arange(len(row_M)), count_M)
-        entry_P = np.arange(len(owner_P)) + np.repeat(first_M - (np.cumsum(count_M) - count_M), count_M)
+        first_M = self.start_N1[row_M]
+        entry_P, owner_P = entries(first_M, self.start_N1[row_M + 1] - first_M)
         term_P = self.term_P[entry_P]
         at_P = np.minimum(np.searchsorted(terms, term_P), len(terms) - 1)
         hit_P = np.flatnonzero(terms[at_P] == term_P)
@@ -204,24 +199,15 @@ class LexicalIndex:
 
     def _terms(self, query: str) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the query's known words, ascending, and how often it has each."""
-        found = {}
-        for word, times in Counter(words(query)).items():
-            place = self._place(word)
-            if place is not None:
-                found[place] = times
-        terms = np.array(sorted(found), np.int32)
-        return terms, np.array([found[term] for term in terms.tolist()], np.float32)
+        times_of = {self._place(word): times for word, times in Counter(words(query)).items()}
+        times_of.pop(None, None)
+        terms = np.array(sorted(times_of), np.int32)
+        return terms, np.array([times_of[term] for term in terms.tolist()], np.float32)
 
     def _place(self, word: str) -> int | None:
         # Arrow sorts by the bytes of UTF-8, as Python does by code points: the same order.
-        low, high = 0, len(self.vocabulary)
-        for _ in range(math.ceil(math.log2(high + 1)) if high else 0):
-            middle = (low + high) // 2
-            if low < high and self.vocabulary[middle].as_py() < word:
-                low = middle + 1
-            else:
-                high = middle
-        return low if low < len(self.vocabulary) and self.vocabulary[low].as_py() == word else None
+        place = bisect_left(range(len(self.vocabulary)), word, key=lambda at: self.vocabulary[at].as_py())
+        return place if place < len(self.vocabulary) and self.vocabulary[place].as_py() == word else None
 
 
 def _weights(block: Block, idf_V: np.ndarray, mean_length: float) -> np.ndarray:

@@ -28,8 +28,7 @@ from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.query_encoder import query_encoder
 from catid2_ray.quantizer.coder import encode, load_coder
 from catid2_ray.quantizer.model import ResidualQuantizer
-from catid2_ray.retrieval.live import LiveView
-from catid2_ray.retrieval.rows import codes_of
+from catid2_ray.retrieval.live import LiveView, codes_of
 
 _ROWS = 16  # of one padded forward pass
 

@@ -22,7 +22,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import AlignmentRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError
-from catid2_ray.evaluation.alignment import measure
+from catid2_ray.evaluation.alignment_report import measure
 from catid2_ray.generator.eg_grpo import AlignmentLoss, Objective, prompt_order
 from catid2_ray.generator.encoder_decoder import unrounded
 from catid2_ray.generator.saved import load_generator, save_generator

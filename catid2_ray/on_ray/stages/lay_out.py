@@ -32,7 +32,7 @@ from catid2_ray.on_ray.stages.catalog import part_specs
 from catid2_ray.on_ray.stages.embed import model_identity
 from catid2_ray.on_ray.stages.trie_order import TrieOrder
 from catid2_ray.retrieval.lexical import Block, LexicalIndex, count_words
-from catid2_ray.retrieval.product_names import ProductNames
+from catid2_ray.retrieval.products import ProductNames
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import VectorStore
 

@@ -26,8 +26,8 @@ from catid2_ray.artifacts.manifest import digest_of
 from catid2_ray.artifacts.store import Store, sha256_of
 from catid2_ray.catalog.sources import category_lines, esci, esci_rules
 from catid2_ray.errors import InputError, StorageError
-from catid2_ray.evaluation.report import Section, markdown_tables
-from catid2_ray.evaluation.table_one import NOTE, table_one
+from catid2_ray.evaluation.report import NOTE, table_one
+from catid2_ray.evaluation.tables import Table, markdown
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.stages.catalog import part_of
 
@@ -82,11 +82,11 @@ class Spill:
 
 
 class Prepared(NamedTuple):
-    """`made`: whether this run wrote it, or found it; `sections`: Table 1 and what was dropped, for a report."""
+    """`made`: whether this run wrote it, or found it; `tables`: Table 1 and what was dropped, for a report."""
 
     root: str
     counts: dict
-    sections: list[Section]
+    tables: list[Table]
     made: bool
 
 
@@ -130,9 +130,9 @@ def prepare_esci(
         return Prepared(target.uri, earlier["counts"], table_one(earlier["counts"], locale=locale), made=False)
     with tempfile.TemporaryDirectory(prefix="catid2-esci-") as temporary:
         counts = _prepare(inputs, rules, Path(temporary))
-        sections = table_one(counts, locale=locale)
-        _commit(target, Path(temporary), {**record, "counts": counts}, sections, replace=earlier is not None)
-    return Prepared(target.uri, counts, sections, made=True)
+        tables = table_one(counts, locale=locale)
+        _commit(target, Path(temporary), {**record, "counts": counts}, tables, replace=earlier is not None)
+    return Prepared(target.uri, counts, tables, made=True)
 
 
 def _fingerprints(inputs: _Inputs) -> dict[str, str]:
@@ -284,9 +284,9 @@ def _refuse_empty(inputs: _Inputs, counts: Counter) -> None:
             )
 
 
-def _commit(target: Store, folder: Path, record: dict, sections: list[Section], *, replace: bool) -> None:
+def _commit(target: Store, folder: Path, record: dict, tables: list[Table], *, replace: bool) -> None:
     settings = record["settings"]
-    text = f"# ESCI-{settings['locale']}, {settings['version']} version\n\n{markdown_tables(sections)}\n{NOTE}\n"
+    text = f"# ESCI-{settings['locale']}, {settings['version']} version\n\n{markdown(tables)}\n{NOTE}\n"
     local = [folder / "out" / name for name in ("pairs.parquet", "products.parquet")]
     files = [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in local]
     record = {

@@ -1,4 +1,4 @@
-"""A trie's arrays: their types, ranges kept as their exceptions, and how all of them are read back from disk, checked.
+"""Arrays of a release's folders: their types, ranges kept as their exceptions, and how they are read from disk, checked.
 
 Types are the smallest that NumPy and torch both index by. Reading maps files copy-on-write: pages stay shared and files
 untouched, and torch sees a writable array.
@@ -26,6 +26,13 @@ def pointer_type(last: int) -> type:
 def token_type(codes: int) -> type:
     """For codes 0 … `codes` − 1."""
     return np.uint8 if codes <= 2**8 else np.int16 if codes <= 2**15 else np.int32
+
+
+def entries(first_R: np.ndarray, count_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(all entries of R ranges, one range after the other; the range of each), from where each begins and its length."""
+    range_M = np.repeat(np.arange(len(count_R)), count_R)
+    skipped_R = np.cumsum(count_R) - count_R
+    return np.arange(len(range_M)) + (first_R - skipped_R)[range_M], range_M
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,19 +125,26 @@ class Starts:
         return entries - low
 
 
-def read_header(folder: Path) -> dict:
-    """What `trie.json` says, once its numbers fit each other."""
+def read_header(path: Path, what: str, *, version: int, again: str) -> dict:
+    """The JSON header at `path`, which is written last. Raises ArtifactError where it is missing, no header, or not of
+    format `version`; the message says `what` lies in its folder, and to make it `again`."""
     try:
-        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        header = json.loads(path.read_text(encoding="utf-8"))
+        if header["format"] != version:
+            raise ArtifactError(f"{path} has format {header['format']}, this version reads {version}. {again}")
     except FileNotFoundError:
-        raise ArtifactError(f"{folder} holds no finished trie: {HEADER} is missing. Build and save it again") from None
+        raise ArtifactError(f"{path.parent} holds no finished {what}: {path.name} is missing. {again}") from None
     except ValueError as error:
-        raise ArtifactError(f"{folder / HEADER} is not JSON ({error}). {_AGAIN}") from None
+        raise ArtifactError(f"{path} is not JSON ({error}). {again}") from None
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is no header of this kind: {what} ({error!r}). {again}") from None
+    return header
+
+
+def read_trie_header(folder: Path) -> dict:
+    """What `trie.json` says, once its numbers fit each other."""
+    header = read_header(folder / HEADER, "trie", version=FORMAT, again=_AGAIN)
     try:
-        if header["format"] != FORMAT:
-            raise ArtifactError(
-                f"{folder / HEADER} has format {header['format']}, this version reads {FORMAT}. Build the trie again"
-            )
         codes, nodes, rows, widest = (header[name] for name in ("codes_per_level", "nodes", "rows", "widest"))
         DocidSpace(tuple(codes))
         fits = len(nodes) == len(codes) + 1 and len(widest) == len(codes) and nodes[0] == 1
@@ -142,7 +156,7 @@ def read_header(folder: Path) -> dict:
         fits = fits and isinstance(header.setdefault("identity", None), (str, type(None)))
         fits = fits and all(type(number) is int for number in (rows, *codes, *nodes, *widest))
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{folder / HEADER} is no trie header ({error!r}). {_AGAIN}") from None
+        raise ArtifactError(f"{folder / HEADER} is no header of this kind: trie ({error!r}). {_AGAIN}") from None
     if not fits:
         raise ArtifactError(f"{folder / HEADER} contradicts itself: {header}. {_AGAIN}")
     return header

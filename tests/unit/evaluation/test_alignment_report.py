@@ -5,8 +5,15 @@ import pytest
 import torch
 
 from catid2_ray.errors import InputError
-from catid2_ray.evaluation.alignment import alignment_page, alignment_table, concentration, measure, recalls_of_ids
+from catid2_ray.evaluation.alignment_report import (
+    alignment_page,
+    alignment_table,
+    concentration,
+    measure,
+    recalls_of_ids,
+)
 from catid2_ray.evaluation.metrics import recalls
+from catid2_ray.evaluation.tables import terminal
 from catid2_ray.retrieval.environment import Environment, Rules
 from tests.unit.retrieval.test_environment import TRIE, prompts, small
 
@@ -68,7 +75,7 @@ def test_the_table_and_the_page_show_before_and_after(capsys):
     history = [{"epoch": 0, **step, "before": before}, {"epoch": 1, **step, "before": before, "after": after}]
     from rich.console import Console
 
-    Console(width=112).print(alignment_table(before, after))
+    Console(width=112).print(terminal([alignment_table(before, after)]))
     shown = capsys.readouterr().out
     assert "measured on 5 queries" in shown and "+0.1000" in shown and "flat groups" in shown
     page = alignment_page(history, title="Alignment <of> a shop", about={"group": 8, "ranker": None})

@@ -7,8 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from catid2_ray.evaluation.pages import compare_markdown, compare_page, compare_table, ids_page
-from catid2_ray.evaluation.report import summarise
+from catid2_ray.evaluation.ids_report import compare_page, compare_table, ids_page
+from catid2_ray.evaluation.tables import markdown, terminal
 from catid2_ray.identifiers import quality
 
 VOID = {"meta", "img", "br"}
@@ -63,22 +63,25 @@ ROWS = [
 ]
 
 
-def console(table) -> str:
+def console(rows) -> str:
+    """The comparison in a terminal of 100 columns."""
     shown = Console(width=100, record=True, force_terminal=False)
     with shown.capture() as capture:
-        shown.print(table)
+        shown.print(terminal([compare_table(rows, brief=True)]))
     return capture.get()
 
 
 def test_seeds_become_a_mean_and_half_their_range():
-    tiger, ours, naive = summarise(ROWS)
-    assert (tiger["kind"], tiger["seeds"], ours["verdicts"]) == ("tiger", 2, ["narrowing"])
-    assert tiger["cells"]["collision_rate"] == (["11.00%"], ["1.00%"], [True])
-    assert tiger["cells"]["ami"] == (["0.550", "0.400"], ["0.050", "0.000"], [False, False])
-    assert ours["cells"]["ami"] == (["0.700", "0.450"], ["", ""], [True, True])
-    assert tiger["cells"]["codes_used"].best == ours["cells"]["codes_used"].best == [True, True]
-    assert naive["cells"]["ami"] == naive["cells"]["seconds"] == ([], [], [])
-    assert ours["cells"]["ami_null"].best == [False, False]
+    table = compare_table(ROWS)
+    place = {column.heading: number for number, column in enumerate(table.columns)}
+    tiger, ours, naive = table.rows
+    assert (tiger[0].texts, tiger[1], ours[0].remark) == (["tiger"], "2", "(narrowing)")
+    assert tiger[place["collisions"]].places == [("11.00%", "1.00%", True)]
+    assert tiger[place["AMI"]].places == [("0.550", "0.050", False), ("0.400", "0.000", False)]
+    assert ours[place["AMI"]].places == [("0.700", "", True), ("0.450", "", True)]
+    assert tiger[place["codes used"]].best == ours[place["codes used"]].best == [True, True]
+    assert naive[place["AMI"]].places == naive[place["s"]].places == []
+    assert ours[place["AMI, null"]].best == [False, False]
 
 
 def test_the_page_holds_every_figure_and_nothing_from_outside():
@@ -96,33 +99,35 @@ def test_a_kind_that_is_markup_is_text_everywhere():
     rows = [run("<script>|[red]", 0, verdict="<i>")]
     page = Balanced(compare_page(rows, title="t", about={}))
     assert "script" not in page.tags and "i" not in page.tags
-    assert "<script>|[red]" in console(compare_table(rows))
-    assert "<script>" not in compare_markdown(rows) and "\\|[red] (&lt;i&gt;)" in compare_markdown(rows)
+    assert "<script>|[red]" in console(rows)
+    assert "<script>" not in markdown([compare_table(rows)]) and "\\|[red] (&lt;i&gt;)" in markdown(
+        [compare_table(rows)]
+    )
 
 
 def test_the_terminal_table_fits_100_columns():
     rows = [run(kind, seed, codes_used=[256] * 4, purity=[0.9] * 3, ami=[0.5, 0.4, 0.3 + seed / 10], ami_null=[0.001] * 3)
             for kind in ("tiger", "rq_kmeans_balanced") for seed in (0, 1)]  # fmt: skip
-    lines = console(compare_table(rows)).splitlines()
+    lines = console(rows).splitlines()
     assert max(map(len, lines)) <= 100
     row = next(line for line in lines if "rq_kmeans_balanced" in line).split()
     assert " ".join(row) == "rq_kmeans_balanced 11.00% 20.00% 4 256 256 256 256 .900 .900 .900 .500 .400 .350 1,234"
-    assert "±.050 null .001" in console(compare_table(rows))
+    assert "±.050 null .001" in console(rows)
 
 
 def test_markdown_has_a_row_a_kind_and_says_what_the_columns_are():
-    lines = compare_markdown(ROWS).splitlines()
+    lines = markdown([compare_table(ROWS)]).splitlines()
     assert lines[0].startswith("| kind | seeds | collisions |") and len(lines[0].split("|")) == len(lines[2].split("|"))
     assert lines[2].startswith("| tiger | 2 | **11.00%** ±1.00% |") and lines[3].startswith("| cat_id2 (narrowing) |")
     assert lines[4].count("–") == 4, "no category, no time"
-    assert compare_markdown(ROWS).endswith("\n")
+    assert markdown([compare_table(ROWS)]).endswith("\n")
 
 
 def test_nothing_to_compare():
     Balanced(compare_page([], title="empty", about={}))
-    assert "kind" in console(compare_table([])) and compare_markdown([])
+    assert "kind" in console([]) and markdown([compare_table([])])
     bare = [{"kind": "x", "seed": 0, "collision_rate": 0.0}]
-    assert "0.00%" in compare_page(bare, title="bare", about={}) and "x" in console(compare_table(bare))
+    assert "0.00%" in compare_page(bare, title="bare", about={}) and "x" in console(bare)
 
 
 @pytest.mark.parametrize("depths", [0, 2])
