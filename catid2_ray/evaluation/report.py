@@ -42,6 +42,51 @@ def closing_table(figures: Mapping) -> Group:
     return rich_tables(sections(figures))
 
 
+def size_text(size: int | None) -> str:
+    """Bytes as a person reads them, in powers of 1000: 999 B, 1.2 kB, 34 MB."""
+    if size is None:
+        return "–"
+    value, units = float(size), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.1f} {units[0]}" if value < 9.95 and units[0] != "B" else f"{value:.0f} {units[0]}"
+
+
+def age_text(seconds: float | None) -> str:
+    """The largest whole unit: 40 s, 12 min, 5 h, 31 d."""
+    if seconds is None:
+        return "–"
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def releases_table(rows: Sequence[Mapping]) -> Table:
+    """`artifacts.history.overview` as a table of 80 columns."""
+    title = "Releases, newest first (* current); served, beam: their recall@50"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in ("release", "", "age", "documents", "served", "beam", "churn", "size", "in use"):
+        table.add_column(name, justify="left" if name in ("release", "") else "right", no_wrap=True)
+    for row in rows:
+        shares = [row["recall"].get("served"), row["recall"].get("beam"), row["churn"]]
+        table.add_row(
+            row["release"], "*" if row["current"] else "", age_text(row["age_s"]),
+            "–" if row["documents"] is None else f"{row['documents']:,}",
+            *("–" if share is None else f"{share:.3f}" for share in shares),
+            size_text(row["bytes"]), str(row["in_use"]),
+        )  # fmt: skip
+    return table
+
+
+def freed_table(rows: Sequence[tuple[str, int, int]], *, dry_run: bool) -> Section:
+    """`artifacts.gc.Freed.rows` as a table."""
+    title = "What gc would remove" if dry_run else "What gc removed"
+    return Section(
+        title, ["what", "how many", "size"], [[kind, f"{count:,}", size_text(size)] for kind, count, size in rows]
+    )
+
+
 def rich_tables(parts: Sequence[Section]) -> Group:
     tables = []
     for section in parts:

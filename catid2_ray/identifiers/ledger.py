@@ -4,8 +4,10 @@ Unusual: a product that leaves stays as a tombstone, with the ID it had and the 
 latter is settled when it leaves, for an ID given to another product must not be claimed by a tombstone because the quarantine
 was raised since. From that release on the tombstone counts for nothing: the ledger of that release leaves it out, and the
 product, should it return, is a new one. So a ledger grows with the catalogue and its last releases, not with its age. (Ledgers
-of before 0.2 hold tombstones for good; they are read alike.) Every row follows from the same product's rows alone, so that tables cut by a hash of
-product_id can be advanced apart; only the check for IDs held twice then sees one cut at a time.
+that an earlier version wrote hold tombstones for good; they are read alike.)
+
+Every row follows from the same product's rows alone, so that tables cut by a hash of product_id can be advanced apart; only the
+check for IDs held twice then sees one cut at a time.
 
 N products of a release, M rows of a ledger or of a list of IDs, L levels.
 """
