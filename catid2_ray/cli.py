@@ -4,6 +4,7 @@ Results go to standard output, progress and events to standard error. A delibera
 of its class; anything else is a bug and keeps its traceback.
 """
 
+import functools
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a recipe field; repeatable")
 ]
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the figures to this file")]
+WaitOption = Annotated[bool, typer.Option("--wait", help="wait while another job works on the store, not exit 9")]
 StoreOption = Annotated[str, typer.Option("--store", envvar="CATID2_STORE", help="folder or s3:// prefix of the store")]
 _DEFAULT_STORE = "catid2_store"
 
@@ -46,19 +48,36 @@ def guarded(call: Callable[[], None]) -> None:
 
 
 @app.command()
-def reindex(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOption = None) -> None:
+def reindex(
+    recipe: RecipeOption,
+    overrides: SetOption = None,
+    json_file: JsonOption = None,
+    wait: WaitOption = False,
+    new_ledger: Annotated[
+        bool,
+        typer.Option(
+            "--new-ledger", help="begin a ledger anew where the release's cannot go on; products may change their IDs"
+        ),
+    ] = False,
+    refit_encoder: Annotated[
+        bool, typer.Option("--refit-encoder", help="fit the text encoder anew (lsa) instead of keeping the release's")
+    ] = False,
+) -> None:
     """The main job: embed, train, assign unique IDs, train the generator, evaluate, publish. Continues where it was left."""
     from catid2_ray.on_ray.commands import reindex as run
 
+    run = functools.partial(run, wait=wait, new_ledger=new_ledger, refit_encoder=refit_encoder)
     _run_and_show(run, Recipe.load(recipe, overrides or []), json_file)
 
 
 @app.command()
-def append(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOption = None) -> None:
+def append(
+    recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOption = None, wait: WaitOption = False
+) -> None:
     """Today's catalogue under the published quantizer and generator: new products get free IDs, no published ID moves."""
     from catid2_ray.on_ray.commands import append_items as run
 
-    _run_and_show(run, Recipe.load(recipe, overrides or []), json_file)
+    _run_and_show(functools.partial(run, wait=wait), Recipe.load(recipe, overrides or []), json_file)
 
 
 def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
@@ -194,20 +213,106 @@ def report_ids(
 
 
 @app.command()
-def align(recipe: RecipeOption, overrides: SetOption = None, html_file: HtmlOption = None) -> None:
+def align(
+    recipe: RecipeOption, overrides: SetOption = None, html_file: HtmlOption = None, wait: WaitOption = False
+) -> None:
     """Align the trained generator of a recipe by reinforcement; show what it did, and draw it as one page."""
     from catid2_ray.evaluation.alignment_report import alignment_page, alignment_table
     from catid2_ray.evaluation.tables import terminal
     from catid2_ray.on_ray.commands import run_verb
 
     loaded = Recipe.load(recipe, overrides or [])
-    store, manifest = run_verb(loaded, "align_generator")
+    store, manifest = run_verb(loaded, "align_generator", wait=wait)
     history = json.loads(store.read(manifest.file("history.json")))
     table = alignment_table(manifest.metrics["before"], manifest.metrics["after"])
     Console(width=max(112, Console().width)).print(terminal([table]))
     page = alignment_page(history, title=f"Alignment: {loaded.name}", about=loaded.alignment.identity())
     print(f"The page with pictures: {_keep_page(page, html_file, loaded, 'alignment.html')}")
     print(store.uri_of(manifest.name))
+
+
+@app.command("releases")
+def list_releases(store: StoreOption = _DEFAULT_STORE, json_file: JsonOption = None) -> None:
+    """List the releases of a store, newest first: age, documents, recall@50, churn, size, and which is current or in use."""
+    from catid2_ray.artifacts.history import overview
+    from catid2_ray.evaluation.report import releases_table
+    from catid2_ray.evaluation.tables import terminal
+
+    opened = Store(store)
+    opened.check()
+    rows = overview(opened)
+    if json_file:
+        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
+    if not rows:
+        print(f"Nothing was published to {opened.uri} yet.")
+        return
+    Console().print(terminal([releases_table(rows)]))
+    for row in rows:
+        if row["problem"]:
+            print(f"{row['release']} cannot be read: {row['problem']}")
+
+
+@app.command()
+def rollback(
+    release: Annotated[str | None, typer.Argument(help="its name; left out: the one before the current one")] = None,
+    store: StoreOption = _DEFAULT_STORE,
+    wait: WaitOption = False,
+) -> None:
+    """Make an earlier release current again, after a look whether all of its parts are there."""
+    from catid2_ray.artifacts import history, lease
+
+    opened = Store(store)
+    opened.check()
+    with lease.holding(opened, wait=wait, command="catid2 rollback", say=_event):
+        back = history.rollback(opened, release)
+    if back.before == back.release.name:
+        print(f"Release {back.release.name} is current already; nothing changed.")
+        return
+    print(
+        f"Release {back.release.name} is current again; it was {back.before}. Replicas that run serve what they opened: restart "
+        "them. What is made next builds on the release that is current."
+    )
+
+
+@app.command()
+def gc(
+    store: StoreOption = _DEFAULT_STORE,
+    keep: Annotated[
+        int, typer.Option(help="releases that stay: the last that were current; those in use stay anyway")
+    ] = ...,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="remove nothing, say what would go")] = False,
+    runs_older_than: Annotated[
+        float, typer.Option(metavar="DAYS", help="checkpoints of trainings that nobody went on with for so long go too")
+    ] = 7,
+) -> None:
+    """Remove artefacts that no kept release names (also of compare-ids and of a chain not published yet), what killed jobs left,
+    and what this machine fetched of it."""
+    from catid2_ray.artifacts.gc import collect
+    from catid2_ray.evaluation.report import freed_table, size_text
+    from catid2_ray.evaluation.tables import terminal
+
+    opened = Store(store)
+    opened.check()
+    freed = collect(
+        opened,
+        keep=keep,
+        dry_run=dry_run,
+        runs_older_than_days=runs_older_than,
+        cache=releases.default_cache(),
+        say=_event,
+    )
+    if freed.rows:
+        Console().print(terminal([freed_table(freed.rows, dry_run=dry_run)]))
+    for uri in freed.unread:
+        print(f"Left alone, as this version cannot read it: {uri}")
+    print(f"{'Would free' if dry_run else 'Freed'} {size_text(freed.bytes)}. Releases kept: {', '.join(freed.kept)}")
+
+
+def _event(name: str, **values) -> None:
+    """`progress.event`, without the second that importing Ray takes."""
+    print(
+        " ".join([f"event={name}", *(f"{key}={value}" for key, value in values.items())]), file=sys.stderr, flush=True
+    )
 
 
 @app.command()

@@ -12,7 +12,8 @@ Each message says what was wrong, where (URI, column, product_id), what was expe
     │   ├── ArtifactError             5   an artefact is missing, half-written or not what its manifest says
     │   │   ├── FormatError           5   an artefact was written by another version of this software
     │   │   └── ReleaseError          5   the parts of a release do not belong together
-    │   └── CommitConflict            5   another writer committed first; nothing was lost
+    │   ├── CommitConflict            5   another writer committed first; nothing was lost
+    │   └── LeaseError                9   another job works on the same store, or took this one's lease
     ├── TrainingError                 6   a training run ended without a result
     │   └── CollapseError             8   the codes collapsed and stayed so
     └── QualityGateError              7   the job finished, but its figures are below what the recipe demands
@@ -63,6 +64,10 @@ class ReleaseError(ArtifactError):
 
 class CommitConflict(StorageError):
     pass
+
+
+class LeaseError(StorageError):
+    exit_code = 9
 
 
 class TrainingError(CatidError):

@@ -4,8 +4,8 @@ from catid2_ray.on_ray.commands import publish
 from jobs.verb import main
 
 
-def work(recipe):
-    store, release = publish(recipe)
+def work(recipe, *, wait):
+    store, release = publish(recipe, wait=wait)
     return store.uri_of(f"releases/{release.name}.json")
 
 

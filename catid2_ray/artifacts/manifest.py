@@ -111,14 +111,15 @@ class Attempt:
     """One try at producing an artefact: write below `folder`, then `commit`.
 
     `find` first; an attempt exists only for what is not there. Nothing below `folder` counts until `commit` returns.
-    `measure` may be set to a function whose figures join the metrics at the commit.
+    `measure` may be set to a function whose figures join the metrics at the commit, `guard` to one that raises where nothing
+    may be committed any more.
     """
 
     def __init__(self, store: Store, kind: str, *, settings: dict, parents: dict[str, str], recipe: dict):
         self.store, self.kind, self.settings, self.parents, self.recipe = store, kind, settings, parents, recipe
         self.key = key_of(kind, settings, parents)
         self.folder = f"artifacts/{kind}/{self.key}/attempt-{uuid.uuid4().hex[:12]}"
-        self.measure = dict
+        self.measure, self.guard = dict, None
         self._started = time.monotonic()
 
     def name(self, file: str) -> str:
@@ -148,6 +149,8 @@ class Attempt:
             metrics={**metrics, "seconds": round(time.monotonic() - self._started, 2), **self.measure()},
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
+        if self.guard:
+            self.guard()
         try:
             self.store.create(_manifest_name(self.kind, self.key), json.dumps(asdict(manifest), indent=1).encode())
         except CommitConflict:

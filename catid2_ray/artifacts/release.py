@@ -162,7 +162,7 @@ def fetch(store: Store, manifest: Manifest, cache: Path, *, below: tuple[str, ..
     if not store.is_s3:
         verify(store, manifest)
         return Path(store.path(manifest.folder))
-    target = cache / f"{manifest.kind}-{digest_of([manifest.digest, below])[:16]}"
+    target = cache / _cache_name(manifest, below)
     if target.exists():
         return target
     partial = cache / f".{target.name}.{uuid.uuid4().hex[:8]}"
@@ -182,6 +182,19 @@ def fetch(store: Store, manifest: Manifest, cache: Path, *, below: tuple[str, ..
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _cache_name(manifest: Manifest, below: tuple[str, ...]) -> str:
+    return f"{manifest.kind}-{digest_of([manifest.digest, below])[:16]}"
+
+
+# What `fetch` is asked for, as `below`.
+_FETCHED = (("",), ("trie/", "products.arrow"), ("trie/",), ("tokenizer/",), ("encoder/",))
+
+
+def cache_names(manifest: Manifest) -> list[str]:
+    """The folders of a node's cache that may hold copies of an artefact."""
+    return [_cache_name(manifest, below) for below in _FETCHED]
 
 
 def serving_folder(

@@ -52,7 +52,7 @@ STAGES = {
         Stage("embeddings", "embed_catalog", ("catalog",), part="embeddings", timed="embed"),
         Stage("queries", "train_quantizer", ("catalog", "pairs", "embeddings")),
         Stage("quantizer", "train_quantizer", ("embeddings",), ("queries",), part="quantizer", carried=True, timed="quantizer"),
-        Stage("ids", "assign_ids", ("catalog", "embeddings", "quantizer"), part="ids", timed="assign"),
+        Stage("ids", "assign_ids", ("catalog", "embeddings", "quantizer"), part="ids", timed="assign", version=2),
         Stage("examples", "train_generator", ("catalog", "pairs", "ids"), part="examples", carried=True, needs_pairs=True,
               timed="examples"),
         Stage("generator", "train_generator", ("ids", "examples"), ("quantizer", "pairs"), part="generator", carried=True,

@@ -11,6 +11,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import fsspec
 import pyarrow as pa
@@ -25,6 +26,13 @@ S3_ENVIRONMENT = {
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
 }
 _HASH_BLOCK = 1 << 20
+
+
+class Listed(NamedTuple):
+    """`modified`: when the object was last written, in seconds since 1970 by the clock of the store."""
+
+    bytes: int
+    modified: float
 
 
 class Store:
@@ -120,6 +128,24 @@ class Store:
         with self._doing("look up", folder):
             found = self.fs.find(self.path(folder), detail=True)
         return {path[len(self.path(folder)) + 1 :]: info["size"] for path, info in found.items()}
+
+    def listing(self, folder: str) -> dict[str, Listed]:
+        """Size and time of every object below a folder, by its name relative to the folder; one listing."""
+        with self._doing("look up", folder):
+            if self.is_s3:
+                objects = self.fs.find(self.path(folder), detail=True)
+                return {
+                    path[len(self.path(folder)) + 1 :]: Listed(info["size"], info["LastModified"].timestamp())
+                    for path, info in objects.items()
+                }
+            listed = {}
+            for above, _, files in os.walk(self.path(folder)):
+                for file in files:
+                    path = os.path.join(above, file)
+                    with contextlib.suppress(FileNotFoundError):  # deleted while the folder was read
+                        status = os.stat(path)
+                        listed[os.path.relpath(path, self.path(folder))] = Listed(status.st_size, status.st_mtime)
+            return listed
 
     def names(self, name: str) -> list[str]:
         """Names (not paths) of the entries directly below `name`, sorted; empty where there is nothing."""
@@ -274,6 +300,14 @@ class Store:
             self.put(source, target)
             entries.append({"name": target, "bytes": source.stat().st_size, "sha256": sha256_of(source)})
         return entries
+
+    def delete(self, name: str) -> None:
+        """Delete one object; nothing where it does not exist."""
+        with self._doing("delete", name), contextlib.suppress(FileNotFoundError):
+            if self.is_s3:
+                self.fs.rm_file(self.path(name))
+            else:
+                os.unlink(self.path(name))
 
     def delete_folder(self, name: str) -> None:
         with self._doing("delete", name):

@@ -3,10 +3,10 @@
 A part whose figures are absent is left out, so the shorter JSON of an evaluation alone has its tables too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from catid2_ray.docid import LEVEL_LETTERS
-from catid2_ray.evaluation.tables import Table, columns_of, shown
+from catid2_ray.evaluation.tables import DASH, Column, Table, columns_of, shown
 
 RECALLS = {"recall": "all", "recall_seen": "seen", "recall_unseen": "unseen"}
 
@@ -20,6 +20,48 @@ def closing_tables(figures: Mapping) -> list[Table]:
     """
     tables = [_catalogue(figures), _churn(figures), _codes(figures), _recall(figures), _cost(figures)]
     return [table for table in tables if table.rows]
+
+
+def size_text(size: int | None) -> str:
+    """Bytes as a person reads them, in powers of 1000: 999 B, 1.2 kB, 34 MB."""
+    if size is None:
+        return DASH
+    value, units = float(size), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.1f} {units[0]}" if value < 9.95 and units[0] != "B" else f"{value:.0f} {units[0]}"
+
+
+def age_text(seconds: float | None) -> str:
+    """The largest whole unit: 40 s, 12 min, 5 h, 31 d."""
+    if seconds is None:
+        return DASH
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def releases_table(rows: Sequence[Mapping]) -> Table:
+    """`artifacts.history.overview` as a table of 80 columns."""
+    columns = [Column("release", number=False, whole=True), Column("", number=False)]
+    columns += map(Column, ("age", "documents", "served", "beam", "churn", "size", "in use"))
+    lines = [
+        (
+            row["release"], "*" if row["current"] else "", age_text(row["age_s"]), shown(row["documents"], ",d"),
+            *(shown(share, ".3f") for share in (row["recall"].get("served"), row["recall"].get("beam"), row["churn"])),
+            size_text(row["bytes"]), str(row["in_use"]),
+        )
+        for row in rows
+    ]  # fmt: skip
+    return Table("Releases, newest first (* current); served, beam: their recall@50", columns, lines)
+
+
+def freed_table(rows: Sequence[tuple[str, int, int]], *, dry_run: bool) -> Table:
+    """`artifacts.gc.Freed.rows` as a table."""
+    title = "What gc would remove" if dry_run else "What gc removed"
+    lines = [(kind, f"{count:,}", size_text(size)) for kind, count, size in rows]
+    return Table(title, columns_of("what", "how many", "size"), lines)
 
 
 def _catalogue(figures: Mapping) -> Table:

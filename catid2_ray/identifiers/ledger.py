@@ -1,9 +1,13 @@
 """The ledger: what became of every product's ID, release after release.
 
-Unusual: a product that leaves stays as a tombstone for good, with the ID it had and the release in which that ID is free
-again. The latter is settled when it leaves, for an ID given to another product must not be claimed by a tombstone because
-the quarantine was raised since. Every row follows from the same product's rows alone, so that tables cut by a hash of
-product_id can be advanced apart; only the check for IDs held twice then sees one cut at a time.
+Unusual: a product that leaves stays as a tombstone, with the ID it had and the release in which that ID is free again. The
+latter is settled when it leaves, for an ID given to another product must not be claimed by a tombstone because the quarantine
+was raised since. From that release on the tombstone counts for nothing: the ledger of that release leaves it out, and the
+product, should it return, is a new one. So a ledger grows with the catalogue and its last releases, not with its age. (Ledgers
+that an earlier version wrote hold tombstones for good; they are read alike.)
+
+Every row follows from the same product's rows alone, so that tables cut by a hash of product_id can be advanced apart; only the
+check for IDs held twice then sees one cut at a time.
 
 N products of a release, M rows of a ledger or of a list of IDs, L levels.
 """
@@ -76,10 +80,12 @@ def advance(previous, product_ids, codes_NL, cost_N, *, number: int, quarantine:
     a product that leaves in this one; for nothing else. `shared`: products may share IDs (clusters). A product is
 
     - kept, `since` unchanged, with the codes it had; moved, since `number`, with other codes;
-    - new, since `number`, when `previous` does not have it, or has a tombstone with other codes;
-    - kept, since `number`, when it returns to the ID of its own tombstone, before or after that ID was free again;
+    - new, since `number`, when `previous` does not have it, has a tombstone with other codes, or one whose quarantine is over
+      (until ≤ `number`);
+    - kept, since `number`, when it returns to the ID of its own tombstone, which is still reserved;
     - retired, since `number` and until `number` + `quarantine` (2^31 − 1 at most), when it was live and is not among
-      `product_ids`; old tombstones stay as they are.
+      `product_ids`. An old tombstone stays as it is until its quarantine is over, then it is left out. One that leaves in this
+      release is in its ledger, even with a quarantine of 0, so that its counts say how many left.
 
     Raises InputError for repeated product_ids, tables of different lengths, another number of levels than in
     `previous`, a number that is not larger than every `since` in it, a negative quarantine, an ID that two live
@@ -93,7 +99,7 @@ def advance(previous, product_ids, codes_NL, cost_N, *, number: int, quarantine:
             f"the release has IDs of {codes_NL.shape[1]} levels, the previous ledger of {levels}: they come from "
             f"different quantizers; start a new ledger"
         )
-    _follows(old, number)
+    old = _only(old, _reserved(old, number))
     row_N = pc.index_in(ids, value_set=old.ids).fill_null(-1).to_numpy(zero_copy_only=False)
     known_N, known_P = row_N >= 0, row_N[row_N >= 0]
     same_N = np.zeros(len(ids), bool)
@@ -177,6 +183,10 @@ def counts(ledger) -> dict:
     """Products by status, and `live`, all but the retired ones; plain integers."""
     number_S = np.bincount(_opened(ledger).status_M, minlength=len(STATUSES)).tolist()
     return dict(zip(STATUSES, number_S, strict=True)) | {"live": sum(number_S[:RETIRED])}
+
+
+def _only(rows: _Rows, chosen_M) -> _Rows:
+    return _Rows(rows.ids.filter(pa.array(chosen_M)), *(column[chosen_M] for column in rows[1:]))
 
 
 def _reserved(rows, number):

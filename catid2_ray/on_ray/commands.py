@@ -14,7 +14,7 @@ from catid2_ray.config import ClusterRecipe, Recipe
 from catid2_ray.errors import QualityGateError, RecipeError
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import cluster, progress
-from catid2_ray.on_ray.pipeline import append, chain
+from catid2_ray.on_ray.pipeline import APPENDED, append, chain
 from catid2_ray.on_ray.stages import evaluate
 
 
@@ -28,42 +28,46 @@ class Outcome:
     made: list[str]
 
 
-def run_verb(recipe: Recipe, verb: str) -> tuple[Store, Manifest]:
+def run_verb(recipe: Recipe, verb: str, *, wait: bool = False) -> tuple[Store, Manifest]:
     """One verb's stages alone; the stages before must be committed (ArtifactError names the job to run first)."""
     if verb == "align_generator" and not recipe.alignment.enabled:
         raise RecipeError(
             "alignment.enabled is off, and what is published would not be aligned: set alignment.enabled=true in the recipe"
         )
     stages = of_job(verb)
-    with Job.open(recipe, only=stages) as job:
+    with Job.open(recipe, only=stages, wait=wait) as job:
         return job.store, chain(job, stages[-1])[STAGES[stages[-1]].role]
 
 
-def publish(recipe: Recipe) -> tuple[Store, Release]:
+def publish(recipe: Recipe, *, wait: bool = False) -> tuple[Store, Release]:
     """Publish the committed parts of this recipe; QualityGateError when the evaluation is under the recipe's demand."""
-    with Job.open(recipe, only=()) as job:
+    with Job.open(recipe, only=(), wait=wait) as job:
         parts = chain(job)
         _gate(recipe, parts["evaluation"].metrics)
-        return job.store, releases.publish(job.store, parts, after=job.pointer)[0]
+        return job.store, job.publish(parts)
 
 
-def reindex(recipe: Recipe) -> Outcome:
-    """The whole chain: continue at the first stage without a committed manifest, evaluate, publish."""
-    with Job.open(recipe) as job:
+def reindex(recipe: Recipe, *, wait: bool = False, new_ledger: bool = False, refit_encoder: bool = False) -> Outcome:
+    """The whole chain: continue at the first stage without a committed manifest, evaluate, publish.
+
+    `wait` for another job on the store to end; `new_ledger`, `refit_encoder`: as in Job.
+    """
+    with Job.open(recipe, wait=wait, new_ledger=new_ledger, refit_encoder=refit_encoder) as job:
         parts = chain(job)
         figures = figures_of(parts)
         _gate(recipe, figures)
-        release, _ = releases.publish(job.store, parts, after=job.pointer)
+        release = job.publish(parts)
     return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
 
 
-def append_items(recipe: Recipe) -> Outcome:
+def append_items(recipe: Recipe, *, wait: bool = False) -> Outcome:
     """Today's catalogue under the current release's quantizer and generator: see `pipeline.append`; evaluate, publish."""
-    parts, job = append(recipe)
-    figures = figures_of(parts)
-    if parts["evaluation"].parents["ids"] == parts["ids"].digest:  # else it is that of the release before
-        _gate(job.recipe, figures)
-    release, _ = releases.publish(job.store, parts, after=job.pointer)
+    with Job.open(recipe, only=APPENDED, wait=wait) as job:
+        parts = append(job)
+        figures = figures_of(parts)
+        if parts["evaluation"].parents["ids"] == parts["ids"].digest:  # else it is that of the release before
+            _gate(job.recipe, figures)
+        release = job.publish(parts)
     return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
 
 

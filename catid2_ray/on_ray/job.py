@@ -5,8 +5,10 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from catid2_ray.artifacts import lease as leases
 from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts import uses
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.stages import STAGES
@@ -68,6 +70,7 @@ class Job:
     "aligned", which makes a generator of a generator. `made` tells which stages ran. `previous`: the release that is
     built on; `pointer`: how often something had been published when the work began. `new_ledger`: a ledger may be begun anew
     where that of the previous release cannot be continued. `refit_encoder`: a fitted text encoder is fitted anew.
+    `lease`: that of the store; None for a job that only reads or compares.
     """
 
     recipe: Recipe
@@ -79,19 +82,39 @@ class Job:
     pointer: int | None = None
     new_ledger: bool = False
     refit_encoder: bool = False
+    lease: leases.Lease | None = None
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, recipe: Recipe, *, only=tuple(STAGES), **choices) -> Iterator["Job"]:
-        """Checks the store first, so that an unreachable bucket fails before any work; shuts Ray down at the end."""
+    def open(
+        cls, recipe: Recipe, *, only=tuple(STAGES), lease: bool = True, wait: bool = False, **choices
+    ) -> Iterator["Job"]:
+        """Checks the store first, so that an unreachable bucket fails before any work; shuts Ray down at the end.
+
+        `lease`: be the only job on the store, LeaseError where another is at work, unless `wait`; without it the job only
+        registers, so that gc leaves it alone.
+        """
         _refuse_relative(recipe)
         store = Store(recipe.store)
         store.check()
-        try:
-            with cluster.PeakMemory() as peak:
-                yield cls(recipe=recipe, store=store, only=frozenset(only), peak=peak, **choices)
-        finally:
-            cluster.disconnect()
+        with contextlib.ExitStack() as ends:
+            if lease:
+                choices["lease"] = ends.enter_context(leases.holding(store, wait=wait, say=progress.event))
+            else:
+                ends.enter_context(uses.job(store, say=progress.event))
+            ends.callback(cluster.disconnect)
+            peak = ends.enter_context(cluster.PeakMemory())
+            yield cls(recipe=recipe, store=store, only=frozenset(only), peak=peak, **choices)
+
+    def check_lease(self) -> None:
+        """Raise LeaseError where another job took the lease of this one, which hung; before each commit."""
+        if self.lease:
+            self.lease.check()
+
+    def publish(self, parts: dict[str, Manifest]) -> Release:
+        """Make these parts the current release, if nothing else was published since the work began."""
+        self.check_lease()
+        return releases.publish(self.store, parts, after=self.pointer)[0]
 
     def produce(
         self, kind: str, settings: dict, parents: dict[str, Manifest], work: Callable[[Attempt], Manifest], *,
@@ -118,10 +141,11 @@ class Job:
                 f"{self.store.uri} holds no {stage} for this recipe: run `python -m jobs.{STAGES[stage].job} --recipe …` first, "
                 "or `jobs.reindex` for the whole chain"
             )
+        self.check_lease()
         attempt = Attempt(
             self.store, kind, settings=settings, parents=digests, recipe=self.recipe.model_dump(mode="json")
         )
-        attempt.measure = lambda: {"peak_memory_bytes": self.peak.lap()}
+        attempt.measure, attempt.guard = lambda: {"peak_memory_bytes": self.peak.lap()}, self.check_lease
         self.peak.lap()
         progress.event("start", stage=stage, key=attempt.key)
         recipe = self.recipe

@@ -90,7 +90,8 @@ def _refuse_new_ledger(job: Job) -> None:
         )
 
 
-_MADE = ("catalog", "pairs", "embeddings", "ids", "serving", "evaluation")
+# The stages that an append may run.
+APPENDED = ("catalog", "pairs", "embeddings", "ids", "serving", "evaluation")
 # A section of the recipe, and the part of a release that was made by it.
 _SECTIONS = {
     "catalog": "catalog", "embedding": "embeddings", "quantizer": "quantizer", "ids": "ids", "generator": "generator",
@@ -98,45 +99,44 @@ _SECTIONS = {
 }  # fmt: skip
 
 
-def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
+def append(job: Job) -> dict[str, Manifest]:
     """The parts of the next release, not published yet. Where the catalogue is the current release's, those of the latter,
     but for how it is served: a changed serving section alone makes a new release. Pairs matter to an append as far as they
     evaluate it: new ones alone change nothing.
 
     Raises ReleaseError where there is no release to append to or its parts do not belong together, its IDs having been made
     with another quantizer, say; RecipeError where the recipe or the catalogue asks for another encoder, quantizer or kind of
-    IDs than the release has. What the recipe leaves out is as in the recipe of the release.
+    IDs than the release has. What the recipe leaves out is as in the recipe of the release; the job goes on with both.
     """
-    with Job.open(recipe, only=_MADE) as job:
-        job.pointer, name = releases.pointer(job.store)
-        if name is None:
-            raise ReleaseError(
-                f"nothing was published to {job.store.uri} yet, so there is nothing to append to: run `catid2 reindex` first"
-            )
-        job.previous = open_previous(job.store, name)
-        recipe = job.recipe = recipe.continued(
-            {section: job.previous.parts[part].recipe for section, part in _SECTIONS.items()}
+    job.pointer, name = releases.pointer(job.store)
+    if name is None:
+        raise ReleaseError(
+            f"nothing was published to {job.store.uri} yet, so there is nothing to append to: run `catid2 reindex` first"
         )
-        _refuse_another_recipe(recipe, job.previous)
+    job.previous = open_previous(job.store, name)
+    recipe = job.recipe = job.recipe.continued(
+        {section: job.previous.parts[part].recipe for section, part in _SECTIONS.items()}
+    )
+    _refuse_another_recipe(recipe, job.previous)
+    parts = dict(job.previous.parts)
+    parts["catalog"] = catalog.run(job, {})
+    if parts["catalog"].digest == job.previous.parts["catalog"].digest:
         parts = dict(job.previous.parts)
-        parts["catalog"] = catalog.run(job, {})
-        if parts["catalog"].digest == job.previous.parts["catalog"].digest:
-            parts = dict(job.previous.parts)
-        else:
-            check_codes(recipe, parts["catalog"])
-            parts["pairs"] = catalog.run_pairs(job, parts)
-            parts["embeddings"] = embed.run(job, parts, frozen=job.previous.parts)
-            parts["ids"] = assign.run(job, parts, keeps=True)
-        parts["serving"] = lay_out.run(job, parts)
-        if parts == job.previous.parts:
-            return parts, job
-        if parts["pairs"].metrics["pairs_table"]:
-            parts["evaluation"] = evaluate.run(job, parts)
-        else:
-            progress.event(
-                "not_evaluated", reason="the catalogue has no pairs; the release keeps the figures of the one before"
-            )
-        return parts, job
+    else:
+        check_codes(recipe, parts["catalog"])
+        parts["pairs"] = catalog.run_pairs(job, parts)
+        parts["embeddings"] = embed.run(job, parts, frozen=job.previous.parts)
+        parts["ids"] = assign.run(job, parts, keeps=True)
+    parts["serving"] = lay_out.run(job, parts)
+    if parts == job.previous.parts:
+        return parts
+    if parts["pairs"].metrics["pairs_table"]:
+        parts["evaluation"] = evaluate.run(job, parts)
+    else:
+        progress.event(
+            "not_evaluated", reason="the catalogue has no pairs; the release keeps the figures of the one before"
+        )
+    return parts
 
 
 def _refuse_another_recipe(recipe: Recipe, previous: PreviousRelease) -> None:

@@ -62,7 +62,9 @@ def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
         )
     variants = [variant(recipe, kind, recipe.seed + number) for kind in kinds for number in range(seeds)]
     rows = []
-    with Job.open(recipe, new_ledger=True) as job:  # what is compared is not published and continues no ledger
+    with Job.open(
+        recipe, lease=False, new_ledger=True
+    ) as job:  # what is compared is not published and continues no ledger
         parts = chain(job, "embeddings")
         job.previous = None
         for each in variants:
@@ -126,7 +128,7 @@ def ids_report(recipe: Recipe, *, beside: str | None = None) -> str:
 
     Raises ArtifactError that names the job to run where IDs are not assigned yet.
     """
-    with Job.open(recipe, only=(), new_ledger=True) as job:
+    with Job.open(recipe, only=(), lease=False, new_ledger=True) as job:
         parts = _appended(job) or chain(job, "ids")
         quality = parts["ids"].metrics["quality"]
         numbers = {**quality["raw"], **{name: value for name, value in quality.items() if name not in ("raw", "final")}}

@@ -14,9 +14,10 @@ from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
-from catid2_ray.errors import CommitConflict, QualityGateError, RecipeError, ReleaseError
+from catid2_ray.errors import CommitConflict, LeaseError, QualityGateError, RecipeError, ReleaseError
 from catid2_ray.on_ray.commands import GateFailed, append_items, publish, reindex
-from catid2_ray.on_ray.pipeline import append
+from catid2_ray.on_ray.job import Job
+from catid2_ray.on_ray.pipeline import APPENDED, append
 from catid2_ray.retrieval.retriever import Retriever
 from tests.command import run, write_recipe
 from tests.conftest import TINY
@@ -78,7 +79,9 @@ def test_appended_products_are_served_by_the_old_generator(copied):
     for _ in range(2):  # a rerun finds all that was made, and is stopped again
         with pytest.raises(GateFailed, match="Nothing was published"):
             append_items(strict)
-    assert append(strict)[1].made == [] and releases.current(Store(strict.store)).name == first.release.name
+    with Job.open(strict, only=APPENDED) as job:
+        append(job)
+    assert job.made == [] and releases.current(Store(strict.store)).name == first.release.name
     recipe = recipe_of(folder / "shop", folder / "store")
     outcome = append_items(recipe)
     store = Store(recipe.store)
@@ -141,7 +144,11 @@ def test_two_appends_at_once_one_wins_and_nothing_is_lost(copied):
     write_shop(folder / "slow", end=270, pairs=False)
     write_shop(folder / "fast", end=275, pairs=False)
     slow, fast = (recipe_of(folder / shop, folder / "store") for shop in ("slow", "fast"))
-    parts, job = append(slow)
+    with Job.open(slow, only=APPENDED) as job:
+        parts = append(job)
+        with pytest.raises(LeaseError, match="another job works on .* last heartbeat was 0 s ago.*--wait"):
+            append_items(fast)
+    # Without the lease, as by a job that hung until another had taken it, the pointer alone decides.
     won = append_items(fast)
     with pytest.raises(
         CommitConflict, match="another job published .* nothing was lost. .* rerun to build on top of it"

@@ -8,6 +8,7 @@ def first(release, number):
 
 def advance(previous, release, number, quarantine):
     ledger = {}
+    previous = {product_id: row for product_id, row in previous.items() if reserved(row, number)}
     for product_id, (codes, cost) in release.items():
         if product_id not in previous:
             ledger[product_id] = (codes, "new", number, 0, cost)

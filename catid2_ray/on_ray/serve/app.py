@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts import uses
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
 from catid2_ray.errors import CommitConflict, InputError, QueryError, RecipeError, StorageError
-from catid2_ray.on_ray.machine import cluster
+from catid2_ray.on_ray.machine import cluster, progress
 from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.serve.api import (
@@ -83,6 +84,8 @@ class RetrieverReplica:
         torch.set_num_threads(settings.threads)
         store, self.settings = Store(settings.store), settings
         release = releases.load(store, settings.release) if settings.release else releases.current(store)
+        # Before it is opened: gc keeps the releases that replicas name.
+        self.use = uses.served(store, release.name, command="catid2 serve", say=progress.event)
         self.retriever = open_retriever(
             releases.release_folder(store, release, releases.default_cache()), device=settings.device,
             dtype=settings.dtype, weights=settings.weights, normalize=settings.normalize,
@@ -93,6 +96,11 @@ class RetrieverReplica:
         self.updates.catch_up()
         self.updates.follow(settings.poll_s)
         self.retriever.retrieve([CANARY_QUERY], k=1)
+
+    def __del__(self):
+        """Serve calls it when a replica is stopped; one that is killed is forgotten after a while."""
+        if hasattr(self, "use"):
+            self.use.end()
 
     def reconfigure(self, user_config: dict) -> None:
         if user_config["max_batch_size"] > MAX_ONGOING:

@@ -154,9 +154,9 @@ def test_a_product_leaves_its_id_rests_and_it_returns():
         [0.5, 0.0],
     )
     assert not held(two, ["b"], number=4).held_N.any()
-    for number in (3, 4):  # 3: its tombstone reserves the ID, 4: the ID was free and nobody took it
+    for number, status in ((3, "kept"), (4, "new")):  # 3: its tombstone reserves the ID, 4: the quarantine is over
         three = advance(two, ["a", "b"], [[0, 0], [0, 1]], [0.0, 0.5], **at(number, 2))
-        assert as_dictionary(three) == {"a": ((0, 0), "kept", 1, 0, 0.0), "b": ((0, 1), "kept", number, 0, 0.5)}
+        assert as_dictionary(three) == {"a": ((0, 0), "kept", 1, 0, 0.0), "b": ((0, 1), status, number, 0, 0.5)}
     other = advance(two, ["a", "b"], [[0, 0], [1, 1]], [0.0, 0.0], number=3, quarantine=2)
     assert as_dictionary(other)["b"] == ((1, 1), "new", 3, 0, 0.0)
 
@@ -164,8 +164,8 @@ def test_a_product_leaves_its_id_rests_and_it_returns():
 def test_a_raised_quarantine_does_not_claim_an_id_again():
     table = first(["a"], [[7]], [0], number=1)
     table = advance(table, [], np.empty((0, 1), int), [], number=2, quarantine=1)
-    table = advance(table, ["b"], [[7]], [0], number=3, quarantine=9)
     assert as_dictionary(table)["a"] == ((7,), "retired", 2, 3, 0.0)
+    table = advance(table, ["b"], [[7]], [0], number=3, quarantine=9)
     assert held(table, ["a", "b"], number=4).held_N.tolist() == [False, True]
     assert withheld(table, ["b"], number=4, quarantine=9).shape == (0, 1)
     assert [occupied(part, number=4).tolist() for part in cut(table, 2)] == [[[7]], []]  # b is 98, a is 97
@@ -229,7 +229,31 @@ def test_a_reused_id_does_not_collide_with_the_tombstone_that_had_it():
     table = advance(table, ["a"], [[0]], [0], number=2, quarantine=2)
     table = advance(table, ["a", "c"], [[0], [1]], [0, 0], number=4, quarantine=2)
     assert occupied(table, number=5).tolist() == [[0], [1]]
-    assert counts(table) == {"kept": 1, "new": 1, "moved": 0, "retired": 1, "live": 2}
+    assert counts(table) == {"kept": 1, "new": 1, "moved": 0, "retired": 0, "live": 2}
+
+
+def test_a_tombstone_whose_quarantine_is_over_leaves_the_ledger():
+    table, code, tombstones = first(["a", "b", "c"], [[0], [1], [2]], [0, 0, 0], number=1), {"a": 0, "b": 1}, []
+    for number, there in enumerate(["ab", "a", "a", "a"], start=2):
+        table = advance(table, list(there), [[code[p]] for p in there], [0] * len(there), number=number, quarantine=2)
+        tombstones.append([p for p, row in as_dictionary(table).items() if row[1] == "retired"])
+    assert tombstones == [["c"], ["b", "c"], ["b"], []]  # c is gone since release 2, b since 3
+    # One that leaves is noted in that release, whatever the quarantine, and in no later one.
+    left = advance(first(["a"], [[0]], [0], number=1), [], np.empty((0, 1), int), [], number=2, quarantine=0)
+    assert counts(left)["retired"] == 1
+    assert advance(left, [], np.empty((0, 1), int), [], number=3, quarantine=0).num_rows == 0
+
+
+def test_tombstones_that_older_ledgers_keep_for_good_change_nothing():
+    old = pa.concat_tables([GOOD, first(["c"], [[0, 3]], [0.0], number=1)]).sort_by("product_id").combine_chunks()
+    for column, value in (("status", "retired"), ("until", 2)):
+        index = old.schema.get_field_index(column)
+        values = [*old[column].to_pylist()[:2], value]
+        old = old.set_column(index, column, pa.array(values, old.schema.types[index]))
+    for there in (["a", "b"], ["a", "b", "c"]):
+        release = (there, [[0, 1], [0, 2], [0, 3]][: len(there)], [0.0] * len(there))
+        assert advance(old, *release, **at(4, 3)).equals(advance(GOOD, *release, **at(4, 3)))
+    assert not held(old, ["c"], number=4).held_N.any() and occupied(old, number=4).tolist() == [[0, 1], [0, 2]]
 
 
 def test_cluster_releases_may_share_ids():

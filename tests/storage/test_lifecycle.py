@@ -1,0 +1,309 @@
+"""The life of releases: which there are, the way back, and what gc removes and must not remove."""
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+
+from catid2_ray.artifacts import gc, history, holder, lease, uses
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.manifest import Attempt, find, verify
+from catid2_ray.artifacts.store import Store
+from catid2_ray.errors import ArtifactError, InputError, LeaseError, ReleaseError
+from catid2_ray.evaluation.report import age_text, size_text
+from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from tests.command import run_here
+from tests.stored import unpack
+
+
+def publish(store, chain, *words) -> list[str]:
+    """A release of each word, one after the other; their names."""
+    return [releases.publish(store, chain(store, word))[0].name for word in words]
+
+
+def is_whole(store, name) -> bool:
+    for manifest in releases.load(store, name).manifests(store).values():
+        verify(store, manifest)
+    return True
+
+
+def files(store) -> set[str]:
+    """Of all but the lease."""
+    return {name for name in store.listing("") if not name.startswith("lease/")}
+
+
+def counts(freed) -> dict[str, int]:
+    return {kind: count for kind, count, _ in freed.rows}
+
+
+def test_a_rollback_goes_one_step_back_each_time_and_forth_by_name(store, chain):
+    a, b, c = publish(store, chain, "a", "b", "c")
+    assert history.rollback(store) == (releases.load(store, b), c)
+    assert releases.current(store).name == b
+    assert history.rollback(store).release.name == a, "not forth to what was just left"
+    with pytest.raises(
+        ReleaseError, match=f"no release of {store.uri} comes before {a}, which is current; others .*: r-"
+    ):
+        history.rollback(store)
+    assert history.rollback(store, c).release.name == c and history.rollback(store, c).before == c
+    assert releases.pointer(store) == (6, c)
+    with pytest.raises(ReleaseError, match="no release 'r-x'"):
+        history.rollback(store, "r-x")
+    (again,) = publish(store, chain, "a")
+    assert again == a and history.rollback(store).release.name == c, "what is published again is a new step"
+
+
+def test_a_release_whose_parts_are_gone_or_cut_is_not_gone_back_to(local_store, chain):
+    a, b = publish(local_store, chain, "a", "b")
+    generator = releases.load(local_store, a).manifests(local_store)["generator"]
+    local_store.write(generator.file("generator.txt"), b"cut")
+    with pytest.raises(ArtifactError, match="has 3 bytes, its manifest says"):
+        history.rollback(local_store)
+    local_store.delete(generator.name)
+    with pytest.raises(ReleaseError, match=f"release {a} in .*: its part generator .* is gone"):
+        history.rollback(local_store)
+    assert releases.pointer(local_store) == (2, b)
+
+
+def test_the_path_of_the_pointer():
+    def path(*moves):
+        return history.path(
+            [history.Entry(n, move.strip("-"), move.startswith("-")) for n, move in enumerate(moves, 1)]
+        )
+
+    assert path("a", "b", "-a", "c", "d", "-c") == ["a", "c"]
+    assert path("a", "b", "a", "a") == ["a", "b", "a"]
+    assert path("a", "-z", "b") == ["a", "z", "b"], "a release that came from elsewhere"
+
+
+def test_gc_keeps_the_last_releases_those_in_use_and_nothing_else(store, chain, make):
+    a, b, c, d = publish(store, chain, "a", "b", "c", "d")
+    use = uses.served(store, b, command="catid2 serve")
+    store.write(f"live/{a}/0000000001.json", b"{}")
+    store.write(f"live/{c}/0000000001.json", b"{}")
+    attempt = Attempt(store, "generator", settings={"killed": 1}, parents={}, recipe={})
+    store.write(attempt.name("half.bin"), b"1234")
+    lost = f"artifacts/generator/{releases.load(store, d).parts['generator']['key']}/attempt-lost/half.bin"
+    store.write(lost, b"12")
+    unnamed = make(store, "quantizer", {"codes": b"compared"}, settings={"kind": "compared"})
+    before, listed = files(store), store.listing("")
+
+    would = gc.collect(store, keep=2, dry_run=True)
+    assert files(store) == before
+    freed = gc.collect(store, keep=2)
+    assert freed == would and freed.kept == [d, c, b] and freed.removed == [a] and freed.unread == []
+    gone = before - files(store)
+    assert freed.bytes == sum(listed[name].bytes for name in gone)
+    parts = {part: 1 for part in releases.PARTS} | {"quantizer": 2}
+    expected = {
+        "moves of the pointer": 1,
+        "releases": 1,
+        "changes while serving": 1,
+        "attempts of killed jobs": 2,
+        **parts,
+    }
+    assert counts(freed) == expected
+    assert find(store, "quantizer", unnamed.key) is None and lost in gone and attempt.name("half.bin") in gone
+    assert f"live/{c}/0000000001.json" in files(store)
+    assert all(is_whole(store, name) for name in (b, c, d))
+    assert [row["release"] for row in history.overview(store)].count(b) == 1
+
+    use.end()
+    assert gc.collect(store, keep=1).removed == sorted([b, c]) and releases.pointer(store) == (4, d)
+    assert gc.collect(store, keep=1).rows == []
+
+
+def test_gc_keeps_what_a_kept_release_was_made_of_where_a_rerun_looks_for_it(local_store, chain, make):
+    made = chain(local_store, "a")
+    trained = make(local_store, "generator", {"weights": b"trained"}, settings={"epochs": 1})
+    prompts = make(local_store, "prompts", {"prompts": b"of a"})
+    before = make(local_store, "generator", {"weights": b"the release before's"}, settings={"epochs": 2})
+    parents = {"trained": trained.digest, "prompts": prompts.digest, "warm": before.digest}
+    parents |= {role: made[role].digest for role in ("ids", "examples")}
+    made["generator"] = make(local_store, "generator", {"weights": b"aligned"}, parents=parents)
+    made["evaluation"] = make(
+        local_store, "evaluation", {"figures": b"1"}, parents={"generator": made["generator"].digest}
+    )
+    releases.publish(local_store, made)
+    assert counts(gc.collect(local_store, keep=1)) == {
+        "generator": 2,
+        "evaluation": 1,
+    }  # `before`, and those of the chain
+    assert find(local_store, "generator", trained.key) and find(local_store, "prompts", prompts.key)
+    assert find(local_store, "generator", before.key) is None
+
+
+def test_gc_is_refused_while_a_job_is_at_work_and_forgets_those_that_died(store, chain, monkeypatch):
+    publish(store, chain, "a")
+    with lease.holding(store, command="catid2 reindex"), pytest.raises(LeaseError, match="catid2 reindex"):
+        gc.collect(store, keep=1)
+    with (
+        uses.job(store, command="catid2 compare-ids"),
+        pytest.raises(
+            LeaseError, match=f"a job reads from {store.uri}: catid2 compare-ids by .*Run gc when it has ended"
+        ),
+    ):
+        gc.collect(store, keep=1)
+    died = holder.describe("catid2 compare-ids") | {"expires_s": 60}
+    died["process"]["born"] = "1"
+    store.write("uses/jobs/died.json", json.dumps(died).encode())
+    store.write("uses/releases/r-1/died.json", json.dumps(died).encode())
+    assert counts(gc.collect(store, keep=1)) == {"stale uses": 2} and store.names("uses/jobs") == []
+    assert lease.look(store).released
+
+
+def test_gc_refuses_what_would_remove_all(local_store, chain):
+    with pytest.raises(ReleaseError, match="nothing was published .* would remove all that was made"):
+        gc.collect(local_store, keep=1)
+    (name,) = publish(local_store, chain, "a")
+    with pytest.raises(InputError, match="found --keep 0"):
+        gc.collect(local_store, keep=0)
+    local_store.delete(f"releases/{name}.json")
+    with pytest.raises(ReleaseError, match=f"the record of release {name}, which is current in .*, is gone"):
+        gc.collect(local_store, keep=1)
+
+
+def test_gc_leaves_alone_what_it_cannot_read(local_store, chain, make):
+    publish(local_store, chain, "a")
+    newer = make(local_store, "generator", {"weights": b"new"}, settings={"n": 1})
+    fields = json.loads(local_store.read(newer.name))
+    local_store.write(newer.name, json.dumps(fields | {"format": 99}).encode())
+    freed = gc.collect(local_store, keep=1)
+    assert freed.rows == [] and freed.unread == [local_store.uri_of(newer.name)]
+    assert local_store.exists(newer.file("weights"))
+
+
+def test_runs_of_trainings_go_when_their_result_is_committed_or_nobody_went_on_with_them(local_store, chain):
+    publish(local_store, chain, "a")
+    key = releases.current(local_store).parts["quantizer"]["key"]
+    for run in (f"quantizer-{key}", "generator-0123456789abcdef", "generator-fedcba9876543210"):
+        local_store.write(f"runs/{run}/checkpoint/weights", b"12345")
+    old = time.time() - 8 * 86_400
+    os.utime(local_store.path("runs/generator-fedcba9876543210/checkpoint/weights"), (old, old))
+    assert counts(gc.collect(local_store, keep=1, runs_older_than_days=9)) == {"runs of trainings": 1}
+    freed = gc.collect(local_store, keep=1)
+    assert freed.rows == [("runs of trainings", 1, 5)] and local_store.names("runs") == ["generator-0123456789abcdef"]
+
+
+@pytest.mark.parametrize("removals", range(0, 24, 3))
+def test_nothing_that_is_left_dangles_when_gc_is_killed(local_store, chain, monkeypatch, removals):
+    a, b = publish(local_store, chain, "a", "b")
+    left, whole = [removals], (type(local_store).delete, type(local_store).delete_folder)
+
+    def limited(delete):
+        def call(store, name):
+            if not name.startswith("lease/"):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+            delete(store, name)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name, delete in zip(("delete", "delete_folder"), whole, strict=True):
+            patch.setattr(type(local_store), name, limited(delete))
+        with pytest.raises(KeyboardInterrupt):
+            gc.collect(local_store, keep=1)
+    assert is_whole(local_store, b)
+    for name in local_store.names("releases"):
+        assert is_whole(local_store, name.removesuffix(".json"))
+    for move in history.entries(local_store):
+        assert local_store.exists(f"releases/{move.release}.json")
+    for kind in releases.PARTS:
+        for key in local_store.names(f"artifacts/{kind}"):
+            if manifest := find(local_store, kind, key):
+                verify(local_store, manifest)
+    gc.collect(local_store, keep=1)
+    assert gc.collect(local_store, keep=1).rows == [] and local_store.names("releases") == [f"{b}.json"]
+
+
+def test_gc_frees_this_nodes_copies_of_what_it_removed(store, chain, tmp_path):
+    a, b = publish(store, chain, "a", "b")
+    cache = tmp_path / "cache"
+    folders = {name: releases.release_folder(store, releases.load(store, name), cache) for name in (a, b)}
+    (cache / "generator-of-another-store").mkdir()
+    before = {path.name for path in cache.iterdir()}
+    freed = counts(gc.collect(store, keep=1, cache=cache))
+    assert freed["serving folders on this node"] == 1
+    assert freed.get("fetched copies on this node", 0) == (2 if store.is_s3 else 0)  # of generator and ids
+    after = {path.name for path in cache.iterdir()}
+    assert len(before - after) == (3 if store.is_s3 else 1) and not after - before
+    assert not folders[a].exists() and (folders[b] / "generator" / "generator.txt").read_bytes() == b"b generator"
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """The store of an earlier version, with a second release that other settings of serving made."""
+    recipe = unpack(tmp_path)
+    store = Store(recipe.store)
+    first = releases.current(store)
+    parts = first.manifests(store)
+    for part in ("serving", "evaluation"):
+        one = parts[part]
+        parents = one.parents | ({"serving": parts["serving"].digest} if "serving" in one.parents else {})
+        attempt = Attempt(store, part, settings=one.settings | {"k": 7}, parents=parents, recipe=one.recipe)
+        shutil.copytree(store.path(one.folder), store.path(attempt.folder))
+        entries = [{**file, "name": attempt.name(file["name"])} for file in one.files]
+        entries.append(store.write_file(attempt.name("note.txt"), part.encode()))
+        parts[part] = attempt.commit(entries, rows=one.rows, metrics=one.metrics)
+    return store, first.name, releases.publish(store, parts)[0].name
+
+
+def test_a_stored_release_is_listed_rolled_back_to_and_outlives_gc(stored, tmp_path):
+    store, first, second = stored
+    shown = run_here("releases", "--store", store.uri, "--json", tmp_path / "releases.json")
+    assert shown.returncode == 0 and f"{second}  *" in shown.stdout and first in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    rows = {row["release"]: row for row in json.loads((tmp_path / "releases.json").read_text())}
+    assert rows[second]["current"] and not rows[first]["current"] and rows[first]["documents"] == 150
+    assert set(rows[first]["recall"]) == {"served", "beam"} and rows[first]["bytes"] < rows[second]["bytes"]
+
+    back = run_here("rollback", "--store", store.uri)
+    assert f"Release {first} is current again; it was {second}." in back.stdout and back.returncode == 0
+    assert "current already" in run_here("rollback", first, "--store", store.uri).stdout
+    nowhere = run_here("rollback", "--store", store.uri)
+    assert nowhere.returncode == 5 and f"others that it has: {second}" in nowhere.stderr
+
+    would, did = (run_here("gc", "--store", store.uri, "--keep", 1, *dry) for dry in (["--dry-run"], []))
+    assert "What gc would remove" in would.stdout and "What gc removed" in did.stdout
+    assert did.stdout.replace("Freed", "Would free").splitlines()[2:] == would.stdout.splitlines()[2:]
+    assert f"Releases kept: {first}\n" in did.stdout and store.names("releases") == [f"{first}.json"]
+    retriever = open_retriever(releases.release_folder(store, releases.current(store), tmp_path / "cache"))
+    assert len(retriever.retrieve(["oak shelf"], k=3, filters=[None])[0]) == 3
+
+
+def test_a_command_on_a_store_at_work_ends_with_exit_code_9(local_store, chain):
+    publish(local_store, chain, "a", "b")
+    with lease.holding(local_store, command="catid2 reindex"):
+        for command in (["gc", "--keep", 1], ["rollback"]):
+            ended = run_here(*command, "--store", local_store.uri)
+            assert ended.returncode == 9 and "LeaseError: another job works on" in ended.stderr
+        assert run_here("releases", "--store", local_store.uri).returncode == 0
+
+
+def test_a_release_that_cannot_be_read_is_listed_with_its_reason(local_store, chain):
+    a, _ = publish(local_store, chain, "a", "b")
+    local_store.delete(releases.load(local_store, a).manifests(local_store)["ids"].name)
+    shown = run_here("releases", "--store", local_store.uri)
+    assert (
+        shown.returncode == 0 and f"{a} cannot be read: release {a} in {local_store.uri}: its part ids" in shown.stdout
+    )
+    assert "Nothing was published" in run_here("releases", "--store", f"{local_store.uri}-empty").stdout
+
+
+def test_sizes_and_ages_as_a_person_reads_them():
+    sizes = {
+        0: "0 B",
+        999: "999 B",
+        1_000: "1.0 kB",
+        34_400_000: "34 MB",
+        9_960_000: "10 MB",
+        999_600: "1.0 MB",
+        None: "–",
+    }
+    assert {size: size_text(size) for size in sizes} == sizes
+    ages = {0: "0 s", 59: "59 s", 3_599: "59 min", 86_399: "23 h", 86_400 * 31: "31 d", None: "–"}
+    assert {age: age_text(age) for age in ages} == ages
