@@ -48,6 +48,26 @@ def test_a_state_of_another_version_is_passed_over(local_store, capfd):
     assert "of another version" in capfd.readouterr().err
 
 
+def test_a_checkpoint_loads_whatever_gpu_its_rank_sat_on(tmp_path, monkeypatch):
+    """torch writes the device's name with each tensor; here that of a second GPU, which this machine has not."""
+    network = torch.nn.Linear(2, 2)
+    optimiser = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    optimiser.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:1")
+        checkpoints.save(tmp_path, SimpleNamespace(module=network, optimizer=optimiser), rank=0)
+    other = torch.nn.Linear(2, 2)
+    fresh = torch.optim.AdamW(other.parameters())
+    checkpoints.load(
+        tmp_path, SimpleNamespace(module=other, optimizer=fresh), State(world=1, batch=4),
+        rank=0, world=1, batch=4, whole_rows=True,
+    )  # fmt: skip
+    assert torch.equal(other.weight, network.weight)
+    averages = zip(fresh.state_dict()["state"].values(), optimiser.state_dict()["state"].values(), strict=True)
+    assert all(torch.equal(loaded["exp_avg"], saved["exp_avg"]) for loaded, saved in averages)
+
+
 def engine(numels: list[list[int]], world: int):
     """Stands in for ZeRO-1: its groups of parameters, and partitions padded to a multiple of two a rank."""
     groups = [[torch.zeros(size) for size in sizes] for sizes in numels]
