@@ -33,11 +33,17 @@ def gather_rows(rank: int) -> dict:
 
 
 def gather_beside_another_user(rank: int) -> torch.Tensor:
-    """The gradient of z, which is added to the gathered rows: autograd hands both one and the same tensor."""
-    rows = torch.ones(1, 3, dtype=torch.float64, requires_grad=True)
-    z = torch.zeros(WORLD, 3, dtype=torch.float64, requires_grad=True)
-    (Gather.apply(rows) + z).sum().backward()
-    return z.grad
+    """The gradients of z, which is added to the gathered rows, plainly and with a factor: autograd hands both one tensor.
+
+    z's leaf lies one step further back, so that its gradient is read after the gather's backward pass."""
+    found = []
+    for factor in (1.0, torch.full((WORLD, 3), 2.0, dtype=torch.float64)):
+        rows = torch.ones(1, 3, dtype=torch.float64, requires_grad=True)
+        leaf = torch.zeros(WORLD, 3, dtype=torch.float64, requires_grad=True)
+        z = leaf * 1.0
+        (factor * (Gather.apply(rows) + z)).sum().backward()
+        found.append(leaf.grad)
+    return torch.stack(found)
 
 
 def run_of(stage: int, *, rows: int = 40, workers: int = WORLD, batch: int = 8, **more) -> Run:
@@ -141,7 +147,9 @@ def test_gather_gives_all_rows_and_gradients_summed_over_ranks(ranks):
 
 def test_gathering_leaves_the_gradients_of_others_alone(ranks):
     for found in ranks:
-        torch.testing.assert_close(found["beside"], torch.ones(WORLD, 3, dtype=torch.float64))
+        plain, doubled = found["beside"]
+        torch.testing.assert_close(plain, torch.ones(WORLD, 3, dtype=torch.float64))
+        torch.testing.assert_close(doubled, 2 * torch.ones(WORLD, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("case", CASES)
