@@ -143,7 +143,8 @@ def load(folder: Path, engine, state: State, *, rank: int, world: int, batch: in
         )
     set_weights(engine.module, load_file(folder / WEIGHTS))
     ranks = [rank] if state.world == world else range(state.world)
-    states = [torch.load(folder / _optimiser_file(one), weights_only=True) for one in ranks]
+    # A rank's file names the device that it sat on, which may be another one's now, or none: the engine moves what it loads.
+    states = [torch.load(folder / _optimiser_file(one), weights_only=True, map_location="cpu") for one in ranks]
     if not _partitioned(engine):
         engine.optimizer.load_state_dict(states[0]["base"])
         return
