@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from catid2_ray.on_ray.training import checkpoints
+from catid2_ray.artifacts.manifest import Attempt, find
+from catid2_ray.on_ray.training import checkpoints, worker
 from catid2_ray.on_ray.training.checkpoints import State
 
 
@@ -40,6 +42,22 @@ def test_the_newest_whole_checkpoint_is_found_and_partial_ones_are_named(store, 
         assert f"reason='{reason}'" in log
     with checkpoints.opened(store, folder, state, ("optimiser-1", "export/")) as files:
         assert (files / "optimiser-1.pt").read_bytes() == b"second" and (files / "export" / "a").read_bytes() == b"a"
+
+
+def test_what_is_left_of_a_training_says_whose_it_is_and_when_it_was_written(local_store, tmp_path):
+    attempt = Attempt(local_store, "generator", settings={"a": 1}, parents={}, recipe={})
+    torch.save({}, tmp_path / "optimiser-0.pt")
+    checkpoints.seal(tmp_path, State(world=1), rank=0)
+    local_store.upload(tmp_path, f"runs/{worker.run_name(attempt)}/{checkpoints.new_name(3)}")
+    (name,) = local_store.names("runs")
+    kind, _, key = name.rpartition("-")
+    assert (kind, key) == ("generator", attempt.key)
+    assert find(local_store, kind, key) is None
+    _, state = checkpoints.newest_whole(local_store, f"runs/{name}")
+    age = datetime.now(UTC) - datetime.fromisoformat(state.written)
+    assert abs(age.total_seconds()) < 60
+    attempt.commit([], metrics={})
+    assert find(local_store, kind, key) is not None
 
 
 def test_a_state_of_another_version_is_passed_over(local_store, capfd):
