@@ -13,7 +13,7 @@ from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, FormatError, RecipeError, ReleaseError
-from catid2_ray.on_ray.machine import cluster, progress
+from catid2_ray.on_ray.machine import cluster, progress, signals
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Job:
 
     `produce` is how every stage makes its artefact. `only` limits what may be made: a stage outside it must be committed
     already, else an ArtifactError names the job to run first. A stage has the name of the kind that it makes, but for
-    "aligned", which makes a generator of a generator. `made` tells which stages ran. `previous`: the release that is
+    "aligned", which makes a generator of a generator. `made` tells which stages ran, `committed` the keys of those that
+    are there, made or found. `previous`: the release that is
     built on; `pointer`: how often something had been published when the work began.
     """
 
@@ -67,6 +68,7 @@ class Job:
     store: Store
     only: frozenset[str] = frozenset(STAGES)
     made: list[str] = field(default_factory=list)
+    committed: dict[str, str] = field(default_factory=dict)
     peak: cluster.PeakMemory | None = None
     previous: PreviousRelease | None = None
     pointer: int | None = None
@@ -75,15 +77,28 @@ class Job:
     @classmethod
     @contextlib.contextmanager
     def open(cls, recipe: Recipe, *, only=tuple(STAGES)) -> Iterator["Job"]:
-        """Checks the store first, so that an unreachable bucket fails before any work; shuts Ray down at the end."""
+        """Checks the store first, so that an unreachable bucket fails before any work; shuts Ray down at the end.
+
+        SIGINT and SIGTERM end it within seconds by Interrupted, which says what is committed.
+        """
         _refuse_relative(recipe)
         store = Store(recipe.store)
         store.check()
-        try:
-            with cluster.PeakMemory() as peak:
-                yield cls(recipe=recipe, store=store, only=frozenset(only), peak=peak)
-        finally:
-            cluster.disconnect()
+        job = cls(recipe=recipe, store=store, only=frozenset(only))
+        with signals.stoppable(job.account):
+            try:
+                with cluster.PeakMemory() as job.peak:
+                    yield job
+            finally:
+                cluster.disconnect()
+
+    def account(self) -> str:
+        """For a person who stopped the job: what is kept, and how to go on."""
+        stages = ", ".join(f"{stage} {key}" for stage, key in self.committed.items())
+        return (
+            f"Committed in {self.store.uri}: {stages or 'nothing yet'}. The same command goes on from there, and a training from "
+            "its last checkpoint"
+        )
 
     def produce(
         self, kind: str, settings: dict, parents: dict[str, Manifest], work: Callable[[Attempt], Manifest], *,
@@ -96,6 +111,7 @@ class Job:
         if committed:
             artifact.verify(self.store, committed)
             if not self.quiet:
+                self.committed[stage] = committed.key
                 progress.event("reuse", stage=stage, key=committed.key)
             return committed
         if stage not in self.only:
@@ -117,6 +133,7 @@ class Job:
             self.store.delete_folder(attempt.name("exchange"))
             raise
         self.made.append(stage)
+        self.committed[stage] = manifest.key
         progress.event(
             "commit", stage=stage, key=manifest.key, digest=manifest.digest[:12], seconds=manifest.metrics["seconds"]
         )
