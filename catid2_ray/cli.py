@@ -18,7 +18,7 @@ from rich.console import Console
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import KINDS, Recipe, schema
-from catid2_ray.errors import CatidError
+from catid2_ray.errors import CatidError, InputError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -36,15 +36,31 @@ _DEFAULT_STORE = "catid2_store"
 
 
 def guarded(call: Callable[[], None]) -> None:
-    """Run; a CatidError becomes its message on standard error and its exit code."""
+    """Run; a CatidError becomes its message on standard error and its exit code, a Ctrl-C outside of any job 130."""
     # Bars of model loading, a tenth of a second long, only break up our own.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
+        _refuse_other_bytes(sys.argv[1:])
         call()
     except CatidError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}[/]", end=": ")
-        print(error, file=sys.stderr)
+        # What a message quotes may be no text that the terminal can show.
+        print(str(error).encode(errors="backslashreplace").decode(), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("ended by SIGINT", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _refuse_other_bytes(arguments: list[str]) -> None:
+    """Bytes of an argument that are not UTF-8 come in as half a character, which nothing further on can write or read."""
+    for place, argument in enumerate(arguments, start=1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"argument {place} is not UTF-8: {os.fsencode(argument)!r}. Give it in UTF-8; `locale` says what the terminal sends"
+            ) from None
 
 
 @app.command()
@@ -86,12 +102,12 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
     from catid2_ray.evaluation.tables import terminal
     from catid2_ray.on_ray.commands import GateFailed, write_json
 
-    console = Console()
+    console = _console()
     try:
         outcome = run(loaded)
     except GateFailed as error:
         console.print(terminal(closing_tables({"release": "none", **error.figures})))
-        console.print("[bold red]FAILED[/]")
+        console.print("FAILED", style="bold red")
         if json_file:
             write_json(json_file, {"release": None, **error.figures})
         raise
@@ -102,7 +118,7 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
     console.print(terminal(closing_tables(outcome.figures)))
     store = Store(loaded.store)
     console.print(
-        f"Release [bold]{outcome.release.name}[/] is current: {store.uri_of(f'releases/{outcome.release.name}.json')}",
+        f"Release {outcome.release.name} is current: {store.uri_of(f'releases/{outcome.release.name}.json')}",
         soft_wrap=True,
     )
     queries = loaded.sample_queries or tuple(outcome.parts["evaluation"].metrics["sample_queries"])
@@ -112,8 +128,13 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
         f"\nTry next:\n  catid2 search \"{queries[0]}\" --store {loaded.store}\n  catid2 serve --store {loaded.store}\n"
         "  curl -s localhost:8000/v1/retrieve -H 'content-type: application/json' "
         f"-d '{{\"query\": \"{queries[0]}\", \"k\": 5}}'",
-        soft_wrap=True, highlight=False, markup=False,
+        soft_wrap=True, highlight=False,
     )  # fmt: skip
+
+
+def _console(least_width: int = 0) -> Console:
+    """For results: titles, ids, queries and paths are data, in which neither [markup] nor :emoji: means anything."""
+    return Console(markup=False, emoji=False, width=max(least_width, Console().width) if least_width else None)
 
 
 _OPEN: dict[str, object] = {}
@@ -178,7 +199,7 @@ def compare_ids(
         "budget": ", ".join(f"{name} {getattr(loaded.quantizer, name)}" for name in _BUDGET),
     }
     page = compare_page(comparison.rows, title=f"IDs compared: {loaded.name}", about=about)
-    Console(width=max(112, Console().width)).print(terminal([compare_table(comparison.rows, brief=True)]))
+    _console(112).print(terminal([compare_table(comparison.rows, brief=True)]))
     print(f"The page with pictures and every run: {_keep_page(page, html_file, loaded, 'compare_ids.html')}")
 
 
@@ -225,7 +246,7 @@ def align(
     store, manifest = run_verb(loaded, "align_generator", wait=wait)
     history = json.loads(store.read(manifest.file("history.json")))
     table = alignment_table(manifest.metrics["before"], manifest.metrics["after"])
-    Console(width=max(112, Console().width)).print(terminal([table]))
+    _console(112).print(terminal([table]))
     page = alignment_page(history, title=f"Alignment: {loaded.name}", about=loaded.alignment.identity())
     print(f"The page with pictures: {_keep_page(page, html_file, loaded, 'alignment.html')}")
     print(store.uri_of(manifest.name))
@@ -246,7 +267,7 @@ def list_releases(store: StoreOption = _DEFAULT_STORE, json_file: JsonOption = N
     if not rows:
         print(f"Nothing was published to {opened.uri} yet.")
         return
-    Console().print(terminal([releases_table(rows)]))
+    _console().print(terminal([releases_table(rows)]))
     for row in rows:
         if row["problem"]:
             print(f"{row['release']} cannot be read: {row['problem']}")
@@ -302,7 +323,7 @@ def gc(
         say=_event,
     )
     if freed.rows:
-        Console().print(terminal([freed_table(freed.rows, dry_run=dry_run)]))
+        _console().print(terminal([freed_table(freed.rows, dry_run=dry_run)]))
     for uri in freed.unread:
         print(f"Left alone, as this version cannot read it: {uri}")
     print(f"{'Would free' if dry_run else 'Freed'} {size_text(freed.bytes)}. Releases kept: {', '.join(freed.kept)}")
@@ -333,7 +354,7 @@ def search(
         raise QueryError(f"--filter is not JSON ({error}): {filter_json}") from None
     opened = Store(store)
     opened.check()
-    _answer(Console(), opened, query, k=k, expression=expression)
+    _answer(_console(), opened, query, k=k, expression=expression)
 
 
 @app.command()
@@ -361,7 +382,6 @@ def evaluate(
     json_file: JsonOption = None,
 ) -> None:
     """Score the current release of a store on a table of pairs."""
-    from catid2_ray.errors import InputError
     from catid2_ray.evaluation.report import closing_tables
     from catid2_ray.evaluation.tables import terminal
     from catid2_ray.on_ray.commands import evaluate_release, write_json
@@ -373,7 +393,7 @@ def evaluate(
     figures = evaluate_release(store, pairs, split=split, min_relevance=min_relevance, methods=names)
     if json_file:
         write_json(json_file, figures)
-    Console().print(terminal(closing_tables(figures)))
+    _console().print(terminal(closing_tables(figures)))
 
 
 @app.command("prepare-esci")
@@ -403,7 +423,7 @@ def prepare_esci(
         source, categories, out, locale=locale, version=version, corpus=corpus, validation=validation, seed=seed,
         keep_unseen=keep_unseen,
     )  # fmt: skip
-    console = Console()
+    console = _console()
     console.print(terminal(prepared.tables))
     console.print(NOTE, highlight=False)
     if not prepared.made:
@@ -411,7 +431,7 @@ def prepare_esci(
     console.print(
         f"\nTry next:\n  catid2 reindex --recipe jobs/recipes/esci_{locale}.yaml --set catalog.root={prepared.root} "
         "--set store=STORE",
-        soft_wrap=True, highlight=False, markup=False,
+        soft_wrap=True, highlight=False,
     )  # fmt: skip
 
 

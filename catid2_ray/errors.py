@@ -15,8 +15,13 @@ Each message says what was wrong, where (URI, column, product_id), what was expe
     │   ├── CommitConflict            5   another writer committed first; nothing was lost
     │   └── LeaseError                9   another job works on the same store, or took this one's lease
     ├── TrainingError                 6   a training run ended without a result
+    │   ├── WorkerDied                6   what a worker met is no error of ours: it was killed, say
     │   └── CollapseError             8   the codes collapsed and stayed so
-    └── QualityGateError              7   the job finished, but its figures are below what the recipe demands
+    ├── QualityGateError              7   the job finished, but its figures are below what the recipe demands
+    └── Interrupted                 130   a person pressed Ctrl-C; 143 where the job got SIGTERM
+
+`transient` errors may pass by themselves: a training whose workers met one is tried again, up to the recipe's max_failures.
+All others are the same on a rerun and end the job at once.
 """
 
 
@@ -24,6 +29,7 @@ class CatidError(Exception):
     """Root of the tree; `exit_code` is what a command line ends with."""
 
     exit_code = 1
+    transient = False
 
 
 class RecipeError(CatidError, ValueError):
@@ -48,10 +54,11 @@ class EncoderError(CatidError):
 
 class StorageError(CatidError):
     exit_code = 5
+    transient = True
 
 
 class ArtifactError(StorageError):
-    pass
+    transient = False
 
 
 class FormatError(ArtifactError):
@@ -74,9 +81,21 @@ class TrainingError(CatidError):
     exit_code = 6
 
 
+class WorkerDied(TrainingError):
+    transient = True
+
+
 class CollapseError(TrainingError):
     exit_code = 8
 
 
 class QualityGateError(CatidError):
     exit_code = 7
+
+
+class Interrupted(CatidError):
+    """`signal`: the number of the one received; the exit code is what shells give a process that died of it."""
+
+    def __init__(self, message: str, *, signal: int = 2):
+        super().__init__(message)
+        self.exit_code = 128 + signal

@@ -66,6 +66,33 @@ def run_until(line: str, *arguments, env: dict | None = None, timeout: float = T
         process.wait(timeout=30)
 
 
+def run_and_signal(line: str, number: int, *arguments, timeout: float = TIMEOUT_S) -> tuple[str, int, float]:
+    """Start a job and send its process group a signal, as a terminal does, at the first output that contains `line`.
+
+    Returns (its output, exit code, seconds from the signal to the end). AssertionError where that line never comes.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    seen, deadline = [], time.monotonic() + timeout
+    try:
+        for text in process.stdout:
+            seen.append(text)
+            if line in text:
+                break
+            assert time.monotonic() < deadline, f"{line!r} did not come in:\n{''.join(seen[-40:])}"
+        else:
+            raise AssertionError(f"{line!r} never appeared in:\n{''.join(seen[-40:])}")
+        sent = time.monotonic()
+        os.killpg(process.pid, number)
+        code = process.wait(timeout=60)
+        return "".join(seen) + process.stdout.read(), code, time.monotonic() - sent
+    finally:
+        kill_tree(process.pid)
+        process.wait(timeout=30)
+
+
 def kill_tree(pid: int) -> None:
     """SIGKILL a process and all that descend from it, Ray's daemons included."""
     import psutil

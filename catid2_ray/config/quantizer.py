@@ -74,7 +74,7 @@ class QuantizerRecipe(TrainingRecipe):
     batch: int = setting(4096, "global batch", unit="products", paper="4.1", ge=2)
     learning_rate: float = setting(1e-3, "AdamW's peak, then cosine to zero", unit="1/step", gt=0)
     input: Literal["shard", "stream"] = setting(
-        "shard", "shard = stream once to a memory-mapped file on the node; stream = every epoch anew, where disks are small",
+        "shard", "shard = stream once to a memory-mapped file on the node; stream = anew in every pass, where disks are small",
         unit="choice",
     )  # fmt: skip
     kmeans_sample: int = setting(

@@ -70,10 +70,26 @@ class Recipe(Section):
         return self
 
     @property
+    def _workers(self) -> dict[str, int]:
+        """Of each training that may run."""
+        names = ("quantizer", "generator", *(["alignment"] if self.alignment.enabled else []))
+        return {name: getattr(self, name).workers for name in names}
+
+    @property
     def most_workers(self) -> int:
         """Of the training that has most."""
-        trainings = [self.quantizer, self.generator, *([self.alignment] if self.alignment.enabled else [])]
-        return max(training.workers for training in trainings)
+        return max(self._workers.values())
+
+    @model_validator(mode="after")
+    def _gpus_are_whole(self):
+        gpus = self.cluster.gpus_per_worker
+        shared = [f"{name}.workers {count}" for name, count in self._workers.items() if count > 1]
+        if gpus % 1 and shared:
+            raise ValueError(
+                f"cluster.gpus_per_worker {gpus:g} does not go with {', '.join(shared)}: training workers on GPUs meet by nccl, "
+                "which refuses two processes on one GPU. Set cluster.gpus_per_worker=1, one worker, or 0 for CPU"
+            )
+        return self
 
     @model_validator(mode="after")
     def _serving_fits(self):

@@ -15,7 +15,7 @@ from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, FormatError, RecipeError, ReleaseError
-from catid2_ray.on_ray.machine import cluster, progress
+from catid2_ray.on_ray.machine import cluster, progress, signals
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,18 @@ class Job:
 
     `produce` is how every stage makes its artefact. `only` limits what may be made: a stage outside it must be committed
     already, else an ArtifactError names the job to run first. A stage has the name of the kind that it makes, but for
-    "aligned", which makes a generator of a generator. `made` tells which stages ran. `previous`: the release that is
-    built on; `pointer`: how often something had been published when the work began. `new_ledger`: a ledger may be begun anew
-    where that of the previous release cannot be continued. `refit_encoder`: a fitted text encoder is fitted anew.
-    `lease`: that of the store; None for a job that only reads or compares.
+    "aligned", which makes a generator of a generator. `made` tells which stages ran, `committed` the keys of those that
+    are there, made or found. `previous`: the release that is built on; `pointer`: how often something had been published when
+    the work began. `new_ledger`: a ledger may be begun anew where that of the previous release cannot be continued.
+    `refit_encoder`: a fitted text encoder is fitted anew. `lease`: that of the store; None for a job that only reads or
+    compares.
     """
 
     recipe: Recipe
     store: Store
     only: frozenset[str] = frozenset(STAGES)
     made: list[str] = field(default_factory=list)
+    committed: dict[str, str] = field(default_factory=dict)
     peak: cluster.PeakMemory | None = None
     previous: PreviousRelease | None = None
     pointer: int | None = None
@@ -92,19 +94,30 @@ class Job:
         """Checks the store first, so that an unreachable bucket fails before any work; shuts Ray down at the end.
 
         `lease`: be the only job on the store, LeaseError where another is at work, unless `wait`; without it the job only
-        registers, so that gc leaves it alone.
+        registers, so that gc leaves it alone. SIGINT and SIGTERM end it within seconds by Interrupted, which says what is
+        committed.
         """
         _refuse_relative(recipe)
         store = Store(recipe.store)
         store.check()
+        job = cls(recipe=recipe, store=store, only=frozenset(only), **choices)
         with contextlib.ExitStack() as ends:
+            ends.enter_context(signals.stoppable(job.account))
             if lease:
-                choices["lease"] = ends.enter_context(leases.holding(store, wait=wait, say=progress.event))
+                job.lease = ends.enter_context(leases.holding(store, wait=wait, say=progress.event))
             else:
                 ends.enter_context(uses.job(store, say=progress.event))
             ends.callback(cluster.disconnect)
-            peak = ends.enter_context(cluster.PeakMemory())
-            yield cls(recipe=recipe, store=store, only=frozenset(only), peak=peak, **choices)
+            job.peak = ends.enter_context(cluster.PeakMemory())
+            yield job
+
+    def account(self) -> str:
+        """For a person who stopped the job: what is kept, and how to go on."""
+        stages = ", ".join(f"{stage} {key}" for stage, key in self.committed.items())
+        return (
+            f"Committed in {self.store.uri}: {stages or 'nothing yet'}. The same command goes on from there, and a training from "
+            "its last checkpoint"
+        )
 
     def check_lease(self) -> None:
         """Raise LeaseError where another job took the lease of this one, which hung; before each commit."""
@@ -134,6 +147,7 @@ class Job:
             committed = self._unchanged(kind, settings, {role: digests[role] for role in parents})
         if committed:
             artifact.verify(self.store, committed)
+            self.committed[stage] = committed.key
             progress.event("reuse", stage=stage, key=committed.key)
             return committed
         if stage not in self.only:
@@ -156,6 +170,7 @@ class Job:
             self.store.delete_folder(attempt.name("exchange"))
             raise
         self.made.append(stage)
+        self.committed[stage] = manifest.key
         progress.event(
             "commit", stage=stage, key=manifest.key, digest=manifest.digest[:12], seconds=manifest.metrics["seconds"]
         )
@@ -166,10 +181,10 @@ class Job:
         and parents but for those of HISTORY."""
         if self.previous is None:
             return None
-        held = [part for part in self.previous.parts.values() if part.kind == kind]
-        for digest in [part.parents["trained"] for part in held if "trained" in part.parents]:
-            held += artifact.of_digest(self.store, kind, digest)
-        for manifest in held:
+        candidates = [part for part in self.previous.parts.values() if part.kind == kind]
+        for digest in [part.parents["trained"] for part in candidates if "trained" in part.parents]:
+            candidates += artifact.of_digest(self.store, kind, digest)
+        for manifest in candidates:
             others = {role: digest for role, digest in manifest.parents.items() if role not in HISTORY}
             if manifest.settings == settings and others == digests:
                 return manifest

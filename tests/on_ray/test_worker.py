@@ -32,6 +32,20 @@ def gather_rows(rank: int) -> dict:
     return {"loss": loss.detach(), "grad": rows.grad}
 
 
+def gather_beside_another_user(rank: int) -> torch.Tensor:
+    """The gradients of z, which is added to the gathered rows, plainly and with a factor: autograd hands both one tensor.
+
+    z's leaf lies one step further back, so that its gradient is read after the gather's backward pass."""
+    found = []
+    for factor in (1.0, torch.full((WORLD, 3), 2.0, dtype=torch.float64)):
+        rows = torch.ones(1, 3, dtype=torch.float64, requires_grad=True)
+        leaf = torch.zeros(WORLD, 3, dtype=torch.float64, requires_grad=True)
+        z = leaf * 1.0
+        (factor * (Gather.apply(rows) + z)).sum().backward()
+        found.append(leaf.grad)
+    return torch.stack(found)
+
+
 def run_of(stage: int, *, rows: int = 40, workers: int = WORLD, batch: int = 8, **more) -> Run:
     recipe = QuantizerRecipe(
         codes_per_level=(4, 4), hidden=(8,), latent=4, batch=batch, epochs=3, workers=workers, zero_stage=stage, **more
@@ -107,7 +121,7 @@ def run_rank(rank: int, folder: str) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(WORLD), "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    found = {"gather": gather_rows(rank)}
+    found = {"gather": gather_rows(rank), "beside": gather_beside_another_user(rank)}
     found |= {case: continue_training(rank, f"{folder}/{number}", *case) for number, case in enumerate(CASES)}
     found["compiler"] = {"imported": "torch._inductor.compile_fx" in sys.modules, "switch": os.environ.get(SWITCH)}
     torch.save(found, f"{folder}/{rank}.pt")
@@ -129,6 +143,13 @@ def test_gather_gives_all_rows_and_gradients_summed_over_ranks(ranks):
     # Each rank's loss is the same global scalar, so the sum over ranks is WORLD times its gradient.
     torch.testing.assert_close(found[0]["grad"], WORLD * rows[1:2])
     torch.testing.assert_close(found[1]["grad"], WORLD * rows[0:1])
+
+
+def test_gathering_leaves_the_gradients_of_others_alone(ranks):
+    for found in ranks:
+        plain, doubled = found["beside"]
+        torch.testing.assert_close(plain, torch.ones(WORLD, 3, dtype=torch.float64))
+        torch.testing.assert_close(doubled, 2 * torch.ones(WORLD, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("case", CASES)

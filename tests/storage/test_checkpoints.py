@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from catid2_ray.on_ray.training import checkpoints
+from catid2_ray.artifacts.manifest import Attempt, find
+from catid2_ray.on_ray.training import checkpoints, worker
 from catid2_ray.on_ray.training.checkpoints import State
 
 
@@ -42,10 +44,46 @@ def test_the_newest_whole_checkpoint_is_found_and_partial_ones_are_named(store, 
         assert (files / "optimiser-1.pt").read_bytes() == b"second" and (files / "export" / "a").read_bytes() == b"a"
 
 
+def test_what_is_left_of_a_training_says_whose_it_is_and_when_it_was_written(local_store, tmp_path):
+    attempt = Attempt(local_store, "generator", settings={"a": 1}, parents={}, recipe={})
+    torch.save({}, tmp_path / "optimiser-0.pt")
+    checkpoints.seal(tmp_path, State(world=1), rank=0)
+    local_store.upload(tmp_path, f"runs/{worker.run_name(attempt)}/{checkpoints.new_name(3)}")
+    (name,) = local_store.names("runs")
+    kind, _, key = name.rpartition("-")
+    assert (kind, key) == ("generator", attempt.key)
+    assert find(local_store, kind, key) is None
+    _, state = checkpoints.newest_whole(local_store, f"runs/{name}")
+    age = datetime.now(UTC) - datetime.fromisoformat(state.written)
+    assert abs(age.total_seconds()) < 60
+    attempt.commit([], metrics={})
+    assert find(local_store, kind, key) is not None
+
+
 def test_a_state_of_another_version_is_passed_over(local_store, capfd):
     local_store.write("runs/r/step-1/state.json", b'{"epochs_done": 3}')
     assert checkpoints.newest_whole(local_store, "runs/r") is None
     assert "of another version" in capfd.readouterr().err
+
+
+def test_a_checkpoint_loads_whatever_gpu_its_rank_sat_on(tmp_path, monkeypatch):
+    """torch writes the device's name with each tensor; here that of a second GPU, which this machine has not."""
+    network = torch.nn.Linear(2, 2)
+    optimiser = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    optimiser.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:1")
+        checkpoints.save(tmp_path, SimpleNamespace(module=network, optimizer=optimiser), rank=0)
+    other = torch.nn.Linear(2, 2)
+    fresh = torch.optim.AdamW(other.parameters())
+    checkpoints.load(
+        tmp_path, SimpleNamespace(module=other, optimizer=fresh), State(world=1, batch=4),
+        rank=0, world=1, batch=4, whole_rows=True,
+    )  # fmt: skip
+    assert torch.equal(other.weight, network.weight)
+    averages = zip(fresh.state_dict()["state"].values(), optimiser.state_dict()["state"].values(), strict=True)
+    assert all(torch.equal(loaded["exp_avg"], saved["exp_avg"]) for loaded, saved in averages)
 
 
 def engine(numels: list[list[int]], world: int):

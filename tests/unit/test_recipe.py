@@ -212,6 +212,22 @@ def test_contradictions_name_both_fields(values, words):
     refused(values, *words)
 
 
+@pytest.mark.parametrize("gpus", [0.5, 1.5])
+@pytest.mark.parametrize("section", ["quantizer", "generator"])
+def test_workers_that_meet_by_nccl_need_whole_gpus(gpus, section):
+    values = MINIMAL | {"cluster": {"gpus_per_worker": gpus}, section: {"workers": 2}}
+    with pytest.raises(
+        RecipeError, match=rf"cluster.gpus_per_worker {gpus} does not go with {section}.workers 2.*nccl"
+    ):
+        Recipe.build(values)
+    assert Recipe.build(values | {section: {"workers": 1}}).cluster.gpus_per_worker == gpus
+    assert Recipe.build(values | {"cluster": {"gpus_per_worker": 2}}).most_workers == 2
+    aligned = MINIMAL | {"cluster": {"gpus_per_worker": gpus}, "alignment": {"workers": 2}}
+    Recipe.build(aligned)
+    with pytest.raises(RecipeError, match="alignment.workers 2"):
+        Recipe.build(aligned | {"alignment": {"workers": 2, "enabled": True}})
+
+
 def test_what_is_near_a_contradiction_is_fine():
     Recipe.build({"catalog": {"synthetic": {}, "max_category_depth": 2}, "quantizer": {"codes_per_level": [64] * 3}})
     Recipe.build(

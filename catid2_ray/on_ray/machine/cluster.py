@@ -14,6 +14,7 @@ import ray
 
 from catid2_ray.artifacts.store import S3_ENVIRONMENT
 from catid2_ray.config import ClusterRecipe
+from catid2_ray.on_ray.machine import signals
 
 # For a Ray of our own only. Workers inherit this process's environment, which spares the set-up of a runtime_env; and idle
 # ones are kept, since on few cores Python was seen starting anew, second after second, for tasks that are short.
@@ -47,7 +48,8 @@ def worker_environment(cluster: ClusterRecipe) -> dict[str, str]:
 
 
 def connect(cluster: ClusterRecipe, *, workers: int = 0, dashboard: bool = False) -> None:
-    """Idempotent. Logs of workers stay in Ray's files; what they have to say reaches the terminal as progress.
+    """Idempotent. Logs of workers stay in Ray's files; what they have to say reaches the terminal as progress. The handlers of
+    SIGINT and SIGTERM stay as they are.
 
     `workers`: the largest training. A Ray started here offers two CPUs more, or the data tasks that feed the workers would
     wait for CPUs that the workers hold, for ever.
@@ -59,18 +61,19 @@ def connect(cluster: ClusterRecipe, *, workers: int = 0, dashboard: bool = False
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     environment = worker_environment(cluster)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", runtime_env={"env_vars": environment}, **quiet)
+        address = {"address": "auto", "runtime_env": {"env_vars": environment}}
     else:
         os.environ.update(environment)
         for name, value in _PRIVATE_RAY.items():
             os.environ.setdefault(name, value)
-        ray.init(
-            address="local",
-            num_cpus=max(cluster.logical_cpus, (os.cpu_count() or 1) + 2, workers + 2),
-            object_store_memory=cluster.object_store_mb * 1_000_000,
-            include_dashboard=dashboard,
-            **quiet,
-        )
+        address = {
+            "address": "local",
+            "num_cpus": max(cluster.logical_cpus, (os.cpu_count() or 1) + 2, workers + 2),
+            "object_store_memory": cluster.object_store_mb * 1_000_000,
+            "include_dashboard": dashboard,
+        }
+    with signals.kept():
+        ray.init(**address, **quiet)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

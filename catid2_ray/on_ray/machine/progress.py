@@ -71,8 +71,9 @@ def bar(label: str, total: int, unit: str):
         yield Bar(label, total, unit, None)
         return
     columns = (
-        SpinnerColumn(), TextColumn("{task.description:<34}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TextColumn(unit), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
+        SpinnerColumn(), TextColumn("{task.description:<34}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TextColumn(unit), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as rich_bar:
         yield Bar(label, total, unit, rich_bar)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+import time
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class State:
     finished        nothing is left to train and export/ is in the checkpoint
     world, batch    workers, and rows of a global batch, that it was written with
     files           bytes by name, of all ranks
+    written         when, in UTC: tells a training that was abandoned from one that runs
     """
 
     epoch: int = 0
@@ -46,6 +48,7 @@ class State:
     world: int = 0
     batch: int = 0
     files: dict[str, int] = field(default_factory=dict)
+    written: str = ""
 
 
 def new_name(steps: int) -> str:
@@ -109,6 +112,7 @@ def seal(folder: Path, state: State, *, rank: int, device: str = "cpu") -> None:
             if path.is_file()
         }
         state.files = files | {_optimiser_file(other): size for other, size in enumerate(size_R)}
+        state.written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         (folder / STATE).write_text(json.dumps(asdict(state)))
 
 
@@ -143,7 +147,8 @@ def load(folder: Path, engine, state: State, *, rank: int, world: int, batch: in
         )
     set_weights(engine.module, load_file(folder / WEIGHTS))
     ranks = [rank] if state.world == world else range(state.world)
-    states = [torch.load(folder / _optimiser_file(one), weights_only=True) for one in ranks]
+    # A rank's file names the device that it sat on, which may be another one's now, or none: the engine moves what it loads.
+    states = [torch.load(folder / _optimiser_file(one), weights_only=True, map_location="cpu") for one in ranks]
     if not _partitioned(engine):
         engine.optimizer.load_state_dict(states[0]["base"])
         return

@@ -23,7 +23,8 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        # Of its own memory: autograd may hand the same tensor to others, who must not see the sum.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient[dist.get_rank() * ctx.rows : (dist.get_rank() + 1) * ctx.rows]
 

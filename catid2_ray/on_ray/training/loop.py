@@ -111,8 +111,6 @@ class Training:
         )
         mode, seed = getattr(run.settings, "input", "shard"), seed_from(run.seed, self._row_seed)
         with open_rows(seat.rows, span, run.task.columns, mode=mode, seed=seed) as rows, self.metered():
-            if hasattr(rows, "seek"):
-                rows.seek(self.state.epoch)
             while not self.epoch(rows):
                 pass
 
@@ -138,7 +136,7 @@ class Training:
         )
         self.engine.train()
         every = max(1, min(_SHOWN_EVERY, place.steps // 10))
-        drawn = rows.epoch(order, steps=place.steps, batch=batch, first=state.step)
+        drawn = rows.epoch(order, steps=place.steps, batch=batch, first=state.step, before=place.first_step)
         for step, columns in enumerate(drawn, start=state.step):
             rate = self.plan.learning_rate(epoch, step, warmup_share=settings.warmup_share, decay=settings.decay)
             for group in self.engine.optimizer.param_groups:

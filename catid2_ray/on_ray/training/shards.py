@@ -2,10 +2,11 @@
 
 A pass of Ray Data costs seconds to start, so hundreds of epochs cannot be hundreds of passes. A worker's shard is a
 contiguous range of the artefact's rows, each row at a place that follows from its part and index, so arrival order does not
-matter. `StreamedRows` is the other way, for nodes whose disk is too small: every epoch is a pass.
+matter. `StreamedRows` is the other way, for nodes whose disk is too small: pass after pass.
 """
 
 import contextlib
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import ray.data
 
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
-from catid2_ray.errors import StorageError
+from catid2_ray.errors import StorageError, TrainingError
 from catid2_ray.on_ray.machine.arrays import matrix
 
 _STREAM_BATCH = 8192
@@ -105,50 +106,102 @@ class ShardRows:
     def take(self, index: np.ndarray) -> dict[str, np.ndarray]:
         return {name: array[index] for name, array in self._arrays.items()}
 
-    def epoch(self, order: np.ndarray, *, steps: int, batch: int, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """The batches `first` … `steps` − 1 of `batch` rows in the given order, from its start again where it is too short."""
+    def epoch(
+        self, order: np.ndarray, *, steps: int, batch: int, first: int = 0, before: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The batches `first` … `steps` − 1 of `batch` rows in the given order, from its start again where it is too short.
+        Steps `before` the epoch change nothing, as the order is the epoch's own."""
         for step in range(first, steps):
             yield self.take(np.take(order, np.arange(step * batch, (step + 1) * batch), mode="wrap"))
 
 
 class StreamedRows:
-    """The same rows, streamed anew each epoch and shuffled inside a window of a few batches; needs no disk.
+    """The same rows, streamed anew in every pass and shuffled inside windows of a few batches; needs no disk.
 
-    Deterministic, because the pass keeps the order of files and rows. `order` only says how many rows an epoch has.
+    Passes follow each other without a gap: where a pass ends inside a batch, the next one fills it. So over any S steps of B
+    rows each of N rows is seen ⌊S·B/N⌋ or ⌈S·B/N⌉ times, and never twice in a batch. What a step gets is a pure function of
+    (seed, step), because a pass of Ray Data keeps the order of files and rows. Memory holds three windows and a block at most.
     """
 
     def __init__(self, iterator, span: RankRange, columns: list[str], *, seed: int):
         self.rows, self._iterator, self._span, self._columns, self._seed = span.rows, iterator, span, columns, seed
-        self._epoch = 0
+        self._running: Iterator[dict[str, np.ndarray]] | None = None
+        self._next = (0, 0)  # the step that `_running` gives next, and the rows of its batches
 
-    def seek(self, epoch: int) -> None:
-        self._epoch = epoch
+    def epoch(
+        self, order: np.ndarray, *, steps: int, batch: int, first: int = 0, before: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The batches `first` … `steps` − 1 of the epoch that follows `before` steps of the training; `order` is not used.
 
-    def epoch(self, order: np.ndarray, *, steps: int, batch: int, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """The batches `first` … `steps` − 1 of the epoch; those before are read too, as the shuffle goes on from them."""
-        generator = np.random.default_rng([self._seed, self._epoch])
-        self._epoch += 1
-        given = 0
-        while given < steps:
-            # What is left of a pass is dropped: with the next pass it could put one row into a batch twice.
-            window = None
-            for block in self._blocks():
-                window = (
-                    block if window is None else {name: np.concatenate([window[name], block[name]]) for name in block}
-                )
-                size = len(next(iter(window.values())))
-                if size < _WINDOW_BATCHES * batch and size < self.rows:
-                    continue
-                shuffled = generator.permutation(size)
-                whole = size // batch
-                for number in range(min(whole, steps - given)):
-                    if given >= first:
-                        chosen = shuffled[number * batch : (number + 1) * batch]
-                        yield {name: values[chosen] for name, values in window.items()}
-                    given += 1
-                window = {name: values[shuffled[whole * batch :]] for name, values in window.items()}
-                if given == steps:
-                    return
+        TrainingError where a batch has more rows than this worker.
+        """
+        if batch > self.rows:
+            raise TrainingError(
+                f"a batch of {batch} of this worker's {self.rows} rows would hold a row twice: lower quantizer.batch"
+            )
+        for step in range(before + first, before + steps):
+            if self._running is None or self._next != (step, batch):
+                self.close()
+                self._running = self._batches(step, batch)
+            columns = next(self._running)
+            self._next = (step + 1, batch)
+            yield columns
+
+    def close(self) -> None:
+        """End the pass that is being read; the next epoch starts one anew."""
+        if self._running is not None:
+            self._running.close()
+        self._running = None
+
+    def _batches(self, step: int, batch: int) -> Iterator[dict[str, np.ndarray]]:
+        """The batches from a step of the training on, without end."""
+        window = _WINDOW_BATCHES * batch
+        if self.rows < 3 * window:  # one window, which is read once and kept
+            values = next(self._cut([self.rows]))
+            for index in itertools.islice(index_batches(self.rows, batch, self._seed), step, None):
+                yield {name: column[index] for name, column in values.items()}
+        number, drawn = divmod(step * batch, self.rows)
+        left: dict[str, np.ndarray] = {}
+        while True:
+            # The last window of a pass and the first of the next have no row in common, so no batch holds a row twice.
+            for values, order in self._windows(number, drawn, window):
+                start = 0
+                while (taken := batch - _length(left)) <= len(order) - start:
+                    yield _joined(left, values, order[start : start + taken])
+                    left, start = {}, start + taken
+                left = _joined(left, values, order[start:])
+            number, drawn = number + 1, 0
+
+    def _windows(self, number: int, drawn: int, window: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """(a window's rows, the order in which they are drawn) of a pass, without the first `drawn` that it drew."""
+        # The first width differs from pass to pass, so that other rows meet in a window.
+        first = int(np.random.default_rng([self._seed, number]).integers(window // 2, window, endpoint=True))
+        whole = (self.rows - first) // window - 1
+        sizes = [first, *[window] * whole, self.rows - first - whole * window]
+        for place, values in enumerate(self._cut(sizes)):
+            order = np.random.default_rng([self._seed, number, place]).permutation(sizes[place])[drawn:]
+            drawn = max(0, drawn - sizes[place])
+            yield values, order
+
+    def _cut(self, sizes: list[int]) -> Iterator[dict[str, np.ndarray]]:
+        """A pass of the rows in their order, as windows of these sizes. StorageError where it has fewer rows."""
+        blocks, block, start = self._blocks(), {}, 0
+        for size in sizes:
+            window, filled = {}, 0
+            while filled < size:
+                if start == _length(block):
+                    block, start = next(blocks, None), 0
+                    if block is None:
+                        raise StorageError(
+                            f"a pass ended before this worker's {self.rows} rows: the artefact changed; rerun"
+                        )
+                count = min(size - filled, _length(block) - start)
+                for name, values in block.items():
+                    if name not in window:
+                        window[name] = np.empty((size, *values.shape[1:]), values.dtype)
+                    window[name][filled : filled + count] = values[start : start + count]
+                filled, start = filled + count, start + count
+            yield window
 
     def _blocks(self) -> Iterator[dict[str, np.ndarray]]:
         for batch in self._iterator.iter_batches(batch_size=_STREAM_BATCH, batch_format="pyarrow"):
@@ -156,11 +209,43 @@ class StreamedRows:
             yield {name: matrix(batch[name])[mine] for name in self._columns}
 
 
+def index_batches(rows: int, batch: int, seed: int) -> Iterator[np.ndarray]:
+    """Batches of `batch` ≤ `rows` places 0 … rows − 1 without end, out of one permutation after another.
+
+    A batch that a permutation leaves unfilled takes, of the next one, the first places that it lacks; those passed over come
+    right after it.
+    """
+    left = np.empty(0, np.int64)
+    for number in itertools.count():
+        order = np.random.default_rng([seed, number]).permutation(rows)
+        taken = np.zeros(rows, bool)
+        taken[left] = True
+        fresh = order[~taken[order]][: batch - len(left)]
+        yield np.concatenate([left, fresh])
+        taken[left], taken[fresh] = False, True
+        rest = order[~taken[order]]
+        whole = len(rest) // batch * batch
+        yield from rest[:whole].reshape(-1, batch)
+        left = rest[whole:]
+
+
+def _length(columns: dict[str, np.ndarray]) -> int:
+    return len(next(iter(columns.values()), ()))
+
+
+def _joined(left: dict[str, np.ndarray], values: dict[str, np.ndarray], index: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows of `left`, where there are any, and those of `values` at these places."""
+    if not left:
+        return {name: column[index] for name, column in values.items()}
+    return {name: np.concatenate([left[name], column[index]]) for name, column in values.items()}
+
+
 @contextlib.contextmanager
 def open_rows(iterator, span: RankRange, columns: list[str], *, mode: str, seed: int):
     """ShardRows on this node's temporary disk, removed at the end, or StreamedRows."""
     if mode == "stream":
-        yield StreamedRows(iterator, span, columns, seed=seed)
+        with contextlib.closing(StreamedRows(iterator, span, columns, seed=seed)) as rows:
+            yield rows
         return
     with tempfile.TemporaryDirectory(prefix="catid2-shard-") as folder:
         yield ShardRows(iterator, span, columns, Path(folder))

@@ -1,5 +1,6 @@
 """A training run on Ray Train: workers, their rows, failures, and what is published of the result. The loop is loop.py."""
 
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from catid2_ray.artifacts.manifest import Attempt
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
-from catid2_ray.errors import CatidError, CollapseError, TrainingError
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.errors import CatidError, CollapseError, TrainingError, WorkerDied
+from catid2_ray.on_ray.machine import progress, signals
 from catid2_ray.on_ray.machine.parts import our_error
 from catid2_ray.on_ray.training import checkpoints
 from catid2_ray.on_ray.training.checkpoints import State
@@ -30,11 +31,17 @@ def train(run: Run, cluster: ClusterRecipe, attempt: Attempt, *, label: str) -> 
 
     The checkpoints lie in the run's folder, which is named by the artefact's key, so a rerun of the same recipe finds them;
     they are deleted once the export is in the attempt. TensorBoard's files come to lie beside the export, outside the
-    manifest. Raises TrainingError when the workers failed more often than max_failures, CollapseError when the task stopped.
+    manifest. Raises TrainingError when the workers failed more often than max_failures, CollapseError when the task stopped,
+    and an error of ours that a worker raised: at once, unless it is transient.
     """
     run, store = replace(run, name=run_name(attempt)), run.store
     found = checkpoints.newest_whole(store, run.folder)
     if found is None or not found[1].finished:
+        if found is not None:
+            progress.event(
+                "resume", stage=label.replace(" ", "_"), epochs_done=found[1].epoch, step=found[1].step,
+                checkpoint=store.uri_of(found[0]),
+            )  # fmt: skip
         _fit(run, cluster, label)
         found = checkpoints.newest_whole(store, run.folder)
     folder, state = found or ("", State())
@@ -52,8 +59,15 @@ def train(run: Run, cluster: ClusterRecipe, attempt: Attempt, *, label: str) -> 
 
 
 class _Trainer(TorchTrainer):
-    """TorchTrainer without the actor that frees the resources of a controller that died, where Ray is this job's own and ends
-    with it. That actor asks the dashboard, which is not there, and each training waited 12 s for it to give up."""
+    """TorchTrainer without two of its habits.
+
+    Where Ray is this job's own and ends with it: the actor that frees the resources of a controller that died. It asks the
+    dashboard, which is not there, and each training waited 12 s for it to give up. And everywhere: a handler of SIGINT, which
+    swallowed Ctrl-C in all stages after a training.
+    """
+
+    def _register_sigint_handler(self, controller) -> None:
+        """The job's own handler stays."""
 
     def _create_default_callbacks(self) -> list:
         callbacks = super()._create_default_callbacks()
@@ -63,12 +77,43 @@ class _Trainer(TorchTrainer):
 
 
 def _fit(run: Run, cluster: ClusterRecipe, label: str) -> None:
-    settings, store = run.settings, run.store
-    if not store.is_s3:
-        os.makedirs(store.path("runs"), exist_ok=True)
+    """Train, and again from the last checkpoint after a failure, where `tried_again` says so.
+
+    Ray Train would do all failures alike: also those that come again, as a loss that turns to NaN.
+    """
+    if not run.store.is_s3:
+        os.makedirs(run.store.path("runs"), exist_ok=True)
+    batches, stage = run.batches(run.settings.workers), label.replace(" ", "_")
+    progress.event(
+        "batches",
+        stage=stage,
+        arithmetic=f"'{batches.arithmetic}'",
+        epochs=batches.plan.epochs,
+        steps=batches.plan.steps,
+    )
+    with progress.remote_bar(label, batches.plan.steps, "steps"), signals.kept():
+        for failures in itertools.count(1):
+            try:
+                _trainer(run, cluster).fit()
+                return
+            except ray.train.TrainingFailedError as error:
+                cause = _cause(error, label)
+                if not tried_again(cause, failures, run.settings.max_failures):
+                    raise cause from error
+                progress.event(
+                    "retry", stage=stage, failure=failures, of=run.settings.max_failures, reason=f"'{cause}'"
+                )
+
+
+def tried_again(cause: CatidError, failures: int, max_failures: int) -> bool:
+    """Whether a training that failed so often goes on from its last checkpoint: not where the cause is the same on a rerun."""
+    return cause.transient and failures <= max_failures
+
+
+def _trainer(run: Run, cluster: ClusterRecipe) -> TorchTrainer:
+    settings, store, gpus = run.settings, run.store, cluster.gpus_per_worker
     options = ray.data.DataContext.get_current().execution_options
-    gpus = cluster.gpus_per_worker
-    trainer = _Trainer(
+    return _Trainer(
         _loop,
         # As bytes: Ray's controller looks at the config, and would first import all that the workers need.
         train_loop_config={"run": ray.cloudpickle.dumps(run)},
@@ -84,20 +129,10 @@ def _fit(run: Run, cluster: ClusterRecipe, label: str) -> None:
             name=run.name,
             storage_path=store.path("runs"),
             storage_filesystem=store.arrow_fs if store.is_s3 else None,
-            failure_config=FailureConfig(max_failures=settings.max_failures),
+            failure_config=FailureConfig(max_failures=0),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    batches = run.batches(settings.workers)
-    progress.event(
-        "batches", stage=label.replace(" ", "_"), arithmetic=f"'{batches.arithmetic}'", epochs=batches.plan.epochs,
-        steps=batches.plan.steps,
-    )  # fmt: skip
-    with progress.remote_bar(label, batches.plan.steps, "steps"):
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise _cause(error, label) from error
 
 
 def _spans(run: Run) -> list[RankRange]:
@@ -110,7 +145,8 @@ def _rows_name(run: Run, rank: int) -> str:
 
 
 def run_name(attempt: Attempt) -> str:
-    """Of the folder of checkpoints: the artefact's key, so that a rerun of the same recipe finds them."""
+    """Of the folder of checkpoints: kind-key of the artefact, so that a rerun of the same recipe finds them, and so that what is
+    left of an abandoned training is known for what it is: no manifest of that kind and key is committed."""
     return f"{attempt.kind}-{attempt.key}"
 
 
@@ -120,13 +156,15 @@ def clean(store: Store, attempt: Attempt) -> None:
 
 
 def _cause(error: Exception, label: str) -> CatidError:
-    """The error of ours inside Ray's, as it was raised, or a TrainingError that quotes the worker's last words."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        # Ray Train hands over what a worker raised inside a wrapper that has no public way in.
-        if inner := our_error(getattr(failure, "_base_exc", failure)):
-            return inner
+    """The error of ours inside Ray's, as it was raised, and of several one that is the same on a rerun; else a WorkerDied that
+    quotes the worker's last words, or a TrainingError where no worker is to blame."""
+    failures = getattr(error, "worker_failures", {}).values()
+    # Ray Train hands over what a worker raised inside a wrapper that has no public way in.
+    ours = [inner for failure in failures if (inner := our_error(getattr(failure, "_base_exc", failure)))]
+    if ours:
+        return min(ours, key=lambda one: one.transient)
     text = str(error).strip().splitlines()
-    return TrainingError(
+    return (WorkerDied if failures else TrainingError)(
         f"{label} failed: {text[-1] if text else type(error).__name__}. Rerun to resume from the last checkpoint"
     )
 
