@@ -4,17 +4,29 @@ Everything is a column operation, so a million rows take seconds. A row is judge
 duplicate only afterwards: of two rows with one id, of which one has no title, the one with a title stays.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from catid2_ray.catalog.columns import (
+    NOT_UTF8,
+    list_column,
+    number_column,
+    path_column,
+    plain_table,
+    refuse_repeated,
+    require_columns,
+    silent,
+    string_column,
+)
 from catid2_ray.catalog.filter_columns import check_columns
 from catid2_ray.catalog.taxonomy import PATH_SEPARATOR
-from catid2_ray.errors import InputError
 
+COLUMNS = ("product_id", "title", "description", "category_path", "value", "embedding")
 CATEGORY_PATH = pa.list_(pa.string())
 
 
@@ -28,15 +40,15 @@ class Checked(NamedTuple):
 
 def check_products(
     table: pa.Table, *, width: int | None, min_category_depth: int, max_category_depth: int,
-    filter_columns: Mapping[str, str] | None = None,
+    filter_columns: Mapping[str, str] | None = None, category_separator: str | None = None,
 ) -> Checked:  # fmt: skip
     """Split a product table of N rows into good and bad rows.
 
     `table`: product_id and title (strings; integers are taken as ids), optionally description (string), category_path
-    (list of strings, root first), value (number: what the business gains by the product, larger = more), embedding (list
-    of floats). `width`: the embeddings' width D, or None where the
-    table's embeddings are not used. Depths count category names from the root. `filter_columns`: further columns to keep,
-    name → type, as `catalog.filter_columns` reads them.
+    (list of strings, root first, or one text with `category_separator` between two names), value (number: what the
+    business gains by the product, larger = more), embedding (list of floats). `width`: the embeddings' width D, or None
+    where the table's embeddings are not used. Depths count category names from the root. `filter_columns`: further
+    columns to keep, name → type, as `catalog.filter_columns` reads them.
 
     The good table has product_id, title, description (null where unknown), category_path (cut to
     `max_category_depth`, empty where unknown), value (float32, null where unknown), the filter columns and, with a width,
@@ -49,22 +61,30 @@ def check_products(
     """
     required = ("product_id", "title") if width is None else ("product_id", "title", "embedding")
     require_columns(table, required, what="product table")
+    refuse_repeated(table.column_names, what="product table")
+    used = {*COLUMNS, *(filter_columns or {}), NOT_UTF8} - ({"embedding"} if width is None else set())
+    table = plain_products(
+        table.select([name for name in table.column_names if name in used]), separator=category_separator
+    )
     rows = table.num_rows
-    product_id = string_column(table, "product_id")
-    title = pc.utf8_trim_whitespace(string_column(table, "title"))
+    product_id = table["product_id"].combine_chunks()
+    title = pc.utf8_trim_whitespace(table["title"].combine_chunks())
     description = _description(table)
     path, depth_N = _clean_paths(table, max_category_depth)
 
     reason = np.full(rows, None, dtype=object)
+    if NOT_UTF8 in table.column_names:
+        broken_N = table[NOT_UTF8].is_valid().to_numpy()
+        _mark(reason, broken_N, [f"{name} is {NOT_UTF8}" for name in table[NOT_UTF8].drop_null().to_pylist()])
     _mark(reason, _blank(product_id), "missing product_id")
-    _mark(reason, _blank(title), "empty title")
+    _mark(reason, silent(title), "empty title")
     columns = {"product_id": product_id, "title": title, "description": description, "category_path": path}
     columns["value"] = _value(table, reason)
     kept, faults = check_columns(table, filter_columns or {})
     for text, fault_N in faults.items():
         _mark(reason, fault_N, text)
     if width is not None:
-        columns["embedding"] = _check_embeddings(list_column(table, "embedding", pa.float32()), width, reason)
+        columns["embedding"] = _check_embeddings(table["embedding"].combine_chunks(), width, reason)
     shallow_N = depth_N < min_category_depth
     _mark(
         reason,
@@ -84,48 +104,20 @@ def check_products(
     return Checked(good, bad, int(np.count_nonzero(good_N & (depth_N > max_category_depth))))
 
 
-def require_columns(table: pa.Table, names: Sequence[str], *, what: str) -> None:
-    """Raise InputError naming the columns that `table` lacks and those it has."""
-    missing = [name for name in names if name not in table.column_names]
-    if missing:
-        raise InputError(
-            f"{what}: column {', '.join(missing)} is missing; found columns {', '.join(table.column_names) or 'none'}; "
-            f"rename or add it, the table needs {', '.join(names)}"
-        )
+def plain_products(table: pa.Table, *, separator: str | None = None) -> pa.Table:
+    """`table` with the types that `check_products` works on, one by one: ids and texts as strings, paths as lists, numbers as
+    float64, embeddings as lists of float32; other columns plain. See `columns.plain_table` for texts that are not UTF-8.
 
-
-def string_column(table: pa.Table, name: str) -> pa.Array:
-    """One column as pa.string(), one chunk; strings, integers, dictionaries of strings and all-null columns pass."""
-    column = _one_chunk(table[name])
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_integer(kind) or _is_text(kind)):
-        raise InputError(f"column {name}: expected strings, found {column.type}; cast it to string")
-    return column.cast(pa.string())
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
-    return any(test(kind) for test in tests)
-
-
-def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    if isinstance(combined, pa.ChunkedArray):
-        combined = combined.chunk(0) if combined.num_chunks else pa.array([], combined.type)
-    # Tensor columns of a data pipeline are extension types over plain lists.
-    return combined.storage if isinstance(combined.type, pa.BaseExtensionType) else combined
-
-
-def list_column(table: pa.Table, name: str, item: pa.DataType) -> pa.Array:
-    """One column as lists of `item`, one chunk; lists of any type that can be read so pass."""
-    column = _one_chunk(table[name])
-    try:
-        # Through numpy's rules a double beyond float32 becomes an infinity, which the check then names row by row.
-        return column.cast(pa.list_(item), safe=False)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(
-            f"column {name}: expected a list of {item} per row, found {column.type}; convert it"
-        ) from error
+    `separator`: what stands between two names of a category path that is one text. Raises InputError for what cannot be read.
+    """
+    table = plain_table(table)
+    read = {
+        **{name: string_column for name in ("product_id", "title", "description")},
+        "category_path": partial(path_column, separator=separator),
+        "value": number_column,
+        "embedding": partial(list_column, item=pa.float32()),
+    }
+    return pa.table({name: read[name](table, name) if name in read else table[name] for name in table.column_names})
 
 
 def _blank(column: pa.Array) -> np.ndarray:
@@ -144,7 +136,7 @@ def _mark(reason: np.ndarray, fault_N: np.ndarray, text) -> None:
 def _description(table: pa.Table) -> pa.Array:
     if "description" not in table.column_names:
         return pa.nulls(table.num_rows, pa.string())
-    text = pc.utf8_trim_whitespace(string_column(table, "description"))
+    text = pc.utf8_trim_whitespace(table["description"].combine_chunks())
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
 
 
@@ -152,9 +144,7 @@ def _value(table: pa.Table, reason: np.ndarray) -> pa.Array:
     """float32, null where there is no value or it is NaN; an infinite one is a fault of the row."""
     if "value" not in table.column_names:
         return pa.nulls(table.num_rows, pa.float32())
-    column = _one_chunk(table["value"])
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
-        raise InputError(f"column value: expected numbers, found {column.type}; convert it")
+    column = table["value"].combine_chunks()
     value_N = pc.fill_null(column.cast(pa.float32(), safe=False), float("nan")).to_numpy(zero_copy_only=False)
     _mark(reason, np.isinf(value_N), "value is infinite")
     return pa.array(value_N, pa.float32(), mask=np.isnan(value_N))
@@ -165,7 +155,7 @@ def _clean_paths(table: pa.Table, max_depth: int) -> tuple[pa.Array, np.ndarray]
     rows = table.num_rows
     if "category_path" not in table.column_names:
         return _lists(np.zeros(rows, np.int64), pa.array([], pa.string())), np.zeros(rows, np.int64)
-    column = list_column(table, "category_path", pa.string())
+    column = table["category_path"].combine_chunks()
     length_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     names = pc.replace_substring(pc.list_flatten(column), PATH_SEPARATOR, " ")
     names = pc.fill_null(pc.utf8_trim_whitespace(names), "")

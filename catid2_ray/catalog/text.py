@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from catid2_ray.catalog.products import require_columns
+from catid2_ray.catalog.columns import require_columns
 from catid2_ray.errors import EncoderError, InputError
 from catid2_ray.scripts import RULES, words_of
 
