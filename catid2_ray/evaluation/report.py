@@ -11,6 +11,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from catid2_ray.docid import LEVEL_LETTERS
 
@@ -30,10 +31,17 @@ def sections(figures: Mapping) -> list[Section]:
     """The report's tables, in order: the catalogue, what changed since the release before, the codes, recall, time and memory.
 
     `figures`: the job's JSON; keys release, documents, number, base, ledger, churn, collision_rate_before (0 to 1),
-    duplicates_after, codes_used, codes_per_level, recall, recall_seen, recall_unseen, seconds (stage → s),
-    peak_memory_bytes; all optional.
+    duplicates_after, codes_used, codes_per_level, recall, recall_seen, recall_unseen, not_evaluated (why), set_aside (table →
+    rows, of, reasons, first, at), seconds (stage → s), peak_memory_bytes; all optional.
     """
-    parts = [_catalogue(figures), _churn(figures), _codes(figures), _recall(figures), _cost(figures)]
+    parts = [
+        _catalogue(figures),
+        _churn(figures),
+        _codes(figures),
+        _recall(figures),
+        _set_aside(figures),
+        _cost(figures),
+    ]
     return [part for part in parts if part.rows]
 
 
@@ -45,13 +53,11 @@ def closing_table(figures: Mapping) -> Group:
 def rich_tables(parts: Sequence[Section]) -> Group:
     tables = []
     for section in parts:
-        table = Table(
-            title=section.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, min_width=TABLE_WIDTH
-        )
+        table = Table(title=Text(section.title, "bold"), title_justify="left", box=SIMPLE_HEAD, min_width=TABLE_WIDTH)
         for number, name in enumerate(section.header):
             table.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in section.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # a cell is data, never markup
         tables.append(table)
     return Group(*tables)
 
@@ -125,7 +131,20 @@ def _recall(figures: Mapping) -> Section:
     header = ["products: method", *(f"@{k}" for k in ks)]
     counts = figures.get("queries") or {}
     asked = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    if figures.get("not_evaluated"):
+        return Section("Nothing was evaluated", ["", "figure"], [[figures["not_evaluated"], "–"]])
     return Section("Recall at product level" + (f" (queries: {asked})" if asked else ""), header, rows)
+
+
+def _set_aside(figures: Mapping) -> Section:
+    """What the door kept out: by table and reason how many rows, the first of them, and where all of them lie."""
+    tables, rows = figures.get("set_aside") or {}, []
+    for table, found in tables.items():
+        rows.append([f"{table}: {found['rows']:,} of {found['of']:,}", ""])
+        rows += [[f"  {reason}", f"{count:,}"] for reason, count in sorted(found["reasons"].items())]
+        rows += [[f"  such as {first}", ""] for first in found["first"][:3]]
+    where = "".join(sorted({found["at"] for found in tables.values()}))
+    return Section(f"Set aside (the rows lie in {where})", ["", "rows"], rows)
 
 
 def _cost(figures: Mapping) -> Section:

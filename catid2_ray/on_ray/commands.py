@@ -15,7 +15,7 @@ from catid2_ray.errors import QualityGateError, RecipeError
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import cluster, progress
 from catid2_ray.on_ray.pipeline import append, chain
-from catid2_ray.on_ray.stages import evaluate
+from catid2_ray.on_ray.stages import door, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def reindex(recipe: Recipe) -> Outcome:
     """The whole chain: continue at the first stage without a committed manifest, evaluate, publish."""
     with Job.open(recipe) as job:
         parts = chain(job)
-        figures = figures_of(parts)
+        figures = figures_of(parts, job.store)
         _gate(recipe, figures)
         release, _ = releases.publish(job.store, parts, after=job.pointer)
     return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
@@ -60,15 +60,16 @@ def reindex(recipe: Recipe) -> Outcome:
 def append_items(recipe: Recipe) -> Outcome:
     """Today's catalogue under the current release's quantizer and generator: see `pipeline.append`; evaluate, publish."""
     parts, job = append(recipe)
-    figures = figures_of(parts)
+    figures = figures_of(parts, job.store)
     if parts["evaluation"].parents["ids"] == parts["ids"].digest:  # else it is that of the release before
         _gate(recipe, figures)
     release, _ = releases.publish(job.store, parts, after=job.pointer)
     return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
 
 
-def figures_of(parts: dict[str, Manifest]) -> dict:
-    """The job's JSON. Seconds and peak memory are those of the runs that made the stages, not of a rerun that found them."""
+def figures_of(parts: dict[str, Manifest], store: Store) -> dict:
+    """The job's JSON; `not_evaluated` says why, where nothing was. Seconds and peak memory are those of the runs that made the
+    stages, not of a rerun that found them."""
     ids, scores = parts["ids"].metrics, parts["evaluation"].metrics
     return {
         "documents": ids["documents"],
@@ -78,6 +79,8 @@ def figures_of(parts: dict[str, Manifest]) -> dict:
         "codes_per_level": ids["codes_per_level"],
         **{name: ids[name] for name in ("number", "base", "ledger", "churn")},
         **{name: scores[name] for name in ("recall", "recall_seen", "recall_unseen", "queries")},
+        **{name: scores[name] for name in ("not_evaluated",) if name in scores},
+        "set_aside": door.set_aside(store, parts["catalog"]),
         "seconds": {
             stage.timed: _seconds(parts[stage.role]) for stage in STAGES.values() if stage.timed and stage.role in parts
         },
@@ -92,6 +95,8 @@ def _seconds(manifest: Manifest) -> float:
 def _gate(recipe: Recipe, figures: dict) -> None:
     """What is served, or else the beam, must reach the demanded share of BM25's recall@50, or nothing is published."""
     recall, share = figures["recall"], recipe.evaluation.min_beam_to_bm25
+    if "not_evaluated" in figures:
+        progress.event("not_gated", reason=repr(figures["not_evaluated"]))
     judged = "served" if "served" in recall else "beam"
     named = "what is served" if judged == "served" else "the beam"
     if judged in recall and "bm25" in recall and recall[judged]["50"] < share * recall["bm25"]["50"]:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.stages import STAGES
-from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, CapacityError, InputError, QualityGateError, RecipeError, ReleaseError
 from catid2_ray.on_ray.job import Job, PreviousRelease, open_previous
@@ -17,6 +16,7 @@ from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.stages import (
     align,
     catalog,
+    door,
     embed,
     evaluate,
     examples,
@@ -31,10 +31,10 @@ from catid2_ray.on_ray.stages.assign import stage as assign
 def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
     """Run or find every stage up to `last`; returns their manifests by name. Sets `previous` and `pointer` of the job."""
     parts = {"catalog": catalog.run(job, {})}
+    door.announce(job.recipe, job.store, parts["catalog"])
+    door.refuse_unfit(job.recipe, parts["catalog"])
     if last != "catalog":
         check_codes(job.recipe, parts["catalog"])
-        if STAGES[last].pairs:
-            _refuse_without_pairs(job.recipe, parts["catalog"])
         job.pointer, current = releases.pointer(job.store)
         job.previous = _built_on(job, parts["catalog"], open_previous(job.store, current))
         _after_catalog(job, parts, last)
@@ -110,9 +110,11 @@ def append(recipe: Recipe) -> tuple[dict[str, Manifest], Job]:
         _refuse_another_recipe(recipe, job.previous)
         parts = dict(job.previous.parts)
         parts["catalog"] = catalog.run(job, {})
+        door.announce(recipe, job.store, parts["catalog"])
         if parts["catalog"].digest == job.previous.parts["catalog"].digest:
             parts = dict(job.previous.parts)
         else:
+            door.refuse_unfit(recipe, parts["catalog"], trains=False)
             check_codes(recipe, parts["catalog"])
             parts["embeddings"] = embed.run(job, parts, frozen=job.previous.parts)
             parts["ids"] = assign.run(job, parts, keeps=True)
@@ -202,14 +204,4 @@ def check_codes(recipe: Recipe, catalog: Manifest) -> None:
         raise CapacityError(
             f"{products} products do not fit into {space.capacity} IDs of {list(space.codes_per_level)}: raise "
             "quantizer.codes_per_level"
-        )
-
-
-def _refuse_without_pairs(recipe: Recipe, catalog: Manifest) -> None:
-    if not catalog.metrics["pairs_table"]:
-        Store(recipe.catalog.root).parquet_files("pairs")  # says what it looked for and where
-    if catalog.metrics["train_relevance_max"] < recipe.generator.min_relevance:
-        raise InputError(
-            f"no pair of the train split has relevance ≥ {recipe.generator.min_relevance}: the highest is "
-            f"{catalog.metrics['train_relevance_max']}. Lower generator.min_relevance or check the pairs' split and relevance"
         )
