@@ -6,8 +6,8 @@
 One process, no Ray. `--serving` is a folder that a release is served from (generator/, trie/, products.arrow), `--catalog` the
 folder with its pairs.parquet, `--generator` another saved generator for the same trie. Without them: the quickstart catalogue
 with IDs by residual k-means and a small T5 that is trained first (kept in --work). Every cell (k, KL weight) starts from the
-same weights and sees, for a seed, the same prompts in the same order; figures are those of `evaluation.alignment.ROWS` on
-queries of --split that no training saw. The last line printed is one JSON object.
+same weights and sees, for a seed, the same prompts in the same order; figures are those of
+`evaluation.alignment_report.MEASURED` on queries of --split that no training saw. The last line printed is one JSON object.
 """
 
 import argparse
@@ -24,26 +24,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from surroundings import machine, rounded
+from harness import RESULTS, finish, machine, parser_of, rounded, spread, table
 
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.catalog.text import LsaEncoder, join_text
 from catid2_ray.docid import DocidSpace
-from catid2_ray.evaluation.alignment import ROWS, measure
-from catid2_ray.generator.alignment import Objective
-from catid2_ray.generator.alignment_fit import align
-from catid2_ray.generator.examples import Examples, tokenize
+from catid2_ray.evaluation.alignment_report import MEASURED, measure
+from catid2_ray.generator.batches import Examples
+from catid2_ray.generator.eg_grpo import Objective, align
 from catid2_ray.generator.model import small_t5
 from catid2_ray.generator.rewards import judged_rows, relevance_rewards
 from catid2_ray.generator.saved import load_generator, save_generator
 from catid2_ray.generator.step import fit
-from catid2_ray.generator.vocabulary import starts_word, train_tokenizer, with_docid_tokens
+from catid2_ray.generator.vocabulary import starts_word, tokenize, train_tokenizer, with_docid_tokens
 from catid2_ray.identifiers.collisions import assign_unique
 from catid2_ray.quantizer.kmeans import nearest, residual_kmeans
 from catid2_ray.retrieval.environment import Environment, Rules
 from catid2_ray.retrieval.trie import Trie
 
-HERE = Path(__file__).parent
 SYNTHETIC_CODES = (32, 32, 32, 32)
 _TEACHES = {"synthetic": 2.0}
 
@@ -79,8 +77,8 @@ def served(options) -> World:
 
 def synthetic(work: Path, *, sft_steps: int) -> World:
     """The quickstart catalogue; its trained generator is kept in `work`."""
-    made = generate(products=6000, queries=2500, seed=7)
-    texts, space = join_text(made.products, ("title", "category_path", "description")), DocidSpace(SYNTHETIC_CODES)
+    catalogue = generate(products=6000, queries=2500, seed=7)
+    texts, space = join_text(catalogue.products, ("title", "category_path", "description")), DocidSpace(SYNTHETIC_CODES)
     vector_ND = torch.from_numpy(
         np.asarray(LsaEncoder.fit(texts, width=32, vocabulary=20_000, seed=0).encode(texts), np.float32)
     )
@@ -90,23 +88,23 @@ def synthetic(work: Path, *, sft_steps: int) -> World:
         codes.append(nearest(residual_NZ, book_KZ))
         if level < len(books) - 1:
             residual_NZ = residual_NZ - book_KZ[codes[-1]]
-    ids = made.products["product_id"].combine_chunks()
+    ids = catalogue.products["product_id"].combine_chunks()
     codes_NL = assign_unique(
         torch.stack(codes, 1).numpy(), residual_NZ.numpy(), [book.numpy() for book in books],
         ids, method="greedy",
     ).codes_NL  # fmt: skip
     folder = work / f"generator-{sft_steps}"
     if not folder.exists():
-        train_first(folder, made, ids, codes_NL, space, steps=sft_steps)
+        train_first(folder, catalogue, ids, codes_NL, space, steps=sft_steps)
     model, tokenizer = load_generator(folder)
     packed_N = space.pack(codes_NL)
     trie = Trie.build(codes_NL, codes_per_level=SYNTHETIC_CODES)
-    return World("synthetic", model, tokenizer, trie, ids, packed_N, made.pairs)
+    return World("synthetic", model, tokenizer, trie, ids, packed_N, catalogue.pairs)
 
 
-def train_first(folder: Path, made, ids, codes_NL, space: DocidSpace, *, steps: int) -> None:
-    titles = made.products["title"].to_pylist()
-    pairs = made.pairs.filter((pc.field("split") == "train") & (pc.field("relevance") >= _TEACHES["synthetic"]))
+def train_first(folder: Path, catalogue, ids, codes_NL, space: DocidSpace, *, steps: int) -> None:
+    titles = catalogue.products["title"].to_pylist()
+    pairs = catalogue.pairs.filter((pc.field("split") == "train") & (pc.field("relevance") >= _TEACHES["synthetic"]))
     tokenizer = with_docid_tokens(train_tokenizer([*titles, *pairs["query"].to_pylist()], size=2000), space)
     place_P = pc.index_in(pairs["product_id"], ids).to_numpy()
     texts = {"query": pairs["query"].to_pylist(), "title": titles}
@@ -137,7 +135,7 @@ def prompts_of(world: World, *, split: str, relevant_from: float, length: int) -
         query_P, world.packed_N[place_P], reward_P, relevance_P >= relevant_from, queries=len(names), width=64
     )
     texts = pairs["query"].take(pa.array(first_Q)).to_pylist()
-    table = {
+    columns = {
         "input_ids": torch.from_numpy(tokenize(world.tokenizer, texts, length=length)).long(),
         "judged": torch.from_numpy(rows.judged_QJ), "reward": torch.from_numpy(rows.reward_QJ),
         "relevant": torch.from_numpy(rows.relevant_QJ), "number": torch.arange(len(names)),
@@ -145,9 +143,9 @@ def prompts_of(world: World, *, split: str, relevant_from: float, length: int) -
     device = next(world.model.parameters()).device
 
     def take(at: np.ndarray) -> dict[str, torch.Tensor]:
-        found = {name: values[torch.as_tensor(at)].to(device) for name, values in table.items()}
-        used = int((found["input_ids"] != world.tokenizer.pad_token_id).any(0).sum())
-        return found | {"input_ids": found["input_ids"][:, :used]}
+        prompts = {name: values[torch.as_tensor(at)].to(device) for name, values in columns.items()}
+        used = int((prompts["input_ids"] != world.tokenizer.pad_token_id).any(0).sum())
+        return prompts | {"input_ids": prompts["input_ids"][:, :used]}
 
     return take, len(names)
 
@@ -178,48 +176,41 @@ def run_cell(world: World, environment: Environment, objective: Objective, optio
     }  # fmt: skip
 
 
-def spread(values: list[float], form: str) -> str:
-    text = format(float(np.mean(values)), form)
-    return text if len(values) < 2 else f"{text} ± {format(float(np.ptp(values)) / 2, form)}"
-
-
-def report(found: dict, notes: str) -> str:
-    runs = found["runs"]
+def report(figures: dict) -> str:
+    runs = figures["runs"]
     cells = list(dict.fromkeys((run["k"], run["kl_weight"]) for run in runs))
-    lines = [
-        "| | " + " | ".join(row.heading for row in ROWS) + " |",
-        "|---|" + "---:|" * len(ROWS),
-        "| before | " + " | ".join(spread([run["before"][row.key] for run in runs], row.form) for row in ROWS) + " |",
+    of_cell = {cell: [run for run in runs if (run["k"], run["kl_weight"]) == cell] for cell in cells}
+
+    def row(name: str, measured: list[dict]) -> list[str]:
+        return [name, *(spread([each[of.key] for each in measured], of.form) for of in MEASURED)]
+
+    names = {(k, weight): f"k = {k}, KL weight {weight:g}" for k, weight in cells}
+    rows = [row("before", [run["before"] for run in runs])]
+    rows += [
+        row(names[cell].replace("k = 0,", "k = 0 (plain GRPO),"), [run["after"] for run in of_cell[cell]])
+        for cell in cells
     ]
-    for k, weight in cells:
-        mine = [run["after"] for run in runs if (run["k"], run["kl_weight"]) == (k, weight)]
-        name = f"k = {k}{' (plain GRPO)' if k == 0 else ''}, KL weight {weight:g}"
-        lines.append(
-            f"| {name} | " + " | ".join(spread([after[row.key] for after in mine], row.form) for row in ROWS) + " |"
-        )
     flat = "; ".join(
-        f"k = {k}, KL weight {weight:g}: "
-        + spread([r["training"]["without_variance"] for r in runs if (r["k"], r["kl_weight"]) == (k, weight)], ".1%")
-        for k, weight in cells
+        f"{names[cell]}: {spread([run['training']['without_variance'] for run in of_cell[cell]], '.1%')}"
+        for cell in cells
     )
-    settings, steps = found["settings"], "–".join(f"{count:,}" for count in sorted({run["steps"] for run in runs}))
+    settings, steps = figures["settings"], "–".join(f"{count:,}" for count in sorted({run["steps"] for run in runs}))
     return (
-        f"# Alignment on {found['name']}\n\n"
-        f"Written by `benchmarks/alignment.py`: {found['generator']}; {steps} steps of "
+        f"# Alignment on {figures['name']}\n\n"
+        f"Written by `benchmarks/alignment.py`: {figures['generator']}; {steps} steps of "
         f"{settings['batch']} queries, group {settings['group']}, learning rate {settings['learning_rate']:g}, rollouts by "
         f"{settings['source']}, groups {settings['form']}, expert cap {settings['expert_cap']:g}; "
         f"{len({run['seed'] for run in runs})} seeds, mean ± half their range; "
         f"{np.mean([run['seconds'] for run in runs]):.0f} s of training a run. Measured on "
-        f"{runs[0]['after']['queries']:,} queries of {settings['split']}. Machine: {found['machine']}.\n\n"
-        + "\n".join(lines) + "\n\n"
-        f"Groups without variance in the last tenth of training, experts included: {flat}.\n\n"
-        + "\n".join(f"- {row.heading}: {row.reading}" for row in ROWS)
-        + f"\n\n{notes}"
+        f"{runs[0]['after']['queries']:,} queries of {settings['split']}. Machine: {figures['machine']}.\n\n"
+        + table(["", *(of.heading for of in MEASURED)], rows)
+        + f"\nGroups without variance in the last tenth of training, experts included: {flat}.\n\n"
+        + "\n".join(f"- {of.heading}: {of.reading}" for of in MEASURED)
     )  # fmt: skip
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, page=RESULTS / "alignment.md", stored="the figures of an earlier run")
     parser.add_argument("--serving", help="folder with generator/, trie/ and products.arrow")
     parser.add_argument("--catalog", help="folder with pairs.parquet")
     parser.add_argument("--generator", help="another saved generator for that trie")
@@ -242,9 +233,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--relevant-from", type=float, default=2.0, help="grade; Home Depot's recipe has 2.67")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--render", help="JSON of an earlier run")
-    parser.add_argument("--out", default=str(HERE / "results" / "alignment.md"))
     return parser.parse_args()
 
 
@@ -278,16 +266,11 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     if options.render:
-        found = json.loads(Path(options.render).read_text())
+        figures = json.loads(options.render.read_text())
     else:
         with tempfile.TemporaryDirectory() as folder:
-            found = measured(options, Path(options.work or folder))
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
-    target = Path(options.out)
-    notes = target.with_name(f"{target.stem}_notes.md")
-    target.write_text(report(found, notes.read_text() if notes.exists() else ""))
-    print(json.dumps(found))
+            figures = measured(options, Path(options.work or folder))
+    finish(figures, report, options)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ of one thread, beside the rate of one large matrix product in the same process. 
 N products, D embedding width.
 """
 
-import argparse
 import json
 import math
 import os
@@ -29,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from surroundings import machine
+from harness import RESULTS, finish, machine, parser_of, table, wholes, write_page
 
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.store import Store
@@ -178,75 +177,40 @@ def exponent(runs: list[dict], name: str) -> float | None:
     return round(float(np.polyfit(x, y, 1)[0]), 3)
 
 
-def report(figures: list[dict], resolution: dict | None, notes: str) -> str:
-    """Markdown of several runs of this file, and of one of resolution.py."""
-    first = figures[0]
-    lines = [
-        "# From a table of embeddings to unique IDs\n",
-        f"Written by `benchmarks/assign.py` and `benchmarks/resolution.py`. Machine: {first['machine']}. "
+PASSES = ("encoding", "resolving", "writing", "ordering", "describing")
+
+
+def report(figures: list[dict]) -> str:
+    """Markdown of several runs of this file."""
+    first, alone = figures[0], figures[0]["encoding_alone"]
+    names = ["products", "collisions", "duplicates after", "reading", "assigning", "products/s", *PASSES]
+    names += ["memory, reading", "memory, assigning", "worker"]
+    rows = [
+        [run["products"], f"{run['collision_rate']:.1%}", run["duplicates_after"], f"{run['reading_s']:.0f} s",
+         f"{run['assigning_s']:.0f} s", run["products_per_s"], *(f"{run['passes_s'].get(name, 0):.0f} s" for name in PASSES),
+         f"{run['reading_peak_gib']:.1f} GiB", f"{run['assigning_peak_gib']:.1f} GiB",
+         f"{max(run['worker_peak_gib'].values()):.2f} GiB"]
+        for each in figures for run in each["runs"]
+    ]  # fmt: skip
+    return (
+        "# From a table of embeddings to unique IDs\n\n"
+        f"Written by `benchmarks/assign.py`. Machine: {first['machine']}. "
         f"Width {first['width']}, encoder {first['encoder']}, codes {list(first['codes_per_level'])}, {first['workers']} workers, "
         f"parts of {first['part_rows']:,} and buckets of {first['bucket_rows']:,} products (`ids.bucket_rows`), "
         f"method {first['method']}. *Reading* is the table checked and laid out in parts, *assigning* is from embeddings to "
         "the committed artefact: IDs, ledger, trie, products in ID order, quality report. "
         "Memory is the summed PSS of all processes of the job, *worker* the most that one worker held (interpreter, "
-        "torch and mapped files included).\n",
-        "| products | collisions | duplicates after | reading | assigning | products/s | encoding | resolving | writing | "
-        "ordering | describing | memory, reading | memory, assigning | worker |",
-        "|---:" * 14 + "|",
-    ]
-    for run in [run for each in figures for run in each["runs"]]:
-        passes = " | ".join(f"{run['passes_s'].get(name, 0):.0f} s" for name in PASSES)
-        lines.append(
-            f"| {run['products']:,} | {run['collision_rate']:.1%} | {run['duplicates_after']} | {run['reading_s']:.0f} s | "
-            f"{run['assigning_s']:.0f} s | {run['products_per_s']:,} | {passes} | {run['reading_peak_gib']:.1f} GiB | "
-            f"{run['assigning_peak_gib']:.1f} GiB | {max(run['worker_peak_gib'].values()):.2f} GiB |"
-        )
-    alone = first["encoding_alone"]
-    lines.append(
-        f"\nExponent of the time of assigning against the number of products: {first['exponent_assigning']}; of reading: "
+        "torch and mapped files included).\n\n"
+        + table(names, rows)
+        + f"\nExponent of the time of assigning against the number of products: {first['exponent_assigning']}; of reading: "
         f"{first['exponent_reading']}. Encoding alone, one process, one thread: {alone['products_per_s']:,} products/s, "
-        f"{alone['gflops']} GFLOP/s, {alone['share_of_rate']:.0%} of the rate of a 1024³ matrix product in the same process.\n"
+        f"{alone['gflops']} GFLOP/s, {alone['share_of_rate']:.0%} of the rate of a 1024³ matrix product in the same process."
     )
-    if resolution:
-        lines += ["## Resolution alone, beside other ways\n", resolution_table(resolution)]
-    return "\n".join(lines) + f"\n{notes}"
-
-
-CONTENDERS = ("exact", "sinkhorn", "greedy", "regroup_loop", "nearest_free")
-
-
-def resolution_table(resolution: dict) -> str:
-    """Seconds, duplicates left and added distance relative to exact of each contender in each case of resolution.py."""
-    lines = [
-        f"One process, one thread, no Ray, {resolution['machine']}. `exact`, `sinkhorn`, `greedy`: `assign_unique` by its "
-        "methods. `regroup_loop`: "
-        "re-encode each group of equal IDs with Sinkhorn on the last level, up to 20 rounds, as LC-Rec and LETTER do. "
-        "`nearest_free`: one product after the other takes the nearest free code of its prefix. Seconds / duplicates left / "
-        "added squared distance relative to exact (it says little where duplicates are left). A peer was stopped after "
-        f"{resolution['peer_seconds']:.0f} s.\n",
-        "| products | collisions | overflowed | " + " | ".join(CONTENDERS) + " |",
-        "|---:" * (3 + len(CONTENDERS)) + "|",
-    ]
-    for case in resolution["cases"]:
-        cells = []
-        for name in CONTENDERS:
-            found = case["contenders"][name]
-            end = "" if found["finished"] else " (stopped)"
-            cells.append(
-                f"{found['seconds']:.2f} s{end} / {found['duplicates_left']:,} / {found['added_over_exact']:.3g}"
-            )
-        lines.append(
-            f"| {case['products']:,} | {case['rate']:.1%} | {case['overflowed']:,} | " + " | ".join(cells) + " |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-PASSES = ("encoding", "resolving", "writing", "ordering", "describing")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--products", default="2e4", help="numbers of products, as 1e5,1e6,1e7")
+    parser = parser_of(__doc__, page=RESULTS / "assign.md")
+    parser.add_argument("--products", type=wholes, default=[20_000], help="numbers of products, as 1e5,1e6,1e7")
     parser.add_argument("--rate", type=float, default=0.1, help="share of the products that are near-copies")
     parser.add_argument("--width", type=int, default=64, help="D")
     parser.add_argument("--workers", type=int, default=2)
@@ -255,23 +219,18 @@ def main() -> None:
     parser.add_argument("--object-store-mb", type=int, default=400, help="of the Ray that is started")
     parser.add_argument("--method", default="exact")
     parser.add_argument("--folder", help="where the catalogue and the store lie meanwhile; default: a temporary folder")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--render", nargs="*", help="JSON files of earlier runs: write results/assign.md from them")
-    parser.add_argument("--resolution", help="JSON of resolution.py, for that report")
+    parser.add_argument("--render", nargs="*", type=Path, help="write the page from the figures of earlier runs")
     options = parser.parse_args()
     if options.render:
-        figures = [json.loads(Path(path).read_text()) for path in options.render]
-        resolution = json.loads(Path(options.resolution).read_text()) if options.resolution else None
-        results = Path(__file__).parent / "results"
-        notes = results / "assign_notes.md"
-        (results / "assign.md").write_text(report(figures, resolution, notes.read_text() if notes.exists() else ""))
+        figures = [json.loads(path.read_text()) for path in options.render]
+        write_page(options.out, report(figures))
         print(json.dumps(figures))
         return
     runs = []
-    for text in options.products.split(","):
+    for count in options.products:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             try:
-                runs.append(run(Path(folder), int(float(text)), options))
+                runs.append(run(Path(folder), count, options))
             finally:
                 cluster.disconnect()
                 shutil.rmtree(folder, ignore_errors=True)
@@ -283,9 +242,7 @@ def main() -> None:
         "encoding_alone": encoding_alone(options.width), "runs": runs,
         "exponent_assigning": exponent(runs, "assigning_s"), "exponent_reading": exponent(runs, "reading_s"),
     }  # fmt: skip
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures))
+    finish(figures, None, options)
 
 
 if __name__ == "__main__":

@@ -23,16 +23,12 @@ line printed is one JSON object.
 Shape letters: B batch, T query tokens, M beams, D width, R rows.
 """
 
-import argparse
 import json
-import platform
 import statistics
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from surroundings import finish, machine, rounded, table
+from harness import finish, in_turns, medians, parser_of, rounded, table, where, wholes
 from torch.nn import functional
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -51,21 +47,9 @@ GOALS = [
     ("time of `generate` over ours", "speed_over_hugging_face", ("base", 100, 1), 3.5, "at least"),
     ("our time over the products alone", "time_over_products", ("base", 100, 1), 1.4, "at most"),
     ("time of `generate` over ours, int8", "int8_speed_over_hugging_face", ("base", 100, 1), 5.0, "at least"),
-    (
-        "queries/s of 32 at once over one by one, beam 100",
-        "throughput_over_one_by_one",
-        ("base", 100, 32),
-        1.3,
-        "at least",
-    ),
-    (
-        "queries/s of 32 at once over one by one, beam 10",
-        "throughput_over_one_by_one",
-        ("base", 10, 32),
-        2.0,
-        "at least",
-    ),
-]
+    ("queries/s of 32 at once over one by one, beam 100", "throughput_over_one_by_one", ("base", 100, 32), 1.3, "at least"),
+    ("queries/s of 32 at once over one by one, beam 10", "throughput_over_one_by_one", ("base", 10, 32), 2.0, "at least"),
+]  # fmt: skip
 GPU_GOALS = [
     ("time of `generate` over ours", "speed_over_hugging_face", ("base", 100, 1), 30.0, "at least"),
     ("median search, ms", "ms", ("base", 50, 1), 10.0, "at most"),
@@ -142,16 +126,6 @@ def products(model, batch: int, tokens: int, beams: int):
     return run
 
 
-def seconds_of(function, device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def check(model, decoder: T5Decoder, trie: Trie, root: dict, ids_BT, mask_BT) -> None:
     """Refuse to time searches that do not agree (a rare swap of nearly equal scores at the beam's edge is let pass)."""
     found = constrained_beam_search(decoder, trie, ids_BT, mask_BT, beam_width=50, top_k=50, normalize="vocabulary")
@@ -186,13 +160,9 @@ def measure(model, decoders: dict, trie: Trie, root: dict, query, beams: int, op
     if batch <= options.hugging_face_batch:
         runs["hugging_face"] = lambda: generate(model, ids_BT, mask_BT, beams, root)
         runs["unconstrained"] = lambda: generate(model, ids_BT, mask_BT, beams, None)
-    taken = {name: [] for name in runs}
-    for turn in range(options.turns + 1):
-        for name, run in runs.items():
-            seconds = seconds_of(run, options.device)
-            if turn:
-                taken[name].append(seconds)
-    middle = {name: statistics.median(times) for name, times in taken.items()}
+    in_turns(runs, turns=1, device=options.device)
+    taken = in_turns(runs, turns=options.turns, device=options.device)
+    middle = medians(taken)
     ratios = {"time_over_products": middle["float32"] / middle["products"]}
     for weights, prefix in (("float32", ""), ("int8", "int8_")):
         if weights in runs and "hugging_face" in runs:
@@ -212,28 +182,22 @@ def measure(model, decoders: dict, trie: Trie, root: dict, query, beams: int, op
 
 def goals_of(model: str, device: str, cases: list[dict]) -> list[dict]:
     """Every goal asked of a case that was run: bound, figure, met."""
-    found = []
+    goals = []
     for what, figure, (asked, beam, batch), bound, sense in GOALS if device == "cpu" else GPU_GOALS:
         for case in cases if model == asked else []:
             value = case["seconds"]["float32"] * 1e3 if figure == "ms" else case["ratios"].get(figure)
             if (case["beam"], case["batch"]) == (beam, batch) and value is not None:
                 met = value >= bound if sense == "at least" else value <= bound
-                found.append(
+                goals.append(
                     {"goal": what, "ids": case["ids"], "sense": sense, "bound": bound, "found": value, "met": met}
                 )
-    return found
+    return goals
 
 
 def rendered(report: dict) -> str:
     names = ["IDs", "beam", "batch", "float32, ms", "int8, ms", "`generate`, ms", "unconstrained, ms", "products, ms"]
-    names += [
-        "`generate` / ours",
-        "`generate` / int8",
-        "ours / products",
-        "× one by one",
-        "× one by one, int8",
-        "int8 overlap",
-    ]
+    names += ["`generate` / ours", "`generate` / int8", "ours / products", "× one by one"]
+    names += ["× one by one, int8", "int8 overlap"]
     rows = []
     for case in report["cases"]:
         milliseconds = {name: seconds * 1e3 for name, seconds in case["seconds"].items()}
@@ -261,20 +225,17 @@ def rendered(report: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = lambda text: [int(float(part)) for part in text.split(",")]  # noqa: E731
+    parser = parser_of(__doc__)
     parser.add_argument("--model", choices=SHAPES, default="base")
-    parser.add_argument("--beam", type=numbers, default=[10, 50, 100])
-    parser.add_argument("--batch", type=numbers, default=[1, 8, 32])
-    parser.add_argument("--ids", type=numbers, default=[10**5, 10**6])
+    parser.add_argument("--beam", type=wholes, default=[10, 50, 100])
+    parser.add_argument("--batch", type=wholes, default=[1, 8, 32])
+    parser.add_argument("--ids", type=wholes, default=[10**5, 10**6])
     parser.add_argument("--tokens", type=int, default=16, help="T, of every query")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--hugging-face-batch", type=int, default=1, help="`generate` runs in batches up to this")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all but int8")
-    parser.add_argument("--json", type=Path, help="also write the JSON object here")
-    parser.add_argument("--out", type=Path, help="also write the tables here, as Markdown")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = random_model(options.model, options.device, getattr(torch, options.dtype))
@@ -295,12 +256,11 @@ def main() -> None:
                 print(f"{count} IDs, beam {beams}, batch {batch}: {json.dumps(cases[-1]['seconds'])}", flush=True)
                 print(f"    {json.dumps(cases[-1]['ratios'])}", flush=True)
     report = {
-        "benchmark": "beam", "model": options.model, "machine": machine(options.device), "device": options.device,
-        "dtype": options.dtype, "threads": options.threads, "tokens": options.tokens,
-        "python": platform.python_version(), "torch": torch.__version__, "cases": cases,
+        **where("beam", device=options.device, threads=options.threads), "model": options.model, "device": options.device,
+        "dtype": options.dtype, "tokens": options.tokens, "cases": cases,
         "goals": goals_of(options.model, options.device, cases),
     }  # fmt: skip
-    finish(report, rendered(report), options)
+    finish(report, rendered, options)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ warm start and with and without realignment, each against day 0. Products are em
 vectors. No generator is trained: the subject is the IDs. The last line printed is one JSON object.
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -16,21 +15,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from surroundings import machine
+from harness import RECIPES, RESULTS, finish, machine, parser_of, table
 
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.config import Recipe
+from catid2_ray.evaluation.tables import shown
 from catid2_ray.on_ray.job import Job, PreviousRelease
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.machine.arrays import fixed_lists
 from catid2_ray.on_ray.stages import catalog, embed, realign, train_quantizer
 from catid2_ray.on_ray.stages.assign import stage
 
-HERE = Path(__file__).parent
-RECIPE = HERE.parent / "jobs" / "recipes" / "compare_ids.yaml"
+RECIPE = RECIPES / "compare_ids.yaml"
 STEPS, GROWTH = 5, 0.05
 GENTLE = {"quantizer.warm_start": True, "ids.realign": True, "quantizer.epochs": 5}
 RE_IDS = {
@@ -113,24 +112,22 @@ def measure(folder: Path, table: pa.Table, overrides: list[str]) -> list[dict]:
     return rows
 
 
-def shares(values: list[float] | None, form: str = ".1%") -> str:
-    return " ".join(format(value, form) for value in values) if values else "–"
-
-
-def report(rows: list[dict], recipe: Recipe, encoder: str, name: str, notes: str) -> str:
-    lines = [
-        "| run | products | encoded | first 1 … L tokens changed | … without realignment | IDs that name another product | "
-        "collisions before | purity of 1, 2, 3 tokens | AMI of 1, 2, 3 tokens | moved | mean cost of a move |",
-        "|---|---:|---:|---|---|---:|---:|---|---|---:|---:|",
+def report(rows: list[dict], recipe: Recipe, encoder: str, name: str) -> str:
+    names = [
+        "run",
+        "products",
+        "encoded",
+        "first 1 … L tokens changed",
+        "… without realignment",
+        "IDs that name another product",
     ]
-    for row in rows:
-        cost = "–" if row["mean_cost"] is None else f"{row['mean_cost']:.4f}"
-        reused = "–" if row["reused"] is None else f"{row['reused']:.1%}"
-        lines.append(
-            f"| {row['name']} | {row['products']:,} | {row['encoded']:,} | {shares(row['churn'])} | "
-            f"{shares(row['churn_before'])} | {reused} | {row['collision_rate']:.2%} | {shares(row['purity'], '.3f')} | "
-            f"{shares(row['ami'], '.3f')} | {row['moved_share']:.2%} | {cost} |"
-        )
+    names += ["collisions before", "purity of 1, 2, 3 tokens", "AMI of 1, 2, 3 tokens", "moved", "mean cost of a move"]
+    lines = [
+        [row["name"], row["products"], row["encoded"], shown(row["churn"], ".1%"), shown(row["churn_before"], ".1%"),
+         shown(row["reused"], ".1%"), shown(row["collision_rate"], ".2%"), shown(row["purity"], ".3f"), shown(row["ami"], ".3f"),
+         shown(row["moved_share"], ".2%"), shown(row["mean_cost"], ".4f")]
+        for row in rows
+    ]  # fmt: skip
     quantizer = recipe.quantizer
     return (
         f"# IDs through time on {name}\n\n"
@@ -141,39 +138,32 @@ def report(rows: list[dict], recipe: Recipe, encoder: str, name: str, notes: str
         "Changes of an append are counted against the day before, those of a re-ID against day 0, on products of both. "
         "*Collisions before* are among the products that were encoded (in an append: the new ones, against all). Purity and AMI "
         "are those of all published IDs. *Moved* are products whose code de-duplication changed in that run, *cost* the squared "
-        "distance that this added.\n\n" + "\n".join(lines) + f"\n\n{notes}"
+        "distance that this added.\n\n" + table(names, lines)
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, page=RESULTS / "churn.md", stored="the figures of an earlier run")
     parser.add_argument("--root", help="folder with products.parquet")
     parser.add_argument("--encoder", default="lsa", help="sentence encoder: id or folder; default the built-in lsa")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--render", help="JSON of an earlier run")
     options = parser.parse_args()
     if not options.root:
         print(json.dumps({"skipped": "no catalogue: give --root FOLDER"}))
         return
     recipe = Recipe.load(RECIPE, [f"catalog.root={options.root}", *options.overrides])
     if options.render:
-        rows = json.loads(Path(options.render).read_text())
+        rows = json.loads(options.render.read_text())
     else:
         with tempfile.TemporaryDirectory() as folder:
-            table = embedded(options.root, options.encoder)
+            products = embedded(options.root, options.encoder)
             cluster.connect(recipe.cluster, workers=recipe.quantizer.workers)
             try:
-                rows = measure(Path(folder), table, options.overrides)
+                rows = measure(Path(folder), products, options.overrides)
             finally:
                 cluster.disconnect()
-    if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
-    name = Path(options.root).name
-    notes = HERE / "results" / "churn_notes.md"
-    text = report(rows, recipe, Path(options.encoder).name, name, notes.read_text() if notes.exists() else "")
-    (HERE / "results" / "churn.md").write_text(text)
-    print(json.dumps(rows))
+    encoder, name = Path(options.encoder).name, Path(options.root).name
+    finish(rows, lambda rows: report(rows, recipe, encoder, name), options)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,22 @@ Three seeds of the kinds that the claims rest on, one of every other; about a mi
 report from the JSON of earlier `catid2 compare-ids --json`. The last line printed is the JSON of all runs.
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 
-from surroundings import machine
+from harness import RECIPES, RESULTS, finish, machine, parser_of
 
 from catid2_ray.config import KINDS, Recipe
-from catid2_ray.evaluation.pages import compare_markdown
+from catid2_ray.evaluation.ids_report import compare_table
+from catid2_ray.evaluation.tables import markdown
 
-HERE = Path(__file__).parent
-RECIPE = HERE.parent / "jobs" / "recipes" / "compare_ids.yaml"
+RECIPE = RECIPES / "compare_ids.yaml"
 CLAIMS = ("tiger", "cat_id2", "cat_id2_paper", "cat_id2_shuffled")
 BUDGET = ("epochs", "batch", "learning_rate", "hidden", "latent", "codes_per_level")
 
 
-def report(rows: list[dict], recipe: Recipe, name: str, encoder: str, notes: str) -> str:
+def report(rows: list[dict], recipe: Recipe, name: str, encoder: str) -> str:
     budget = ", ".join(f"{field} {getattr(recipe.quantizer, field)}" for field in BUDGET)
     return (
         f"# Ways of making IDs on {name}\n\n"
@@ -32,16 +31,16 @@ def report(rows: list[dict], recipe: Recipe, name: str, encoder: str, notes: str
         "Collisions (both definitions), codes used and perplexity are those of the codes before de-duplication; purity and AMI "
         "compare the first h tokens of the published IDs with the category at depth h, on true labels, `null` on permuted "
         "ones. All these products were in training, labels included. Mean over the seeds, ± half their range.\n\n"
-        f"{compare_markdown(rows)}\n{notes}"
+        + markdown([compare_table(rows)])
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--root", help="folder with products.parquet")
     parser.add_argument("--encoder", default="lsa", help="sentence encoder: id or folder; default the built-in lsa")
     parser.add_argument("--store", help="default: a temporary folder")
-    parser.add_argument("--render", nargs="*", help="JSON files of earlier comparisons")
+    parser.add_argument("--render", nargs="*", type=Path, help="write the page from the figures of earlier comparisons")
     options = parser.parse_args()
     if not options.root:
         print(json.dumps({"skipped": "no catalogue: give --root FOLDER"}))
@@ -50,18 +49,15 @@ def main() -> None:
         settings = [f"catalog.root={options.root}", f"embedding.encoder={options.encoder}"]
         recipe = Recipe.load(RECIPE, [*settings, f"store={options.store or folder}"])
         if options.render:
-            rows = [row for path in options.render for row in json.loads(Path(path).read_text())]
+            rows = [row for path in options.render for row in json.loads(path.read_text())]
         else:
             from catid2_ray.on_ray.reports import compare_ids
 
             rows = compare_ids(recipe, list(CLAIMS), 3).rows
             rows += compare_ids(recipe, [kind for kind in KINDS if kind not in CLAIMS], 1).rows
-    name = Path(options.root).name
-    target = HERE / "results" / f"compare_ids_{name}.md"
-    notes = target.with_name(f"compare_ids_{name}_notes.md")
-    encoder = Path(options.encoder).name
-    target.write_text(report(rows, recipe, name, encoder, notes.read_text() if notes.exists() else ""))
-    print(json.dumps(rows))
+    name, encoder = Path(options.root).name, Path(options.encoder).name
+    options.out = options.out or RESULTS / f"compare_ids_{name}.md"
+    finish(rows, lambda rows: report(rows, recipe, name, encoder), options)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ timed; queries and ways take turns, pages are warm, medians are compared. One th
 Shape letters: N rows, D width of a vector, B queries, K clusters or results.
 """
 
-import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from surroundings import finish, machine, rounded, table
+from harness import finish, in_turns, medians, parser_of, rounded, table, where, whole
 
 from catid2_ray.retrieval.beam import BeamResult
 from catid2_ray.retrieval.expansion import expand, rescore
@@ -60,16 +59,14 @@ def one(result: BeamResult, query: int) -> BeamResult:
     return BeamResult(*(None if field is None else field[query : query + 1] for field in result))
 
 
-def medians(ways: dict, queries: int, repeats: int) -> dict:
-    """Median microseconds per query of each way, in turns."""
-    taken = {name: [] for name in ways}
-    for _ in range(repeats):
-        for query in range(queries):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                way(query)
-                taken[name].append((time.perf_counter() - start) * 1e6)
-    return {name: statistics.median(times) for name, times in taken.items()}
+def taken_by(ways: dict, queries: int, repeats: int) -> dict:
+    """Median microseconds per query of each way."""
+    runs = {(name, query): partial(way, query) for query in range(queries) for name, way in ways.items()}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    in_turns({name: partial(way, 0) for name, way in ways.items()}, turns=1)
+    for (name, _), seconds in in_turns(runs, turns=repeats).items():
+        taken[name] += seconds
+    return medians(taken, unit=1e6)
 
 
 def agree(trie: Trie, result: BeamResult, store: VectorStore, query_BD: np.ndarray, full_ND: torch.Tensor) -> None:
@@ -77,12 +74,12 @@ def agree(trie: Trie, result: BeamResult, store: VectorStore, query_BD: np.ndarr
     for b, query_D in enumerate(torch.from_numpy(query_BD)):
         alone = one(result, b)
         candidates = expand(alone, trie, vectors=store, query_BD=query_D[None])
-        found = rescore(candidates, alone, trie, top_k=TOP_K, a=0.0, dense="dot").dense_BK[0]
+        best_found = rescore(candidates, alone, trie, top_k=TOP_K, a=0.0, dense="dot").dense_BK[0]
         inside_N = torch.zeros(trie.rows, dtype=torch.bool)
         inside_N[candidates.row_BC[0]] = True
         for score_N in (full_ND @ query_D, torch.from_numpy(store.scores(query_D[None], np.arange(trie.rows)))):
             best = score_N.masked_fill(~inside_N, -torch.inf).topk(TOP_K).values
-            if not torch.allclose(best, found, atol=1e-5):
+            if not torch.allclose(best, best_found, atol=1e-5):
                 raise SystemExit(f"query {b}: brute force and re-scoring disagree")
 
 
@@ -127,8 +124,7 @@ def measured(folder: str, options) -> dict:
         "brute_force_float32_in_memory": lambda b: (full_ND @ torch.from_numpy(query_BD[b])).topk(TOP_K),
         "brute_force_float16_on_disk": lambda b: torch.from_numpy(store.scores(query_BD[b : b + 1], every)).topk(TOP_K),
     }
-    medians(ways, 1, 1)
-    times = medians(ways, options.queries, options.repeats)
+    times = taken_by(ways, options.queries, options.repeats)
     ours = times["expand_and_rescore"]
     return {
         "rows": trie.rows,
@@ -157,27 +153,24 @@ def rendered(report: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=lambda text: int(float(text)), default=10**6, help="N")
+    parser = parser_of(__doc__)
+    parser.add_argument("--rows", type=whole, default=10**6, help="N")
     parser.add_argument("--width", type=int, default=384, help="D")
     parser.add_argument("--clusters", type=int, default=50)
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the JSON object here")
-    parser.add_argument("--out", type=Path, help="also write the table here, as Markdown")
     options = parser.parse_args()
     torch.set_num_threads(1)
     report = {
-        "benchmark": "expansion", "machine": machine(), "threads": 1, "python": platform.python_version(),
-        "numpy": np.__version__, "torch": torch.__version__, "width": options.width, "clusters": options.clusters,
-        "largest_cluster": LARGEST, "quota": QUOTA, "top_k": TOP_K, "queries": options.queries,
+        **where("expansion"), "width": options.width, "clusters": options.clusters, "largest_cluster": LARGEST,
+        "quota": QUOTA, "top_k": TOP_K, "queries": options.queries,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         report |= measured(folder, options)
     report = rounded(report)
     for name, us in report["us_per_query"].items():
         print(f"{name}: {us} us a query")
-    finish(report, rendered(report), options)
+    finish(report, rendered, options)
 
 
 if __name__ == "__main__":

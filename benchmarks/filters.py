@@ -17,18 +17,14 @@ The last line printed is one JSON object.
 Shape letters: N rows, M beams, C children of the widest node of a level.
 """
 
-import argparse
 import json
-import platform
-import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from surroundings import finish, machine, rounded, table
+from harness import finish, in_turns, medians, parser_of, rounded, table, where, whole
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.retrieval.filters import Filter, FilterIndex, allowed_before
@@ -96,17 +92,6 @@ def boundaries(trie: Trie, level: int, beams: int) -> tuple[torch.Tensor, torch.
     return torch.from_numpy(row_MC1), torch.from_numpy(child_MC1[:, :-1] < end_M[:, None])
 
 
-def median_of(functions: dict, repeats: int) -> dict:
-    """Median seconds of each function, in turns."""
-    taken = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
 def looked_up(made: Filter, trie: Trie, beams: int, repeats: int) -> list[dict]:
     """Microseconds per level of both ways, and whether they agree."""
     tensors = made.tensors()
@@ -125,8 +110,8 @@ def looked_up(made: Filter, trie: Trie, beams: int, repeats: int) -> list[dict]:
 
         if not torch.equal(ours() & child_MC, first_try() & child_MC):
             raise SystemExit(f"level {level}: the two ways disagree about which children live")
-        seconds = median_of({"ours": ours, "cumulative_sum": first_try}, repeats)
-        levels.append({name: value * 1e6 for name, value in seconds.items()} | {"children": list(child_MC.shape)})
+        taken = in_turns({"ours": ours, "cumulative_sum": first_try}, turns=repeats)
+        levels.append(medians(taken, unit=1e6) | {"children": list(child_MC.shape)})
     return levels
 
 
@@ -143,8 +128,7 @@ def step_costs(trie: Trie, made: Filter, beams: int, repeats: int) -> list[dict]
             )
             for name, filter_ in (("without", None), ("with", kept))
         }
-        seconds = median_of(runs, 5 * repeats)
-        levels.append({name: value * 1e6 for name, value in seconds.items()})
+        levels.append(medians(in_turns(runs, turns=5 * repeats), unit=1e6))
         levels[-1]["filter"] = levels[-1]["with"] - levels[-1]["without"]
     return levels
 
@@ -189,12 +173,12 @@ def searched(model: str, trie: Trie, filters: list[Filter], beams: int, repeats:
             steps.append(np.diff([*decoder.begun, time.perf_counter()]))
 
     run(1, None)
-    single = median_of({"without": lambda: run(1, None), "with": lambda: run(1, filters[0])}, repeats)
+    single = {"without": lambda: run(1, None), "with": lambda: run(1, filters[0])}
     batch = {"without": None, "one filter": filters[0], f"{len(filters)} filters": filters}
     batch = {name: lambda allowed=allowed: run(len(filters), allowed) for name, allowed in batch.items()}
     return {
-        "search_ms": {name: value * 1e3 for name, value in single.items()},
-        "batch_ms": {name: value * 1e3 for name, value in median_of(batch, max(3, repeats // 2)).items()},
+        "search_ms": medians(in_turns(single, turns=repeats), unit=1e3),
+        "batch_ms": medians(in_turns(batch, turns=max(3, repeats // 2)), unit=1e3),
         "step_us": [value * 1e6 for value in np.median(steps[1:], axis=0).tolist()],
     }
 
@@ -225,35 +209,32 @@ def rendered(report: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=lambda text: int(float(text)), default=10**7, help="N")
+    parser = parser_of(__doc__)
+    parser.add_argument("--rows", type=whole, default=10**7, help="N")
     parser.add_argument("--beams", type=int, default=100)
     parser.add_argument("--model", default="base", choices=[*MODELS, "none"], help="whose search is timed beside")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--json", type=Path, help="also write the JSON object here")
-    parser.add_argument("--out", type=Path, help="also write the tables here, as Markdown")
     options = parser.parse_args()
     torch.set_num_threads(1)
     table, trie = columns(options.rows), spread_trie(options.rows)
     start = time.perf_counter()
     index = FilterIndex(table, kept=0)
     report = {
-        "benchmark": "filters", "machine": machine(), "threads": 1, "python": platform.python_version(),
-        "numpy": np.__version__, "torch": torch.__version__, "pyarrow": pa.__version__, "rows": options.rows,
-        "beams": options.beams, "index_us_per_row": (time.perf_counter() - start) / options.rows * 1e6,
+        **where("filters"), "pyarrow": pa.__version__, "rows": options.rows, "beams": options.beams,
+        "index_us_per_row": (time.perf_counter() - start) / options.rows * 1e6,
     }  # fmt: skip
     compiled = {name: index.compile(expression) for name, expression in EXPRESSIONS.items()}
     few = max(3, options.repeats // 6)
     functions = {name: lambda one=one: index.compile(one) for name, one in EXPRESSIONS.items()}
-    seconds = median_of(functions, few)
+    milliseconds = medians(in_turns(functions, turns=few), unit=1e3)
     report["compile"] = {
-        name: {"ms": seconds[name] * 1e3, "share_allowed": made.total / options.rows} for name, made in compiled.items()
+        name: {"ms": milliseconds[name], "share_allowed": made.total / options.rows} for name, made in compiled.items()
     }
     made = compiled["in stock"]
     report["filter_bytes_per_row"] = (made.words_W.nbytes + made.before_W.nbytes) / options.rows
     allowed = torch.from_numpy(made.allowed_N)
     summed = {"sum": lambda: torch.nn.functional.pad(allowed.cumsum(0), (1, 0))}
-    report["cumulative_sum_ms_per_request"] = median_of(summed, few)["sum"] * 1e3
+    report["cumulative_sum_ms_per_request"] = medians(in_turns(summed, turns=few), unit=1e3)["sum"]
     report["lookup_us_per_level"] = {
         name: looked_up(compiled[name], trie, options.beams, options.repeats) for name in LOOKED_UP
     }
@@ -266,7 +247,7 @@ def main() -> None:
     report = rounded(report)
     for name, figures in report["compile"].items():
         print(f"{name}: {figures['ms']} ms, allows {figures['share_allowed']:.2%}")
-    finish(report, rendered(report), options)
+    finish(report, rendered, options)
 
 
 if __name__ == "__main__":

@@ -162,11 +162,11 @@ def rescored_lists(split: Split, search: Search, setting: Setting, trie: Trie, s
         alone, query_1D = of_query(search.result, query), split.query_QD[query : query + 1]
         candidates = expand(alone, trie, vectors=store, query_BD=query_1D, quota=setting.quota)
         lexical_1C = split.lexical(query, scale)[candidates.row_BC.numpy()]
-        found = rescore(
+        best = rescore(
             candidates, alone, trie, top_k=RETURNED, a=setting.a, path=setting.path, dense="dot",
             lexical_BC=lexical_1C, lexical_weight=setting.lexical,
         )  # fmt: skip
-        yield found.row_BK[0, : int(found.count_B[0])].numpy()
+        yield best.row_BK[0, : int(best.count_B[0])].numpy()
 
 
 def union_lists(split: Split, search: Search, setting: Setting, rows_of: Callable, scale: str) -> Iterable[np.ndarray]:

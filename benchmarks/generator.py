@@ -10,7 +10,6 @@ cells that are done or begun (RUNS/*.json) are not run again, so several process
 the JSON of all cells.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -20,25 +19,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from surroundings import machine, rounded
+from harness import RESULTS, finish, machine, parser_of, rounded, spread, table, write_page
 
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.docid import DocidSpace
 from catid2_ray.evaluation.protocol import Judgements, evaluate
-from catid2_ray.generator import Examples, fit, starts_word, tokenize
+from catid2_ray.generator.batches import Examples
 from catid2_ray.generator.encoder_decoder import encoder_decoder
 from catid2_ray.generator.saved import save_generator
-from catid2_ray.generator.states import CachedExamples
-from catid2_ray.generator.step import level_losses
-from catid2_ray.generator.vocabulary import load_tokenizer, marks
+from catid2_ray.generator.step import fit, level_losses
+from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word, tokenize
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie
 
-HERE = Path(__file__).parent
 TRAIN_FROM, RELEVANT_FROM = 2.33, 2.67
 KS = (5, 10, 50, 100)
 TOKENS, BEAM, CODES = 32, 100, 256
@@ -76,9 +73,9 @@ def ids_of(options, kind: str, seed: int, names: np.ndarray) -> np.ndarray:
         manifest = Manifest(**json.loads(path.read_text()))
         if manifest.recipe["quantizer"]["kind"] == kind and manifest.recipe["seed"] == seed:
             parts = [store.read_table(manifest.file(part["name"])) for part in manifest.parts()]
-            table = pa.concat_tables([part.select(["product_id", "codes"]) for part in parts])
-            row_N = pc.index_in(pa.array(names), table["product_id"].combine_chunks()).to_numpy()
-            return matrix(table["codes"]).astype(np.int64)[row_N]
+            codes = pa.concat_tables([part.select(["product_id", "codes"]) for part in parts])
+            row_N = pc.index_in(pa.array(names), codes["product_id"].combine_chunks()).to_numpy()
+            return matrix(codes["codes"]).astype(np.int64)[row_N]
     raise SystemExit(f"no IDs of kind {kind!r} and seed {seed} in {options.store}: run `catid2 compare-ids` first")
 
 
@@ -90,12 +87,12 @@ def ranked(model, trie: Trie, data: dict, queries: list[str]) -> list[list[str]]
         part_BT = ids_BT[start : start + 32]
         mask_BT = part_BT != data["tokenizer"].pad_token_id
         used = int(mask_BT.any(0).sum())
-        found = constrained_beam_search(
+        beams = constrained_beam_search(
             decoder, trie, part_BT[:, :used], mask_BT[:, :used], beam_width=BEAM, top_k=max(KS)
         )
-        rows = found.row_range_BK2[..., 0].tolist()
+        rows = beams.row_range_BK2[..., 0].tolist()
         answers += [
-            data["names"][trie.order_N[row[:count]]].tolist() for row, count in zip(rows, found.count_B.tolist())
+            data["names"][trie.order_N[row[:count]]].tolist() for row, count in zip(rows, beams.count_B.tolist())
         ]
     return answers
 
@@ -136,7 +133,7 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
         starts_word_V=starts_word(data["tokenizer"]), keep=options.keep_words, drop_share=options.drop_share,
         **marks(data["tokenizer"])._asdict(),
     )  # fmt: skip
-    cached = CachedExamples.build(examples, model.encoder, Path(options.cache) / "states", on_progress=said)
+    cached = examples.with_states(model.encoder, Path(options.cache) / "states", on_progress=said)
     steps = options.examples // options.batch
     check_BT, check_BL = check_pairs(data, codes_NL)
     curve, losses, began, paused = [], [], time.process_time(), 0.0
@@ -181,17 +178,21 @@ def said(done: int, whole: int) -> None:
         print(f"token states of {done:,} of {whole:,} texts", flush=True)
 
 
-def tell(values: list[float]) -> str:
-    """Mean, and half the range where there are several."""
-    values = [value for value in values if value is not None]
-    spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}" if values else "–"
-
-
-def report(cells: list[dict], options, notes: str) -> str:
-    budget = sorted({cell["examples"] for cell in cells})
-    lines = [
-        "# Generators on Home Depot\n",
+def report(cells: list[dict], options) -> str:
+    groups: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        groups.setdefault((cell["kind"], cell["examples"]), []).append(cell)
+    names = ["IDs", "seeds", "examples", "seconds"]
+    names += [f"{word}@{k}" for word in ("", "seen ", "unseen ") for k in KS]
+    rows = []
+    for (kind, examples), of in groups.items():
+        figures = [
+            spread([c[g][str(k)] for c in of], ".3f") for g in ("recall", "recall_seen", "recall_unseen") for k in KS
+        ]
+        rows.append([kind, len(of), examples, f"{np.mean([c['seconds'] for c in of]):.0f}", *figures])
+    asked = cells[0]["queries"]
+    return (
+        "# Generators on Home Depot\n\n"
         f"Written by `benchmarks/generator.py`. Encoder: {Path(options.encoder).name}, frozen, its token states cached; decoder: "
         f"{options.layers} T5 layers of width {options.width}, trained from nothing. Batch {options.batch}, learning rate "
         f"{options.learning_rate:g}, {options.titles:g} titles an epoch per title, words kept in a thinned title "
@@ -199,37 +200,30 @@ def report(cells: list[dict], options, notes: str) -> str:
         f"{options.label_smoothing:g}, dropout {options.dropout:g}. Beam {BEAM}, full IDs, no re-scoring. Categories of this "
         f"catalogue are inferred, not gold. Recall is per product on the test split (relevance ≥ {RELEVANT_FROM}); *seen* "
         f"products are named by a training pair (≥ {TRAIN_FROM}). Mean over seeds ± half the range. Machine: {machine()}; one "
-        "thread a cell; budgets are equal in examples, and seconds are this thread's own (processor time), without evaluation.\n",
-        "| IDs | seeds | examples | seconds | " + " | ".join(f"@{k}" for k in KS)
-        + " | " + " | ".join(f"seen @{k}" for k in KS) + " | " + " | ".join(f"unseen @{k}" for k in KS) + " |",
-        "|---|---:|---:|---:|" + "---:|" * (3 * len(KS)),
-    ]  # fmt: skip
-    groups: dict[tuple, list[dict]] = {}
-    for cell in cells:
-        groups.setdefault((cell["kind"], cell["examples"]), []).append(cell)
-    for (kind, examples), of in groups.items():
-        figures = [tell([c[g][str(k)] for c in of]) for g in ("recall", "recall_seen", "recall_unseen") for k in KS]
-        seconds = f"{np.mean([c['seconds'] for c in of]):.0f}"
-        lines.append(f"| {kind} | {len(of)} | {examples:,} | {seconds} | " + " | ".join(figures) + " |")
-    asked = cells[0]["queries"]
-    lines += [
-        f"\n{asked['all']:,} queries, {asked['seen']:,} with a seen and {asked['unseen']:,} with an unseen relevant product.\n",
+        "thread a cell; budgets are equal in examples, and seconds are this thread's own (processor time), without evaluation.\n\n"
+        + table(names, rows)
+        + f"\n{asked['all']:,} queries, {asked['seen']:,} with a seen and {asked['unseen']:,} with an unseen relevant product.\n\n"
         f"## Learning curves\n\nrecall@50 on {VALIDATION_QUERIES} validation queries, and the loss of {VALIDATION_PAIRS:,} "
-        "validation pairs in nats an ID, after so many examples (mean over seeds); "
-        "![recall over examples](generator.png)\n",
+        "validation pairs in nats an ID, after so many examples (mean over seeds); ![recall over examples](generator.png)\n\n"
+        + "\n".join(map(curve_table, of_budgets(cells)))
+    )
+
+
+def of_budgets(cells: list[dict]) -> list[list[dict]]:
+    """The cells of each number of examples, the fewest first."""
+    return [
+        [cell for cell in cells if cell["examples"] == count] for count in sorted({cell["examples"] for cell in cells})
     ]
-    for examples in budget:
-        of = [cell for cell in cells if cell["examples"] == examples]
-        points = [point["examples"] for point in of[0]["curve"]]
-        lines += ["| IDs | " + " | ".join(f"{p // 1000:,}k" for p in points) + " |", "|---|" + "---:|" * len(points)]
-        for kind in dict.fromkeys(cell["kind"] for cell in of):
-            for figure, form in (("recall@50", ".3f"), ("validation_loss", ".2f")):
-                curves = np.array([[p[figure] for p in cell["curve"]] for cell in of if cell["kind"] == kind])
-                lines.append(
-                    f"| {kind}, {figure} | " + " | ".join(format(value, form) for value in curves.mean(0)) + " |"
-                )
-        lines.append("")
-    return "\n".join(lines) + "\n" + notes
+
+
+def curve_table(cells: list[dict]) -> str:
+    """The learning curves of cells with one budget: recall and loss, mean over seeds."""
+    rows = []
+    for kind in dict.fromkeys(cell["kind"] for cell in cells):
+        for figure, form in (("recall@50", ".3f"), ("validation_loss", ".2f")):
+            curves = np.array([[point[figure] for point in cell["curve"]] for cell in cells if cell["kind"] == kind])
+            rows.append([f"{kind}, {figure}", *(format(value, form) for value in curves.mean(0))])
+    return table(["IDs", *(f"{point['examples'] // 1000:,}k" for point in cells[0]["curve"])], rows)
 
 
 def draw(cells: list[dict], path: Path) -> None:
@@ -254,7 +248,7 @@ def draw(cells: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, page=RESULTS / "generator.md")
     parser.add_argument("--catalog", help="folder with products.parquet and pairs.parquet")
     parser.add_argument("--encoder", help="folder of a sentence encoder")
     parser.add_argument("--store", help="store with the IDs of `catid2 compare-ids`")
@@ -277,7 +271,7 @@ def main() -> None:
     )
     parser.add_argument("--keep", help="folder for the trained models, their tries and products in trie order")
     parser.add_argument(
-        "--render", action="store_true", help="write benchmarks/results/generator.md from --runs and end"
+        "--render", action="store_true", help="measure nothing: write the page and its picture from --runs"
     )
     options = parser.parse_args()
     runs = Path(options.runs)
@@ -298,11 +292,9 @@ def main() -> None:
                 target.write_text(json.dumps(rounded(run_cell(options, data, kind, seed)), indent=1))
     cells = [json.loads(path.read_text()) for path in sorted(runs.glob("*.json")) if path.stat().st_size]
     if options.render:
-        target = HERE / "results" / "generator.md"
-        notes = target.with_name("generator_notes.md")
-        target.write_text(report(cells, options, notes.read_text() if notes.exists() else ""))
-        draw(cells, target.with_suffix(".png"))
-    print(json.dumps(cells))
+        write_page(options.out, report(cells, options))
+        draw(cells, options.out.with_suffix(".png"))
+    finish(cells, None, options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ line printed is JSON.
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,13 +20,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from surroundings import machine, rounded
+from harness import finish, in_fresh_process, machine, parser_of, rounded, table
 
 from catid2_ray.docid import DocidSpace
-from catid2_ray.generator import Examples, fit, small_t5, starts_word, tokenize, train_tokenizer
-from catid2_ray.generator.lengths import length_groups
-from catid2_ray.generator.step import least_rows
-from catid2_ray.generator.vocabulary import load_tokenizer, marks, with_docid_tokens
+from catid2_ray.evaluation.tables import shown
+from catid2_ray.generator.batches import Examples, length_groups
+from catid2_ray.generator.model import small_t5
+from catid2_ray.generator.step import fit, least_rows
+from catid2_ray.generator.vocabulary import (
+    load_tokenizer,
+    marks,
+    starts_word,
+    tokenize,
+    train_tokenizer,
+    with_docid_tokens,
+)
 
 SPACE = DocidSpace((256, 256, 256, 256))
 BATCH = {"small": 256, "minilm": 256, "base": 32}
@@ -45,8 +52,8 @@ def texts_of(catalog: str | None) -> tuple[list[str], list[str]]:
     else:
         from catid2_ray.catalog.synthetic import generate
 
-        made = generate(products=ROWS, queries=4000, seed=1)
-        pairs, titles = made.pairs, made.products["title"]
+        catalogue = generate(products=ROWS, queries=4000, seed=1)
+        pairs, titles = catalogue.pairs, catalogue.products["title"]
     train = pairs.filter(pairs["split"].combine_chunks().cast("string").to_numpy(zero_copy_only=False) == "train")
     return train["query"].to_pylist()[:ROWS], titles.to_pylist()[:ROWS]
 
@@ -130,7 +137,7 @@ def trainer(model, examples: Examples, name: str, steps: int, clock: Clock) -> N
     class Rows(torch.utils.data.Dataset):
         def __init__(self):
             picked = [examples.batch(seed=0, step=step, batch=BATCH[name]) for step in range(steps)]
-            self.ids = [row[row != examples.pad].tolist() for part in picked for row in part.input_ids_BT]
+            self.ids = [row[row != examples.pad].tolist() for part in picked for row in part.texts]
             self.labels = [row for part in picked for row in (part.codes_BL + offset_L).tolist()]
 
         def __len__(self):
@@ -186,27 +193,25 @@ def measure(name: str, way: str, options) -> dict:
         tokenizer = with_docid_tokens(train_tokenizer([*queries, *titles], size=8000), SPACE)
     examples, steps = examples_of(tokenizer, queries, titles), min(options.steps, MOST_STEPS.get(name, options.steps))
     model, clock = build(name, tokenizer, options.encoder), Clock(max(2, steps // 5))
-    rows, found = examples, {}
+    rows, figures = examples, {}
     lengths = np.concatenate(
-        [examples.batch(seed=0, step=s, batch=BATCH[name]).input_ids_BT.astype(bool).sum(1) for s in range(4)]
+        [examples.batch(seed=0, step=s, batch=BATCH[name]).texts.astype(bool).sum(1) for s in range(4)]
     )
     with tempfile.TemporaryDirectory() as folder:
         if way == "cached":
-            from catid2_ray.generator.states import CachedExamples
-
             began = time.perf_counter()
-            rows = CachedExamples.build(examples, model.encoder, Path(folder) / "states")
-            found["seconds_caching"] = time.perf_counter() - began
+            rows = examples.with_states(model.encoder, Path(folder) / "states")
+            figures["seconds_caching"] = time.perf_counter() - began
         if way == "trainer":
             trainer(model, examples, name, steps, clock)
         else:
             fit(model, rows, space=SPACE, steps=steps, batch=BATCH[name], learning_rate=1e-3, on_step=clock)
-            made, prepared = Clock(clock.warm), Prepared(rows, steps, BATCH[name])
-            fit(model, prepared, space=SPACE, steps=steps, batch=BATCH[name], learning_rate=1e-3, on_step=made)
+            beforehand, prepared = Clock(clock.warm), Prepared(rows, steps, BATCH[name])
+            fit(model, prepared, space=SPACE, steps=steps, batch=BATCH[name], learning_rate=1e-3, on_step=beforehand)
             # Step by step the same rows; the median, since a machine that others use has slow moments.
-            ratio = float(np.median(clock.seconds_S2[:, 0] / made.seconds_S2[:, 0]))
-            found |= {"beside_prepared": ratio}
-            found["padding"] = {size: padding(examples, model, size) for size in sorted({BATCH[name], 256})}
+            ratio = float(np.median(clock.seconds_S2[:, 0] / beforehand.seconds_S2[:, 0]))
+            figures |= {"beside_prepared": ratio}
+            figures["padding"] = {size: padding(examples, model, size) for size in sorted({BATCH[name], 256})}
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     began = time.process_time()
     for _ in range(20):
@@ -214,7 +219,7 @@ def measure(name: str, way: str, options) -> dict:
     peak = 20 * 2 * 1024**3 / (time.process_time() - began)
     seconds = float(clock.seconds_S2[:, 1].mean())
     rate = BATCH[name] / seconds
-    return found | {
+    return figures | {
         "model": name, "way": way, "batch": BATCH[name], "steps": steps, "seconds_step": seconds,
         "examples_per_second": rate,
         "gflops": rate * flops(model, name, lengths, way == "cached") / 1e9, "machine_gflops": peak / 1e9,
@@ -227,7 +232,7 @@ def padding(examples: Examples, model, batch: int) -> dict:
     """Share of padding among the tokens that a step computes on, with rows as they come and in groups of like length."""
     real = whole = grouped = 0
     for step in range(20):
-        length_B = (examples.batch(seed=0, step=step, batch=batch).input_ids_BT != examples.pad).sum(1)
+        length_B = (examples.batch(seed=0, step=step, batch=batch).texts != examples.pad).sum(1)
         real, whole = real + length_B.sum(), whole + length_B.max() * len(length_B)
         grouped += sum(length_B[part].max() * len(part) for part in length_groups(length_B, least=least_rows(model)))
     return {"as they come": 1 - real / whole, "grouped": 1 - real / grouped}
@@ -236,55 +241,44 @@ def padding(examples: Examples, model, batch: int) -> dict:
 def report(rows: list[dict], options) -> str:
     # Of one machine: its rate varies between processes by a quarter, and each row's own would set like steps apart.
     peak = max(row["machine_gflops"] for row in rows)
+    rivals = {row["model"]: row["examples_per_second"] for row in rows if row["way"] == "trainer"}
     data = "Home Depot" if options.catalog else "generated"
-    lines = [
-        "# A training step of the generator\n",
+    names = ["model", "parameters", "way", "batch", "steps", "s a step", "examples/s", "beside the Trainer"]
+    names += ["real data ÷ batches made before", "MFU", "peak memory"]
+    steps = [
+        [row["model"], f"{row['parameters'] / 1e6:.1f} M",
+         row["way"] + (f" ({row['seconds_caching']:.0f} s caching)" if "seconds_caching" in row else ""),
+         row["batch"], row["steps"], f"{row['seconds_step']:.3f}", f"{row['examples_per_second']:.1f}",
+         f"{row['examples_per_second'] / rivals[row['model']]:.2f} ×" if row["model"] in rivals else None,
+         shown(row.get("beside_prepared"), ".3f"), f"{row['gflops'] / peak:.0%}", f"{row['peak_memory_gib']:.2f} GiB"]
+        for row in rows
+    ]  # fmt: skip
+    padded = [
+        [f"{row['model']}, {size} rows", f"{shares['as they come']:.1%}", f"{shares['grouped']:.1%}"]
+        for row in rows if row["way"] == "ours" for size, shares in row["padding"].items()
+    ]  # fmt: skip
+    return (
+        "# A training step of the generator\n\n"
         "Written by `benchmarks/generator_step.py`. A fifth of the steps, at least two, are warm-up; float32, AdamW, clipping; one "
         f"process a measurement, one thread, whose processor time is taken. Data: {data} queries and titles, at most {TOKENS} "
         "tokens, half of the titles thinned. *trainer*: `transformers.Trainer` on the same model and rows, padded to the "
         "longest, loss over the whole vocabulary. *ours*: `generator.fit`. *cached*: the frozen encoder's states read from disk "
         "(computing them once is `caching`; they are in the page cache, so no disk is waited for). Real data ÷ batches made "
         "before: by the clock, the same rows step by step, the median. MFU: products without padding ÷ the best rate of a 1024³ "
-        f"product in any process, {peak:.0f} GFLOP/s. Machine: "
-        f"{machine()}.\n",
-        "| model | parameters | way | batch | steps | s a step | examples/s | beside the Trainer | real data ÷ batches made before "
-        "| MFU | peak memory |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        rival = next(
-            (r["examples_per_second"] for r in rows if (r["model"], r["way"]) == (row["model"], "trainer")), None
-        )
-        ratio = f"{row['examples_per_second'] / rival:.2f} ×" if rival else "–"
-        real = f"{row['beside_prepared']:.3f}" if "beside_prepared" in row else "–"
-        caching = f" ({row['seconds_caching']:.0f} s caching)" if "seconds_caching" in row else ""
-        lines.append(
-            f"| {row['model']} | {row['parameters'] / 1e6:.1f} M | {row['way']}{caching} | {row['batch']} | {row['steps']} | "
-            f"{row['seconds_step']:.3f} | {row['examples_per_second']:.1f} | {ratio} | {real} | {row['gflops'] / peak:.0%} | "
-            f"{row['peak_memory_gib']:.2f} GiB |"
-        )
-    lines += ["\n| model | padding as rows come | in groups of like length |", "|---|---:|---:|"]
-    for row in rows:
-        if row["way"] == "ours":
-            lines += [
-                f"| {row['model']}, {size} rows | {shares['as they come']:.1%} | {shares['grouped']:.1%} |"
-                for size, shares in row["padding"].items()
-            ]
-    notes = HERE / "results" / "generator_step_notes.md"
-    return "\n".join(lines) + "\n" + (notes.read_text() if notes.exists() else "")
+        f"product in any process, {peak:.0f} GFLOP/s. Machine: {machine()}.\n\n"
+        + table(names, steps) + "\n" + table(["model", "padding as rows come", "in groups of like length"], padded)
+    )  # fmt: skip
 
 
-HERE = Path(__file__).parent
 WAYS = {"small": ("ours", "trainer"), "minilm": ("cached", "ours", "trainer"), "base": ("ours", "trainer")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--models", default="small,minilm,base")
     parser.add_argument("--encoder", help="folder of a sentence encoder, for minilm")
     parser.add_argument("--catalog", help="folder with products.parquet and pairs.parquet")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--out", help="markdown file to write, such as benchmarks/results/generator_step.md")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -294,15 +288,9 @@ def main() -> None:
     rows = []
     for name in names:
         for way in WAYS[name]:
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", f"{name}:{way}"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{name}, {way}:\n{done.stderr[-2000:]}")
-            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+            rows.append(in_fresh_process(__file__, *sys.argv[1:], "--one", f"{name}:{way}"))
             print(rows[-1], file=sys.stderr, flush=True)
-    if options.out:
-        Path(options.out).write_text(report(rows, options))
-    print(json.dumps({"rows": rows}))
+    finish({"rows": rows}, lambda figures: report(figures["rows"], options), options)
 
 
 if __name__ == "__main__":

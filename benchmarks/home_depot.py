@@ -6,41 +6,41 @@ Data and encoder are not part of the project: without --root this says so and en
 JSON of an earlier run instead of running. The last line printed is the run's JSON.
 """
 
-import argparse
 import json
 import os
 import tempfile
 from pathlib import Path
 
-from surroundings import machine
+from harness import RECIPES, RESULTS, finish, machine, parser_of
 
 from catid2_ray.config import Recipe
-from catid2_ray.evaluation.report import markdown
+from catid2_ray.evaluation.report import closing_tables
+from catid2_ray.evaluation.tables import markdown
 
-HERE = Path(__file__).parent
-RECIPE = HERE.parent / "jobs" / "recipes" / "home_depot.yaml"
+RECIPE = RECIPES / "home_depot.yaml"
 
 
-def report(figures: dict, recipe: Recipe, encoder: str, notes: str) -> str:
+def report(figures: dict, recipe: Recipe, encoder: str) -> str:
     return (
         "# Home Depot, the whole job\n\n"
         f"Written by `benchmarks/home_depot.py` for `jobs/recipes/home_depot.yaml`; encoder: {encoder}. "
         f"Machine: {machine()}.\n\n"
-        f"{markdown(figures)}\n"
+        f"{markdown(closing_tables(figures))}\n"
         "Categories of this catalogue are **inferred** from titles. *Seen* products are those that a training pair names. "
         f"Relevant: relevance ≥ {recipe.evaluation.min_relevance}; taught: ≥ {recipe.generator.min_relevance}; "
-        f"beam {recipe.evaluation.beam_width}. Stage times are those of the run that made each stage.\n\n{notes}"
+        f"beam {recipe.evaluation.beam_width}. Stage times are those of the run that made each stage."
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(
+        __doc__, page=RESULTS / "home_depot.md", stored="the figures of an earlier `catid2 reindex --json`"
+    )
     parser.add_argument(
         "--root", default=os.environ.get("HOME_DEPOT"), help="folder with products.parquet and pairs.parquet"
     )
     parser.add_argument("--encoder", default="lsa", help="sentence encoder: id or folder; default the built-in lsa")
     parser.add_argument("--store", help="default: a temporary folder")
-    parser.add_argument("--render", help="JSON of an earlier `catid2 reindex --json`")
     options = parser.parse_args()
     if not (options.root or options.render):
         print(json.dumps({"skipped": "no Home Depot data: give --root FOLDER or set HOME_DEPOT"}))
@@ -49,15 +49,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.load(RECIPE, [*overrides, f"store={options.store or folder}"])
         if options.render:
-            figures = json.loads(Path(options.render).read_text())
+            figures = json.loads(options.render.read_text())
         else:
             from catid2_ray.on_ray.commands import reindex
 
             figures = reindex(recipe).figures
-    target = HERE / "results" / "home_depot.md"
-    notes = target.with_name("home_depot_notes.md")
-    target.write_text(report(figures, recipe, Path(options.encoder).name, notes.read_text() if notes.exists() else ""))
-    print(json.dumps(figures))
+    finish(figures, lambda figures: report(figures, recipe, Path(options.encoder).name), options)
 
 
 if __name__ == "__main__":

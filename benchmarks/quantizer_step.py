@@ -16,18 +16,10 @@ Shape letters: B batch, D embedding, Z latent, L levels, K codes, H category dep
 
 import argparse
 import json
-import os
-import platform
-import re
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from surroundings import machine, rounded
+from harness import finish, in_fresh_process, in_turns, medians, memory_of, parser_of, rounded, where, wholes
 from torch import nn
 from torch.nn import functional
 
@@ -114,21 +106,21 @@ class FirstTry(nn.Module):
 
 def shapes(mode: str, batch: int, width: int, codes: int, category_BH: torch.Tensor) -> list[tuple[int, int, int]]:
     """(m, k, n) of every product of one step, forward and backward; rows of one parent meet each other."""
-    widths, found = (width, *HIDDEN, LATENT), []
+    widths, products = (width, *HIDDEN, LATENT), []
     layers = [*zip(widths, widths[1:], strict=False), *zip(widths[:0:-1], widths[-2::-1], strict=True)]
     for index, (before, after) in enumerate(layers):
-        found += [(batch, before, after), (after, batch, before)]
-        found += [(batch, after, before)] if index else []  # embeddings get no gradient
-    found += [(batch, LATENT, codes)] * LEVELS
+        products += [(batch, before, after), (after, batch, before)]
+        products += [(batch, after, before)] if index else []  # embeddings get no gradient
+    products += [(batch, LATENT, codes)] * LEVELS
     if mode == "cat_id2":
-        found += [(batch, LATENT, codes), (batch, codes, LATENT), (codes, batch, LATENT)] * LEVELS
-        found += [(batch, width, batch), (batch, batch, width)]
+        products += [(batch, LATENT, codes), (batch, codes, LATENT), (codes, batch, LATENT)] * LEVELS
+        products += [(batch, width, batch), (batch, batch, width)]
         groups = [len(category_BH)]
         for depth in range(category_BH.shape[1]):
             for rows in groups:
-                found += [(rows, LATENT, rows), (rows, rows, LATENT), (rows, rows, LATENT)]
+                products += [(rows, LATENT, rows), (rows, rows, LATENT), (rows, rows, LATENT)]
             groups = torch.unique(category_BH[:, depth], return_counts=True)[1].tolist()
-    return found
+    return products
 
 
 def stepper(contender: str, mode: str, batch: int, width: int, codes: int, device: str):
@@ -168,43 +160,22 @@ def stepper(contender: str, mode: str, batch: int, width: int, codes: int, devic
     return step
 
 
-def seconds_of(function, device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def memory_child(arguments: str) -> None:
     """Three steps in this process; print peak and idle memory in MiB."""
     case = json.loads(arguments)
     torch.set_num_threads(case.pop("threads"))
-    idle = high_water()
+    idle = memory_of("VmHWM") / 2**20
     step = stepper(**case)
     for _ in range(3):
         step()
     on_gpu = case["device"] != "cpu"
-    print(json.dumps([torch.cuda.max_memory_allocated() / 2**20 if on_gpu else high_water(), 0 if on_gpu else idle]))
-
-
-def high_water() -> float:
-    """Peak resident memory of this process, MiB; 0 where /proc does not tell."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) / 2**10 if found else 0.0
+    peak = torch.cuda.max_memory_allocated() if on_gpu else memory_of("VmHWM")
+    print(json.dumps([peak / 2**20, 0 if on_gpu else idle]))
 
 
 def memory(contender: str, threads: int, **case) -> list[float]:
     arguments = json.dumps({"contender": contender, "threads": threads, **case})
-    command = [sys.executable, __file__, "--memory-child", arguments]
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    if done.returncode:
-        raise SystemExit(f"the memory of {contender} in {case} could not be measured:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_fresh_process(__file__, "--memory-child", arguments)
 
 
 def measure(batch: int, width: int, codes: int, device: str, threads: int, budget: float) -> list[dict]:
@@ -224,11 +195,8 @@ def measure(batch: int, width: int, codes: int, device: str, threads: int, budge
     results = []
     for mode in WEIGHTS:
         names = dict.fromkeys([*((mode, who) for who in CONTENDERS), ("tiger", "ours"), "rate"])
-        taken, start = {name: [] for name in names}, time.perf_counter()
-        while len(taken["rate"]) < 5 or time.perf_counter() - start < budget:
-            for name in names:
-                taken[name].append(seconds_of(runs[name], device))
-        seconds = {name: statistics.median(times) for name, times in taken.items()}
+        taken = in_turns({name: runs[name] for name in names}, turns=5, seconds=budget, device=device)
+        seconds = medians(taken)
         rate = 2 * side**3 / seconds["rate"]
         times = {who: seconds[mode, who] for who in CONTENDERS}
         flop = sum(2 * m * k * n for m, k, n in shapes(mode, batch, width, codes, categories(batch)))
@@ -253,15 +221,13 @@ def measure(batch: int, width: int, codes: int, device: str, threads: int, budge
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser = parser_of(__doc__, page=None)
     parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--width", type=numbers, default=[384, 768], help="D, comma-separated")
-    parser.add_argument("--codes", type=numbers, default=[256, 512], help="K, comma-separated")
+    parser.add_argument("--width", type=wholes, default=[384, 768], help="D, comma-separated")
+    parser.add_argument("--codes", type=wholes, default=[256, 512], help="K, comma-separated")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each case; at least five turns are taken")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", type=Path, help="also write the JSON object here")
     parser.add_argument("--memory-child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_child:
@@ -276,13 +242,10 @@ def main() -> None:
                 print(f"{case['mode']} D={width} K={codes}: {json.dumps(cases[-1]['ratios'])}", flush=True)
     memory_kind = "VmHWM of a fresh process" if options.device == "cpu" else "torch.cuda.max_memory_allocated"
     report = {
-        "benchmark": "quantizer_step", "machine": machine(options.device), "device": options.device,
-        "threads": options.threads, "python": platform.python_version(), "torch": torch.__version__,
+        **where("quantizer_step", device=options.device, threads=options.threads), "device": options.device,
         "peak_memory": memory_kind, "cases": cases,
     }  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report))
+    finish(report, None, options)
 
 
 if __name__ == "__main__":

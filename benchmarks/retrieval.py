@@ -6,15 +6,16 @@
 `--generator`: a saved generator with its tokenizer; `--trie`: the folder of an ids artefact (trie/ with products.arrow
 beside it). Without them the three rivals alone are measured. Every weight, the stop level, the width of the beam and the
 quota are chosen on the validation split; the test split is asked once. All methods return 100 products (BM25 fewer where
-fewer share a word). The beam alone is searched with 8-bit weights too. `--cache` keeps the vectors of titles. Prose beside
-the figures: OUT's name with _notes. The last line printed is the run's JSON. Data and models are not part of the project:
-without --catalog it says so and ends.
+fewer share a word). The beam alone is searched with 8-bit weights too. `--cache` keeps the vectors of
+texts. The last line printed is the run's JSON. Data and models are not part of the project: without --catalog it says so and ends.
 """
 
-import argparse
+import hashlib
 import json
+import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import fusion
@@ -23,35 +24,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from fusion import BESIDE_PATH, KS, LEXICAL, LISTED, PATHS, RETURNED, Search, Setting, Split
-from surroundings import machine, rounded
-from title_vectors import TOKENS, model_digest, text_vectors
+from harness import RESULTS, finish, machine, parser_of, rounded, table
 
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.products import check_products
 from catid2_ray.catalog.text import HuggingFaceEncoder
 from catid2_ray.evaluation.baselines.bm25 import Bm25
-from catid2_ray.evaluation.bootstrap import bootstrap_means
+from catid2_ray.evaluation.metrics import bootstrap_means
 from catid2_ray.evaluation.protocol import Judgements, per_query_recalls
-from catid2_ray.generator.examples import tokenize
 from catid2_ray.generator.saved import load_generator
-from catid2_ray.generator.vocabulary import PAD
+from catid2_ray.generator.vocabulary import PAD, tokenize
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import VectorStore
 
-HERE = Path(__file__).parent
 TRAIN_FROM, RELEVANT_FROM = 2.33, 2.67
 QUERY_TOKENS, QUERIES_AT_ONCE = 32, 8
 RIVALS = ("BM25", "dense", "BM25 + dense")
 INT8 = "beam alone, int8"
+BLOCK = 2048  # texts whose vectors lie in one file of --cache
+TOKENS = 64  # the longest titles are cut; Home Depot's median is 15
 EVERYTHING = ("everything, the beams' products", "everything, beams ∪ lists")
 
 
 def products_in_order(options) -> tuple[pa.Table, Trie | None]:
     """(product_id and title in trie order, or by id where there is no trie; the trie)."""
-    table = pq.read_table(Path(options.catalog) / "products.parquet")
-    good = check_products(table, width=None, min_category_depth=0, max_category_depth=1).good
+    products = pq.read_table(Path(options.catalog) / "products.parquet")
+    good = check_products(products, width=None, min_category_depth=0, max_category_depth=1).good
     good = good.select(["product_id", "title"])
     if options.trie is None:
         return good, None
@@ -66,6 +66,45 @@ def products_in_order(options) -> tuple[pa.Table, Trie | None]:
     return good.take(place), trie
 
 
+def model_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of the model's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
+        digest.update(path.name.encode() + b"\0")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def text_vectors(encoder: HuggingFaceEncoder, texts: Sequence[str], *, model: str, cache: Path | None) -> np.ndarray:
+    """float32 N×D, rows of length 1. `model`: its digest; `cache`: a folder, or None to keep nothing.
+
+    Every block is a file named by the digest of the model and its texts, so that a run that was broken off goes on where it
+    stopped, and another model or text is never mistaken for this one.
+    """
+    vector_ND = np.empty((len(texts), encoder.width), np.float32)
+    for start in range(0, len(texts), BLOCK):
+        block = list(texts[start : start + BLOCK])
+        path = None if cache is None else cache / f"{_digest(model, block)}.npy"
+        if path is not None and path.exists():
+            vector_ND[start : start + BLOCK] = np.load(path, allow_pickle=False)
+            continue
+        vector_ND[start : start + BLOCK] = part_ND = encoder.encode(block)
+        if path is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}")
+            with partial.open("wb") as file:
+                np.save(file, part_ND)
+            partial.rename(path)
+    return vector_ND
+
+
+def _digest(model: str, texts: Sequence[str]) -> str:
+    digest = hashlib.sha256(f"{model} {TOKENS} {len(texts)}".encode())
+    for text in texts:
+        digest.update(b"\0" + text.encode())
+    return digest.hexdigest()[:32]
+
+
 def splits(options, products: pa.Table, vector_ND: np.ndarray, encoder, model: str) -> dict[str, Split]:
     """The queries of validation and test with every product's dense and lexical score."""
     pairs = pq.read_table(Path(options.catalog) / "pairs.parquet")
@@ -73,7 +112,7 @@ def splits(options, products: pa.Table, vector_ND: np.ndarray, encoder, model: s
     row = {name: number for number, name in enumerate(names)}
     index = Bm25(names, products["title"].to_pylist())
     by_id_N = np.array([row[name] for name in index.product_ids])
-    found = {}
+    queries = {}
     for split in ("validation", "test"):
         judgements = Judgements.from_pairs(
             pairs, split=split, min_relevance=RELEVANT_FROM, known=names,
@@ -84,8 +123,8 @@ def splits(options, products: pa.Table, vector_ND: np.ndarray, encoder, model: s
         for query, text in enumerate(judgements.queries):
             lexical_QN[query, by_id_N] = index.scores(text)
         relevant = [np.array(sorted(row[name] for name in wanted)) for wanted in judgements.relevant]
-        found[split] = Split(judgements, query_QD, query_QD @ vector_ND.T, lexical_QN, relevant)
-    return found
+        queries[split] = Split(judgements, query_QD, query_QD @ vector_ND.T, lexical_QN, relevant)
+    return queries
 
 
 def search(decoder, tokenizer, trie: Trie, queries: list[str], level: int, width: int) -> Search:
@@ -100,15 +139,15 @@ def search(decoder, tokenizer, trie: Trie, queries: list[str], level: int, width
     return Search(level, width, fusion.joined(parts))
 
 
-def rivals(found: dict[str, Split]) -> tuple[dict, Setting, str]:
+def rivals(queries: dict[str, Split]) -> tuple[dict, Setting, str]:
     """Lists of the three rivals on the test split, and the weight and scale of BM25 beside dense."""
-    asked, every_N = found["validation"], np.arange(found["test"].dense_QN.shape[1])
+    asked, every_N = queries["validation"], np.arange(queries["test"].dense_QN.shape[1])
     grids = {
         scale: fusion.best_setting(asked, lambda query: every_N, scale=scale, search=None, paths={}, lexicals=LEXICAL)
         for scale in ("best", "raw")
     }
     scale = max(grids, key=lambda name: grids[name].value)
-    test = found["test"]
+    test = queries["test"]
     matching = [np.flatnonzero(score_N > 0) for score_N in test.lexical_QN]
     lists = {
         "BM25": [fusion.best_rows(test.lexical_QN[q][row_M], row_M, RETURNED) for q, row_M in enumerate(matching)],
@@ -132,12 +171,12 @@ def agree(split: Split, tried: list[Search], setting: Setting, trie: Trie, store
             )
 
 
-def generative(options, found: dict[str, Split], trie: Trie, store: VectorStore, weight: Setting, scale: str):
+def generative(options, queries: dict[str, Split], trie: Trie, store: VectorStore, weight: Setting, scale: str):
     """(lists on the test split, the setting of each) of everything that asks the generator."""
     model, tokenizer = load_generator(options.generator)
     decoder = decoder_for(model, codes_per_level=trie.codes_per_level)
-    asked, test = found["validation"], found["test"]
-    listed = {name: fusion.fused_rows(split, weight.lexical, scale, LISTED) for name, split in found.items()}
+    asked, test = queries["validation"], queries["test"]
+    listed = {name: fusion.fused_rows(split, weight.lexical, scale, LISTED) for name, split in queries.items()}
 
     def searched(split: Split, level: int, width: int) -> Search:
         return search(decoder, tokenizer, trie, split.judgements.queries, level, width)
@@ -147,7 +186,7 @@ def generative(options, found: dict[str, Split], trie: Trie, store: VectorStore,
     tried = list({(one.level, one.width): one for one in tried}.values())
 
     def pool(split_name: str, one: Search, quota, union: bool):
-        rows = list(fusion.expanded_rows(found[split_name], one, trie, store, quota))
+        rows = list(fusion.expanded_rows(queries[split_name], one, trie, store, quota))
         if not union:
             return rows.__getitem__
         return lambda query: np.union1d(rows[query], listed[split_name][query])
@@ -201,8 +240,8 @@ def figures_of(judgements: Judgements, ranked: dict[str, list[list[str]]]) -> di
         asked_Q = ~np.isnan(recall_QK["BM25"][:, 0])
         columns = [recall_QK[method] for method in ranked]
         columns += [recall_QK[method] - recall_QK[rival] for method, rival in compared]
-        found = iter(bootstrap_means(np.concatenate(columns, 1)[asked_Q]))
-        cells = {key: {str(k): list(next(found)) for k in KS} for key in (*ranked, *compared)}
+        intervals = iter(bootstrap_means(np.concatenate(columns, 1)[asked_Q]))
+        cells = {key: {str(k): list(next(intervals)) for k in KS} for key in (*ranked, *compared)}
         ahead = {method: {rival: cells[method, rival] for rival in RIVALS} for method in EVERYTHING if method in ranked}
         recall = {method: cells[method] for method in ranked}
         figures[group] = {"queries": int(asked_Q.sum()), "recall": recall, "ahead": ahead}
@@ -218,20 +257,20 @@ def measured(options, folder: str) -> dict:
     vector_ND = text_vectors(encoder, by_id["title"].to_pylist(), model=model, cache=options.cache)
     place_N = pa.compute.index_in(products["product_id"].combine_chunks(), by_id["product_id"].combine_chunks())
     store = VectorStore.write(folder, [vector_ND[place_N.to_numpy()]], normalize=True)
-    found = splits(options, products, store.vectors_ND.astype(np.float32), encoder, model)
-    lists, weight, scale = rivals(found)
+    queries = splits(options, products, store.vectors_ND.astype(np.float32), encoder, model)
+    lists, weight, scale = rivals(queries)
     settings = {"BM25 + dense": weight}
     if trie is not None:
-        more, chosen = generative(options, found, trie, store, weight, scale)
+        more, chosen = generative(options, queries, trie, store, weight, scale)
         lists, settings = lists | more, settings | chosen
     names = np.array(products["product_id"].to_pylist(), object)
-    judgements = found["test"].judgements
+    judgements = queries["test"].judgements
     ranked = {method: [names[row_K].tolist() for row_K in rows] for method, rows in lists.items()}
     return {
         "benchmark": "retrieval", "machine": machine(), "threads": 1, "catalog": Path(options.catalog).name,
         "products": len(names), "encoder": options.encoder.name, "ids": list(trie.codes_per_level) if trie else None,
         "generator": "/".join(options.generator.parts[-2:]) if options.generator else None, "lexical_scale": scale,
-        "validation_queries": len(found["validation"].relevant), "dropped_pairs": judgements.dropped_pairs,
+        "validation_queries": len(queries["validation"].relevant), "dropped_pairs": judgements.dropped_pairs,
         "settings": {name: setting._asdict() for name, setting in settings.items()},
         "groups": figures_of(judgements, ranked),
         "returned": {method: float(np.mean([len(row) for row in rows])) for method, rows in ranked.items()},
@@ -252,16 +291,16 @@ def _verdict(low: float, high: float) -> str:
     return "ahead" if low > 0 else "behind" if high < 0 else "no difference shown"
 
 
-def _setting(name: str, setting: dict) -> str:
+def _setting(name: str, setting: dict) -> list[str]:
     beams = "–"
     if setting["level"]:
         quota = f"{setting['quota']} products each" if setting["quota"] else "all their products"
         beams = f"{setting['width']} of {setting['level']} codes, {quota}"
     path = f"{setting['a']:g} · {setting['path']}" if setting["level"] else "–"
-    return f"| {name} | {beams} | {path} | {setting['lexical']:g} | {setting['value']:.3f} |"
+    return [name, beams, path, f"{setting['lexical']:g}", f"{setting['value']:.3f}"]
 
 
-def report(figures: dict, notes: str) -> str:
+def report(figures: dict) -> str:
     asked = f"{figures['groups']['all']['queries']:,}"
     model = (
         f"generator `{figures['generator']}` on IDs of {figures['ids']} codes"
@@ -269,7 +308,7 @@ def report(figures: dict, notes: str) -> str:
         else "no generator given"
     )
     lexical = "BM25 over the query's best" if figures["lexical_scale"] == "best" else f"BM25 / {fusion.RAW:g}"
-    lines = [
+    parts = [
         f"# Retrieval on {figures['catalog']}\n",
         f"Written by `benchmarks/retrieval.py`: {figures['products']:,} products, {asked} test queries; {model}; dense: "
         f"{figures['encoder']} as it is, cosine of titles, exhaustive. Machine: {figures['machine']}; one thread.\n",
@@ -278,37 +317,26 @@ def report(figures: dict, notes: str) -> str:
         f"{figures['validation_queries']} validation queries by the mean recall at {', '.join(map(str, KS))}, once for all "
         f"cut-offs. Each method returns {RETURNED} products; mean returned: "
         + ", ".join(f"{name} {count:.4g}" for name, count in figures["returned"].items())
-        + (
-            f". The beam with 8-bit weights returns {figures['int8_overlap']:.1%} of its products"
-            if figures["ids"]
-            else ""
-        )
+        + (f". The beam with 8-bit weights returns {figures['int8_overlap']:.1%} of its products" if figures["ids"] else "")
         + ". In brackets: 95 % interval of the bootstrap over queries (10,000 resamples); differences are paired.\n",
-    ]
+    ]  # fmt: skip
     for group, part in figures["groups"].items():
-        lines += [f"## {group.capitalize()} products ({part['queries']:,} queries)\n"]
-        lines += ["| method | " + " | ".join(f"recall@{k}" for k in KS) + " |", "|---|" + "---|" * len(KS)]
-        for method, cells in part["recall"].items():
-            lines.append(f"| {method} | " + " | ".join(_interval(*cells[str(k)]) for k in KS) + " |")
-        lines.append("")
-        if part["ahead"]:
-            lines += ["| difference | " + " | ".join(f"@{k}" for k in KS) + " |", "|---|" + "---|" * len(KS)]
-        for method, by_rival in part["ahead"].items():
-            for rival, cells in by_rival.items():
-                shown = [f"{_interval(*cells[str(k)], sign='+')} {_verdict(*cells[str(k)][1:])}" for k in KS]
-                lines.append(f"| {method} − {rival} | " + " | ".join(shown) + " |")
-        lines += [""] * bool(part["ahead"])
-    lines += [
-        "## What was chosen\n",
-        "| method | beams | a · path | b | mean recall on validation |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [_setting(name, setting) for name, setting in figures["settings"].items()]
-    return "\n".join(lines) + "\n" + (f"\n{notes}" if notes else "")
+        recalls = [[method, *(_interval(*cells[str(k)]) for k in KS)] for method, cells in part["recall"].items()]
+        ahead = [
+            [f"{method} − {rival}",
+             *(f"{_interval(*cells[str(k)], sign='+')} {_verdict(*cells[str(k)][1:])}" for k in KS)]
+            for method, by_rival in part["ahead"].items() for rival, cells in by_rival.items()
+        ]  # fmt: skip
+        parts.append(f"## {group.capitalize()} products ({part['queries']:,} queries)\n")
+        parts.append(table(["method", *(f"recall@{k}" for k in KS)], recalls))
+        parts += [table(["difference", *(f"@{k}" for k in KS)], ahead)] if ahead else []
+    chosen = [_setting(name, setting) for name, setting in figures["settings"].items()]
+    parts += ["## What was chosen\n", table(["method", "beams", "a · path", "b", "mean recall on validation"], chosen)]
+    return "\n".join(parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, page=RESULTS / "retrieval.md", stored="the figures of an earlier run")
     parser.add_argument("--catalog", help="folder with products.parquet and pairs.parquet")
     parser.add_argument("--encoder", type=Path, help="folder of a sentence encoder")
     parser.add_argument("--generator", type=Path, help="folder of a saved generator")
@@ -317,9 +345,10 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, nargs="+", default=[20, 100, 400], help="widths tried at other levels")
     parser.add_argument("--quotas", type=int, nargs="*", default=[10, 30], help="products per beam tried, beside all")
     parser.add_argument("--cache", type=Path, help="folder that keeps vectors of texts")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "retrieval.md")
-    parser.add_argument("--json", type=Path, help="also write the JSON object here")
     options = parser.parse_args()
+    if options.render:
+        finish(json.loads(options.render.read_text()), report, options)
+        return
     if not (options.catalog and options.encoder):
         print(json.dumps({"skipped": "no data: give --catalog FOLDER and --encoder FOLDER"}))
         return
@@ -328,11 +357,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         figures = rounded(measured(options, folder))
-    notes = options.out.with_name(f"{options.out.stem}_notes.md")
-    options.out.write_text(report(figures, notes.read_text() if notes.exists() else ""))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures))
+    finish(figures, report, options)
 
 
 if __name__ == "__main__":

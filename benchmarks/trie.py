@@ -23,18 +23,14 @@ Shape letters: N IDs, L levels, K codes, M beams, C children of the widest node 
 import argparse
 import json
 import os
-import platform
-import re
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from surroundings import finish, machine, rounded, table
+from harness import finish, in_fresh_process, in_turns, medians, memory_of, parser_of, rounded, table, where, wholes
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.retrieval.trie import Trie
@@ -74,8 +70,8 @@ class Ours:
     def states(self, level: int, prefix_Ml: np.ndarray) -> torch.Tensor:
         node_M = np.zeros(len(prefix_Ml), np.int64)
         for depth in range(level):
-            found = self.trie.children(depth, node_M)
-            node_M = found.child[found.token == prefix_Ml[found.parent_index, depth]]
+            children = self.trie.children(depth, node_M)
+            node_M = children.child[children.token == prefix_Ml[children.parent_index, depth]]
         return torch.from_numpy(node_M)
 
     def starts(self, level: int, node: torch.Tensor) -> torch.Tensor:
@@ -181,20 +177,13 @@ class DictTrie:
         return top.values, beam_M, code_M, [nodes[beam].get(code) for beam, code in pairs]
 
 
-def memory(field: str) -> int:
-    """Bytes of this process, VmRSS or VmHWM; 0 where /proc does not tell."""
-    status = Path("/proc/self/status")
-    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0
-
-
 def timed(function):
     """(result, seconds, growth of the peak over what was resident before, bytes)."""
     if os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, start = memory_of("VmRSS"), time.perf_counter()
     result = function()
-    return result, time.perf_counter() - start, memory("VmHWM") - before
+    return result, time.perf_counter() - start, memory_of("VmHWM") - before
 
 
 def built(space: DocidSpace, packed_N: np.ndarray) -> tuple[Trie, dict]:
@@ -239,9 +228,9 @@ def measure(count: int, codes: list[int], beams: int, budget: float) -> dict:
     }
     if count <= DICT_UP_TO:
         codes_NL = space.unpack(packed_N)
-        before = memory("VmRSS")
+        before = memory_of("VmRSS")
         contenders["dict"], seconds, _ = timed(lambda: DictTrie(codes_NL))
-        grown = memory("VmRSS") - before
+        grown = memory_of("VmRSS") - before
         figures["dict"] = {"build_us_per_id": seconds / count * 1e6, "bytes_per_id": grown / count}
     rng, steps = np.random.default_rng(2), []
     for level in range(space.levels):
@@ -250,13 +239,9 @@ def measure(count: int, codes: list[int], beams: int, budget: float) -> dict:
         logp_MK = torch.from_numpy(rng.normal(size=(len(number_M), codes[level])).astype(np.float32)).log_softmax(1)
         runs = {name: (one.step, one.states(level, prefix_Ml)) for name, one in contenders.items()}
         agreed({name: step(level, states, logp_MK) for name, (step, states) in runs.items()}, level)
-        taken, start = {name: [] for name in runs}, time.perf_counter()
-        while len(taken["ours"]) < 20 or time.perf_counter() - start < budget / space.levels:
-            for name, (step, states) in runs.items():
-                began = time.perf_counter()
-                step(level, states, logp_MK)
-                taken[name].append(time.perf_counter() - began)
-        steps.append({name: statistics.median(times) * 1e6 for name, times in taken.items()} | {"beams": len(number_M)})
+        calls = {name: partial(step, level, states, logp_MK) for name, (step, states) in runs.items()}
+        taken = in_turns(calls, turns=20, seconds=budget / space.levels)
+        steps.append(medians(taken, unit=1e6) | {"beams": len(number_M)})
     figures["step_us_per_level"] = steps
     figures["step_us"] = {name: sum(step[name] for step in steps) for name in contenders}
     met = {goal: figures[goal] <= limit for goal, limit in GOALS.items()}
@@ -303,43 +288,29 @@ def rendered(report: dict) -> str:
     )
 
 
-def child(arguments: str) -> None:
-    torch.set_num_threads(1)
-    print(json.dumps(measure(**json.loads(arguments))))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = lambda text: [int(float(part)) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--ids", type=numbers, default=[10**5, 10**6, 10**7], help="N, comma-separated")
-    parser.add_argument("--codes", type=numbers, default=[256] * 4, help="codes per level, comma-separated")
+    parser = parser_of(__doc__)
+    parser.add_argument("--ids", type=wholes, default=[10**5, 10**6, 10**7], help="N, comma-separated")
+    parser.add_argument("--codes", type=wholes, default=[256] * 4, help="codes per level, comma-separated")
     parser.add_argument("--beams", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=3.0, help="of stepping for each size")
-    parser.add_argument("--json", type=Path, help="also write the JSON object here")
-    parser.add_argument("--out", type=Path, help="also write the tables here, as Markdown")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(options.child)
+        torch.set_num_threads(1)
+        print(json.dumps(measure(**json.loads(options.child))))
         return
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-    environment, cases = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, []
+    cases = []
     for count in options.ids:
         case = {"count": count, "codes": options.codes, "beams": options.beams, "budget": options.seconds}
-        command = [sys.executable, __file__, "--child", json.dumps(case)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise SystemExit(f"{count} IDs could not be measured:\n{done.stderr}")
-        cases.append(rounded(json.loads(done.stdout.splitlines()[-1])))
+        cases.append(rounded(in_fresh_process(__file__, "--child", json.dumps(case))))
         shown = ("build_us_per_id", "bytes_beside_id", "open_seconds", "step_us")
         print(f"N={count}: {json.dumps({name: cases[-1][name] for name in shown})}", flush=True)
     report = {
-        "benchmark": "trie", "machine": machine(), "threads": 1, "codes_per_level": options.codes,
-        "beams": options.beams, "python": platform.python_version(), "numpy": np.__version__,
-        "torch": torch.__version__, "goals": GOALS, "cases": cases,
+        **where("trie"), "codes_per_level": options.codes, "beams": options.beams, "goals": GOALS, "cases": cases,
         "step_ratio": rounded(step_ratio(cases)),
     }  # fmt: skip
-    finish(report, rendered(report), options)
+    finish(report, rendered, options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
@@ -64,14 +63,15 @@ def append(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOpt
 
 def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
     """Run to a published release, show its figures and a few answers from it."""
-    from catid2_ray.evaluation.report import closing_table
+    from catid2_ray.evaluation.report import closing_tables
+    from catid2_ray.evaluation.tables import terminal
     from catid2_ray.on_ray.commands import GateFailed, write_json
 
     console = Console()
     try:
         outcome = run(loaded)
     except GateFailed as error:
-        console.print(closing_table({"release": "none", **error.figures}))
+        console.print(terminal(closing_tables({"release": "none", **error.figures})))
         console.print("[bold red]FAILED[/]")
         if json_file:
             write_json(json_file, {"release": None, **error.figures})
@@ -80,7 +80,7 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
         write_json(json_file, outcome.figures)
     if not outcome.made:
         console.print(f"Nothing changed: every stage was found committed in {loaded.store}.")
-    console.print(closing_table(outcome.figures))
+    console.print(terminal(closing_tables(outcome.figures)))
     store = Store(loaded.store)
     console.print(
         f"Release [bold]{outcome.release.name}[/] is current: {store.uri_of(f'releases/{outcome.release.name}.json')}",
@@ -101,6 +101,7 @@ _OPEN: dict[str, object] = {}
 
 
 def _answer(console: Console, store: Store, query: str, *, k: int, expression: dict | None = None) -> None:
+    from catid2_ray.evaluation.tables import Column, Table, terminal
     from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
     from catid2_ray.on_ray.machine.query_encoder import open_retriever
 
@@ -110,19 +111,19 @@ def _answer(console: Console, store: Store, query: str, *, k: int, expression: d
         LiveUpdates(opened, LiveLog(store, release.name)).catch_up()
         _OPEN[release.name] = opened
     hits = _OPEN[release.name].retrieve([query], k=k, filters=[expression])[0]
-    table = Table(title=f"“{query}”  ({release.name})", title_justify="left", box=None, pad_edge=False)
     # Scores that the release does not use get no column.
     scores = {"log P": "logp", "dense": "dense", "BM25": "lexical", "final": "score"}
     if all(hit.score == hit.logp for hit in hits):
         del scores["final"]
     scores = {name: field for name, field in scores.items() if any(getattr(hit, field) is not None for hit in hits)}
-    for column in ("product", "ID", *scores, "title"):
-        table.add_column(column, justify="right" if column in scores else "left", no_wrap=column != "title")
-    for hit in hits:
-        numbers = [f"{getattr(hit, field):.2f}" for field in scores.values()]
-        table.add_row(hit.product_id, hit.docid_text, *numbers, hit.title or "")
+    columns = [Column(name, number=False, whole=True) for name in ("product", "ID")]
+    columns += [*map(Column, scores), Column("title", number=False)]
+    rows = [
+        [hit.product_id, hit.docid_text, *(f"{getattr(hit, field):.2f}" for field in scores.values()), hit.title or ""]
+        for hit in hits
+    ]
     console.print()
-    console.print(table)
+    console.print(terminal([Table(f"“{query}”  ({release.name})", columns, rows)]))
 
 
 KindsOption = Annotated[
@@ -143,21 +144,22 @@ def compare_ids(
     html_file: HtmlOption = None,
 ) -> None:
     """Train and assign several ways of making IDs on equal budgets, each cached, and show them side by side."""
-    from catid2_ray.evaluation.pages import compare_page, compare_table
+    from catid2_ray.evaluation.ids_report import compare_page, compare_table
+    from catid2_ray.evaluation.tables import terminal
     from catid2_ray.on_ray.commands import write_json
     from catid2_ray.on_ray.reports import compare_ids as run
 
     loaded = Recipe.load(recipe, overrides or [])
-    found = run(loaded, [kind.strip() for kind in kinds.split(",") if kind.strip()], seeds)
+    comparison = run(loaded, [kind.strip() for kind in kinds.split(",") if kind.strip()], seeds)
     if json_file:
-        write_json(json_file, found.rows)
+        write_json(json_file, comparison.rows)
     about = {
-        "catalogue": f"{found.catalog.rows:,} products, categories by depth {found.catalog.metrics['categories']}",
+        "catalogue": f"{comparison.catalog.rows:,} products, categories by depth {comparison.catalog.metrics['categories']}",
         "embedding": f"{loaded.embedding.encoder} of {', '.join(loaded.embedding.text)}",
         "budget": ", ".join(f"{name} {getattr(loaded.quantizer, name)}" for name in _BUDGET),
     }
-    page = compare_page(found.rows, title=f"IDs compared: {loaded.name}", about=about)
-    Console(width=max(112, Console().width)).print(compare_table(found.rows))
+    page = compare_page(comparison.rows, title=f"IDs compared: {loaded.name}", about=about)
+    Console(width=max(112, Console().width)).print(terminal([compare_table(comparison.rows, brief=True)]))
     print(f"The page with pictures and every run: {_keep_page(page, html_file, loaded, 'compare_ids.html')}")
 
 
@@ -194,18 +196,18 @@ def report_ids(
 @app.command()
 def align(recipe: RecipeOption, overrides: SetOption = None, html_file: HtmlOption = None) -> None:
     """Align the trained generator of a recipe by reinforcement; show what it did, and draw it as one page."""
-    import json
-
-    from catid2_ray.evaluation.alignment import alignment_page, alignment_table
+    from catid2_ray.evaluation.alignment_report import alignment_page, alignment_table
+    from catid2_ray.evaluation.tables import terminal
     from catid2_ray.on_ray.commands import run_verb
 
     loaded = Recipe.load(recipe, overrides or [])
-    store, made = run_verb(loaded, "align_generator")
-    history = json.loads(store.read(made.file("history.json")))
-    Console(width=max(112, Console().width)).print(alignment_table(made.metrics["before"], made.metrics["after"]))
+    store, manifest = run_verb(loaded, "align_generator")
+    history = json.loads(store.read(manifest.file("history.json")))
+    table = alignment_table(manifest.metrics["before"], manifest.metrics["after"])
+    Console(width=max(112, Console().width)).print(terminal([table]))
     page = alignment_page(history, title=f"Alignment: {loaded.name}", about=loaded.alignment.identity())
     print(f"The page with pictures: {_keep_page(page, html_file, loaded, 'alignment.html')}")
-    print(store.uri_of(made.name))
+    print(store.uri_of(manifest.name))
 
 
 @app.command()
@@ -255,7 +257,8 @@ def evaluate(
 ) -> None:
     """Score the current release of a store on a table of pairs."""
     from catid2_ray.errors import InputError
-    from catid2_ray.evaluation.report import closing_table
+    from catid2_ray.evaluation.report import closing_tables
+    from catid2_ray.evaluation.tables import terminal
     from catid2_ray.on_ray.commands import evaluate_release, write_json
     from catid2_ray.on_ray.stages.evaluate import METHODS
 
@@ -265,7 +268,7 @@ def evaluate(
     figures = evaluate_release(store, pairs, split=split, min_relevance=min_relevance, methods=names)
     if json_file:
         write_json(json_file, figures)
-    Console().print(closing_table(figures))
+    Console().print(terminal(closing_tables(figures)))
 
 
 @app.command("prepare-esci")
@@ -287,21 +290,22 @@ def prepare_esci(
     ] = False,
 ) -> None:
     """Turn the published ESCI files into products and pairs by the paper's rules, with its Table 1 beside our counts."""
-    from catid2_ray.evaluation.report import rich_tables
-    from catid2_ray.evaluation.table_one import NOTE
+    from catid2_ray.evaluation.report import NOTE
+    from catid2_ray.evaluation.tables import terminal
     from catid2_ray.on_ray.stages.prepare_esci import prepare_esci as run
 
-    done = run(
+    prepared = run(
         source, categories, out, locale=locale, version=version, corpus=corpus, validation=validation, seed=seed,
         keep_unseen=keep_unseen,
     )  # fmt: skip
     console = Console()
-    console.print(rich_tables(done.sections))
+    console.print(terminal(prepared.tables))
     console.print(NOTE, highlight=False)
-    if not done.made:
-        console.print(f"Nothing changed: {done.root} holds this preparation already.", soft_wrap=True)
+    if not prepared.made:
+        console.print(f"Nothing changed: {prepared.root} holds this preparation already.", soft_wrap=True)
     console.print(
-        f"\nTry next:\n  catid2 reindex --recipe jobs/recipes/esci_{locale}.yaml --set catalog.root={done.root} --set store=STORE",
+        f"\nTry next:\n  catid2 reindex --recipe jobs/recipes/esci_{locale}.yaml --set catalog.root={prepared.root} "
+        "--set store=STORE",
         soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip
 
@@ -325,24 +329,9 @@ def main() -> None:
     guarded(app)
 
 
-def run_compare_ids() -> None:
-    """Entry point of `python -m jobs.compare_ids`."""
-    guarded(lambda: typer.run(compare_ids))
-
-
-def run_prepare_esci() -> None:
-    """Entry point of `python -m jobs.prepare_esci`."""
-    guarded(lambda: typer.run(prepare_esci))
-
-
-def run_reindex() -> None:
-    """Entry point of `python -m jobs.reindex`."""
-    guarded(lambda: typer.run(reindex))
-
-
-def run_append() -> None:
-    """Entry point of `python -m jobs.append_items`."""
-    guarded(lambda: typer.run(append))
+def run_alone(command: Callable) -> None:
+    """Entry point of `python -m jobs.…`: one command, its options at once."""
+    guarded(lambda: typer.run(command))
 
 
 if __name__ == "__main__":

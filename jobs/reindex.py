@@ -1,6 +1,6 @@
 """`python -m jobs.reindex --recipe R [--json FILE]`: the whole chain, from the first stage without a committed manifest."""
 
-from catid2_ray.cli import run_reindex
+from catid2_ray.cli import reindex, run_alone
 
 if __name__ == "__main__":
-    run_reindex()
+    run_alone(reindex)

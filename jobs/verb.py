@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 
-import typer
-
-from catid2_ray.cli import RecipeOption, SetOption, guarded
+from catid2_ray.cli import RecipeOption, SetOption, run_alone
 from catid2_ray.config import Recipe
 
 
@@ -14,7 +12,7 @@ def main(work: Callable[[Recipe], str]) -> None:
     def command(recipe: RecipeOption, overrides: SetOption = None) -> None:
         print(work(Recipe.load(recipe, overrides or [])))
 
-    guarded(lambda: typer.run(command))
+    run_alone(command)
 
 
 def main_stage(verb: str) -> None:

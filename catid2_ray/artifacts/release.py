@@ -30,7 +30,7 @@ class Release:
 
     def manifests(self, store: Store) -> dict[str, Manifest]:
         """The manifest of every part; ReleaseError where one is gone, was rebuilt since, or was made from another part."""
-        found = {}
+        manifests = {}
         for part in PARTS:
             if part not in self.parts and part in _NEWER:
                 continue
@@ -47,9 +47,9 @@ class Release:
                     f"release {self.name} in {store.uri}: part {part} has digest {manifest.digest[:12]}, the release "
                     f"names {self.parts[part]['digest'][:12]}; it was rebuilt since. Publish again"
                 )
-            found[part] = manifest
-        check_parts(found)
-        return found
+            manifests[part] = manifest
+        check_parts(manifests)
+        return manifests
 
 
 def check_parts(manifests: dict[str, Manifest]) -> None:
@@ -268,6 +268,6 @@ def retriever_settings(manifests: dict[str, Manifest], *, release: str, beam_wid
 
 def _same_encoder(served: dict, generator: Manifest) -> bool:
     """Whether the generator reads a query with the very encoder that made the products' vectors, so that one pass does."""
-    made, encoder = generator.settings, served.get("encoder") or {}
-    frozen = made.get("model") == "encoder_decoder" and made.get("encoder_mode") == "frozen"
-    return frozen and encoder.get("name") is not None and made.get("encoder") == encoder["name"]
+    settings, encoder = generator.settings, served.get("encoder") or {}
+    frozen = settings.get("model") == "encoder_decoder" and settings.get("encoder_mode") == "frozen"
+    return frozen and encoder.get("name") is not None and settings.get("encoder") == encoder["name"]

@@ -10,38 +10,14 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from catid2_ray.errors import InputError
-
-PRODUCTS = pa.schema(
-    [
-        pa.field("product_id", pa.string(), nullable=False),
-        pa.field("title", pa.string(), nullable=False),
-        pa.field("description", pa.string()),
-        pa.field("category_path", pa.list_(pa.string())),
-        pa.field("value", pa.float32()),
-    ]
-)
-PAIRS = pa.schema(
-    [
-        pa.field("query_id", pa.string(), nullable=False),
-        pa.field("query", pa.string(), nullable=False),
-        pa.field("product_id", pa.string(), nullable=False),
-        pa.field("relevance", pa.float64(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-    ]
-)
-
-
-_FILTER_TYPES = {
-    "string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(),
-    "list<string>": pa.list_(pa.string()),
-}  # fmt: skip
+from catid2_ray.tables import FILTER_TYPES, PRODUCTS
 
 
 def products(width: int | None, filter_columns: Mapping[str, str] | None = None) -> pa.Schema:
     """PRODUCTS, the recipe's filter columns, and a float32 embedding column of `width` numbers where embeddings are given."""
     schema = PRODUCTS
     for name, kind in (filter_columns or {}).items():
-        schema = schema.append(pa.field(name, _FILTER_TYPES[kind]))
+        schema = schema.append(pa.field(name, FILTER_TYPES[kind]))
     return schema if width is None else schema.append(pa.field("embedding", pa.list_(pa.float32(), width)))
 
 
@@ -75,13 +51,6 @@ def ids(levels: int) -> pa.Schema:
             ("cost", pa.float32()),
         ]
     )
-
-
-def pairs(columns) -> pa.Schema:
-    """PAIRS, with those of the optional columns that are among `columns`: `user` and `recent` (lists of strings), and
-    `behaviour`, what searchers did (paid, clicked, exposed or null)."""
-    lists = [pa.field(name, pa.list_(pa.string())) for name in ("user", "recent") if name in columns]
-    return pa.schema([*PAIRS, *lists, *([pa.field("behaviour", pa.string())] if "behaviour" in columns else [])])
 
 
 def examples(tokens: int, levels: int) -> pa.Schema:

@@ -129,14 +129,19 @@ def _readable(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
     return _lists(column, texts), np.bincount(row_C[broken_C], minlength=len(column)) > 0
 
 
+def lists_of(length_N: np.ndarray, entries: pa.Array, *, missing: pa.Array | None = None) -> pa.Array:
+    """Lists of so many of the entries each, one after the other; `missing`: bool N, null in their stead."""
+    offsets = np.concatenate(([0], np.cumsum(length_N))).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), entries, type=pa.list_(entries.type), mask=missing)
+
+
 def _lengths(lists: pa.Array) -> np.ndarray:
     return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
 
 
 def _lists(like: pa.Array, entries: pa.Array) -> pa.Array:
     """Plain lists of the lengths of `like`, and its nulls, with these entries one after the other."""
-    offsets = np.concatenate(([0], np.cumsum(_lengths(like)))).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), entries, mask=like.is_null() if like.null_count else None)
+    return lists_of(_lengths(like), entries, missing=like.is_null() if like.null_count else None)
 
 
 def _is_utf8(value: bytes) -> bool:

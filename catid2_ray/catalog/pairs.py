@@ -13,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from catid2_ray import tables
 from catid2_ray.catalog.columns import (
     NOT_UTF8,
     list_column,
+    lists_of,
     number_column,
     plain_table,
     refuse_repeated,
@@ -23,13 +25,9 @@ from catid2_ray.catalog.columns import (
     silent,
     string_column,
 )
+from catid2_ray.tables import PAIRS, nullable
 
 SPLITS = ("train", "validation", "test")
-PAIRS = pa.schema(
-    [("query_id", pa.string()), ("query", pa.string()), ("product_id", pa.string())]
-    + [("relevance", pa.float64()), ("split", pa.string())]
-)
-
 BEHAVIOURS = ("exposed", "clicked", "paid")  # what a searcher did with a product, the strongest last
 USER_COLUMNS = {"user": "an attribute of user is empty", "recent": "a product_id in recent is empty"}
 LOWER_GRADE = "another pair of this query and product has a higher relevance"
@@ -103,8 +101,8 @@ def check_pairs(table: pa.Table, *, known: pa.Array | None = None) -> CheckedPai
     for text, fault in faults.items():
         reason = pc.if_else(pc.and_(pc.is_null(reason), pc.fill_null(fault, True)), text, reason)
 
-    schema = pairs_schema(columns)
-    checked = pa.table({name: columns[name] for name in schema.names}, schema=schema)
+    schema = tables.pairs(columns)
+    checked = pa.table({name: columns[name] for name in schema.names}, schema=nullable(schema))
     sound = pc.is_null(reason)
     stays_G, lower_G = _stronger(checked.filter(sound))
     reason_N = reason.to_numpy(zero_copy_only=False)
@@ -116,7 +114,7 @@ def check_pairs(table: pa.Table, *, known: pa.Array | None = None) -> CheckedPai
     bad = bad.filter(reason.is_valid()).sort_by(
         [(n, "ascending") for n in ("query_id", "product_id", "reason", "query")]
     )
-    good = _in_order(checked.take(pa.array(sound_G[stays_G])))
+    good = _in_order(checked.take(pa.array(sound_G[stays_G])).cast(schema))
     return CheckedPairs(good, bad, len(sound_G) - int(lower_G.sum()) - int(stays_G.sum()))
 
 
@@ -153,12 +151,6 @@ def _in_order(good: pa.Table) -> pa.Table:
     return good.take(pc.sort_indices(keyed, [(name, "ascending") for name in order])).combine_chunks()
 
 
-def pairs_schema(given) -> pa.Schema:
-    """PAIRS, with the optional columns that are in `given`."""
-    lists = [pa.field(name, pa.list_(pa.string())) for name in USER_COLUMNS if name in given]
-    return pa.schema([*PAIRS, *lists, *([pa.field("behaviour", pa.string())] if "behaviour" in given else [])])
-
-
 def _texts(table: pa.Table, name: str, *, stripped: bool) -> tuple[pa.Array, pa.Array]:
     """The column as lists of strings, null made empty, and bool: rows with an empty or missing entry."""
     lists = table[name].combine_chunks()
@@ -167,9 +159,7 @@ def _texts(table: pa.Table, name: str, *, stripped: bool) -> tuple[pa.Array, pa.
     entries = pc.utf8_trim_whitespace(entries) if stripped else entries
     empty_C = pc.fill_null(_blank(entries), True).to_numpy(zero_copy_only=False)
     row_C = np.repeat(np.arange(len(length_N)), length_N)
-    offsets = np.concatenate(([0], np.cumsum(length_N))).astype(np.int32)
-    clean = pa.ListArray.from_arrays(pa.array(offsets), entries, type=pa.list_(pa.string()))
-    return clean, pa.array(np.bincount(row_C[empty_C], minlength=len(length_N)) > 0)
+    return lists_of(length_N, entries), pa.array(np.bincount(row_C[empty_C], minlength=len(length_N)) > 0)
 
 
 def _blank(column: pa.Array) -> pa.Array:

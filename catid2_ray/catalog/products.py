@@ -1,10 +1,13 @@
 """The product table's check at the door: good rows in the house schema, bad rows set aside with one reason each.
 
 Everything is a column operation, so a million rows take seconds. A row is judged by its own faults first and as a
-duplicate only afterwards: of two rows with one id, of which one has no title, the one with a title stays.
+duplicate only afterwards: of two rows with one id, of which one has no title, the one with a title stays. A column for filters
+that has another type than the recipe names is refused as a whole; in a row, a missing value of it stays missing.
+
+N rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,19 +18,22 @@ import pyarrow.compute as pc
 from catid2_ray.catalog.columns import (
     NOT_UTF8,
     list_column,
+    lists_of,
     number_column,
     path_column,
+    plain,
     plain_table,
     refuse_repeated,
     require_columns,
     silent,
     string_column,
 )
-from catid2_ray.catalog.filter_columns import check_columns
 from catid2_ray.catalog.taxonomy import PATH_SEPARATOR
+from catid2_ray.errors import InputError
+from catid2_ray.tables import FILTER_TYPES
 
 COLUMNS = ("product_id", "title", "description", "category_path", "value", "embedding")
-CATEGORY_PATH = pa.list_(pa.string())
+_SEPARATOR = ". "  # between texts of a product
 
 
 class Checked(NamedTuple):
@@ -52,10 +58,9 @@ def check_products(
 
     The good table has product_id, title, description (null where unknown), category_path (cut to
     `max_category_depth`, empty where unknown), value (float32, null where unknown), the filter columns and, with a width,
-    embedding (fixed_size_list<float32>[D]). Names and texts are stripped; an empty category name ends its path; product ids stay
-    as they are. Of the rows with one
-    product_id that have no other fault, the first by (title, description, category_path, embedding) stays, so neither
-    result depends on the order of the rows.
+    embedding (fixed_size_list<float32>[D]). Names and texts are stripped; an empty category name ends its path; product ids
+    stay as they are. Of the rows with one product_id that have no other fault, the first by (title, description,
+    category_path, embedding) stays, so neither result depends on the order of the rows.
 
     Raises InputError when a required column is missing or of a type that cannot be read.
     """
@@ -120,6 +125,19 @@ def plain_products(table: pa.Table, *, separator: str | None = None) -> pa.Table
     return pa.table({name: read[name](table, name) if name in read else table[name] for name in table.column_names})
 
 
+def joined(parts: Sequence[pa.Array | pa.ChunkedArray]) -> pa.Array | pa.ChunkedArray:
+    """Texts of several columns joined row by row with ". "; null and empty parts are left out."""
+    # Arrow's own joining that skips nulls drops rows that are null throughout, so each part brings its separator.
+    parts = [pc.fill_null(part, "") for part in parts]
+    parts = [pc.if_else(pc.equal(part, ""), "", pc.binary_join_element_wise(_SEPARATOR, part, "")) for part in parts]
+    return pc.utf8_slice_codeunits(pc.binary_join_element_wise(*parts, ""), len(_SEPARATOR))
+
+
+def or_null(column: pa.Array) -> pa.Array:
+    """Strings, null where they are empty."""
+    return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+
+
 def _blank(column: pa.Array) -> np.ndarray:
     blank = pc.equal(pc.utf8_trim_whitespace(column), "")
     return pc.fill_null(blank, True).to_numpy(zero_copy_only=False)
@@ -136,8 +154,7 @@ def _mark(reason: np.ndarray, fault_N: np.ndarray, text) -> None:
 def _description(table: pa.Table) -> pa.Array:
     if "description" not in table.column_names:
         return pa.nulls(table.num_rows, pa.string())
-    text = pc.utf8_trim_whitespace(table["description"].combine_chunks())
-    return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+    return or_null(pc.utf8_trim_whitespace(table["description"].combine_chunks()))
 
 
 def _value(table: pa.Table, reason: np.ndarray) -> pa.Array:
@@ -154,7 +171,7 @@ def _clean_paths(table: pa.Table, max_depth: int) -> tuple[pa.Array, np.ndarray]
     """The stripped paths cut to `max_depth`, and int64 N, each path's depth before the cut."""
     rows = table.num_rows
     if "category_path" not in table.column_names:
-        return _lists(np.zeros(rows, np.int64), pa.array([], pa.string())), np.zeros(rows, np.int64)
+        return lists_of(np.zeros(rows, np.int64), pa.array([], pa.string())), np.zeros(rows, np.int64)
     column = table["category_path"].combine_chunks()
     length_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     names = pc.replace_substring(pc.list_flatten(column), PATH_SEPARATOR, " ")
@@ -165,12 +182,7 @@ def _clean_paths(table: pa.Table, max_depth: int) -> tuple[pa.Array, np.ndarray]
     depth_N = length_N.copy()
     np.minimum.at(depth_N, row_C[empty_C], position_C[empty_C])
     kept_N = np.minimum(depth_N, max_depth)
-    return _lists(kept_N, names.filter(pa.array(position_C < kept_N[row_C]))), depth_N
-
-
-def _lists(length_N: np.ndarray, names: pa.Array) -> pa.Array:
-    offsets = np.concatenate(([0], np.cumsum(length_N))).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), names, type=CATEGORY_PATH)
+    return lists_of(kept_N, names.filter(pa.array(position_C < kept_N[row_C]))), depth_N
 
 
 def _check_embeddings(column: pa.Array, width: int, reason: np.ndarray) -> pa.Array:
@@ -213,3 +225,54 @@ def _mark_duplicates(reason: np.ndarray, columns: dict[str, pa.Array]) -> None:
     ids = keys["product_id"].take(pa.array(order)).to_numpy(zero_copy_only=False)
     repeated = np.concatenate(([False], ids[1:] == ids[:-1]))
     reason[candidate[order[repeated]]] = "duplicate product_id"
+
+
+def check_columns(table: pa.Table, columns: Mapping[str, str]) -> tuple[dict[str, pa.Array], dict[str, np.ndarray]]:
+    """({name: array of its type in FILTER_TYPES}, {fault: bool N, rows that have it}).
+
+    `columns`: name → key of FILTER_TYPES. Names inside lists are stripped and empty ones left out; NaN is a missing value.
+    Raises InputError for a column that is missing or whose values are of another type.
+    """
+    checked, faults = {}, {}
+    for name, kind in columns.items():
+        if name not in table.column_names:
+            raise InputError(
+                f"product table: column {name} is missing, which catalog.filter_columns names; found "
+                f"{', '.join(table.column_names)}. Add it, or take it out of catalog.filter_columns"
+            )
+        checked[name] = _typed(name, kind, plain(table[name]))
+        if kind == "float":
+            number_N = pc.fill_null(checked[name], float("nan")).to_numpy(zero_copy_only=False)
+            faults[f"{name} is infinite"] = np.isinf(number_N)
+            checked[name] = pa.array(number_N, pa.float64(), mask=np.isnan(number_N))
+    return checked, faults
+
+
+def _typed(name: str, kind: str, values: pa.Array) -> pa.Array:
+    is_, given = pa.types, values.type
+    fits = {
+        "string": is_.is_string(given) or is_.is_integer(given),
+        "int": is_.is_integer(given),
+        "float": is_.is_floating(given) or is_.is_integer(given) or is_.is_decimal(given),
+        "bool": is_.is_boolean(given),
+        "list<string>": is_.is_list(given) and (is_.is_string(given.value_type) or is_.is_null(given.value_type)),
+    }
+    if not (fits[kind] or is_.is_null(given)):
+        given_as = str(given).removeprefix("DataType").strip("()")
+        raise InputError(
+            f"product table: column {name} is {given_as}, but catalog.filter_columns says {kind}: cast the column or "
+            "correct the recipe"
+        )
+    try:
+        values = values.cast(FILTER_TYPES[kind])
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"product table: column {name} cannot be read as {kind} ({error}); cast it") from error
+    return _clean_lists(values) if kind == "list<string>" else values
+
+
+def _clean_lists(lists: pa.Array) -> pa.Array:
+    names = pc.utf8_trim_whitespace(pc.replace_substring(pc.list_flatten(lists), PATH_SEPARATOR, " "))
+    kept_C = pc.fill_null(pc.not_equal(names, ""), False)
+    row_C = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
+    length_N = np.bincount(row_C[kept_C.to_numpy(zero_copy_only=False)], minlength=len(lists))
+    return lists_of(length_N, names.filter(kept_C), missing=lists.is_null() if lists.null_count else None)

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from catid2_ray.catalog.pairs import PAIRS
-from catid2_ray.catalog.products import CATEGORY_PATH
 from catid2_ray.catalog.shop_words import (
     BRANDS,
     CLOSING_WORDS,
@@ -36,6 +34,7 @@ from catid2_ray.catalog.shop_words import (
     read_kinds,
 )
 from catid2_ray.errors import InputError
+from catid2_ray.tables import CATEGORY_PATH, PAIRS
 
 _DEEPEST_MATCH = 15  # an intent is narrowed until it fits this many products: more could not all be judged
 _COLUMNS = ("material", "style", "colour", "bucket", "pack", "brand")  # what a preference can be about

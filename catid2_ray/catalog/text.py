@@ -9,19 +9,18 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.catalog.columns import require_columns
+from catid2_ray.catalog.products import joined
 from catid2_ray.errors import EncoderError, InputError
 from catid2_ray.scripts import RULES, words_of
 
 TEXT_COLUMNS = ("title", "category_path", "description")
 PATH_JOINER = " > "
-SEPARATOR = ". "
 TINY_NORM = 1e-6  # a projection this short is rounding noise: its direction says nothing about the text
 
 
@@ -39,20 +38,7 @@ def join_text(table: pa.Table, columns: Sequence[str]) -> list[str]:
         pc.binary_join(table[name], PATH_JOINER) if name == "category_path" else table[name].cast(pa.string())
         for name in columns
     ]
-    # Arrow's own joining that skips nulls drops rows that are null throughout, so each part brings its separator.
-    parts = [pc.fill_null(part, "") for part in parts]
-    parts = [pc.if_else(pc.equal(part, ""), "", pc.binary_join_element_wise(SEPARATOR, part, "")) for part in parts]
-    return pc.utf8_slice_codeunits(pc.binary_join_element_wise(*parts, ""), len(SEPARATOR)).to_pylist()
-
-
-class Encoder(Protocol):
-    """Text to vectors. `width`: D."""
-
-    width: int
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """float32 N×D, every row finite and of length 1."""
-        ...
+    return joined(parts).to_pylist()
 
 
 class LsaEncoder:

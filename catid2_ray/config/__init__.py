@@ -1,4 +1,4 @@
-"""The recipe: everything that decides what a job computes, as frozen pydantic models, one file a group of sections.
+"""The recipe: everything that decides what a job computes, as frozen pydantic models, one file for each group of sections.
 
 Every field carries a description, a unit, its range and the section of the CAT-ID² paper it comes from; where the paper
 is silent the field says "not stated in the paper". Fields marked operational change where and how fast the work is done,
@@ -6,15 +6,13 @@ never its result, and so stay out of the keys of artefacts.
 """
 
 from catid2_ray.config.alignment import AlignmentRecipe
-from catid2_ray.config.base import NOT_STATED, Section
 from catid2_ray.config.data import CatalogRecipe, ClusterRecipe, EmbeddingRecipe
-from catid2_ray.config.examples import EXAMPLE_KINDS, ExamplesRecipe, StageRecipe
-from catid2_ray.config.generator import EvaluationRecipe, GeneratorRecipe, IdsRecipe
+from catid2_ray.config.generator import EXAMPLE_KINDS, ExamplesRecipe, GeneratorRecipe, StageRecipe
 from catid2_ray.config.kinds import KINDS
-from catid2_ray.config.quantizer import QuantizerRecipe
+from catid2_ray.config.quantizer import IdsRecipe, QuantizerRecipe
 from catid2_ray.config.recipe import Recipe, schema
-from catid2_ray.config.serving import ExpansionRecipe, ServingRecipe
-from catid2_ray.config.training import TrainingRecipe
+from catid2_ray.config.section import NOT_STATED, Section, TrainingRecipe
+from catid2_ray.config.serving import EvaluationRecipe, ExpansionRecipe, ServingRecipe
 
 __all__ = [
     "EXAMPLE_KINDS",

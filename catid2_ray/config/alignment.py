@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from catid2_ray.config.base import setting
-from catid2_ray.config.training import TrainingRecipe
+from catid2_ray.config.section import TrainingRecipe, setting
 
 _CQ_SID = "EG-GRPO of CQ-SID (2605.14434)"
 _OURS = "not in CQ-SID; ours"

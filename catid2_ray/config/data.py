@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from catid2_ray.config.base import Section, setting
+from catid2_ray.config.section import Section, setting
 
 
 class ClusterRecipe(Section):

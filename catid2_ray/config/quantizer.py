@@ -1,12 +1,11 @@
-"""The recipe's quantizer section: how products get codes, and how that is trained or fitted."""
+"""Recipe sections: how products get codes, and how that is trained or fitted; how codes become IDs."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from catid2_ray.config.base import setting
 from catid2_ray.config.kinds import KINDS, as_kind, preset
-from catid2_ray.config.training import TrainingRecipe
+from catid2_ray.config.section import Section, TrainingRecipe, setting
 from catid2_ray.docid import DocidSpace
 
 
@@ -159,3 +158,41 @@ class QuantizerRecipe(TrainingRecipe):
     def as_kind(self, kind: str) -> dict:
         """The settings of the same budgets with another way of making IDs, to be checked with the rest of a recipe."""
         return as_kind(self.model_dump(mode="json"), self.explicit, kind)
+
+
+class IdsRecipe(Section):
+    method: Literal["sinkhorn", "exact", "greedy"] = setting(
+        "exact",
+        "how products of a colliding prefix get distinct last codes: the optimum by Sinkhorn (proved) or by linear "
+        "assignment, which was faster at equal quality; or greedily",
+        unit="choice",
+        paper="3.4: Sinkhorn",
+    )
+    cluster_max: int | None = setting(
+        50, "products that may share an ID where quantizer.ids is 'cluster'; larger clusters split into groups, one token more",
+        unit="products", paper="T_max = 50 of CQ-SID (2605.14434)", ge=1,
+    )  # fmt: skip
+    cluster_split: Literal["kmeans", "value", "random"] = setting(
+        "kmeans", "who shares a group: products of near residuals, of near business value, or a seeded draw",
+        unit="choice", paper="random in CQ-SID (2605.14434)",
+    )  # fmt: skip
+    encode_rows: int = setting(1024, "rows of one padded forward pass", unit="rows", ge=1)
+    bucket_rows: int = setting(
+        1_000_000, "products that one worker holds at a time while collisions are resolved, which bounds its memory",
+        unit="products", operational=True, ge=1000,
+    )  # fmt: skip
+    id_quarantine: int = setting(
+        2, "releases for which the ID of a product that leaves is given to nobody else; fixed when it leaves",
+        unit="releases", ge=0,
+    )  # fmt: skip
+    realign: bool = setting(
+        True, "name the codes of a new quantizer after those of the current release, so that tokens keep their meaning",
+        unit="yes/no",
+    )  # fmt: skip
+    max_churn: float | None = setting(
+        None, "share of the products of both releases whose ID changes, above which a full re-ID is not published",
+        unit="share", operational=True, ge=0, le=1,
+    )  # fmt: skip
+    workers: int = setting(
+        2, "actors that encode, resolve and write IDs, and make examples", unit="actors", operational=True, ge=1
+    )  # fmt: skip

@@ -7,11 +7,11 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from catid2_ray.config.alignment import AlignmentRecipe
-from catid2_ray.config.base import Section, setting
 from catid2_ray.config.data import CatalogRecipe, ClusterRecipe, EmbeddingRecipe
-from catid2_ray.config.generator import EvaluationRecipe, GeneratorRecipe, IdsRecipe
-from catid2_ray.config.quantizer import QuantizerRecipe
-from catid2_ray.config.serving import BUILT_IN_FILTERS, ServingRecipe
+from catid2_ray.config.generator import GeneratorRecipe
+from catid2_ray.config.quantizer import IdsRecipe, QuantizerRecipe
+from catid2_ray.config.section import Section, setting
+from catid2_ray.config.serving import BUILT_IN_FILTERS, EvaluationRecipe, ServingRecipe
 from catid2_ray.errors import RecipeError
 
 

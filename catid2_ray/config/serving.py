@@ -1,13 +1,14 @@
-"""Recipe section: how a release answers queries. It reaches the retriever unchanged, and the evaluation scores what it says.
+"""Recipe sections: how a release answers queries, and what is measured before it is published.
 
-Nothing that is trained depends on it: a change makes the serving part and the evaluation anew, and a release of them.
+`serving` reaches the retriever unchanged, and the evaluation scores what it says. Nothing that is trained depends on it: a
+change makes the serving part and the evaluation anew, and a release of them.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from catid2_ray.config.base import Section, setting
+from catid2_ray.config.section import Section, setting
 
 _Beams = Annotated[int, Field(ge=1, le=4096)]
 # Columns that every catalogue has and a filter may name beside those of catalog.filter_columns.
@@ -98,3 +99,21 @@ class ServingRecipe(Section):
     @property
     def needs_vectors(self) -> bool:
         return self.expansion is not None and self.expansion.needs_vectors
+
+
+class EvaluationRecipe(Section):
+    split: Literal["train", "validation", "test"] = setting("test", "pairs that are scored", unit="choice", paper="4.1")
+    min_relevance: float = setting(2.67, "from here on a product counts as relevant", unit="grade", paper="4.1", ge=0)
+    beam_width: int = setting(100, "beams per query", unit="beams", ge=1, le=4096)
+    methods: tuple[Literal["beam", "bm25", "dense", "served"], ...] = setting(
+        ("beam", "bm25"), "what is scored: the beam alone, BM25, the vectors alone, or what serving says; [] = nothing",
+        unit="names",
+    )  # fmt: skip
+    max_queries: int | None = setting(None, "score a seeded sample of this many queries", unit="queries", ge=1)
+    min_beam_to_bm25: float = setting(
+        0.5, "FAILED when the beam's recall@50 is under this share of BM25's", unit="ratio", operational=True, ge=0
+    )
+    workers: int = setting(2, "actors that search", unit="actors", operational=True, ge=1)
+    bm25_max_products: int = setting(
+        5_000_000, "BM25 is left out above this: its index is in memory", unit="products", ge=1, le=5_000_000
+    )

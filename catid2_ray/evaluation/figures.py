@@ -210,8 +210,8 @@ _PER_LEVEL = {
 _NOT_DRAWN = {"epoch", "verdict", "levels", "step", "steps", "seconds", *_PER_LEVEL}
 
 
-def training_curves(history: Sequence[Mapping]) -> Figure:
-    """A panel per figure of the quantizer's history.json (one record an epoch); what no record holds is left out.
+def training_curves(history: Sequence[Mapping], *, unit: str = "epoch") -> Figure:
+    """A panel per figure of a history.json (one record an epoch, or whatever `unit` names); what no record holds is left out.
 
     Every plain number is a panel, a mapping (`gradient_norm`) or a list (`anchors`, by depth) is one of several lines,
     `levels` gives a panel per figure with a line per level. Epochs whose `verdict` is not healthy stand on colour.
@@ -237,21 +237,19 @@ def training_curves(history: Sequence[Mapping]) -> Figure:
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     seen = [verdict for verdict in VERDICT_COLOURS if any(record.get("verdict") == verdict for record in history)]
-    figure.supxlabel("epoch" + "".join(f"; {VERDICT_COLOURS[verdict][0]}: {verdict}" for verdict in seen), **_TEXT)
+    figure.supxlabel(unit + "".join(f"; {VERDICT_COLOURS[verdict][0]}: {verdict}" for verdict in seen), **_TEXT)
     return figure
 
 
 def _lines_of(key, value):
     """(line, number) of one history value: '' names a line that is alone."""
+    lines = [("", value)]
     if isinstance(value, Mapping):
-        found = value.items()
+        lines = list(value.items())
     elif isinstance(value, (list, tuple)):
-        found = (
-            (f"depth {place + 1}" if key == "anchors" else str(place + 1), part) for place, part in enumerate(value)
-        )
-    else:
-        found = [("", value)]
-    return [(str(line), part) for line, part in found if isinstance(part, (int, float)) and not isinstance(part, bool)]
+        word = "depth " if key == "anchors" else ""
+        lines = [(f"{word}{place}", part) for place, part in enumerate(value, 1)]
+    return [(str(line), part) for line, part in lines if isinstance(part, (int, float)) and not isinstance(part, bool)]
 
 
 def _curve(axes, title, epochs, lines, verdicts) -> None:

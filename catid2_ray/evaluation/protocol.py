@@ -55,10 +55,10 @@ class Judgements:
         if known is not None:
             chosen = chosen.filter(pc.is_in(chosen["product_id"], _strings(known)))
         if not chosen.num_rows:
-            found = ", ".join(sorted(str(name) for name in table["split"].unique().to_pylist())) or "none"
+            splits = ", ".join(sorted(str(name) for name in table["split"].unique().to_pylist())) or "none"
             raise InputError(
                 f"no pair of split {split!r} with relevance ≥ {min_relevance} names a product of the catalogue "
-                f"({before} before the catalogue was asked; splits found: {found}); check the split and min_relevance"
+                f"({before} before the catalogue was asked; splits found: {splits}); check the split and min_relevance"
             )
         is_seen = pc.is_in(chosen["product_id"], _strings(seen)).to_pylist()
         text: dict[str, str] = {}

@@ -106,6 +106,40 @@ class EncoderDecoder(nn.Module):
         return self.lm_head.weight.device
 
 
+def t5_config(
+    vocabulary: int,
+    *,
+    width: int,
+    layers: tuple[int, int],
+    heads: int,
+    feed_forward: int,
+    dropout: float,
+    codes_per_level: tuple[int, ...],
+    activation: str,
+    **settings,
+) -> T5Config:
+    """A T5 of `vocabulary` rows and then the ΣK ID rows; `layers`: of the encoder and of the decoder; `settings`: T5Config's.
+
+    Raises RecipeError when `width` does not divide by `heads`.
+    """
+    if width % heads:
+        raise RecipeError(f"generator width {width} does not divide by {heads} heads; choose a multiple of {heads}")
+    space, (encoder_layers, decoder_layers) = DocidSpace(codes_per_level), layers
+    return T5Config(
+        vocab_size=vocabulary + sum(space.codes_per_level),
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=feed_forward,
+        num_layers=encoder_layers,
+        num_decoder_layers=decoder_layers,
+        num_heads=heads,
+        dropout_rate=dropout,
+        feed_forward_proj=activation,
+        docid_codes_per_level=list(space.codes_per_level),
+        **{"eos_token_id": None} | settings,
+    )
+
+
 def encoder_decoder(
     encoder: str,
     *,
@@ -127,29 +161,26 @@ def encoder_decoder(
     encoder's tokenizer. Raises RecipeError when `width` does not divide by `heads`, EncoderError when the encoder cannot
     be loaded.
     """
-    if width % heads:
-        raise RecipeError(f"generator width {width} does not divide by {heads} heads; choose a multiple of {heads}")
-    space = DocidSpace(codes_per_level)
-    config = T5Config(
-        vocab_size=START + 1 + sum(space.codes_per_level),
-        d_model=width,
-        d_kv=width // heads,
-        d_ff=feed_forward,
-        num_layers=0,
-        num_decoder_layers=layers,
-        num_heads=heads,
-        dropout_rate=dropout,
-        feed_forward_proj=activation,
-        tie_word_embeddings=tied,
-        pad_token_id=pad,
-        eos_token_id=None,
+    config = t5_config(
+        START + 1, width=width, layers=(0, layers), heads=heads, feed_forward=feed_forward, dropout=dropout,
+        codes_per_level=codes_per_level, activation=activation, tie_word_embeddings=tied, pad_token_id=pad,
         decoder_start_token_id=START,
-        docid_codes_per_level=list(space.codes_per_level),
-    )
+    )  # fmt: skip
     text = load_text_encoder(str(encoder))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return EncoderDecoder(text, config, frozen=frozen)
+
+
+def pretrained(kind, name_or_folder: str, what: str, *, remedy: str = "or fix the id", **settings) -> nn.Module:
+    """A model of a transformers class by hub id or folder, in float32. Raises EncoderError when it cannot be loaded."""
+    try:
+        return kind.from_pretrained(name_or_folder, dtype=torch.float32, **settings)
+    except Exception as error:  # the hub client, safetensors and torch each have error trees of their own
+        raise EncoderError(
+            f"no {what} could be loaded from {name_or_folder!r} ({type(error).__name__}: {error}); offline, or an unknown id or "
+            f"folder: give a folder written by save_pretrained, {remedy}"
+        ) from error
 
 
 @torch.no_grad()
@@ -166,14 +197,7 @@ def unrounded(model: nn.Module, text: Callable[[], nn.Module]) -> nn.Module:
 
 def load_text_encoder(name_or_folder: str) -> nn.Module:
     """Any AutoModel that reads text, in float32, without a pooler; of an encoder-decoder its encoder."""
-    try:
-        model = AutoModel.from_pretrained(name_or_folder, dtype=torch.float32)
-    except Exception as error:
-        raise EncoderError(
-            f"no text encoder could be loaded from {name_or_folder!r} ({type(error).__name__}: {error}); offline, or an "
-            "unknown id or folder: give a folder written by save_pretrained, or fix the id"
-        ) from error
-    return without_pooler(model)
+    return without_pooler(pretrained(AutoModel, name_or_folder, "text encoder"))
 
 
 def without_pooler(model: nn.Module) -> nn.Module:

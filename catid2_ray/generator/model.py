@@ -5,22 +5,25 @@ In all the ID tokens are the model's last ΣK vocabulary rows, and the config sa
 survives `save_pretrained`; padded vocabularies (T5 has 32,128 rows for 32,100 tokens) are trimmed first.
 
 Pretrained weights are safetensors, or where a model has none (mT5) tensors that `torch.load` reads with `weights_only`.
+
+L levels, K codes, Z width of a codeword, D width of a row, V vocabulary.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, RecipeError
 from catid2_ray.generator.causal import CausalGenerator
-from catid2_ray.generator.encoder_decoder import encoder_decoder
-from catid2_ray.generator.heads import with_head
-from catid2_ray.generator.initial import init_docid_rows
+from catid2_ray.generator.encoder_decoder import encoder_decoder, pretrained, t5_config
+from catid2_ray.generator.logits import with_head
 from catid2_ray.generator.vocabulary import EOS, PAD
+
+_LEAST_TEXT_ROWS = 16  # fewer say nothing about where text lies
 
 
 def small_t5(
@@ -41,25 +44,11 @@ def small_t5(
     one; our search does not); `activation`: "relu" or "gated-gelu" (twice the inner weights).
     Weights depend on `seed` alone. Raises RecipeError when `width` does not divide by `heads`.
     """
-    if width % heads:
-        raise RecipeError(f"generator width {width} does not divide by {heads} heads; choose a multiple of {heads}")
-    encoder_layers, decoder_layers = (layers, layers) if isinstance(layers, int) else layers
-    space = DocidSpace(codes_per_level)
-    config = T5Config(
-        vocab_size=vocabulary + sum(space.codes_per_level),
-        d_model=width,
-        d_kv=width // heads,
-        d_ff=feed_forward,
-        num_layers=encoder_layers,
-        num_decoder_layers=decoder_layers,
-        num_heads=heads,
-        dropout_rate=dropout,
-        feed_forward_proj=activation,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        decoder_start_token_id=PAD,
-        docid_codes_per_level=list(space.codes_per_level),
-    )
+    config = t5_config(
+        vocabulary, width=width, layers=(layers, layers) if isinstance(layers, int) else layers, heads=heads,
+        feed_forward=feed_forward, dropout=dropout, codes_per_level=codes_per_level, activation=activation,
+        pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return T5ForConditionalGeneration(config)
@@ -75,7 +64,7 @@ def pretrained_t5(
 ) -> T5ForConditionalGeneration:
     """Any T5 by hub id or folder, in float32, its vocabulary made to fit `tokenizer`, which must have the ID tokens.
 
-    New rows come from `codebooks`, or are the mean embedding plus noise (`initial.init_docid_rows`), drawn from `seed`. A
+    New rows come from `codebooks`, or are the mean embedding plus noise (`init_docid_rows`), drawn from `seed`. A
     model that already carries these ID tokens keeps their rows. Raises EncoderError when it cannot be loaded, is no T5, or
     its vocabulary is smaller than the tokenizer's; RecipeError when the tokenizer lacks the ID tokens.
     """
@@ -98,16 +87,9 @@ def pretrained_causal(
 ) -> CausalGenerator:
     """Any causal language model by hub id or folder, in float32, given the ID tokens as `pretrained_t5` gives them."""
     _check_tokenizer(tokenizer, space)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(name_or_folder), dtype=torch.float32, attn_implementation="sdpa"
-        )
-    except Exception as error:
-        raise EncoderError(
-            f"no causal language model could be loaded from {str(name_or_folder)!r} ({type(error).__name__}: {error}); "
-            "offline, or an unknown id or folder: give a folder written by save_pretrained, or fix the id"
-        ) from error
-    grown = _grow(model, name_or_folder, tokenizer, space)
+    name = str(name_or_folder)
+    model = pretrained(AutoModelForCausalLM, name, "causal language model", attn_implementation="sdpa")
+    grown = _grow(model, name, tokenizer, space)
     model.config.pad_token_id = tokenizer.pad_token_id
     causal = CausalGenerator(model, space)
     if grown:
@@ -141,14 +123,8 @@ def _grow(model, name_or_folder: str, tokenizer: PreTrainedTokenizerFast, space:
 
 
 def _load(name_or_folder: str) -> T5ForConditionalGeneration:
-    try:
-        model = T5ForConditionalGeneration.from_pretrained(name_or_folder, dtype=torch.float32)
-    except Exception as error:
-        raise EncoderError(
-            f"no T5 could be loaded from {name_or_folder!r} ({type(error).__name__}: {error}); offline, or an "
-            "unknown id or folder: give a folder written by save_pretrained, fix the id, or build a small T5 from a "
-            "config instead"
-        ) from error
+    remedy = "fix the id, or build a small T5 from a config instead"
+    model = pretrained(T5ForConditionalGeneration, name_or_folder, "T5", remedy=remedy)
     # mT5 is T5 v1.1 with another vocabulary: the same modules and names, and no scaling of the last state.
     if model.config.model_type == "mt5":
         model.config.scale_decoder_outputs = False
@@ -192,20 +168,78 @@ def build_generator(
     depth = decoder_layers or layers
     if model == "small":
         base = len(tokenizer) - sum(space.codes_per_level)
-        made = small_t5(vocabulary=base, layers=(layers, depth), **sizes)
+        generator = small_t5(vocabulary=base, layers=(layers, depth), **sizes)
     elif model == "encoder_decoder":
         if encoder is None or encoder_mode not in ("frozen", "tuned"):
             raise RecipeError(
                 f"an encoder_decoder needs an encoder and encoder_mode frozen or tuned, found {encoder!r} and {encoder_mode!r}"
             )
         frozen = encoder_mode == "frozen"
-        made = encoder_decoder(encoder, layers=depth, frozen=frozen, pad=tokenizer.pad_token_id, **sizes)
+        generator = encoder_decoder(encoder, layers=depth, frozen=frozen, pad=tokenizer.pad_token_id, **sizes)
     elif model == "causal":
         if causal is None:
             raise RecipeError("model causal needs `causal`, the language model's id or folder")
-        made = pretrained_causal(causal, tokenizer=tokenizer, space=space, codebooks=codebooks, seed=seed)
+        generator = pretrained_causal(causal, tokenizer=tokenizer, space=space, codebooks=codebooks, seed=seed)
     else:
-        made = pretrained_t5(model, tokenizer=tokenizer, space=space, codebooks=codebooks, seed=seed)
+        generator = pretrained_t5(model, tokenizer=tokenizer, space=space, codebooks=codebooks, seed=seed)
     if model in ("small", "encoder_decoder") and codebooks is not None:
-        init_docid_rows(made, codebooks, space=space, seed=seed)
-    return with_head(made, head, rank=head_rank, seed=seed)
+        init_docid_rows(generator, codebooks, space=space, seed=seed)
+    return with_head(generator, head, rank=head_rank, seed=seed)
+
+
+def init_docid_rows(
+    model: nn.Module, codebooks: Sequence[np.ndarray | None] | None, *, space: DocidSpace, seed: int = 0
+) -> None:
+    """Set the last ΣK rows of the input table, and of the output table where that is another, in place: codewords projected
+    into the embedding's space, so that near codes begin near.
+
+    `codebooks`: per level K×Z or None. A level with codewords gets them centred, projected by D×Z orthonormal columns drawn
+    from `seed` (columns of one matrix for all levels where ΣZ ≤ D, so that levels do not overlap), scaled to the spread
+    of the table's text rows and set around their mean. Others get the mean plus noise of a fifth of the spread. A table
+    without text rows (an EncoderDecoder's) keeps the mean 0 and the spread that it was drawn with, and its rows where
+    there are no codewords. Raises RecipeError when a codebook has another number of codes than the level.
+    """
+    books = list(codebooks or [])[: space.levels]
+    books += [None] * (space.levels - len(books))
+    for level, (book_KZ, k) in enumerate(zip(books, space.codes_per_level)):
+        if book_KZ is not None and len(book_KZ) != k:
+            raise RecipeError(
+                f"level {level + 1} has {k} codes but a codebook of {len(book_KZ)} codewords; take IDs and codebooks from one "
+                "quantizer"
+            )
+    tables = {id(table): table for table in (model.shared.weight, model.lm_head.weight)}
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for table_VD in tables.values():
+            _set_rows(table_VD, books, space, generator)
+
+
+def _set_rows(table_VD: Tensor, books, space: DocidSpace, generator: torch.Generator) -> None:
+    base, width = len(table_VD) - sum(space.codes_per_level), table_VD.shape[1]
+    text = base >= _LEAST_TEXT_ROWS
+    mean_D = table_VD[:base].mean(0) if text else torch.zeros_like(table_VD[0])
+    spread_D = table_VD[:base].std(0) if text else table_VD[base:].std().expand(width)
+    noise_KD = torch.randn(len(table_VD) - base, width, generator=generator).to(table_VD)
+    projections = iter(_projections([book.shape[1] for book in books if book is not None], width, generator))
+    first = 0
+    for book_KZ, k in zip(books, space.codes_per_level):
+        rows = slice(base + first, base + first + k)
+        if book_KZ is not None:
+            codeword_KZ = torch.as_tensor(np.asarray(book_KZ, np.float32))
+            row_KD = ((codeword_KZ - codeword_KZ.mean(0)) @ next(projections).T).to(table_VD)
+            table_VD[rows] = mean_D + row_KD * (spread_D.square().mean().sqrt() / row_KD.std().clamp(min=1e-12))
+        elif text:
+            table_VD[rows] = mean_D + 0.2 * spread_D * noise_KD[first : first + k]
+        first += k
+
+
+def _projections(widths: list[int], width: int, generator: torch.Generator) -> list[Tensor]:
+    """D×Z per level with orthonormal columns (rows where Z > D), of one draw where all columns fit into D."""
+
+    def orthonormal(z: int) -> Tensor:
+        q = torch.linalg.qr(torch.randn(max(width, z), min(width, z), generator=generator))[0]
+        return q if z <= width else q.T
+
+    if widths and sum(widths) <= width:
+        return list(orthonormal(sum(widths)).split(widths, 1))
+    return [orthonormal(z) for z in widths]

@@ -63,13 +63,13 @@ def judged_rows(query_P, packed_P, reward_P, relevant_P, *, queries: int, width:
     place_U = np.arange(len(query_U)) - np.searchsorted(query_U, query_U)
     kept_U = place_U < width
     at = query_U[kept_U], place_U[kept_U]
-    found = JudgedRows(
+    rows = JudgedRows(
         np.full((queries, width), -1, np.int64), np.zeros((queries, width), np.float32),
         np.zeros((queries, width), np.int32), int((~kept_U).sum()),
     )  # fmt: skip
-    for table_QJ, values_U in zip(found, (packed_U, reward_U, relevant_U)):
+    for table_QJ, values_U in zip(rows, (packed_U, reward_U, relevant_U)):
         table_QJ[at] = values_U[order_U][kept_U]
-    return found
+    return rows
 
 
 def looked_up(packed_BN: Tensor, known_BJ: Tensor, value_BJ: Tensor, *, missing: float) -> Tensor:

@@ -24,7 +24,7 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError
 from catid2_ray.generator.causal import CausalGenerator
 from catid2_ray.generator.encoder_decoder import EncoderDecoder, without_pooler
-from catid2_ray.generator.heads import with_head
+from catid2_ray.generator.logits import with_head
 
 _HEAD = "head.safetensors"
 

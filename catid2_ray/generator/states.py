@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from catid2_ray.errors import ArtifactError, InputError
-from catid2_ray.generator.examples import Examples
 
 
 class TokenStates(NamedTuple):
@@ -86,13 +84,13 @@ class StateCache:
             "rows": len(ids_NT),
         }
         if (folder / "cache.json").exists():
-            found = cls(folder)
-            if {name: found.about.get(name) for name in identity} != identity:
+            cache = cls(folder)
+            if {name: cache.about.get(name) for name in identity} != identity:
                 raise InputError(
-                    f"{folder} caches the states of another encoder or of other texts ({found.about.get('rows')} rows, "
+                    f"{folder} caches the states of another encoder or of other texts ({cache.about.get('rows')} rows, "
                     f"expected {len(ids_NT)}); give another folder, or delete that one"
                 )
-            return found
+            return cache
         folder.mkdir(parents=True, exist_ok=True)
         ids_UT, text_N = np.unique(ids_NT, axis=0, return_inverse=True)
         length_U = _lengths(ids_UT, encoder.pad)
@@ -173,47 +171,6 @@ def _lengths(ids_UT: np.ndarray, pad: int) -> np.ndarray:
     length_U = real_UT.sum(1)
     if (real_UT != (np.arange(ids_UT.shape[1]) < length_U[:, None])).any():
         raise InputError(
-            f"texts must be padded at their end with {pad}; tokenize them with generator.examples.tokenize"
+            f"texts must be padded at their end with {pad}; tokenize them with generator.vocabulary.tokenize"
         )
     return length_U
-
-
-class StateBatch(NamedTuple):
-    """A step's cached states, float16 on CPU, and its IDs."""
-
-    states: TokenStates
-    codes_BL: np.ndarray
-    weight_B: np.ndarray | None = None
-
-    def inputs(self, device: torch.device) -> TokenStates:
-        """What the loss takes, on `device`."""
-        return TokenStates(*(part.to(device, non_blocking=True) for part in self.states))
-
-
-@dataclass
-class CachedExamples:
-    """`Examples` whose texts are read as cached states: the same rows in the same steps, and the same words fall."""
-
-    examples: Examples
-    cache: StateCache
-    first_row: dict[str, int]
-
-    @classmethod
-    def build(cls, examples: Examples, encoder, folder: str | os.PathLike, **settings) -> "CachedExamples":
-        """Cache every text of `examples` in `folder`; `settings` as in `StateCache.build`."""
-        first_row, rows = {}, 0
-        for kind in sorted(examples.input_ids):
-            first_row[kind] = rows
-            rows += len(examples.input_ids[kind])
-        ids_NT = np.concatenate([examples.input_ids[kind] for kind in first_row])
-        return cls(examples, StateCache.build(encoder, ids_NT, folder, **settings), first_row)
-
-    def steps_per_epoch(self, *, batch: int) -> int:
-        return self.examples.steps_per_epoch(batch=batch)
-
-    def batch(self, *, seed: int, step: int, batch: int, rank: int = 0, workers: int = 1) -> StateBatch:
-        """As `Examples.batch`, with states in place of ids."""
-        picked = self.examples.pick(seed=seed, step=step, batch=batch, rank=rank, workers=workers)
-        first_K = np.array(list(self.first_row.values()))
-        states = self.cache.take(first_K[picked.kind_B] + picked.row_B, picked.kept_BT)
-        return StateBatch(states, picked.codes_BL, picked.weight_B)

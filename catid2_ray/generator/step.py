@@ -11,19 +11,61 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError, TrainingError
-from catid2_ray.generator.examples import Examples
-from catid2_ray.generator.lengths import length_groups
+from catid2_ray.generator.batches import Examples, length_groups
 from catid2_ray.generator.logits import docid_logits
-from catid2_ray.generator.losses import consistency as consistency_of
-from catid2_ray.generator.losses import cross_entropy
-from catid2_ray.generator.states import CachedExamples, TokenStates
+from catid2_ray.generator.states import TokenStates
 from catid2_ray.generator.vocabulary import pad_of
 from catid2_ray.schedule import learning_rate_at, seed_from
+
+
+def cross_entropy(logits_BK: Tensor, code_B: Tensor, *, smoothing: float, near_KK: Tensor | None = None) -> Tensor:
+    """float32 B: −Σ_c q(c) log p(c), with q = (1 − smoothing) on the right code and `smoothing` over the level's codes.
+
+    The smoothed mass is equal for all codes, or row `code_B` of `near_KK`.
+    """
+    if near_KK is None or not smoothing:
+        return F.cross_entropy(logits_BK.float(), code_B, label_smoothing=smoothing, reduction="none")
+    logp_BK = logits_BK.float().log_softmax(-1)
+    right_B = logp_BK.gather(1, code_B[:, None])[:, 0]
+    return -(1 - smoothing) * right_B - smoothing * (near_KK[code_B] * logp_BK).sum(1)
+
+
+def near_codes(codebooks: Sequence[np.ndarray | None], *, temperature: float) -> list[Tensor | None]:
+    """Per level float32 K×K, each row a distribution over the level's codes: q(c | c*) ∝ exp(−‖e_c − e_c*‖ / t).
+
+    (As VARG, 2609.14493, smooths its rank tokens; a stand-in for Hi-Gen's position-aware loss, 2404.15675, in which near
+    tokens are punished less and whose formula is not published.) t is `temperature` times the level's mean distance
+    between two codes, so that it means the same at every level and scale. A level without codewords gives None: its
+    mass is spread evenly. K² numbers a level.
+    Raises RecipeError for a temperature that is not positive.
+    """
+    if not temperature > 0:
+        raise RecipeError(f"the temperature of near codes must be positive, found {temperature}")
+    near = []
+    for codebook_KZ in codebooks:
+        if codebook_KZ is None:
+            near.append(None)
+            continue
+        codeword_KZ = torch.as_tensor(np.asarray(codebook_KZ, np.float32))
+        distance_KK = torch.cdist(codeword_KZ, codeword_KZ, compute_mode="donot_use_mm_for_euclid_dist")
+        pairs = max(1, len(codeword_KZ) * (len(codeword_KZ) - 1))
+        scale = (distance_KK.sum() / pairs).clamp(min=1e-12) * temperature
+        near.append((-distance_KK / scale).softmax(1))
+    return near
+
+
+def divergence(first_BK: Tensor, second_BK: Tensor) -> Tensor:
+    """float32 B: ½ KL(p ‖ q) + ½ KL(q ‖ p) of two passes (R-Drop, 2106.14448; NCI, 2206.02743, section 3.4)."""
+    p_BK, q_BK = first_BK.float().log_softmax(-1), second_BK.float().log_softmax(-1)
+    return 0.5 * ((p_BK.exp() - q_BK.exp()) * (p_BK - q_BK)).sum(1)
+
 
 _MOST_GROUPS = 8
 
@@ -38,11 +80,11 @@ def least_rows(model: nn.Module) -> int:
 
 
 class Targets(NamedTuple):
-    """What the scores are measured against besides the right codes. `smoothing`: share of the mass over the level's
-    codes; `near`: per level K×K from `losses.near_codes` or None (evenly); `consistency`: weight of the second pass under
+    """What the scores are measured against besides the right codes. `label_smoothing`: share of the mass over the level's
+    codes; `near`: per level K×K from `near_codes` or None (evenly); `consistency`: weight of the second pass under
     another dropout, in train mode only (0.15 in NCI)."""
 
-    smoothing: float = 0.0
+    label_smoothing: float = 0.0
     near: Sequence[Tensor | None] | None = None
     consistency: float = 0.0
 
@@ -54,21 +96,21 @@ def level_losses(
     *,
     space: DocidSpace,
     weight_B: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    near: Sequence[Tensor | None] | None = None,
-    consistency: float = 0.0,
     most_groups: int | None = None,
+    **targets,
 ) -> Tensor:
     """float L: −log p(code_l | query, code_<l), mean over the batch, one figure per level.
 
     `model`: any kind of generator (`logits.docid_logits`). `inputs`: token ids B×T padded at their end as the model's
-    config says (0 in T5), or an EncoderDecoder's cached states. `label_smoothing`, `near`, `consistency`: see Targets.
+    config says (0 in T5), or an EncoderDecoder's cached states. `targets`: the fields of Targets.
     Averages over workers of equal batches equal one process with all rows. (CAT-ID², section 3.4, NLL of ID tokens.)
     `weight_B`: what each row counts (1 where None); the divisor stays the number of rows, so that this holds with weights
-    too. Rows are run in groups of like length (`lengths.length_groups`), at most `most_groups`, so that short queries are
+    too. Rows are run in groups of like length (`batches.length_groups`), at most `most_groups`, so that short queries are
     not padded to the longest title; the figures stay the same.
     """
-    targets = Targets(label_smoothing, near, consistency if model.training else 0.0)
+    against = Targets(**targets)
+    if not model.training:
+        against = against._replace(consistency=0.0)
     cached = isinstance(inputs, TokenStates)
     length_B = (inputs.mask_BT if cached else inputs != pad_of(model)).sum(1).cpu().numpy()
     least = 1 if most_groups else least_rows(model)
@@ -78,7 +120,7 @@ def level_losses(
         index_G = slice(None) if len(row_G) == len(length_B) else torch.from_numpy(row_G).to(codes_BL.device)
         part = TokenStates(*(x[index_G, :used] for x in inputs)) if cached else inputs[index_G, :used]
         weight_G = None if weight_B is None else weight_B[index_G]
-        sums.append(_summed_losses(model, part, codes_BL[index_G], space, weight_G, targets))
+        sums.append(_summed_losses(model, part, codes_BL[index_G], space, weight_G, against))
     return torch.stack(sums).sum(0) / len(codes_BL)
 
 
@@ -89,23 +131,14 @@ def _summed_losses(model, inputs, codes_BL: Tensor, space: DocidSpace, weight_B,
     for level in range(space.levels):
         near_KK = None if targets.near is None else targets.near[level]
         both = [
-            cross_entropy(logits[level], codes_BL[:, level], smoothing=targets.smoothing, near_KK=near_KK)
+            cross_entropy(logits[level], codes_BL[:, level], smoothing=targets.label_smoothing, near_KK=near_KK)
             for logits in passes
         ]
         loss_B = sum(both) / len(both)
         if targets.consistency:
-            loss_B = loss_B + targets.consistency * consistency_of(passes[0][level], passes[1][level])
+            loss_B = loss_B + targets.consistency * divergence(*(logits[level] for logits in passes))
         losses.append(loss_B.sum() if weight_B is None else loss_B @ weight_B.to(loss_B.dtype))
     return torch.stack(losses)
-
-
-def _over_levels(loss_L: Tensor, level_weights: Sequence[float] | None) -> Tensor:
-    if level_weights is None:
-        return loss_L.sum()
-    weight_L = torch.as_tensor(level_weights, dtype=loss_L.dtype, device=loss_L.device)
-    if weight_L.shape != loss_L.shape or not weight_L.sum() > 0:
-        raise RecipeError(f"level_weights {list(level_weights)} must be {len(loss_L)} numbers with a positive sum")
-    return (weight_L * loss_L).sum() / weight_L.mean()
 
 
 def docid_loss(
@@ -114,30 +147,24 @@ def docid_loss(
     codes_BL: Tensor,
     *,
     space: DocidSpace,
-    weight_B: Tensor | None = None,
     level_weights: Sequence[float] | None = None,
-    label_smoothing: float = 0.0,
-    near: Sequence[Tensor | None] | None = None,
-    consistency: float = 0.0,
+    **settings,
 ) -> Tensor:
-    """Scalar: `level_losses` summed over levels, each times its weight (L numbers, taken relative to their mean)."""
-    loss_L = level_losses(
-        model,
-        inputs,
-        codes_BL,
-        space=space,
-        weight_B=weight_B,
-        label_smoothing=label_smoothing,
-        near=near,
-        consistency=consistency,
-    )
-    return _over_levels(loss_L, level_weights)
+    """Scalar: `level_losses` (which takes `settings`) summed over levels, each times its weight (L numbers, taken relative to
+    their mean)."""
+    loss_L = level_losses(model, inputs, codes_BL, space=space, **settings)
+    if level_weights is None:
+        return loss_L.sum()
+    weight_L = torch.as_tensor(level_weights, dtype=loss_L.dtype, device=loss_L.device)
+    if weight_L.shape != loss_L.shape or not weight_L.sum() > 0:
+        raise RecipeError(f"level_weights {list(level_weights)} must be {len(loss_L)} numbers with a positive sum")
+    return (weight_L * loss_L).sum() / weight_L.mean()
 
 
 class DocidLoss(nn.Module):
     """`docid_loss` as a module around the model, for engines that want to own `forward` (DDP, DeepSpeed).
 
-    `forward(inputs, codes_BL, weight_B)` returns the scalar loss; `model` is the generator to save.
+    `forward(inputs, codes_BL, weight_B)` returns the scalar loss; `model` is the generator to save. `settings`: of `docid_loss`.
     """
 
     def __init__(
@@ -145,16 +172,11 @@ class DocidLoss(nn.Module):
         model: nn.Module,
         *,
         space: DocidSpace,
-        level_weights: Sequence[float] | None = None,
-        label_smoothing: float = 0.0,
         near: Sequence[Tensor | None] | None = None,
-        consistency: float = 0.0,
+        **settings,
     ):
         super().__init__()
-        self.model = model
-        self.settings = {
-            "space": space, "level_weights": level_weights, "label_smoothing": label_smoothing, "consistency": consistency
-        }  # fmt: skip
+        self.model, self.settings = model, {"space": space, **settings}
         self.levels = space.levels if near is not None else 0
         for level in range(self.levels):
             self.register_buffer(f"near_{level}", near[level], persistent=False)
@@ -177,6 +199,20 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
     ]
 
 
+def update(model: nn.Module, optimizer, loss: Tensor, *, rate: float, clip: float, what: str, step: int) -> float:
+    """One update of the weights, gradients clipped by norm; the loss as a number. Raises TrainingError, before anything is
+    changed, when it is not finite."""
+    if not math.isfinite(figure := loss.item()):
+        raise TrainingError(f"the {what}'s loss is {figure} at step {step}; lower the learning rate or clip")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return figure
+
+
 class FitResult(NamedTuple):
     """`losses`: one figure per step run; `step`: steps done in all; `optimizer`: its state, for `resume`."""
 
@@ -187,7 +223,7 @@ class FitResult(NamedTuple):
 
 def fit(
     model: nn.Module,
-    examples: Examples | CachedExamples,
+    examples: Examples,
     *,
     space: DocidSpace,
     steps: int,
@@ -197,55 +233,36 @@ def fit(
     warmup_share: float = 0.05,
     weight_decay: float = 0.01,
     clip: float = 1.0,
-    level_weights: Sequence[float] | None = None,
-    label_smoothing: float = 0.0,
-    near: Sequence[Tensor | None] | None = None,
-    consistency: float = 0.0,
     seed: int = 0,
     resume: FitResult | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    **settings,
 ) -> FitResult:
     """Train `model` in place on its own device until step `steps`, from step 0 or from where `resume` stopped.
 
     AdamW, clipped by norm. Stopping and resuming gives the weights of an undisturbed run, bit for bit on CPU.
-    `total_steps` is the schedule's length (default `steps`). Raises TrainingError when the loss is not finite.
+    `total_steps` is the schedule's length (default `steps`); `settings`: of DocidLoss. Raises TrainingError when the
+    loss is not finite.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=weight_decay), lr=learning_rate, fused=True)
     if resume is not None:
         # Loading shares tensors with the state it is given; a copy leaves `resume` usable again.
         optimizer.load_state_dict(copy.deepcopy(resume.optimizer))
-    loss_of = DocidLoss(
-        model,
-        space=space,
-        level_weights=level_weights,
-        label_smoothing=label_smoothing,
-        near=near,
-        consistency=consistency,
-    ).to(device)
+    loss_of = DocidLoss(model, space=space, **settings).to(device)
     losses = []
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for step in range(resume.step if resume else 0, steps):
             rows = examples.batch(seed=seed, step=step, batch=batch)
             rate = learning_rate_at(step, total_steps or steps, peak=learning_rate, warmup_share=warmup_share)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             torch.manual_seed(seed_from(seed, step))
             loss = loss_of(
                 rows.inputs(device),
                 torch.from_numpy(rows.codes_BL).to(device),
                 None if rows.weight_B is None else torch.from_numpy(rows.weight_B).to(device),
             )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise TrainingError(
-                    f"the generator's loss is {losses[-1]} at step {step}; lower the learning rate or clip"
-                )
+            losses.append(update(model, optimizer, loss, rate=rate, clip=clip, what="generator", step=step))
             if on_step is not None:
                 on_step(step, losses[-1])
     model.eval()

@@ -1,4 +1,4 @@
-"""The subword vocabulary: a tokenizer trained on the catalogue's own text, plus one token per (level, code) at its end.
+"""Words as numbers: a tokenizer trained on the catalogue's own text or a pretrained one, one token per (level, code) at its end.
 
 Letters and numbers are split from each other, so "10ft" and "10 ft" are the same tokens and "3/4" stays whole;
 punctuation that says nothing about a product is dropped. Japanese, which has no spaces, is split where its script changes:
@@ -6,7 +6,7 @@ a rough word boundary that needs no dictionary, and without which a whole title 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from catid2_ray.scripts import APART, FOLDED, invisible
 
 PAD, EOS, UNK = 0, 1, 2
 _SPECIAL = ("<pad>", "</s>", "<unk>")
+_CHUNK = 8192  # texts that are tokenized together
 # A number with its decimal point or fraction | Chinese characters | hiragana | katakana | any other letters with their marks
 # | the few signs that carry a unit or a meaning. The prolongation mark ー belongs to both kana, but to no script.
 _WORD = (
@@ -167,3 +168,43 @@ def starts_word(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     else:
         begins_V = ~np.char.startswith(token_V, "##")
     return begins_V
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int) -> np.ndarray:
+    """int32 N×`length`: token ids with the tokenizer's own marks (`</s>`; [CLS] and [SEP]), cut to `length`, padded on
+    the right with its padding token (0 in T5 and BERT).
+
+    ID tokens or `</s>` written out in a text are read as plain characters. Raises InputError for a length below 2.
+    """
+    if length < 2:
+        raise InputError(f"texts need at least 2 tokens (one and </s>), found length={length}")
+    ids_NT = np.zeros((len(texts), length), np.int32)
+    for start in range(0, len(texts), _CHUNK):
+        encoded = tokenizer(
+            list(texts[start : start + _CHUNK]),
+            max_length=length,
+            truncation=True,
+            padding="max_length",
+            padding_side="right",
+            split_special_tokens=True,
+            return_attention_mask=False,
+        )
+        ids_NT[start : start + _CHUNK] = encoded["input_ids"]
+    return ids_NT
+
+
+class Cut(NamedTuple):
+    """`input_ids_NT` as `tokenize` gives them; `cut_N` bool: texts that were longer."""
+
+    input_ids_NT: np.ndarray
+    cut_N: np.ndarray
+
+
+def tokenize_cut(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int) -> Cut:
+    """`tokenize`, and which texts lost something by it."""
+    longer_NT = tokenize(tokenizer, texts, length=length + 1)
+    cut_N = longer_NT[:, length] != tokenizer.pad_token_id
+    marks = len(frame(tokenizer)[1])
+    # The end marks of a text that is one token too long move one place to the left, over its last word.
+    longer_NT[cut_N, length - marks : length] = longer_NT[cut_N, length - marks + 1 : length + 1]
+    return Cut(np.ascontiguousarray(longer_NT[:, :length]), cut_N)

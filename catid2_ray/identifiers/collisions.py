@@ -18,7 +18,7 @@ from scipy.spatial.distance import cdist
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CapacityError, InputError
-from catid2_ray.identifiers.ledger import id_column
+from catid2_ray.identifiers.ledger import id_column, refuse_infinite, refuse_repeats
 from catid2_ray.identifiers.overflow import codeword_sum, is_member, spill, squared, taken_codes
 
 BLOCK_NUMBERS = 2**21  # float64 numbers of one block of costs, 16 MiB
@@ -123,19 +123,8 @@ def _checked(space, books, codes_NL, residual_NZ, product_ids, occupied):
             f"product_ids, found {residual_NZ.shape} and {len(product_ids)}"
         )
     order_N = pc.sort_indices(product_ids).to_numpy().astype(np.int64)
-    sorted_ids = product_ids.take(order_N)
-    twins = np.flatnonzero(pc.equal(sorted_ids[1:], sorted_ids[:-1]).to_numpy(zero_copy_only=False))
-    if len(twins):
-        raise InputError(
-            f"product_id {sorted_ids[int(twins[0])].as_py()!r} occurs twice ({len(twins)} repeats in all); "
-            f"drop the repeats"
-        )
-    wrong = np.flatnonzero(~np.isfinite(residual_NZ).all(axis=1))
-    if len(wrong):
-        raise InputError(
-            f"the residual of product_id {product_ids[int(wrong[0])].as_py()!r} (row {wrong[0]}) is not finite, "
-            f"one of {len(wrong)}; encode the catalogue again"
-        )
+    refuse_repeats(product_ids.take(order_N), "the catalogue")
+    refuse_infinite(residual_NZ, product_ids)
     taken_M = np.empty(0, np.int64)
     if occupied is not None and len(occupied):
         try:
@@ -213,9 +202,9 @@ def _solve(cost_BGK, solver):
         part = np.flatnonzero(width_B == width)
         column_BC = column_BK[part, :width]
         cost_BGC = np.full((len(part), members, width), np.inf)
-        found = np.take_along_axis(cost_BGK[part], column_BC[:, None], axis=2)
+        own_BGC = np.take_along_axis(cost_BGK[part], column_BC[:, None], axis=2)
         usable = np.take_along_axis(wanted_BK[part], column_BC, axis=1)[:, None]
-        np.copyto(cost_BGC[..., : found.shape[2]], found, where=usable)
+        np.copyto(cost_BGC[..., : own_BGC.shape[2]], own_BGC, where=usable)
         pick_BG, failed = solver(cost_BGC)
         code_BG[part] = np.take_along_axis(column_BC, pick_BG, axis=1)
         repaired += failed

@@ -95,18 +95,18 @@ def advance(previous, product_ids, codes_NL, cost_N, *, number: int, quarantine:
         )
     _follows(old, number)
     row_N = pc.index_in(ids, value_set=old.ids).fill_null(-1).to_numpy(zero_copy_only=False)
-    known_N, found_P = row_N >= 0, row_N[row_N >= 0]
+    known_N, known_P = row_N >= 0, row_N[row_N >= 0]
     same_N = np.zeros(len(ids), bool)
-    same_N[known_N] = (codes_NL[known_N] == old.codes_ML[found_P]).all(axis=1)
+    same_N[known_N] = (codes_NL[known_N] == old.codes_ML[known_P]).all(axis=1)
     live_N = np.zeros(len(ids), bool)
-    live_N[known_N] = old.live_M[found_P]
+    live_N[known_N] = old.live_M[known_P]
     status_N = np.where(same_N, KEPT, np.where(live_N, MOVED, NEW)).astype(np.int8)
     since_N = np.full(len(ids), number, np.int32)
     stays_N = same_N & live_N
     since_N[stays_N] = old.since_M[row_N[stays_N]]
 
     gone_M = np.ones(len(old.ids), bool)
-    gone_M[found_P] = False
+    gone_M[known_P] = False
     free = min(operator.index(number) + _natural("quarantine", quarantine), 2**31 - 1)
     since_M = np.where(old.live_M, np.int32(number), old.since_M)[gone_M]
     until_M = np.where(old.live_M, np.int32(free), old.until_M)[gone_M]
@@ -302,13 +302,25 @@ def id_column(product_ids) -> pa.Array:
     return column
 
 
-def refuse_repeats(sorted_ids: pa.Array, where: str):
+def refuse_repeats(sorted_ids: pa.Array | np.ndarray, where: str) -> None:
     """InputError for the first product_id of a sorted column that occurs twice."""
-    repeated = np.flatnonzero(pc.equal(sorted_ids[:-1], sorted_ids[1:]).to_numpy(zero_copy_only=False))
+    one, other = sorted_ids[:-1], sorted_ids[1:]
+    same = one == other if isinstance(one, np.ndarray) else pc.equal(one, other).to_numpy(zero_copy_only=False)
+    repeated = np.flatnonzero(same)
     if len(repeated):
         raise InputError(
-            f"product_id {sorted_ids[repeated[0]].as_py()!r} occurs more than once in {where} ({len(repeated)} repeats "
-            f"in all): give each product one row"
+            f"product_id {str(sorted_ids[int(repeated[0])])!r} occurs more than once in {where} ({len(repeated)} repeats in "
+            "all): give each product one row"
+        )
+
+
+def refuse_infinite(residual_NZ: np.ndarray, product_ids: pa.Array | np.ndarray) -> None:
+    """InputError for the first product whose residual is not finite."""
+    wrong = np.flatnonzero(~np.isfinite(residual_NZ).all(axis=1))
+    if len(wrong):
+        raise InputError(
+            f"the residual of product_id {str(product_ids[int(wrong[0])])!r} (row {wrong[0]}) is not finite, "
+            f"one of {len(wrong)}; encode the catalogue again"
         )
 
 

@@ -235,16 +235,16 @@ def closed_regions(overfull_H, count, space) -> list[tuple[int, int]]:
         if not len(pending):
             break
         pending = np.unique(pending // space.codes_per_level[depth])
-        held, size = np.asarray(count(depth, pending)), node_size(space, depth)
-        closed = pending[held <= size]
+        wanted, size = np.asarray(count(depth, pending)), node_size(space, depth)
+        closed = pending[wanted <= size]
         below = [node_size(space, inner) for inner, _ in regions]
         regions = [
             region for region, small in zip(regions, below) if not is_member(closed, region[1] // (size // small))
         ] + [(depth, node) for node in closed.tolist()]
-        pending = pending[held > size]
+        pending = pending[wanted > size]
     if len(pending):
         raise CapacityError(
-            f"{int(held[0])} products and occupied IDs need as many IDs, but codes_per_level "
+            f"{int(wanted[0])} products and occupied IDs need as many IDs, but codes_per_level "
             f"{list(space.codes_per_level)} has only {space.capacity}; train a quantizer with more levels or codes"
         )
     return sorted(regions)

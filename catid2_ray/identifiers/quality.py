@@ -198,9 +198,9 @@ def neighbour_agreement(codes_NL, embedding_ND, *, neighbours=10, sample=2_000, 
     total, width = len(codes_NL), min(3, codes_NL.shape[1])
     neighbours, rng = min(neighbours, total - 1), np.random.default_rng(seed)
     query_Q = np.sort(rng.choice(total, min(sample, total), replace=False))
-    found = {"queries": len(query_Q), "neighbours": max(neighbours, 0)}
+    counts = {"queries": len(query_Q), "neighbours": max(neighbours, 0)}
     if neighbours < 1:
-        return found | {"share": [None] * width, "share_random": [None] * width}
+        return counts | {"share": [None] * width, "share_random": [None] * width}
     norm_N = np.sqrt(np.einsum("nd,nd->n", embedding_ND, embedding_ND, dtype=np.float64)).astype(np.float32)
     inverse_N = np.divide(1, norm_N, out=np.zeros_like(norm_N), where=norm_N > 0)
     near_QM = np.empty((len(query_Q), neighbours), np.int64)
@@ -214,7 +214,7 @@ def neighbour_agreement(codes_NL, embedding_ND, *, neighbours=10, sample=2_000, 
     random_QM = rng.integers(0, total - 1, near_QM.shape)
     random_QM += random_QM >= query_Q[:, None]
     shares = {"share": near_QM, "share_random": random_QM}
-    return found | {name: _shared_tokens(codes_NL[:, :width], query_Q, other) for name, other in shares.items()}
+    return counts | {name: _shared_tokens(codes_NL[:, :width], query_Q, other) for name, other in shares.items()}
 
 
 def _shared_tokens(codes_NL, query_Q, other_QM) -> list[float]:
@@ -222,35 +222,11 @@ def _shared_tokens(codes_NL, query_Q, other_QM) -> list[float]:
     return np.logical_and.accumulate(equal_QML, axis=2).mean(axis=(0, 1)).tolist()
 
 
-def equal_embedding_floor(embedding_ND) -> dict:
-    """Collisions that no function of the embedding can avoid: products with bit for bit equal rows get equal codes.
-
-    Returns `collision_rate`, (N − distinct rows) / N, and `shared_rate`, the share of products whose row another
-    has: the floors under the two figures of `id_quality` before de-duplication. Raises InputError for an empty table.
-    """
-    embedding_ND = np.ascontiguousarray(embedding_ND)
-    if embedding_ND.ndim != 2 or not embedding_ND.size:
-        raise InputError(f"embeddings must be an array N×D with rows, found shape {embedding_ND.shape}")
-    bits_N = embedding_ND.view(np.dtype((np.void, embedding_ND.dtype.itemsize * embedding_ND.shape[1]))).ravel()
-    count = np.unique(bits_N, return_counts=True)[1]
-    return {
-        "collision_rate": (len(bits_N) - len(count)) / len(bits_N),
-        "shared_rate": int(count[count > 1].sum()) / len(bits_N),
-    }
-
-
-def displacement(moved_N, cost_N) -> dict:
-    """What de-duplication changed: `moved_share` of all products, and the added squared distance of those moved.
-
-    `moved_N` bool, `cost_N` floats, as in `collisions.UniqueIds`. `mean_cost`, `median_cost`, `p95_cost` are None when
-    none moved, `moved_share` None for an empty table. Raises InputError for unequal lengths.
-    """
-    moved_N, cost_N = _same_rows(np.asarray(moved_N, bool), np.asarray(cost_N, np.float64), "moved", "cost")
-    return displacement_of(cost_N[moved_N], len(moved_N))
-
-
 def displacement_of(cost, products: int) -> dict:
-    """`displacement` from the costs of the moved products alone."""
+    """What de-duplication changed: `moved_share` of all products, and the added squared distance of those moved, from the
+    `cost` of the latter (`collisions.UniqueIds`), an array. `mean_cost`, `median_cost`, `p95_cost` are None when none moved,
+    `moved_share` is None for an empty table.
+    """
     return {
         "moved_share": len(cost) / products if products else None,
         "mean_cost": float(cost.mean()) if len(cost) else None,
@@ -320,13 +296,13 @@ def prefix_words(words_N, codes_NL, *, prefixes=6, terms=8) -> list[dict]:
         total.update(words)
         if first in inside:
             inside[first].update(words)
-    found = []
+    marks = []
     for (first, here), size in zip(inside.items(), products[fullest].tolist()):
         chosen, others = _characteristic(here, total, terms), max(len(words_N) - size, 1)
         share = {"share": [here[word] / size for word in chosen]}
         share["elsewhere"] = [(total[word] - here[word]) / others for word in chosen]
-        found.append({"code": first, "products": size, "words": chosen, **share})
-    return found
+        marks.append({"code": first, "products": size, "words": chosen, **share})
+    return marks
 
 
 def _characteristic(inside: Counter, total: Counter, terms: int) -> list[str]:

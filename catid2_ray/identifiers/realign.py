@@ -94,33 +94,15 @@ def inverse(rename_LK) -> list:
     return [np.argsort(rename_K) for rename_K in _permutations(rename_LK)]
 
 
-def churn(old_ids, old_codes_NL, new_ids, new_codes_NL, codes_per_level) -> dict:
-    """What a release changes for those who learned the previous one; plain numbers, ready for JSON.
-
-    `old_ids`, `new_ids`: different strings, in any order; codes: integers, one row each. Returns `common`, `new`,
-    `retired`: products in both releases, in the new one only, in the old one only; `prefix_churn`: for m = 1 … L the
-    share of common products whose first m tokens are not the same; `addresses`: different old IDs;
-    `addresses_reused`: those of them that now name a product which they did not name before; `address_reuse`: their
-    share. A share of nothing is 0.0. For a catalogue in parts there are `churn_counts`, `arrived` and `churn_of`.
-
-    Raises InputError for repeated product_ids, codes out of range and tables of different lengths.
-
-    Source: METHODS 8.9 (full and prefix churn, address reuse).
-    """
-    space = DocidSpace(tuple(codes_per_level))
-    counts = churn_counts(old_ids, old_codes_NL, new_ids, new_codes_NL, space.codes_per_level)
-    arrived_N = arrived(old_ids, old_codes_NL, new_ids, new_codes_NL)
-    addresses = np.unique(space.pack(old_codes_NL))
-    reused = len(np.intersect1d(addresses, space.pack(np.asarray(new_codes_NL)[arrived_N])))
-    return churn_of([counts], addresses=len(addresses), addresses_reused=reused)
-
-
 def churn_counts(old_ids, old_codes_NL, new_ids, new_codes_NL, codes_per_level) -> dict:
-    """What `churn` counts by product, in numbers that add up over parts of a catalogue; plain integers.
+    """What a release changes for those who learned the previous one, counted by product, so that parts of a catalogue add up.
 
     A part holds the old and the new row of each of its products (parts by a hash of product_id do). Either side may
-    have no rows, with codes 0×L. Returns `common`, `new`, `retired` as `churn` does, and `changed`: for m = 1 … L the
-    common products whose first m tokens are not the same. Errors as for `churn`.
+    have no rows, with codes 0×L. `old_ids`, `new_ids`: different strings, in any order; codes: integers, one row each.
+    Returns plain integers: `common`, `new`, `retired`, products in both releases, in the new one only, in the old one only;
+    `changed`: for m = 1 … L the common products whose first m tokens are not the same.
+
+    Raises InputError for repeated product_ids, codes out of range and tables of different lengths.
     """
     space = DocidSpace(tuple(codes_per_level))
     old_NL, new_NL = _checked(space, old_codes_NL, "old"), _checked(space, new_codes_NL, "new")
@@ -134,11 +116,15 @@ def churn_counts(old_ids, old_codes_NL, new_ids, new_codes_NL, codes_per_level) 
 
 
 def churn_of(counts: list[dict], *, addresses: int, addresses_reused: int) -> dict:
-    """`churn` of a whole catalogue from the `churn_counts` of its parts.
+    """Churn of a whole catalogue from the `churn_counts` of its parts; plain numbers, ready for JSON.
 
+    Returns the sums of `common`, `new` and `retired`; `prefix_churn`, for m = 1 … L the share of common products whose first m
+    tokens are not the same; `addresses`, `addresses_reused` and their share `address_reuse`. A share of nothing is 0.0.
     `addresses`: different old IDs; `addresses_reused`: those of them that are also the ID of an `arrived` row. Both
     are counted by ID over all parts, since the products of one ID may lie in different parts. Raises InputError for
     no part at all and for parts of different numbers of levels.
+
+    Source: METHODS 8.9 (full and prefix churn, address reuse).
     """
     if len({len(part["changed"]) for part in counts}) != 1:
         raise InputError(
@@ -211,8 +197,8 @@ def _best_renaming(old_N, new_N, codes):
         (np.concatenate([row_E, diagonal_K]), np.concatenate([column_E, diagonal_K + codes])),
     )
     graph = csr_array(entries, shape=(codes, 2 * codes))
-    found, rename_K = min_weight_full_bipartite_matching(graph, maximize=True)
-    rename_K = rename_K[np.argsort(found)].astype(np.int64)
+    matched_K, rename_K = min_weight_full_bipartite_matching(graph, maximize=True)
+    rename_K = rename_K[np.argsort(matched_K)].astype(np.int64)
     rename_K[rename_K >= codes] = np.setdiff1d(diagonal_K, rename_K)
     return rename_K
 

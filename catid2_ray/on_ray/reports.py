@@ -21,7 +21,7 @@ from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.config import KINDS, Recipe
 from catid2_ray.errors import ArtifactError, RecipeError
 from catid2_ray.evaluation import figures
-from catid2_ray.evaluation.pages import ids_page
+from catid2_ray.evaluation.ids_report import ids_page
 from catid2_ray.on_ray.job import Job, open_previous
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix

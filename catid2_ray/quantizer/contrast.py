@@ -84,7 +84,7 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale: Tensor):
         factor = scale / ctx.temperature
-        return *(None if found is None else found * factor for found in ctx.saved_tensors), None, None, None
+        return *(None if gradient is None else gradient * factor for gradient in ctx.saved_tensors), None, None, None
 
 
 def _fused(terms: Callable, query_AZ: Tensor, key_MZ: Tensor, own_AZ: Tensor, temperature: float) -> Tensor:

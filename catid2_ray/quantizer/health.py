@@ -115,10 +115,10 @@ def gradient_norms(losses: dict[str, Tensor], parameters: Iterable[nn.Parameter]
     """
     parameters, norms = list(parameters), {}
     for name, loss in losses.items():
-        found = (
+        gradients = (
             torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) if loss.requires_grad else ()
         )
-        norms[name] = math.sqrt(sum(float(part.double().square().sum()) for part in found if part is not None))
+        norms[name] = math.sqrt(sum(float(part.double().square().sum()) for part in gradients if part is not None))
     return norms
 
 
@@ -138,11 +138,13 @@ def verdict(levels: Sequence[LevelHealth], collision_rate: float | None = None) 
     rows = levels[0].rows if levels else 0
     if rows < LEAST_ROWS:
         return Verdict("healthy", None, f"{rows} rows are too few for a verdict, it takes {LEAST_ROWS}")
-    found = [_level_verdict(level, figures, len(levels)) for level, figures in enumerate(levels) if not figures.forced]
+    verdicts = [
+        _level_verdict(level, figures, len(levels)) for level, figures in enumerate(levels) if not figures.forced
+    ]
     if collision_rate is not None:
-        found.append(_collision_verdict(levels, collision_rate))
+        verdicts.append(_collision_verdict(levels, collision_rate))
     for state in ("collapsed", "narrowing"):
-        bad = [one for one in found if one.state == state]
+        bad = [one for one in verdicts if one.state == state]
         if bad:
             return bad[0]
     used = ", ".join(f"{figures.codes_used} of {figures.codes_used + figures.dead}" for figures in levels)

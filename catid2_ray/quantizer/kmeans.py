@@ -151,10 +151,10 @@ def _checked_start(start, codes_per_level, latent_NZ):
     if start is None:
         return [None] * len(codes_per_level)
     expected = [(codes, latent_NZ.shape[1]) for codes in codes_per_level]
-    found = [tuple(codebook_KZ.shape) for codebook_KZ in start]
-    if found != expected:
+    shapes = [tuple(codebook_KZ.shape) for codebook_KZ in start]
+    if shapes != expected:
         raise InputError(
-            f"k-means cannot start from codebooks of shapes {found}, expected {expected}: give one K_l×Z codebook per "
+            f"k-means cannot start from codebooks of shapes {shapes}, expected {expected}: give one K_l×Z codebook per "
             f"level, or none"
         )
     return [codebook_KZ.detach().to(latent_NZ) for codebook_KZ in start]

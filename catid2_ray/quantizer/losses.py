@@ -29,9 +29,6 @@ from catid2_ray.quantizer.contrast import (
     unit_rows,
 )
 
-# The least mean usage that eq. 5 sees; below it the logarithm of a probability given as such cannot be taken.
-LEAST_USAGE = 1e-30
-
 
 def residual_quantization_loss(
     residual_LBZ: Tensor,
@@ -65,36 +62,10 @@ def reconstruction_loss(
 
 
 class HierarchicalTerms(NamedTuple):
-    """Eq. 4 at one level, and how many anchors of the global batch it was averaged over."""
+    """Eq. 4 at one level, and how many anchors of the global batch it was averaged over: few mean little signal."""
 
     loss: Tensor  # scalar
     anchors: Tensor  # int64 scalar
-
-
-def hierarchical_class_constraint(
-    residual_BZ: Tensor,
-    category_BH: Tensor,
-    *,
-    depth: int,
-    temperature: float,
-    negatives: str = "siblings",
-    gather: Gather | None = None,
-    chunk: int | None = None,
-) -> Tensor:
-    """Eq. 4 at one level: rows of one category are drawn together, away from the other categories; cosine similarity.
-
-    `depth` counts from 0 and is both the quantizer level and the column of `category_BH` (int64, ids unique per full
-    path, −1 = no category there: neither anchor, positive nor negative). Positives: other rows of the same category.
-    Negatives: at depth 0 rows of another category; deeper, rows of another category under the same parent
-    (`negatives="siblings"`) or under any parent (`"all"`, the paper's random-sampling ablation). The term of a positive
-    p is −log( exp(s_ap/τ) / (exp(s_ap/τ) + Σ_n exp(s_an/τ)) ): eq. 4 as printed has no positive in the denominator,
-    which would be unbounded below. Averaged over the anchor's positives, then over the anchors of the global batch that
-    have at least one positive and one negative; none → exactly 0, with gradient 0. Raises InputError for a `depth`
-    that is no column and for other `negatives`.
-    """
-    return hierarchical_class_terms(
-        residual_BZ, category_BH, depth=depth, temperature=temperature, negatives=negatives, gather=gather, chunk=chunk
-    ).loss
 
 
 def hierarchical_class_terms(
@@ -107,7 +78,17 @@ def hierarchical_class_terms(
     gather: Gather | None = None,
     chunk: int | None = None,
 ) -> HierarchicalTerms:
-    """`hierarchical_class_constraint`, and the number of anchors that counted; few of them mean little signal."""
+    """Eq. 4 at one level: rows of one category are drawn together, away from the other categories; cosine similarity.
+
+    `depth` counts from 0 and is both the quantizer level and the column of `category_BH` (int64, ids unique per full
+    path, −1 = no category there: neither anchor, positive nor negative). Positives: other rows of the same category.
+    Negatives: at depth 0 rows of another category; deeper, rows of another category under the same parent
+    (`negatives="siblings"`) or under any parent (`"all"`, the paper's random-sampling ablation). The term of a positive
+    p is −log( exp(s_ap/τ) / (exp(s_ap/τ) + Σ_n exp(s_an/τ)) ): eq. 4 as printed has no positive in the denominator,
+    which would be unbounded below. Averaged over the anchor's positives, then over the anchors of the global batch that
+    have at least one positive and one negative; none → exactly 0, with gradient 0. Raises InputError for a `depth`
+    that is no column and for other `negatives`.
+    """
     if not 0 <= depth < category_BH.shape[1]:
         raise InputError(f"depth {depth} is not a column of the categories, which have {category_BH.shape[1]} (from 0)")
     if negatives not in ("siblings", "all"):
@@ -120,25 +101,18 @@ def hierarchical_class_terms(
     return HierarchicalTerms(*global_mean(total, len(layout.anchor_A), gather))
 
 
-def cluster_scale_constraint(
-    probability_BK: Tensor, *, gather: Gather | None = None, chunk: int | None = None
-) -> Tensor:
-    """Eq. 5: KL(p̄ ‖ u) + KL(u ‖ p̄) with p̄ the mean of p = softmax(−‖r − e‖²) over the global batch, u uniform.
-
-    Natural logarithm; a usage under 1e-30 counts as 1e-30. `chunk` is taken for symmetry only.
-    """
-    usage_RK = gathered(probability_BK.sum(0, keepdim=True), gather)
-    rows = gathered(usage_RK.new_full((1,), len(probability_BK)), gather).sum()
-    return _two_way_divergence((usage_RK.sum(0) / rows).clamp_min(LEAST_USAGE).log())
-
-
 def cluster_scale_from_log(
     log_probability_BK: Tensor, *, gather: Gather | None = None, chunk: int | None = None
 ) -> Tensor:
-    """`cluster_scale_constraint` from log p: a code that underflows in p still has a finite loss and a gradient."""
+    """Eq. 5: KL(p̄ ‖ u) + KL(u ‖ p̄) with p̄ the mean of p = softmax(−‖r − e‖²) over the global batch, u uniform.
+
+    From log p, natural: a code that underflows in p still has a finite loss and a gradient. `chunk` is taken for symmetry only.
+    """
     log_usage_RK = gathered(log_probability_BK.logsumexp(0, keepdim=True), gather)
     rows = gathered(log_usage_RK.new_full((1,), len(log_probability_BK)), gather).sum()
-    return _two_way_divergence(log_usage_RK.logsumexp(0) - rows.log())
+    log_usage_K = log_usage_RK.logsumexp(0) - rows.log()
+    log_k = math.log(len(log_usage_K))
+    return (log_usage_K.exp() * (log_usage_K + log_k)).sum() - log_k - log_usage_K.mean()
 
 
 def dispersion(
@@ -195,9 +169,3 @@ def _parent_and_child(category_BH: Tensor, depth: int, negatives: str) -> tuple[
     parent_B = category_BH[:, depth - 1]
     takes_part_B = (child_B >= 0) & (parent_B >= 0)
     return torch.where(takes_part_B, parent_B, -1), torch.where(takes_part_B, child_B, -1)
-
-
-def _two_way_divergence(log_usage_K: Tensor) -> Tensor:
-    """KL(p̄ ‖ u) + KL(u ‖ p̄) of a distribution given by its logarithm, in nats."""
-    log_k = math.log(len(log_usage_K))
-    return (log_usage_K.exp() * (log_usage_K + log_k)).sum() - log_k - log_usage_K.mean()

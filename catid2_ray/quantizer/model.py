@@ -224,15 +224,15 @@ class ResidualQuantizer(nn.Module):
         start = self.codebooks if warm else None
         if self.balanced:
             balanced = balanced_residual_kmeans(latent_NZ, codes_per_level=levels, seed=seed, start=start)
-            found = [level.codebook_KZ for level in balanced]
+            codebooks = [level.codebook_KZ for level in balanced]
             for price_K, level in zip(self.prices, balanced, strict=True):
                 price_K.copy_(level.price_K)
         elif self.category_column is None or category_NH is None:
-            found = residual_kmeans(latent_NZ, codes_per_level=levels, seed=seed, start=start)
+            codebooks = residual_kmeans(latent_NZ, codes_per_level=levels, seed=seed, start=start)
         else:
             category_N = category_NH[:, self.category_column].long()
-            found = category_residual_kmeans(latent_NZ, category_N, codes_per_level=levels, seed=seed, start=start)
-        for parameter_KZ, codebook_KZ in zip(self.codebooks, found, strict=True):
+            codebooks = category_residual_kmeans(latent_NZ, category_N, codes_per_level=levels, seed=seed, start=start)
+        for parameter_KZ, codebook_KZ in zip(self.codebooks, codebooks, strict=True):
             parameter_KZ.copy_(codebook_KZ)
         self.restart_averages(sample_ND, category_NH)
 
@@ -307,15 +307,13 @@ class ResidualQuantizer(nn.Module):
 
     def settings(self) -> dict:
         """The keyword arguments that build this model again."""
+        plain = ("latent_radius", "category_column", "ema", "balanced")
         return {
             "width": self.width,
             "hidden": None if self.hidden is None else list(self.hidden),
             "latent": self.latent,
             "codes_per_level": list(self.codes_per_level),
-            "latent_radius": self.latent_radius,
-            "category_column": self.category_column,
-            "ema": self.ema,
-            "balanced": self.balanced,
+            **{name: getattr(self, name) for name in plain},
         }
 
     def save(self, folder: str | Path) -> None:

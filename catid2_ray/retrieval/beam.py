@@ -10,21 +10,15 @@ B batch, T query tokens, M beams, L levels, K codes (or results), C children of 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from catid2_ray.errors import InputError
-from catid2_ray.retrieval.beam_inputs import (
-    checked_levels,
-    checked_queries,
-    checked_widths,
-    decoder_of,
-    is_whole,
-    requested,
-)
-from catid2_ray.retrieval.live import LiveView
+from catid2_ray.retrieval.decoders import checked_queries, decoder_for
+from catid2_ray.retrieval.live import LiveView, filters_for
 from catid2_ray.retrieval.trie import Trie
-from catid2_ray.retrieval.trie_tensors import LiveTensors, TrieTensors, tensors
+from catid2_ray.retrieval.trie_tensors import LiveTensors, TrieTensors, filter_tensors, tensors
 
 _DEAD = torch.iinfo(torch.int64).min
 
@@ -61,37 +55,60 @@ class _Beams(NamedTuple):
     prefix_BML: Tensor
 
 
-def _extend(beams: _Beams, step_logp_BMK: Tensor, arrays: TrieTensors | LiveTensors, width: int, allowed) -> _Beams:
-    """The `width` best children of all beams of each query; `allowed` as `requested` gives it."""
+def _extend(beams: _Beams, step_logp_BMK: Tensor, arrays: TrieTensors | LiveTensors, width: int, filters) -> _Beams:
+    """The `width` best children of all beams of each query; `filters` as `filter_tensors` gives them."""
     level = beams.prefix_BML.shape[-1]
-    found = arrays.children(level, beams.place, beams.logp_BM > -torch.inf, beams.prefix_BML, allowed)
-    score_BMC = beams.logp_BM[..., None] + step_logp_BMK.gather(-1, found.code_BMC)
-    live_BMC = found.live_BMC & (score_BMC > -torch.inf)
-    key_BC = _sort_key(score_BMC, found.rank_BMC, live_BMC).flatten(1)
+    children = arrays.children(level, beams.place, beams.logp_BM > -torch.inf, beams.prefix_BML, filters)
+    score_BMC = beams.logp_BM[..., None] + step_logp_BMK.gather(-1, children.code_BMC)
+    live_BMC = children.live_BMC & (score_BMC > -torch.inf)
+    key_BC = _sort_key(score_BMC, children.rank_BMC, live_BMC).flatten(1)
     best = key_BC.topk(min(width, key_BC.shape[1]), dim=1)
-    parent_BM = best.indices // found.widest
-    code_BM, logp_BM = (x.flatten(1).gather(1, best.indices) for x in (found.code_BMC, score_BMC))
+    parent_BM = best.indices // children.widest
+    code_BM, logp_BM = (x.flatten(1).gather(1, best.indices) for x in (children.code_BMC, score_BMC))
     kept_BML = beams.prefix_BML.gather(1, parent_BM[..., None].expand(-1, -1, level))
     prefix_BML = torch.cat((kept_BML, code_BM[..., None]), 2)
-    place = arrays.kept(level, found, best.indices, code_BM)
+    place = arrays.kept(level, children, best.indices, code_BM)
     return _Beams(place, logp_BM.masked_fill(best.values == _DEAD, -torch.inf), parent_BM, prefix_BML)
 
 
 def _result(beams: _Beams, arrays: TrieTensors | LiveTensors, top_k: int) -> BeamResult:
-    found_BM = beams.logp_BM > -torch.inf
-    docid_BML = beams.prefix_BML.masked_fill(~found_BM[..., None], -1)
-    missing = max(0, top_k - found_BM.shape[1])
+    real_BM = beams.logp_BM > -torch.inf
+    docid_BML = beams.prefix_BML.masked_fill(~real_BM[..., None], -1)
+    missing = max(0, top_k - real_BM.shape[1])
 
     def cut(values: Tensor, filler: float) -> Tensor:
         padding = (0, 0) * (values.ndim - 2) + (0, missing)
         return torch.nn.functional.pad(values[:, :top_k], padding, value=filler).cpu()
 
     base_BM2, inserted_BM2 = (
-        None if range_BM2 is None else cut(range_BM2.masked_fill(~found_BM[..., None], 0), 0)
+        None if range_BM2 is None else cut(range_BM2.masked_fill(~real_BM[..., None], 0), 0)
         for range_BM2 in arrays.ranges(docid_BML.shape[-1], beams.place)
     )
-    count_B = found_BM.sum(1).clamp(max=top_k).cpu()
+    count_B = real_BM.sum(1).clamp(max=top_k).cpu()
     return BeamResult(cut(docid_BML, -1), base_BM2, cut(beams.logp_BM, -torch.inf), count_B, inserted_BM2)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _checked_widths(beam_width: int | Sequence[int], levels: int) -> list[int]:
+    """One width per level searched."""
+    one = _is_whole(beam_width)
+    given = [beam_width] * levels if one else beam_width
+    if isinstance(given, (np.ndarray, Tensor)):
+        given = given.tolist()
+    if not isinstance(given, (list, tuple)) or len(given) != levels or not all(_is_whole(w) and w >= 1 for w in given):
+        raise InputError(f"beam_width must be one whole number ≥ 1, or {levels} of them, found {beam_width!r}")
+    return [int(width) for width in given]
+
+
+def _checked_levels(levels: int | None, trie: Trie | LiveView) -> int:
+    if levels is None:
+        return trie.levels
+    if not _is_whole(levels) or not 1 <= levels <= trie.levels:
+        raise InputError(f"levels must be a whole number from 1 to {trie.levels}, or None for all, found {levels!r}")
+    return int(levels)
 
 
 @torch.inference_mode()
@@ -125,16 +142,16 @@ def constrained_beam_search(
     or out of range, no query or one without tokens, tokens beyond the vocabulary, a model or a filter that does not fit
     the trie, or logits that are not finite. (METHODS: softmax first, then the constraint.)
     """
-    levels = checked_levels(levels, trie)
-    widths = checked_widths(beam_width, levels)
-    if not is_whole(top_k) or top_k < 1 or normalize not in ("level", "vocabulary"):
+    levels = _checked_levels(levels, trie)
+    widths = _checked_widths(beam_width, levels)
+    if not _is_whole(top_k) or top_k < 1 or normalize not in ("level", "vocabulary"):
         raise InputError(
             f"top_k must be a whole number ≥ 1 and normalize 'level' or 'vocabulary', found {top_k!r} and {normalize!r}"
         )
-    decoder = decoder_of(model, trie)
+    decoder = decoder_for(model, codes_per_level=trie.codes_per_level)
     device = decoder.device
     ids_BT, mask_BT = checked_queries(input_ids, attention_mask, decoder)
-    filters = requested(allowed, trie, len(ids_BT), device)
+    filters = filter_tensors(filters_for(allowed, trie, len(ids_BT)), trie, device)
     arrays = tensors(trie, device)
     memory, cache = decoder.encode(ids_BT, mask_BT) if memory is None else memory, None
     root_B1 = torch.zeros(len(ids_BT), 1, dtype=torch.long, device=device)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, RecipeError
-from catid2_ray.generator.alignment import Experience, Groups, Objective, collect, pack
+from catid2_ray.generator.eg_grpo import Experience, Groups, Objective, collect, pack
 from catid2_ray.generator.rewards import expert_candidates, graded, looked_up, ranker_bonus, unpack
 from catid2_ray.generator.vocabulary import pad_of
-from catid2_ray.retrieval.rollout import Rollouts, beam_rollouts, leaves_of, sample_rollouts
+from catid2_ray.retrieval.arrays import entries
+from catid2_ray.retrieval.rollout import Rollouts, beam_rollouts, sample_rollouts
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.schedule import seed_from
 
@@ -60,15 +61,13 @@ class CalledRanker:
 
     def scores(self, number_B: Tensor, leaf_BN: Tensor, trie: Trie) -> Tensor:
         """float32 B×N, an ID's best product; NaN where the ID does not exist. One call a query."""
-        found_BN = np.full(tuple(leaf_BN.shape), np.nan, np.float32)
+        score_BN = np.full(tuple(leaf_BN.shape), np.nan, np.float32)
         for row, (query, leaf_N) in enumerate(zip(self.queries(number_B.cpu().numpy()), leaf_BN.cpu().numpy())):
             place = np.flatnonzero(leaf_N >= 0)
             if not len(place):
                 continue
             first, end = (trie.row_start[-1][leaf_N[place] + i].astype(np.int64) for i in (0, 1))
-            count = end - first
-            begin = np.cumsum(count) - count
-            rows = np.arange(count.sum()) + np.repeat(first - begin, count)
+            rows, _ = entries(first, end - first)
             products = [str(self.product_ids[int(at)]) for at in rows]
             score = np.asarray(self.ranker(query, products), np.float32)
             if score.shape != (len(products),) or not np.isfinite(score).all():
@@ -76,8 +75,8 @@ class CalledRanker:
                     f"the ranker gave {score.shape} scores for {len(products)} products of the query {query!r}: expected "
                     "one finite number per product"
                 )
-            found_BN[row, place] = np.maximum.reduceat(score, begin)
-        return torch.from_numpy(found_BN).to(leaf_BN.device)
+            score_BN[row, place] = np.maximum.reduceat(score, np.cumsum(end - first) - (end - first))
+        return torch.from_numpy(score_BN).to(leaf_BN.device)
 
 
 class Environment:
@@ -103,7 +102,9 @@ class Environment:
     def reward(self, batch: Mapping[str, Tensor], groups: Groups) -> Tensor:
         """float32 B×N: graded, plus the ranker's bonus for members that exist."""
         rules, packed_BN = self.rules, pack(groups.codes_BNL, self.space)
-        leaf_BN = leaves_of(self.trie, groups.codes_BNL)
+        codes_NL = groups.codes_BNL.cpu().numpy().reshape(-1, self.trie.levels)
+        leaf_N = torch.from_numpy(self.trie.nodes_of(codes_NL)[:, -1].astype(np.int64))
+        leaf_BN = leaf_N.view(packed_BN.shape).to(packed_BN.device)
         valid_BN = leaf_BN >= 0
         reward_BN = graded(
             packed_BN, batch["judged"], batch["reward"], valid_BN, valid=rules.valid, invalid=rules.invalid
@@ -127,8 +128,8 @@ class Environment:
         )  # fmt: skip
 
         def rollout(input_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-            found = self.rollouts(model, input_ids_BT, seed=seed_from(seed, 2))
-            return found.codes_BGL.clamp(min=0), found.count_B
+            rollouts = self.rollouts(model, input_ids_BT, seed=seed_from(seed, 2))
+            return rollouts.codes_BGL.clamp(min=0), rollouts.count_B
 
         return collect(
             model, reference, batch["input_ids"], rollout=rollout,

@@ -146,9 +146,9 @@ class _Paths:
         # A list's text ends in a mark, so that splitting it gives one name too many, the empty one.
         flat, list_of = self._names
         last = np.append(list_of[1:] != list_of[:-1], True) if len(list_of) else np.empty(0, bool)
-        found = pc.is_in(flat, pa.array(names, flat.type)).to_numpy(zero_copy_only=False) & ~last
+        named = pc.is_in(flat, pa.array(names, flat.type)).to_numpy(zero_copy_only=False) & ~last
         chosen = np.zeros(len(self.paths) + 1, bool)
-        chosen[list_of[found]] = True
+        chosen[list_of[named]] = True
         return chosen[self.place_N]
 
     def _under(self, names: list[str]) -> np.ndarray:
@@ -160,32 +160,46 @@ class _Paths:
         return (self.place_N >= first) & (self.place_N < end)
 
 
-class _Numbers:
-    def __init__(self, values: pa.ChunkedArray):
-        self.whole = pa.types.is_integer(values.type)
-        self.kind = "whole numbers" if self.whole else "numbers"
-        self.operators = (("from",), ("to",), ("from", "to")) + ((("in",),) if self.whole else ())
-        self.valid_N = values.is_valid().to_numpy() if values.null_count else None
-        self.values_N = (values.fill_null(0) if values.null_count else values).to_numpy()
+class _Ordered:
+    """Columns that are asked by "from" and "to": numbers `values_N` in the order of the column, `valid_N` where some are
+    missing. `_bound`: a JSON value as such a number, rounded inwards where it lies between two."""
+
+    operators = (("from",), ("to",), ("from", "to"))
+    values_N: np.ndarray
+    valid_N: np.ndarray | None
 
     def wrong(self, key, value):
-        if key == "in":
-            return _not_all(value, _is_whole, "whole numbers")
         if _is_whole(value) or (isinstance(value, float) and math.isfinite(value)):
             return None
         return "", f"expects a number, found {value!r}"
 
     def match(self, condition):
-        if "in" in condition:
-            limits = np.iinfo(self.values_N.dtype)
-            asked = [value for value in set(condition["in"]) if limits.min <= value <= limits.max]
-            matched_N = np.isin(self.values_N, np.array(asked, self.values_N.dtype))
-        else:
-            matched_N = np.ones(len(self.values_N), bool)
-            if "from" in condition:
-                matched_N &= self.values_N >= self._bound(condition["from"], math.ceil)
-            if "to" in condition:
-                matched_N &= self.values_N <= self._bound(condition["to"], math.floor)
+        matched_N = np.ones(len(self.values_N), bool) if self.valid_N is None else self.valid_N.copy()
+        if "from" in condition:
+            matched_N &= self.values_N >= self._bound(condition["from"], math.ceil)
+        if "to" in condition:
+            matched_N &= self.values_N <= self._bound(condition["to"], math.floor)
+        return matched_N
+
+
+class _Numbers(_Ordered):
+    def __init__(self, values: pa.ChunkedArray):
+        self.whole = pa.types.is_integer(values.type)
+        self.kind = "whole numbers" if self.whole else "numbers"
+        if self.whole:
+            self.operators = (*self.operators, ("in",))
+        self.valid_N = values.is_valid().to_numpy() if values.null_count else None
+        self.values_N = (values.fill_null(0) if values.null_count else values).to_numpy()
+
+    def wrong(self, key, value):
+        return _not_all(value, _is_whole, "whole numbers") if key == "in" else super().wrong(key, value)
+
+    def match(self, condition):
+        if "in" not in condition:
+            return super().match(condition)
+        limits = np.iinfo(self.values_N.dtype)
+        asked = [value for value in set(condition["in"]) if limits.min <= value <= limits.max]
+        matched_N = np.isin(self.values_N, np.array(asked, self.values_N.dtype))
         return matched_N if self.valid_N is None else matched_N & self.valid_N
 
     def _bound(self, value, rounded):
@@ -199,10 +213,10 @@ class _Numbers:
             return math.inf if value > 0 else -math.inf
 
 
-class _Decimals:
+class _Decimals(_Ordered):
     """Exact: kept as whole numbers of the last digit, asked by the digits of the JSON number."""
 
-    kind, operators = "decimals", (("from",), ("to",), ("from", "to"))
+    kind = "decimals"
 
     def __init__(self, name: str, values: pa.ChunkedArray):
         if values.type.precision > 18:
@@ -211,24 +225,12 @@ class _Decimals:
         wide = values.cast(pa.decimal128(values.type.precision, values.type.scale))
         self.valid_N = wide.is_valid().to_numpy()
         # Little-endian pairs of 64 bits; the upper half only repeats the sign.
-        self.units_N = np.concatenate([np.empty(0, np.int64), *map(_low_halves, wide.chunks)])
+        self.values_N = np.concatenate([np.empty(0, np.int64), *map(_low_halves, wide.chunks)])
 
-    def wrong(self, key, value):
-        if _is_whole(value) or (isinstance(value, float) and math.isfinite(value)):
-            return None
-        return "", f"expects a number, found {value!r}"
-
-    def match(self, condition):
-        matched_N = self.valid_N.copy()
-        if "from" in condition:
-            matched_N &= self.units_N >= math.ceil(self._units(condition["from"]))
-        if "to" in condition:
-            matched_N &= self.units_N <= math.floor(self._units(condition["to"]))
-        return matched_N
-
-    def _units(self, value) -> Fraction:
+    def _bound(self, value, rounded) -> int:
         # What JSON says, 19.99, not the float next to it.
-        return (Fraction(repr(value)) if isinstance(value, float) else Fraction(value)) * Fraction(10) ** self.scale
+        exact = Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
+        return rounded(exact * Fraction(10) ** self.scale)
 
 
 def _low_halves(values: pa.Array) -> np.ndarray:
@@ -236,24 +238,19 @@ def _low_halves(values: pa.Array) -> np.ndarray:
     return halves[2 * values.offset : 2 * (values.offset + len(values)) : 2]
 
 
-class _Dates:
-    kind, operators = "dates", (("from",), ("to",), ("from", "to"))
+class _Dates(_Ordered):
+    kind = "dates"
 
     def __init__(self, values: pa.ChunkedArray):
         days = values.cast(pa.date32()).cast(pa.int32())
         self.valid_N = days.is_valid().to_numpy()
-        self.days_N = days.fill_null(0).to_numpy()
+        self.values_N = days.fill_null(0).to_numpy()
 
     def wrong(self, key, value):
         return None if _day(value) is not None else ("", f'expects a date as "2024-01-31", found {value!r}')
 
-    def match(self, condition):
-        matched_N = self.valid_N.copy()
-        if "from" in condition:
-            matched_N &= self.days_N >= _day(condition["from"])
-        if "to" in condition:
-            matched_N &= self.days_N <= _day(condition["to"])
-        return matched_N
+    def _bound(self, value, rounded) -> int:
+        return _day(value)
 
 
 def _day(value) -> int | None:
@@ -281,16 +278,13 @@ class _Flags:
         return ~self.true_N if self.false_N is None else self.false_N
 
 
-class _Products:
+class _Products(_Text):
     """Product ids, nearly all distinct: searched anew per filter, as an index would be larger than the ids."""
 
-    kind, operators = "product ids", (("in",),)
+    kind = "product ids"
 
     def __init__(self, values: pa.ChunkedArray):
         self.values = values
-
-    def wrong(self, key, value):
-        return _not_all(value, _is_string, "strings")
 
     def match(self, condition):
         return pc.is_in(self.values, pa.array(condition["in"], self.values.type)).to_numpy()

@@ -18,8 +18,7 @@ from catid2_ray.errors import ArtifactError, InputError, ReleaseError
 from catid2_ray.generator.saved import load_generator
 from catid2_ray.retrieval.filters import FilterIndex
 from catid2_ray.retrieval.lexical import LexicalIndex
-from catid2_ray.retrieval.product_names import ProductNames
-from catid2_ray.retrieval.products import Products
+from catid2_ray.retrieval.products import ProductNames, Products
 from catid2_ray.retrieval.rescoring import Expansion
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import VectorStore
@@ -108,7 +107,7 @@ def _products(folder: Path) -> Products:
 def _index(folder: Path, products: Products, rows: int) -> FilterIndex:
     path = folder / "columns.arrow"
     if not path.exists():
-        return index_of(products.product_ids)
+        return FilterIndex({"product_id": products.product_ids})
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (OSError, ValueError) as error:
@@ -116,15 +115,3 @@ def _index(folder: Path, products: Products, rows: int) -> FilterIndex:
     if table.num_rows != rows:
         raise ReleaseError(f"{path} has {table.num_rows} rows, the trie {rows}; take both from one release")
     return FilterIndex(table.append_column("product_id", products.product_ids))
-
-
-def index_of(product_ids) -> FilterIndex:
-    """Filters by product id alone."""
-    return FilterIndex({"product_id": product_ids})
-
-
-def column(values) -> pa.ChunkedArray | pa.Array | None:
-    """Strings as an Arrow column."""
-    if values is None or isinstance(values, (pa.ChunkedArray, pa.Array)):
-        return values
-    return pa.array(list(values), pa.string())

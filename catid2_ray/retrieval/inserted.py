@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from catid2_ray.docid import DocidSpace
+from catid2_ray.retrieval.arrays import pointer_type, token_type
 from catid2_ray.retrieval.trie import Trie
-from catid2_ray.retrieval.trie_arrays import pointer_type, token_type
 
 
 class InsertedArrays(NamedTuple):
@@ -50,7 +50,7 @@ class Inserted:
 
     def with_products(self, base: Trie, codes_ML: np.ndarray) -> "Inserted":
         """These and M ≥ 1 more, numbered from D on. O(D) copying, O(M log N) look-ups."""
-        packed_M, twin_ML = self.space.pack(codes_ML), nodes_of(base, codes_ML)
+        packed_M, twin_ML = self.space.pack(codes_ML), base.nodes_of(codes_ML)
         sorted_M = np.argsort(packed_M, kind="stable")
         at_M = np.searchsorted(self.packed_D, packed_M[sorted_M], side="right")
         # One place is a plain copy in two pieces; NumPy takes many by a mask.
@@ -100,23 +100,3 @@ class Inserted:
     def range_of(self, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Start and end of the rows that have each packed ID. O(log D) each."""
         return tuple(np.searchsorted(self.packed_D, packed, side=side) for side in ("left", "right"))
-
-
-def nodes_of(base: Trie, codes_ML: np.ndarray) -> np.ndarray:
-    """M×L, the base's node of every prefix of these IDs, −1 where it has none. O(log K) per code."""
-    nodes_ML = np.full(codes_ML.shape, -1, pointer_type(base.rows))
-    parent, inside = np.zeros(len(codes_ML), np.int64), np.ones(len(codes_ML), bool)
-    for level in range(base.levels):
-        code, token = codes_ML[:, level], base.token[level + 1]
-        low = base.child_start[level][parent].astype(np.int64)
-        end = np.where(inside, base.child_start[level][parent + 1], low)
-        high = end.copy()
-        for _ in range(int(base.widest[level]).bit_length()):
-            middle = np.minimum((low + high) // 2, len(token) - 1)
-            right = (low < high) & (token[middle] < code)
-            low, high = np.where(right, middle + 1, low), np.where(right | (low >= high), high, middle)
-        inside = inside & (low < end)
-        inside[inside] = token[low[inside]] == code[inside]
-        parent = np.where(inside, low, 0)
-        nodes_ML[inside, level] = low[inside]
-    return nodes_ML

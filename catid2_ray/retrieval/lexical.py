@@ -7,7 +7,7 @@ N rows (products), V terms of the vocabulary, P (product, term) pairs, B queries
 """
 
 import json
-import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from catid2_ray.errors import ArtifactError, InputError
+from catid2_ray.retrieval.arrays import entries, read_header
 from catid2_ray.scripts import RULES, STOPWORDS, words_of
 
 FORMAT = 1
@@ -122,11 +123,7 @@ class LexicalIndex:
         """Memory-map a written index. Raises ArtifactError for a folder that is missing, half-written or inconsistent."""
         folder = Path(folder)
         try:
-            header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-            if header["format"] != FORMAT:
-                raise ArtifactError(
-                    f"{folder / HEADER} has format {header['format']}, this version reads {FORMAT}. {_AGAIN}"
-                )
+            header = read_header(folder / HEADER, "lexical index", version=FORMAT, again=_AGAIN)
             start_N1, idf_V = (
                 np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
                 for name in ("start", "idf")
@@ -185,10 +182,8 @@ class LexicalIndex:
         return score_BC
 
     def _scores(self, terms: np.ndarray, times: np.ndarray, row_M: np.ndarray) -> np.ndarray:
-        first_M, end_M = self.start_N1[row_M], self.start_N1[row_M + 1]
-        count_M = end_M - first_M
-        owner_P = np.repeat(np.arange(len(row_M)), count_M)
-        entry_P = np.arange(len(owner_P)) + np.repeat(first_M - (np.cumsum(count_M) - count_M), count_M)
+        first_M = self.start_N1[row_M]
+        entry_P, owner_P = entries(first_M, self.start_N1[row_M + 1] - first_M)
         term_P = self.term_P[entry_P]
         at_P = np.minimum(np.searchsorted(terms, term_P), len(terms) - 1)
         hit_P = np.flatnonzero(terms[at_P] == term_P)
@@ -197,24 +192,16 @@ class LexicalIndex:
 
     def _terms(self, query: str) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the query's known words, ascending, and how often it has each."""
-        found = {}
-        for word, times in Counter(words(query, rules=self.rules)).items():
-            place = self._place(word)
-            if place is not None:
-                found[place] = times
-        terms = np.array(sorted(found), np.int32)
-        return terms, np.array([found[term] for term in terms.tolist()], np.float32)
+        counted = Counter(words(query, rules=self.rules))
+        times_of = {self._place(word): times for word, times in counted.items()}
+        times_of.pop(None, None)
+        terms = np.array(sorted(times_of), np.int32)
+        return terms, np.array([times_of[term] for term in terms.tolist()], np.float32)
 
     def _place(self, word: str) -> int | None:
         # Arrow sorts by the bytes of UTF-8, as Python does by code points: the same order.
-        low, high = 0, len(self.vocabulary)
-        for _ in range(math.ceil(math.log2(high + 1)) if high else 0):
-            middle = (low + high) // 2
-            if low < high and self.vocabulary[middle].as_py() < word:
-                low = middle + 1
-            else:
-                high = middle
-        return low if low < len(self.vocabulary) and self.vocabulary[low].as_py() == word else None
+        place = bisect_left(range(len(self.vocabulary)), word, key=lambda at: self.vocabulary[at].as_py())
+        return place if place < len(self.vocabulary) and self.vocabulary[place].as_py() == word else None
 
 
 def _weights(block: Block, idf_V: np.ndarray, mean_length: float) -> np.ndarray:

@@ -1,7 +1,7 @@
 """New, withdrawn and returned products in a trie that serves, without a rebuild: base + inserted products + bits of rows.
 
 The base stays memory-mapped and untouched, a search walks it and the inserted products side by side (`trie_tensors.py`)
-and finds what it would in a trie rebuilt from the live products (`LiveView.ids`). The next release's trie has them in it.
+and finds what it would in a trie rebuilt from the live products. The next release's trie has them in it.
 
 Rows have two numberings. A product's row never changes: 0 … N − 1 in the base, N + i for the i-th that was inserted;
 filters, names and `result_rows` speak of these. Results speak of ranges: `row_range_BK2` in the base, and
@@ -20,21 +20,15 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CapacityError, InputError
-from catid2_ray.retrieval.filters import Filter, FilterIndex
-from catid2_ray.retrieval.inserted import Inserted, nodes_of
-from catid2_ray.retrieval.live_filters import LiveFilter, LiveFilterIndex
-from catid2_ray.retrieval.product_names import ProductNames
+from catid2_ray.retrieval.arrays import entries
+from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter, LiveFilterIndex
+from catid2_ray.retrieval.inserted import Inserted
+from catid2_ray.retrieval.products import ProductNames
 from catid2_ray.retrieval.trie import Trie
-
-
-class LiveIds(NamedTuple):
-    """All live products in ID order: int64 codes, and rows (below N of the base, N + i the i-th inserted product)."""
-
-    codes_NL: np.ndarray
-    row_N: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,29 +72,18 @@ class LiveView:
         order_D = np.empty(0, np.int64) if self.inserted is None else self.inserted.order_D
         return Filter.of(inserted.allowed_N[order_D])
 
-    def restricted(self, allowed: LiveFilter) -> tuple[Filter, Filter]:
-        """Live rows that a request allows: of the base, and inserted ones in ID order. Kept with the filter.
-
-        Raises InputError for a filter that does not fit this view.
-        """
+    def restricted(self, allowed: LiveFilter | None) -> tuple[Filter, Filter]:
+        """Live rows that a request allows: of the base, and inserted ones in ID order. Kept with the filter."""
+        if allowed is None:
+            return self.live_base, self.live_sorted
         if allowed not in self._restricted:
-            have = (len(allowed.base), len(allowed.inserted))
-            if have[0] != self.base.rows or have[1] < len(self.live_inserted):
-                raise InputError(
-                    f"the filter is over {have[0]} rows and {have[1]} inserted products, the live trie has "
-                    f"{self.base.rows} and {len(self.live_inserted)}; take the view first, then compile the filter"
-                )
             inserted = Filter.of(allowed.inserted.allowed_N[: len(self.live_inserted)])
             self._restricted[allowed] = self.live_base & allowed.base, self._sorted(self.live_inserted & inserted)
         return self._restricted[allowed]
 
     def is_live(self, rows) -> np.ndarray:
         """bool, for each row. Raises IndexError for rows that do not exist."""
-        rows = np.asarray(rows, np.int64)
-        old, live = rows < self.base.rows, np.empty(rows.shape, bool)
-        live[old] = self.live_base.allows(rows[old])
-        live[~old] = self.live_inserted.allows(rows[~old] - self.base.rows)
-        return live
+        return LiveFilter(self.live_base, self.live_inserted).allows(rows)
 
     def row_of(self, numbers) -> np.ndarray:
         """The row of each number of a result's range: itself below N, else N + i of the product that stands there."""
@@ -110,17 +93,66 @@ class LiveView:
         order_D, size = self.inserted.order_D, self.base.rows
         return np.where(numbers < size, numbers, size + order_D[np.maximum(numbers - size, 0)])
 
-    def ids(self) -> LiveIds:
-        """Every live product, as a trie rebuilt from them has it. O(N + D); equal IDs: base first, then as inserted."""
-        space, base = DocidSpace(self.base.codes_per_level), self.base
-        row_N = np.flatnonzero(self.live_base.allowed_N)
-        codes_NL = base.prefixes(base.levels, base.row_start[-1].holding(row_N))
-        if self.inserted is not None:
-            live_D = self.live_sorted.allowed_N
-            codes_NL = np.concatenate((codes_NL, space.unpack(self.inserted.packed_D[live_D])))
-            row_N = np.append(row_N, base.rows + self.inserted.order_D[live_D])
-        order_N = np.argsort(space.pack(codes_NL), kind="stable")
-        return LiveIds(codes_NL[order_N], row_N[order_N])
+
+def codes_of(trie: Trie | LiveView, rows) -> np.ndarray:
+    """int64 M×L, the whole ID of each row (of a live view: inserted ones too)."""
+    rows, base = np.asarray(rows, np.int64), trie.base if isinstance(trie, LiveView) else trie
+    codes_ML, old_M = np.empty((len(rows), base.levels), np.int64), rows < base.rows
+    codes_ML[old_M] = base.prefixes(base.levels, base.row_start[-1].holding(rows[old_M]))
+    if not old_M.all():
+        place_D = np.argsort(trie.inserted.order_D)
+        packed_M = trie.inserted.packed_D[place_D[rows[~old_M] - base.rows]]
+        codes_ML[~old_M] = DocidSpace(base.codes_per_level).unpack(packed_M)
+    return codes_ML
+
+
+def filters_for(allowed, trie: Trie | LiveView, queries: int) -> list[Filter | LiveFilter | None]:
+    """The filter of each query, None where it may find every row.
+
+    `allowed`: one filter, or None, for all queries, or a list with one of these per query. A filter is, of a trie, a
+    `Filter` or bool N; of a live view, a `LiveFilter`, bool over base rows and inserted products, or a `Filter` while
+    nothing is inserted. Raises InputError for anything else, and for a filter over other rows than the trie's.
+    """
+    several = isinstance(allowed, (list, tuple)) and not all(isinstance(one, (bool, np.bool_)) for one in allowed)
+    if several and len(allowed) != queries:
+        raise InputError(f"allowed has {len(allowed)} filters for {queries} queries; give one for each, or None")
+    given = allowed if several else [allowed] * queries
+    # One object stays one object: it is put on the device once.
+    filters = {id(one): None if one is None else _filter(one, trie) for one in given}
+    return [filters[id(one)] for one in given]
+
+
+def _filter(allowed, trie: Trie | LiveView) -> Filter | LiveFilter:
+    if not isinstance(trie, LiveView):
+        filter_ = allowed if isinstance(allowed, Filter) else Filter.of(_booleans(allowed, trie.rows))
+        if len(filter_) != trie.rows:
+            raise InputError(
+                f"the filter is over {len(filter_)} rows, the trie has {trie.rows}; take both from one release"
+            )
+        return filter_
+    if isinstance(allowed, LiveFilter):
+        filter_ = allowed
+    elif isinstance(allowed, Filter):
+        filter_ = LiveFilter(allowed, Filter.of(np.empty(0, bool)))
+    else:
+        filter_ = LiveFilter.of(_booleans(allowed, trie.rows), trie.base.rows)
+    if len(filter_.base) != trie.base.rows or len(filter_.inserted) < len(trie.live_inserted):
+        raise InputError(
+            f"the filter is over {len(filter_.base)} rows and {len(filter_.inserted)} inserted products, the live trie "
+            f"has {trie.base.rows} and {len(trie.live_inserted)}; take the view first, then compile the filter"
+        )
+    return filter_
+
+
+def _booleans(allowed, rows: int) -> np.ndarray:
+    try:
+        allowed = torch.as_tensor(allowed)
+        kind = f"{allowed.dtype} of {tuple(allowed.shape)}"
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(allowed).__name__
+    if kind != f"torch.bool of {(rows,)}":
+        raise InputError(f"allowed must be a filter or {rows} booleans, one per trie row, found {kind}")
+    return allowed.cpu().numpy()
 
 
 class ResultRows(NamedTuple):
@@ -134,29 +166,22 @@ class ResultRows(NamedTuple):
 def result_rows(result, trie: Trie | LiveView, *, allowed=None, most: int | None = None) -> list[ResultRows]:
     """The live and allowed products of each query's results, at most `most` (None: all), best result first.
 
-    `result`: a BeamResult of a search over `trie` with the same `allowed`: None, or a `Filter` (of a live view:
-    `LiveFilter`), or a list with one of these per query.
+    `result`: a BeamResult of a search over `trie` with the same `allowed` (as `filters_for` takes it).
     """
     live, answers = isinstance(trie, LiveView), []
-    for b, count in enumerate(result.count_B.tolist()):
+    filters = filters_for(allowed, trie, len(result.count_B))
+    for b, (count, filter_) in enumerate(zip(result.count_B.tolist(), filters)):
         parts = [result.row_range_BK2[b, :count].numpy()]
         if result.inserted_range_BK2 is not None:
             parts.append(result.inserted_range_BK2[b, :count].numpy())
         # Result by result: its range in the base, then its range among the inserted.
         range_R2 = np.stack(parts, 1).reshape(-1, 2)
-        size_R = range_R2[:, 1] - range_R2[:, 0]
-        skipped_R = np.cumsum(size_R) - size_R
-        number_M = np.arange(size_R.sum()) + np.repeat(range_R2[:, 0] - skipped_R, size_R)
-        result_M = np.repeat(np.arange(len(range_R2)) // len(parts), size_R)
-        mine = allowed[b] if isinstance(allowed, (list, tuple)) else allowed
+        number_M, range_M = entries(range_R2[:, 0], range_R2[:, 1] - range_R2[:, 0])
+        result_M = range_M // len(parts)
         row_M = trie.row_of(number_M) if live else number_M
         kept_M = trie.is_live(row_M) if live else np.ones(len(row_M), bool)
-        if mine is not None and live:
-            old_M = row_M < trie.base.rows
-            kept_M[old_M] &= mine.base.allows(row_M[old_M])
-            kept_M[~old_M] &= mine.inserted.allows(row_M[~old_M] - trie.base.rows)
-        elif mine is not None:
-            kept_M &= mine.allows(row_M)
+        if filter_ is not None:
+            kept_M &= filter_.allows(row_M)
         answers.append(ResultRows(row_M[kept_M][:most], result_M[kept_M][:most]))
     return answers
 
@@ -193,7 +218,7 @@ class LiveTrie:
         self.inserted: list[str] = []
         self._row_of: dict[str, int] = {}
         self._lock = threading.Lock()
-        self.view = LiveView(base, None, Filter.of(np.ones(base.rows, bool)), Filter.of(np.empty(0, bool)))
+        self.view = LiveView(base, None, Filter.all_of(base.rows), Filter.of(np.empty(0, bool)))
 
     @property
     def base(self) -> Trie:
@@ -249,10 +274,8 @@ class LiveTrie:
             return None
         name = self.filters.index.product_column
         if name in self.filters.index.types:
-            columns = {
-                key: columns[key] for key in (columns.column_names if isinstance(columns, pa.Table) else columns or ())
-            }
-            columns[name] = product_ids
+            keys = columns.column_names if isinstance(columns, pa.Table) else columns or ()
+            columns = {key: columns[key] for key in keys} | {name: product_ids}
         return self.filters.rows_of(columns, len(product_ids))
 
     def withdraw(self, products: Sequence[str] | Sequence[int]) -> None:
@@ -266,7 +289,7 @@ class LiveTrie:
         with self._lock:
             rows = np.unique(self._rows(products))
             rows = rows[~self.view.is_live(rows)]
-            names, codes_ML = [self._name(row) for row in rows.tolist()], self._codes(rows)
+            names, codes_ML = [self._name(row) for row in rows.tolist()], codes_of(self.view, rows)
             self._claim(names, self.space.pack(codes_ML), codes_ML)
             self._row_of |= {name: row for name, row in zip(names, rows.tolist()) if name is not None}
             self._set_live(rows, True)
@@ -278,21 +301,12 @@ class LiveTrie:
             view.base, view.inserted, base, view.live_inserted.changed(rows[rows >= size] - size, live)
         )
 
-    def _codes(self, rows: np.ndarray) -> np.ndarray:
-        codes, base, view = np.empty((len(rows), self.base.levels), np.int64), self.base, self.view
-        old = rows < base.rows
-        codes[old] = base.prefixes(base.levels, base.row_start[-1].holding(rows[old]))
-        if not old.all():
-            place = np.argsort(view.inserted.order_D)
-            codes[~old] = self.space.unpack(view.inserted.packed_D[place[rows[~old] - base.rows]])
-        return codes
-
     def _name(self, row: int) -> str | None:
         if row >= self.base.rows:
             return self.inserted[row - self.base.rows]
         return None if self.names is None else self.names.name(row)
 
-    def _found(self, names: list[str]) -> np.ndarray:
+    def _rows_named(self, names: list[str]) -> np.ndarray:
         """int64, the row that each name means, −1 where there is none."""
         rows = np.array([self._row_of.get(name, -1) for name in names], np.int64)
         unknown = np.flatnonzero(rows < 0)
@@ -303,7 +317,7 @@ class LiveTrie:
     def _rows(self, products) -> np.ndarray:
         products = [products] if isinstance(products, str) else list(products)
         if products and all(isinstance(one, str) for one in products):
-            rows = self._found(products)
+            rows = self._rows_named(products)
             if (rows < 0).any():
                 missing = products[int(np.argmax(rows < 0))]
                 raise InputError(
@@ -319,7 +333,7 @@ class LiveTrie:
     def _claim(self, names: list[str | None], packed_M: np.ndarray, codes_ML: np.ndarray) -> None:
         """Raise InputError unless these products with these IDs may become live together."""
         named = [name for name in names if name is not None]
-        rows = self._found(named)
+        rows = self._rows_named(named)
         known = np.flatnonzero(rows >= 0)
         taken = [named[i] for i in known[self.view.is_live(rows[known])].tolist()]
         taken += [name for name, count in Counter(named).items() if count > 1]
@@ -328,13 +342,14 @@ class LiveTrie:
         view = self.view
         if view.base.shared or not len(packed_M):
             return
-        node_M = nodes_of(view.base, codes_ML)[:, -1].astype(np.int64)
+        node_M = view.base.nodes_of(codes_ML)[:, -1].astype(np.int64)
         clash = node_M >= 0
         # Without shared IDs a node of the last depth is a row.
         clash[clash] = view.live_base.allows(node_M[clash])
         if view.inserted is not None:
             clash |= view.live_sorted.count(*view.inserted.range_of(packed_M)) > 0
-        clash |= np.unique(packed_M, return_counts=True)[1][np.unique(packed_M, return_inverse=True)[1]] > 1
+        _, id_M, count_U = np.unique(packed_M, return_inverse=True, return_counts=True)
+        clash |= count_U[id_M] > 1
         if clash.any():
             first = int(np.argmax(clash))
             raise InputError(

@@ -7,7 +7,6 @@ A k wider than the beam widens the beam, but where products are re-scored: there
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,25 +14,18 @@ from torch import Tensor
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, QueryError
-from catid2_ray.generator.examples import tokenize
+from catid2_ray.generator.vocabulary import tokenize
 from catid2_ray.retrieval import folder as folders
-from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
+from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
-from catid2_ray.retrieval.filters import Filter, FilterIndex
-from catid2_ray.retrieval.live import LiveTrie, LiveView
-from catid2_ray.retrieval.live_filters import LiveFilter
-from catid2_ray.retrieval.product_names import ProductNames
-from catid2_ray.retrieval.products import Newcomer, Products
+from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
+from catid2_ray.retrieval.live import LiveTrie, LiveView, filters_for
+from catid2_ray.retrieval.products import Newcomer, ProductNames, Products, arrow_strings
 from catid2_ray.retrieval.rescoring import Expansion, Hit, beam_hits, expanded_hits
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.scripts import says_something
 
 MAX_K = 1000
-
-
-class _Found(NamedTuple):
-    result: BeamResult
-    dense_BE: Tensor | None
 
 
 class Retriever:
@@ -75,12 +67,12 @@ class Retriever:
         codes = trie.codes_per_level
         self.decoder = decoder_for(model, codes_per_level=codes, weights=weights)
         self.tokenizer, self.space = tokenizer, DocidSpace(tuple(codes))
-        self.products = products or Products(folders.column(product_ids), folders.column(titles))
+        self.products = products or Products(arrow_strings(product_ids), arrow_strings(titles))
         self.products.check(trie.rows)
         self.live = LiveTrie(
             trie,
             product_ids=names or self.products.product_ids,
-            index=index or folders.index_of(self.products.product_ids),
+            index=index or FilterIndex({"product_id": self.products.product_ids}),
         )
         self.widths = (
             [beam_width] * trie.levels if isinstance(beam_width, int) else [int(width) for width in beam_width]
@@ -141,41 +133,38 @@ class Retriever:
         if filters is not None and len(filters) != len(queries):
             raise QueryError(f"{len(filters)} filters for {len(queries)} queries; give one, or None, for each")
         # The view first: filters and products then have at least its rows.
-        view = self.live.view
-        products = self.products
-        chosen = self._chosen(filters, allowed, len(queries))
-        answers, size = (
-            [],
-            max(1, min(self.batch, self.batch * 100 // max(*self.widths[: self.levels], self._needed(k)))),
-        )
+        view, products = self.live.view, self.products
+        if filters is not None and allowed is None:
+            chosen = [self.compile(one) for one in filters]
+        else:
+            if isinstance(allowed, Filter):
+                # A filter of the release allows no product that was inserted since.
+                allowed = LiveFilter(allowed, Filter.of(np.zeros(len(view.live_inserted), bool)))
+            chosen = filters_for(allowed, view, len(queries))
+        widest = max(*self.widths[: self.levels], self._needed(k))
+        size, answers = max(1, min(self.batch, self.batch * 100 // widest)), []
         for start in range(0, len(queries), size):
-            part, mine = list(queries[start : start + size]), chosen[start : start + size]
-            mine = None if all(one is None for one in mine) else mine
-            answers += self._answers(part, view, products, k, mine)
+            part = slice(start, start + size)
+            answers += self._answers(list(queries[part]), view, products, k, chosen[part])
         return answers
 
     def _needed(self, k: int) -> int:
         return k if self.expansion is None else 1
 
-    def _chosen(self, filters, allowed, queries: int) -> list:
-        if allowed is not None:
-            if not isinstance(allowed, (Filter, LiveFilter)):
-                allowed = LiveFilter.of(allowed, self.trie.rows)
-            if isinstance(allowed, Filter):
-                none = Filter.of(np.zeros(self.live.view.rows - self.trie.rows, bool))
-                allowed = LiveFilter(allowed, none)
-            return [allowed] * queries
-        return [None] * queries if filters is None else [self.compile(one) for one in filters]
-
     def _answers(self, queries: list[str], view: LiveView, products: Products, k: int, allowed) -> list[list[Hit]]:
-        found = self._search(queries, view, k, allowed)
+        ids_BT, mask_BT, memory = self._encoded(queries)
+        widths = [max(width, self._needed(k)) for width in self.widths[: self.levels]]
+        result = constrained_beam_search(
+            self.decoder, view, ids_BT, mask_BT, beam_width=widths, top_k=widths[-1] if self.expansion else k,
+            allowed=allowed, normalize=self.normalize, levels=self.levels, memory=memory,
+        )  # fmt: skip
         if self.expansion is None:
-            return beam_hits(found.result, view, products, k=k, allowed=allowed)
+            return beam_hits(result, view, products, k=k, allowed=allowed)
         query_BD = None
         if self.expansion.dense != "none":
-            query_BD = self._vectors(queries, found.dense_BE)
+            query_BD = self._vectors(queries, getattr(memory, "dense_BE", None))
         return expanded_hits(
-            found.result, view, products, self.expansion, queries=queries, query_BD=query_BD, k=k, allowed=allowed
+            result, view, products, self.expansion, queries=queries, query_BD=query_BD, k=k, allowed=allowed
         )
 
     def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor, object]:
@@ -186,15 +175,6 @@ class Retriever:
         ids_BT, mask_BT = ids_BT[:, :used].to(device), mask_BT[:, :used].to(device)
         with torch.inference_mode():
             return ids_BT, mask_BT, self.decoder.encode(ids_BT, mask_BT)
-
-    def _search(self, queries: list[str], view: LiveView, k: int, allowed) -> _Found:
-        ids_BT, mask_BT, memory = self._encoded(queries)
-        widths = [max(width, self._needed(k)) for width in self.widths[: self.levels]]
-        result = constrained_beam_search(
-            self.decoder, view, ids_BT, mask_BT, beam_width=widths, top_k=widths[-1] if self.expansion else k,
-            allowed=allowed, normalize=self.normalize, levels=self.levels, memory=memory,
-        )  # fmt: skip
-        return _Found(result, getattr(memory, "dense_BE", None))
 
     def _vectors(self, texts: list[str], dense_BE: Tensor | None) -> Tensor:
         """The queries' vectors, of length 1 where the products' are."""
@@ -225,7 +205,7 @@ class Retriever:
                 raise
 
     def _with_vectors(self, newcomers: Sequence[Newcomer]) -> list[Newcomer]:
-        width, made = self.products.base_vectors.width, []
+        width, complete = self.products.base_vectors.width, []
         for one in newcomers:
             vector_D = one.vector_D
             if vector_D is None:
@@ -234,5 +214,5 @@ class Retriever:
             vector_D = np.asarray(vector_D, np.float32)
             if vector_D.shape != (width,) or not np.isfinite(vector_D).all():
                 raise InputError(f"the vector of product {one.product_id!r} must be {width} finite numbers")
-            made.append(Newcomer(one.product_id, one.title, vector_D, one.value))
-        return made
+            complete.append(Newcomer(one.product_id, one.title, vector_D, one.value))
+        return complete

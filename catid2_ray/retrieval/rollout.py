@@ -10,13 +10,12 @@ B batch, T query tokens, G rollouts, M beams, C children of the widest node, L l
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.beam import constrained_beam_search
-from catid2_ray.retrieval.beam_inputs import checked_queries, decoder_of
+from catid2_ray.retrieval.decoders import checked_queries, decoder_for
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.trie_tensors import tensors
 
@@ -32,12 +31,12 @@ class Rollouts(NamedTuple):
 
 def beam_rollouts(model, trie: Trie, input_ids, attention_mask, *, group: int, beam_width: int) -> Rollouts:
     """The `group` best IDs that a beam of `beam_width` finds: MiniOneRec's rollouts, the same ones until the model moves."""
-    decoder = decoder_of(model, trie)
-    found = constrained_beam_search(
+    decoder = decoder_for(model, codes_per_level=trie.codes_per_level)
+    result = constrained_beam_search(
         decoder, trie, input_ids, attention_mask, beam_width=max(group, beam_width), top_k=group
     )
     # Inference tensors may not be saved for a backward pass; clones may.
-    return Rollouts(*(part.to(decoder.device).clone() for part in (found.docid_BKL, found.logp_BK, found.count_B)))
+    return Rollouts(*(part.to(decoder.device).clone() for part in (result.docid_BKL, result.logp_BK, result.count_B)))
 
 
 @torch.no_grad()
@@ -54,7 +53,7 @@ def sample_rollouts(
         raise InputError(
             f"a rollout needs group ≥ 1 and a temperature above 0, found {group} and {temperature}; 0 is the beam"
         )
-    decoder = decoder_of(model, trie)
+    decoder = decoder_for(model, codes_per_level=trie.codes_per_level)
     device = decoder.device
     noise = torch.Generator(device=device).manual_seed(seed)
     ids_BT, mask_BT = checked_queries(input_ids, attention_mask, decoder)
@@ -68,18 +67,18 @@ def sample_rollouts(
         logits_BMK = decoder.level_logits(level, hidden_BMD, prefix_BML).float()
         if not logits_BMK.isfinite().all():
             raise InputError("the model gives NaN or infinite logits; export it again, or run it in float32")
-        found = arrays.children(level, place, score_BM > -torch.inf, prefix_BML, None)
-        code_BMC, live_BMC = found.code_BMC, found.live_BMC
+        children = arrays.children(level, place, score_BM > -torch.inf, prefix_BML, None)
+        code_BMC, live_BMC = children.code_BMC, children.live_BMC
         chance_BMC = (logits_BMK.gather(-1, code_BMC) / temperature).masked_fill(~live_BMC, -torch.inf)
         phi_BMC = phi_BM[..., None] + chance_BMC - _finite(chance_BMC.logsumexp(-1, keepdim=True))
         score_BMC = _perturbed(phi_BMC, score_BM, live_BMC, noise)
         own_BMC = logp_BM[..., None] + logits_BMK.log_softmax(-1).gather(-1, code_BMC)
         best = score_BMC.flatten(1).topk(min(group, score_BMC[0].numel()), dim=1)
-        score_BM, parent_BM = best.values, best.indices // found.widest
+        score_BM, parent_BM = best.values, best.indices // children.widest
         code_BM, phi_BM, logp_BM = (
             values.flatten(1).gather(1, best.indices) for values in (code_BMC, phi_BMC, own_BMC)
         )
-        place = arrays.kept(level, found, best.indices, code_BM)
+        place = arrays.kept(level, children, best.indices, code_BM)
         kept_BML = prefix_BML.gather(1, parent_BM[..., None].expand(-1, -1, level))
         prefix_BML = torch.cat((kept_BML, code_BM[..., None]), 2)
     return _padded(prefix_BML, logp_BM, score_BM > -torch.inf, group)
@@ -107,32 +106,12 @@ def _perturbed(phi_BMC: Tensor, score_BM: Tensor, live_BMC: Tensor, noise: torch
     return bounded_BMC.masked_fill(~live_BMC, -torch.inf)
 
 
-def _padded(codes_BML: Tensor, logp_BM: Tensor, found_BM: Tensor, group: int) -> Rollouts:
-    missing = (0, group - found_BM.shape[1])
-    codes_BML = codes_BML.masked_fill(~found_BM[..., None], -1)
-    logp_BM = logp_BM.masked_fill(~found_BM, -torch.inf)
+def _padded(codes_BML: Tensor, logp_BM: Tensor, real_BM: Tensor, group: int) -> Rollouts:
+    missing = (0, group - real_BM.shape[1])
+    codes_BML = codes_BML.masked_fill(~real_BM[..., None], -1)
+    logp_BM = logp_BM.masked_fill(~real_BM, -torch.inf)
     return Rollouts(
         torch.nn.functional.pad(codes_BML, (0, 0, *missing), value=-1),
         torch.nn.functional.pad(logp_BM, missing, value=-torch.inf),
-        found_BM.sum(1),
+        real_BM.sum(1),
     )
-
-
-def leaves_of(trie: Trie, codes_BNL: Tensor) -> Tensor:
-    """int64 B×N: the number of each ID among the trie's IDs, in ID order, or −1 where the trie has no such ID.
-
-    Bisection among the children of all nodes at once, log2(K) rounds a level. `trie.row_start[L]` turns it into rows.
-    """
-    codes = codes_BNL.cpu().numpy().reshape(-1, trie.levels)
-    node, known = np.zeros(len(codes), np.int64), np.ones(len(codes), bool)
-    for level in range(trie.levels):
-        starts, token = trie.child_start[level], trie.token[level + 1]
-        low, end = starts[node].astype(np.int64), starts[node + 1].astype(np.int64)
-        high = end.copy()
-        for _ in range(int(trie.widest[level]).bit_length()):
-            middle = np.minimum((low + high) // 2, len(token) - 1)
-            right = (low < high) & (token[middle] < codes[:, level])
-            low, high = np.where(right, middle + 1, low), np.where(right | (low >= high), high, middle)
-        known &= (low < end) & (token[np.minimum(low, len(token) - 1)] == codes[:, level])
-        node = np.where(known, low, 0)
-    return torch.from_numpy(np.where(known, node, -1)).view(codes_BNL.shape[:-1]).to(codes_BNL.device)

@@ -7,7 +7,7 @@ B batch, M beams, T query tokens, P positions so far, H heads, E width of a head
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,29 +15,6 @@ from torch import Tensor
 
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.int8 import int8_copy
-
-
-class Decoder(Protocol):
-    """What the search needs from a model. `memory` and `cache` are opaque to it. `codes_per_level`: of all its levels,
-    compared with the trie's. `vocabulary`: how many token ids `encode` takes (may be absent: then only ids below 0 are
-    refused before it runs)."""
-
-    device: torch.device
-    codes_per_level: tuple[int, ...]
-    vocabulary: int
-
-    def encode(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> object:
-        """Whatever the steps need to know about the queries."""
-
-    def decode_step(self, level: int, memory, cache, parent_BM: Tensor, code_BM: Tensor) -> tuple[Tensor, object]:
-        """hidden_BMD and the new cache. At level 0 M is 1, `cache` None; later `code_BM` is the code just chosen and
-        `parent_BM` the beam of the step before that it extends."""
-
-    def level_logits(self, level: int, hidden_BMD: Tensor, prefix_BML: Tensor) -> Tensor:
-        """B×M×K_level scores of the next code."""
-
-    def log_partition(self, level: int, hidden_BMD: Tensor, prefix_BML: Tensor) -> Tensor:
-        """B×M, the log of the sum over the whole vocabulary, on the scale of `level_logits`."""
 
 
 class T5Memory(NamedTuple):
@@ -62,7 +39,7 @@ class T5Cache(NamedTuple):
 
 class T5Decoder:
     """`Decoder` over a `T5ForConditionalGeneration` or an `EncoderDecoder` whose last ΣK vocabulary rows are the ID tokens,
-    level by level, with a plain or a prefix-aware head (`generator/heads.py`).
+    level by level, with a plain or a prefix-aware head (`generator.logits.PawaHead`).
 
     Any size, tied or untied head, float32 or half precision. `weights`: "float32" reads the model's own weights,
     whatever their type; "int8" copies the matrices of encoder and decoder in 8 bits now, for CPUs only (`int8.py`).

@@ -17,14 +17,15 @@ import numpy as np
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, InputError, ReleaseError
-from catid2_ray.retrieval.trie_arrays import (
+from catid2_ray.retrieval.arrays import (
     FORMAT,
     HEADER,
     Starts,
+    entries,
     pointer_type,
     read_array,
-    read_header,
     read_starts,
+    read_trie_header,
     token_type,
 )
 
@@ -164,9 +165,7 @@ class Trie:
         nodes_M = np.asarray(nodes_M, dtype=np.int64)
         first_M = self.child_start[level][nodes_M].astype(np.int64)
         count_M = self.child_start[level][nodes_M + 1] - first_M
-        parent_index = np.repeat(np.arange(len(nodes_M)), count_M)
-        skipped_M = np.cumsum(count_M) - count_M
-        child = np.arange(len(parent_index)) + (first_M - skipped_M)[parent_index]
+        child, parent_index = entries(first_M, count_M)
         return Children(parent_index, self.token[level + 1][child].astype(np.int64), child)
 
     def prefixes(self, level: int, nodes_M) -> np.ndarray:
@@ -177,6 +176,29 @@ class Trie:
             codes[:, depth - 1] = self.token[depth][nodes_M]
             nodes_M = self.child_start[depth - 1].holding(nodes_M)
         return codes
+
+    def nodes_of(self, codes_ML: np.ndarray) -> np.ndarray:
+        """M×L, the node of every prefix of these IDs, −1 where there is none. O(log K) per code.
+
+        Bisection among the children of all nodes at once. Of the last level the node is the number of the ID among the
+        trie's; `row_start[L]` turns it into rows.
+        """
+        nodes_ML = np.full(codes_ML.shape, -1, pointer_type(self.rows))
+        parent, inside = np.zeros(len(codes_ML), np.int64), np.ones(len(codes_ML), bool)
+        for level in range(self.levels):
+            code, token = codes_ML[:, level], self.token[level + 1]
+            low = self.child_start[level][parent].astype(np.int64)
+            end = np.where(inside, self.child_start[level][parent + 1], low)
+            high = end.copy()
+            for _ in range(int(self.widest[level]).bit_length()):
+                middle = np.minimum((low + high) // 2, len(token) - 1)
+                right = (low < high) & (token[middle] < code)
+                low, high = np.where(right, middle + 1, low), np.where(right | (low >= high), high, middle)
+            inside = inside & (low < end)
+            inside[inside] = token[low[inside]] == code[inside]
+            parent = np.where(inside, low, 0)
+            nodes_ML[inside, level] = low[inside]
+        return nodes_ML
 
     def item_range(self, prefix) -> tuple[int, int]:
         """Rows `start` … `end` − 1 are the products whose ID begins with the codes `prefix` (0 to L of them).
@@ -239,7 +261,7 @@ class Trie:
         Checked here are lengths, types and both ends of every array, whatever N; `check` reads everything.
         """
         folder = Path(folder)
-        header = read_header(folder)
+        header = read_trie_header(folder)
         if identity is not None and header["identity"] != identity:
             raise ReleaseError(
                 f"{folder} is a trie of other IDs: it says {header['identity']!r}, expected {identity!r}; take all parts "

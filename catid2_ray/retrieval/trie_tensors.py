@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from catid2_ray.retrieval.filters import FilterTensors, allowed_before
-from catid2_ray.retrieval.live import Inserted, LiveView
+from catid2_ray.retrieval.filters import Filter, FilterTensors, LiveFilter, allowed_before, stacked
+from catid2_ray.retrieval.inserted import Inserted
+from catid2_ray.retrieval.live import LiveView
 from catid2_ray.retrieval.trie import Trie
 
 
@@ -31,8 +32,29 @@ class Children(NamedTuple):
     rest: object = None
 
 
+class LiveFilterTensors(NamedTuple):
+    """Allowed and live rows of a view: of the base (None: all), and inserted ones in ID order."""
+
+    base: FilterTensors | None
+    inserted: FilterTensors
+
+
+def filter_tensors(
+    filters: list[Filter | LiveFilter | None], trie: Trie | LiveView, device: torch.device
+) -> FilterTensors | LiveFilterTensors | None:
+    """Which rows each query may find, on the device; None for all of a trie. `filters`: as `live.filters_for` gives
+    them."""
+    unfiltered = all(one is None for one in filters)
+    if not isinstance(trie, LiveView):
+        everything = Filter.all_of(trie.rows) if None in filters and not unfiltered else None
+        return None if unfiltered else stacked([everything if one is None else one for one in filters], device)
+    base, inserted = zip(*(trie.restricted(one) for one in filters))
+    of_base = None if unfiltered and trie.whole else stacked(base, device)
+    return of_base if trie.inserted is None else LiveFilterTensors(of_base, stacked(inserted, device))
+
+
 class _Starts(NamedTuple):
-    """`trie_arrays.Starts` as tensors of one device: the numbers themselves, or the exceptions to one entry a range."""
+    """`arrays.Starts` as tensors of one device: the numbers themselves, or the exceptions to one entry a range."""
 
     whole: Tensor | None
     extra: Tensor | None
@@ -85,9 +107,9 @@ class TrieTensors:
         child_BMC = torch.where(live_BMC, child_BMC, 0)
         return Children(_taken(self.token[level + 1], child_BMC), child_BMC, live_BMC, self.widest[level])
 
-    def kept(self, level: int, found: Children, index_BW: Tensor, code_BW: Tensor) -> tuple[Tensor]:
+    def kept(self, level: int, children: Children, index_BW: Tensor, code_BW: Tensor) -> tuple[Tensor]:
         """The places of the children at `index_BW` (0 … M·C − 1)."""
-        return (found.rank_BMC.flatten(1).gather(1, index_BW),)
+        return (children.rank_BMC.flatten(1).gather(1, index_BW),)
 
     def ranges(self, level: int, place: tuple[Tensor]) -> tuple[Tensor, None]:
         """int64 B×W×2, the rows of nodes of depth `level`; None for the inserted ones."""
@@ -148,9 +170,9 @@ class LiveTensors:
         code_BMC = _taken(self.token[level + 1], child_BMC)
         return _InsertedChildren(child_BMC, code_BMC, live_BMC), live_BMC & ~covered_BMC
 
-    def kept(self, level: int, found: Children, index_BW: Tensor, code_BW: Tensor) -> tuple[Tensor, Tensor]:
-        base_BMC, mine = found.rest
-        parent_BW, slot_BW = index_BW // found.widest, index_BW % found.widest
+    def kept(self, level: int, children: Children, index_BW: Tensor, code_BW: Tensor) -> tuple[Tensor, Tensor]:
+        base_BMC, mine = children.rest
+        parent_BW, slot_BW = index_BW // children.widest, index_BW % children.widest
         wide = base_BMC.shape[2]
         of_base_BW = slot_BW < wide
         base_BW = base_BMC.flatten(1).gather(1, parent_BW * wide + slot_BW.clamp(max=wide - 1))

@@ -1,9 +1,9 @@
 """The dense vectors of all products, memory-mapped as float16 in trie-row order, and their dot products with queries.
 
 Rows are widened to float32 in blocks that stay in the processor's cache, and each row is summed by itself: a score does
-not depend on which rows are asked beside it, so equal vectors tie exactly and a batch scores as single queries do.
+not depend on which rows are asked beside it, so equal vectors tie exactly.
 
-N rows (products), D width of a vector, B queries, M rows asked for by all of them together.
+N rows (products), D width of a vector, B queries, M rows asked for.
 """
 
 import json
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from catid2_ray.errors import ArtifactError, InputError
+from catid2_ray.retrieval.arrays import read_header
 
 FORMAT = 1
 HEADER = "vectors.json"
@@ -118,39 +119,35 @@ class VectorStore:
         _check_finite(query_BD, "the query vector of", 0)
         return query_BD
 
-    def scores(self, query_BD, row_M, count_B=None) -> np.ndarray:
-        """float32 M, dot products q · d, summed in float32.
+    def scores(self, query_1D, row_M) -> np.ndarray:
+        """float32 M, dot products of one query (1×D) with the rows `row_M` (integers, any order, repeats allowed),
+        summed in float32.
 
-        `row_M` (integers, any order, repeats allowed): the rows asked for query 0, then those for query 1, …;
-        `count_B`: how many each query has (left out: one query has all). Rows that ascend without gaps are read in
-        place, others are gathered; memory beside the result is one block of 256 rows. Raises InputError for queries
-        that do not fit or are not finite, counts that do not add up to M, rows outside 0 … N−1 and a score that is
-        not finite.
+        Rows that ascend without gaps are read in place, others are gathered; memory beside the result is one block of
+        256 rows. Raises InputError for a query that does not fit or is not finite, rows outside 0 … N−1 and a score
+        that is not finite.
         """
-        query_BD, row_M = self.check_queries(query_BD), np.asarray(row_M)
-        count_B = np.array([len(row_M)] if count_B is None else count_B, np.int64)
-        if count_B.shape != query_BD.shape[:1] or (count_B < 0).any() or row_M.shape != (count_B.sum(),):
+        query_BD, row_M = self.check_queries(query_1D), np.asarray(row_M)
+        if len(query_BD) != 1 or row_M.ndim != 1:
             raise InputError(
-                f"{len(query_BD)} queries need one count each, adding up to the rows asked for, found counts "
-                f"{count_B.tolist()[:5]} and rows of shape {row_M.shape}"
+                f"scores are of one query 1×{self.width} and one list of rows, found {len(query_BD)} queries and rows of "
+                f"shape {row_M.shape}"
             )
         if len(row_M) and (row_M.dtype.kind not in "iu" or not 0 <= row_M.min() <= row_M.max() < self.rows):
             raise InputError(f"rows must be whole numbers 0…{self.rows - 1}, found {row_M.min()} to {row_M.max()}")
         row_M, score_M = row_M.astype(np.int64, copy=False), np.empty(len(row_M), np.float32)
         half_ND, wide = torch.from_numpy(self.vectors_ND), torch.empty(min(_BLOCK, len(row_M)), self.width)
-        end_B = np.cumsum(count_B)
         with np.errstate(over="ignore", invalid="ignore"):
-            for query_D, begin, end in zip(query_BD, (end_B - count_B).tolist(), end_B.tolist()):
-                for at in range(begin, end, _BLOCK):
-                    row_R = row_M[at : min(at + _BLOCK, end)]
-                    # torch widens float16 about thirty times as fast as NumPy does.
-                    wide_RD = wide[: len(row_R)].copy_(_rows(half_ND, row_R))
-                    np.vecdot(wide_RD.numpy(), query_D, out=score_M[at : at + len(row_R)])
+            for begin in range(0, len(row_M), _BLOCK):
+                row_R = row_M[begin : begin + _BLOCK]
+                # torch widens float16 about thirty times as fast as NumPy does.
+                wide_RD = wide[: len(row_R)].copy_(_rows(half_ND, row_R))
+                np.vecdot(wide_RD.numpy(), query_BD[0], out=score_M[begin : begin + len(row_R)])
         if not np.isfinite(score_M).all():
             at = int(np.argmin(np.isfinite(score_M)))
             raise InputError(
-                f"the dense score of row {row_M[at]} and query {int(np.searchsorted(end_B, at, side='right'))} is "
-                f"{score_M[at]}; the stored vector is damaged (write the vectors again) or the query's numbers are too large"
+                f"the dense score of row {row_M[at]} is {score_M[at]}; the stored vector is damaged (write the vectors "
+                "again) or the query's numbers are too large"
             )
         return score_M
 
@@ -180,15 +177,15 @@ class GrownVectors:
     def check_queries(self, query_BD) -> np.ndarray:
         return self.base.check_queries(query_BD)
 
-    def scores(self, query_BD, row_M) -> np.ndarray:
-        """float32 M, dot products of one query (1×D) with `row_M`. Raises InputError as `VectorStore.scores`."""
+    def scores(self, query_1D, row_M) -> np.ndarray:
+        """As `VectorStore.scores`, over all rows."""
         row_M = np.asarray(row_M)
         new_M = row_M >= self.base.rows
         if not new_M.any():
-            return self.base.scores(query_BD, row_M)
+            return self.base.scores(query_1D, row_M)
         score_M = np.empty(len(row_M), np.float32)
-        score_M[~new_M] = self.base.scores(query_BD, row_M[~new_M])
-        score_M[new_M] = self.inserted.scores(query_BD, row_M[new_M] - self.base.rows)
+        score_M[~new_M] = self.base.scores(query_1D, row_M[~new_M])
+        score_M[new_M] = self.inserted.scores(query_1D, row_M[new_M] - self.base.rows)
         return score_M
 
 
@@ -249,18 +246,8 @@ def _npy_header(file, rows: int, width: int) -> int:
 
 def _read_header(folder: Path) -> tuple[int, int, bool]:
     path = folder / HEADER
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder} holds no finished vectors: {HEADER} is missing. {_AGAIN}") from None
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON ({error}). {_AGAIN}") from None
-    try:
-        if header["format"] != FORMAT:
-            raise ArtifactError(f"{path} has format {header['format']}, this version reads {FORMAT}. {_AGAIN}")
-        rows, width, normalized = header["rows"], header["width"], header["normalized"]
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is no header of vectors ({error!r}). {_AGAIN}") from None
+    header = read_header(path, "vectors", version=FORMAT, again=_AGAIN)
+    rows, width, normalized = (header.get(name) for name in ("rows", "width", "normalized"))
     if type(rows) is not int or type(width) is not int or type(normalized) is not bool or min(rows, width) < 1:
         raise ArtifactError(f"{path} contradicts itself: {header}. {_AGAIN}")
     return rows, width, normalized

@@ -15,7 +15,8 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
 from catid2_ray.errors import InputError
-from catid2_ray.evaluation.report import markdown
+from catid2_ray.evaluation.report import closing_tables
+from catid2_ray.evaluation.tables import markdown
 from catid2_ray.on_ray.commands import reindex, run_verb
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.pipeline import chain
@@ -260,7 +261,7 @@ def test_what_is_set_aside_is_said_with_counts_reasons_and_where(tiny, shop, cap
         "event=set_aside table=products rows=1 of=60 reasons='empty title (1)'" in log and found["pairs"]["at"] in log
     )
     assert "event=epochs_of_one_step stage=quantizer products=59 batch=80" in log
-    page = markdown({"set_aside": found})
+    page = markdown(closing_tables({"set_aside": found}))
     assert "### Set aside (the rows lie in " in page and "| products: 1 of 60 |" in page and "empty title | 1 |" in page
 
 
@@ -275,7 +276,7 @@ def test_a_catalogue_without_pairs_trains_on_titles_and_says_that_nothing_was_ev
     assert len(outcome.parts["evaluation"].metrics["sample_queries"]) == 3
     log = capfd.readouterr().err
     assert "event=no_pairs" in log and "event=not_gated reason='the catalogue has no table of pairs'" in log
-    assert "Nothing was evaluated" in markdown(outcome.figures)
+    assert "Nothing was evaluated" in markdown(closing_tables(outcome.figures))
     _, ids = run_verb(recipe, "assign_ids")
     assert ids.metrics["duplicates_after"] == 0
     with pytest.raises(InputError, match="alignment.enabled needs queries"):

@@ -22,9 +22,8 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CapacityError
-from catid2_ray.identifiers.clusters import split_clusters
 from catid2_ray.identifiers.collisions import assign_unique
-from catid2_ray.identifiers.suffix import ordinal_suffix
+from catid2_ray.identifiers.suffixes import ordinal_suffix, split_clusters
 from catid2_ray.on_ray.job import Job, PreviousRelease
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix

@@ -5,10 +5,8 @@ store. A worker's death is an exception in a step, and what a checkpoint loses t
 """
 
 import os
-import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +21,8 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import GeneratorRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError, TrainingError
-from catid2_ray.generator.examples import tokenize
-from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
-from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
+from catid2_ray.generator.vocabulary import tokenize, train_tokenizer, with_docid_tokens
+from catid2_ray.on_ray.machine.arrays import fixed_lists
 from catid2_ray.on_ray.stages.examples import KIND
 from catid2_ray.on_ray.stages.train_generator import GeneratorTask
 from catid2_ray.on_ray.training import checkpoints
@@ -301,20 +298,3 @@ def test_activation_checkpointing_needs_a_model_that_offers_it():
     run = run_of("unused", "a", world=1, activation_checkpointing=True)
     with pytest.raises(RecipeError, match="activation_checkpointing: Linear holds no model that offers it"):
         start_engine(run, torch.nn.Linear(2, 2), run.batches(1))
-
-
-def test_the_flops_of_an_example_are_six_a_weight_and_token():
-    run = run_of(tempfile.gettempdir(), "a", world=1)
-    module = run.task.build()
-    t5 = module.model
-    weights = {name: weight.numel() for name, weight in t5.named_parameters()}
-    encoder = sum(size for name, size in weights.items() if name.startswith("encoder."))
-    decoder = sum(size for name, size in weights.items() if name.startswith("decoder."))
-    table = Blocks(run.task.tokenizer).table
-    rows = SimpleNamespace(rows=ROWS, take=lambda row_N: {n: matrix(table[n])[row_N] for n in run.task.columns})
-    run.task.starts_word_V = np.zeros_like(run.task.starts_word_V)  # a text is one word and stays
-    tokens = (matrix(table["input_ids"]) != 0).sum(1).mean()
-    assert tokens < TOKENS / 2, "padding is not counted"
-    assert run.task.flops_per_example(module, rows) == pytest.approx(6 * (encoder * tokens + decoder * 2 + 8 * 16))
-    run.task.recipe = run.task.recipe.model_copy(update={"consistency": 0.15})
-    assert run.task.flops_per_example(module, rows) == pytest.approx(12 * (encoder * tokens + decoder * 2 + 8 * 16))

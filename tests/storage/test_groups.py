@@ -3,8 +3,9 @@
 import numpy as np
 import pyarrow as pa
 
+from catid2_ray.hashing import bucket_of
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
-from catid2_ray.on_ray.machine.groups import bucket_of, read_group, read_groups, write_groups
+from catid2_ray.on_ray.machine.groups import read_group, read_groups, write_groups
 
 
 def test_rows_come_back_by_group_in_order(store):

@@ -16,7 +16,7 @@ from catid2_ray.evaluation.baselines.bm25 import Bm25
 from catid2_ray.on_ray.machine.arrays import fixed_lists
 from catid2_ray.on_ray.stages import lay_out as serving
 from catid2_ray.retrieval.lexical import LexicalIndex
-from catid2_ray.retrieval.product_names import ProductNames
+from catid2_ray.retrieval.products import ProductNames
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import VectorStore
 

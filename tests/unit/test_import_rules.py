@@ -13,15 +13,17 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STAGES = {"catalog", "quantizer", "identifiers", "generator", "retrieval"}
-BASE = {"errors", "docid", "schedule", "scripts"}
+BASE = {"errors", "docid", "hashing", "schedule", "scripts", "tables"}
 BELOW_JOBS = BASE | STAGES | {"config", "artifacts", "evaluation", "on_ray"}
 MAY_IMPORT = {
     "errors": set(),
     "schedule": set(),
     "scripts": set(),
+    "hashing": set(),
+    "tables": set(),
     "docid": {"errors"},
     "config": {"errors", "docid"},
-    "artifacts": {"errors", "docid", "config"},
+    "artifacts": {"errors", "docid", "config", "tables"},
     **{stage: BASE for stage in STAGES},
     "retrieval": BASE | {"generator"},
     "evaluation": BASE | STAGES,

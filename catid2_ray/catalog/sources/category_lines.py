@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from catid2_ray.catalog.products import CATEGORY_PATH
+from catid2_ray.catalog.columns import lists_of, plain
 from catid2_ray.catalog.taxonomy import PATH_SEPARATOR
 from catid2_ray.errors import InputError
+from catid2_ray.tables import CATEGORY_PATH
 
 LINES = pa.schema([("product_id", pa.string()), ("locale", pa.string()), ("category_path", CATEGORY_PATH)])
 BLOCK_BYTES = 8 << 20
@@ -68,9 +69,9 @@ def read_lines(block: bytes) -> CategoryLines:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         table = _line_by_line(block)
     product_id = pc.coalesce(table["asin"], table["product_id"])
-    found = pa.table([product_id, pc.ascii_lower(table["locale"]), table["category"]], schema=LINES)
-    found = found.filter(pc.fill_null(pc.not_equal(product_id, ""), False))
-    return CategoryLines(found, lines, lines - found.num_rows)
+    paths = pa.table([product_id, pc.ascii_lower(table["locale"]), table["category"]], schema=LINES)
+    paths = paths.filter(pc.fill_null(pc.not_equal(product_id, ""), False))
+    return CategoryLines(paths, lines, lines - paths.num_rows)
 
 
 def _line_by_line(block: bytes) -> pa.Table:
@@ -110,9 +111,6 @@ def best_paths(table: pa.Table) -> pa.Table:
 
 def _without_nulls(column: pa.ChunkedArray) -> pa.Array:
     """Lists with "" for null names, over which Arrow would join to null."""
-    column = column.combine_chunks()
-    if isinstance(column, pa.ChunkedArray):
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], CATEGORY_PATH)
-    length = pc.fill_null(pc.list_value_length(column), 0)
-    offsets = np.concatenate(([0], np.cumsum(length.to_numpy(zero_copy_only=False)))).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pc.fill_null(pc.list_flatten(column), ""))
+    column = plain(column)
+    length_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    return lists_of(length_N, pc.fill_null(pc.list_flatten(column), ""))

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.catalog.columns import require_columns, string_column
+from catid2_ray.catalog.products import joined, or_null
 from catid2_ray.errors import InputError
 
 PRODUCTS_FILE = "shopping_queries_dataset_products.parquet"
@@ -29,7 +30,6 @@ _LABELS = {"E": "E", "S": "S", "C": "C", "I": "I"} | {
 }
 TEXTS = pa.schema([("product_id", pa.string()), ("title", pa.string()), ("description", pa.string())])
 JUDGEMENTS = pa.schema([(n, pa.string()) for n in ("query_id", "query", "product_id", "esci_label", "split")])
-_SEPARATOR = ". "
 
 
 def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
@@ -51,10 +51,12 @@ def product_texts(table: pa.Table, *, locale: str) -> pa.Table:
     """
     require_columns(table, PRODUCT_COLUMNS, what=PRODUCTS_FILE)
     table = table.filter(pc.equal(string_column(table, "product_locale"), locale))
-    parts = [pc.fill_null(plain_text(string_column(table, name)), "") for name in DESCRIPTION_COLUMNS]
-    parts = [pc.if_else(pc.equal(part, ""), "", pc.binary_join_element_wise(_SEPARATOR, part, "")) for part in parts]
-    joined = pc.utf8_slice_codeunits(pc.binary_join_element_wise(*parts, ""), len(_SEPARATOR))
-    columns = [string_column(table, "product_id"), plain_text(string_column(table, "product_title")), _or_null(joined)]
+    description = joined([plain_text(string_column(table, name)) for name in DESCRIPTION_COLUMNS])
+    columns = [
+        string_column(table, "product_id"),
+        plain_text(string_column(table, "product_title")),
+        or_null(description),
+    ]
     return pa.table(columns, schema=TEXTS)
 
 
@@ -84,8 +86,8 @@ def judgements(table: pa.Table, *, locale: str, version: str) -> pa.Table:
 def _refuse_others(name: str, column: pa.Array, good: pa.Array, expected: str) -> None:
     wrong = column.filter(pc.invert(good))
     if len(wrong):
-        found = ", ".join(sorted(repr(value) for value in wrong.unique().to_pylist()[:5]))
-        raise InputError(f"{EXAMPLES_FILE}: column {name} holds {found} in {len(wrong)} rows; expected {expected}")
+        values = ", ".join(sorted(repr(value) for value in wrong.unique().to_pylist()[:5]))
+        raise InputError(f"{EXAMPLES_FILE}: column {name} holds {values} in {len(wrong)} rows; expected {expected}")
 
 
 def plain_text(column: pa.Array) -> pa.Array:
@@ -97,7 +99,7 @@ def plain_text(column: pa.Array) -> pa.Array:
         column = pc.replace_substring_regex(column, pattern, " ")
     for entity, character in _ENTITIES:
         column = pc.replace_substring(column, entity, character)
-    return _or_null(_squeezed(column))
+    return or_null(_squeezed(column))
 
 
 _ENTITIES = (
@@ -109,7 +111,3 @@ _ENTITIES = (
 def _squeezed(column: pa.Array) -> pa.Array:
     # RE2's \s is ASCII; \pZ is every other space, the ideographic one of Japanese titles among them.
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(column, r"[\s\pZ]+", " "))
-
-
-def _or_null(column: pa.Array) -> pa.Array:
-    return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)

@@ -16,13 +16,11 @@ from catid2_ray.catalog.products import check_products
 from catid2_ray.catalog.sources.category_lines import best_paths
 from catid2_ray.catalog.sources.esci import GAINS, TAUGHT
 from catid2_ray.errors import InputError
+from catid2_ray.tables import PAIRS, nullable
 
 DEPTH = 3  # section 4.1: shallower products are dropped, deeper paths are cut
 CORPORA = ("judged", "all")
-PAIRS = pa.schema(
-    [(name, pa.string()) for name in ("query_id", "query", "product_id")]
-    + [("relevance", pa.float64()), ("split", pa.string()), ("esci_label", pa.string())]
-)
+JUDGED_PAIRS = pa.schema([*nullable(PAIRS), ("esci_label", pa.string())])
 QUERIES = pa.schema([("query_id", pa.string()), ("split", pa.string()), ("taught", pa.bool_())])
 
 
@@ -40,7 +38,8 @@ class Rules(NamedTuple):
 
 
 class Part(NamedTuple):
-    """`products`: house schema. `pairs`: PAIRS, by product_id and query_id. `queries`: QUERIES, distinct. `counts`: to be added."""
+    """`products`: house schema. `pairs`: JUDGED_PAIRS, by product_id and query_id. `queries`: QUERIES, distinct. `counts`: to be
+    added."""
 
     products: pa.Table
     pairs: pa.Table
@@ -67,7 +66,7 @@ def prepare_part(texts: pa.Table, lines: pa.Table, judged: pa.Table, rules: Rule
     if not rules.keep_unseen:
         pairs = _drop_unseen(pairs, counts)
     relevance = pa.array(list(GAINS.values())).take(pc.index_in(pairs["esci_label"], pa.array(list(GAINS))))
-    pairs = pairs.append_column("relevance", relevance).select(PAIRS.names).cast(PAIRS)
+    pairs = pairs.append_column("relevance", relevance).select(JUDGED_PAIRS.names).cast(JUDGED_PAIRS)
     labels = zip(pairs["split"].to_pylist(), pairs["esci_label"].to_pylist())
     counts.update(f"{split}_{label}" for split, label in labels)
     taught = pa.table(

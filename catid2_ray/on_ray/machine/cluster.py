@@ -121,15 +121,15 @@ class PeakMemory:
 
 def _job_processes() -> list[psutil.Process]:
     me = psutil.Process()
-    found = {process.pid: process for process in [me, *me.children(recursive=True)]}
+    processes = {process.pid: process for process in [me, *me.children(recursive=True)]}
     if os.environ.get("RAY_ADDRESS"):
         for process in psutil.process_iter(["name"]):
             if process.info["name"] == "raylet":
                 try:
-                    found |= {child.pid: child for child in [process, *process.children(recursive=True)]}
+                    processes |= {child.pid: child for child in [process, *process.children(recursive=True)]}
                 except psutil.NoSuchProcess:
                     continue
-    return list(found.values())
+    return list(processes.values())
 
 
 def _pss(pid: int) -> int:

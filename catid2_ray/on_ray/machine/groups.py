@@ -11,14 +11,6 @@ import pyarrow as pa
 from catid2_ray.artifacts.store import Store
 
 
-def bucket_of(key_N: np.ndarray, buckets: int) -> np.ndarray:
-    """int64 N in 0 … buckets − 1, a hash of integer keys (splitmix64's finaliser), so that near keys spread."""
-    hash_N = key_N.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    hash_N = (hash_N ^ (hash_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    hash_N = (hash_N ^ (hash_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((hash_N ^ (hash_N >> np.uint64(31))) % np.uint64(buckets)).astype(np.int64)
-
-
 def write_groups(store: Store, name: str, table: pa.Table, group_N: np.ndarray, groups: int) -> None:
     """Write Arrow IPC whose record batch g holds the rows of group g, in the order they came."""
     order_N = np.argsort(group_N, kind="stable")

@@ -1,8 +1,39 @@
-"""Requests and responses of the changes that a serving release takes: new products, withdrawn ones, returned ones."""
+"""Requests and responses of the HTTP interface: queries, and the changes that a serving release takes."""
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from catid2_ray.retrieval.rescoring import Hit
+
 MOST = 1000  # products of one request
+
+
+class RetrieveRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    query: str = Field(description="what the shopper typed")
+    k: int = Field(10, description="products to return, 1 to 1000")
+    filter: dict | None = Field(
+        None, description='an expression over the release\'s filter columns, such as {"column": "price", "to": 20}'
+    )
+
+
+class Product(BaseModel):
+    product_id: str
+    docid: str = Field(description="semantic ID, such as <a_65><b_225><c_205><d_19>")
+    score: float = Field(description="what ranks the product: logp, or where the release re-scores, the final score")
+    logp: float = Field(description="natural log of P(ID | query); of its prefix where the search stops early")
+    dense: float | None = Field(description="product of query and product vector, where the release re-scores by it")
+    lexical: float | None = Field(description="BM25, where the release re-scores by it")
+    title: str | None
+
+    @classmethod
+    def of(cls, hit: Hit) -> "Product":
+        names = ("product_id", "score", "logp", "dense", "lexical", "title")
+        return cls(docid=hit.docid_text, **{name: getattr(hit, name) for name in names})
+
+
+class RetrieveResponse(BaseModel):
+    release: str
+    products: list[Product] = Field(description="best first")
 
 
 class NewProduct(BaseModel):

@@ -22,43 +22,22 @@ from catid2_ray.errors import CommitConflict, InputError, QueryError, RecipeErro
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
-from catid2_ray.on_ray.serve.api import ChangeResponse, Inserted, InsertRequest, InsertResponse, NamesRequest
+from catid2_ray.on_ray.serve.api import (
+    ChangeResponse,
+    Inserted,
+    InsertRequest,
+    InsertResponse,
+    NamesRequest,
+    Product,
+    RetrieveRequest,
+    RetrieveResponse,
+)
 from catid2_ray.on_ray.serve.newcomers import Newcomers
-from catid2_ray.retrieval.rescoring import Hit
 
 CANARY_QUERY, CANARY_DEADLINE_S = "canary", 10.0
 MAX_ONGOING, MAX_QUEUED = 64, 256
 
 api = FastAPI(title="catid2-ray retriever", docs_url="/docs")
-
-
-class RetrieveRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    query: str = Field(description="what the shopper typed")
-    k: int = Field(10, description="products to return, 1 to 1000")
-    filter: dict | None = Field(
-        None, description='an expression over the release\'s filter columns, such as {"column": "price", "to": 20}'
-    )
-
-
-class Product(BaseModel):
-    product_id: str
-    docid: str = Field(description="semantic ID, such as <a_65><b_225><c_205><d_19>")
-    score: float = Field(description="what ranks the product: logp, or where the release re-scores, the final score")
-    logp: float = Field(description="natural log of P(ID | query); of its prefix where the search stops early")
-    dense: float | None = Field(description="product of query and product vector, where the release re-scores by it")
-    lexical: float | None = Field(description="BM25, where the release re-scores by it")
-    title: str | None
-
-    @classmethod
-    def of(cls, hit: Hit) -> "Product":
-        names = ("product_id", "score", "logp", "dense", "lexical", "title")
-        return cls(docid=hit.docid_text, **{name: getattr(hit, name) for name in names})
-
-
-class RetrieveResponse(BaseModel):
-    release: str
-    products: list[Product] = Field(description="best first")
 
 
 class AppSettings(BaseModel):
@@ -181,10 +160,10 @@ class RetrieverReplica:
         for width in sorted({max(beam, request.k) for request in requests}):
             group = [number for number, request in enumerate(requests) if max(beam, request.k) == width]
             mine = [requests[number] for number in group]
-            found = self.retriever.retrieve(
+            hits_of_group = self.retriever.retrieve(
                 [one.query for one in mine], k=max(one.k for one in mine), filters=[one.filter for one in mine]
             )
-            for number, hits in zip(group, found):
+            for number, hits in zip(group, hits_of_group):
                 answers[number] = hits[: requests[number].k]
         return answers
 

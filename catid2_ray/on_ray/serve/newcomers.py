@@ -28,8 +28,7 @@ from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.query_encoder import query_encoder
 from catid2_ray.quantizer.coder import encode, load_coder
 from catid2_ray.quantizer.model import ResidualQuantizer
-from catid2_ray.retrieval.live import LiveView
-from catid2_ray.retrieval.rows import codes_of
+from catid2_ray.retrieval.live import LiveView, codes_of
 
 _ROWS = 16  # of one padded forward pass
 
@@ -68,13 +67,13 @@ class Newcomers:
     @functools.cached_property
     def _gone(self) -> dict[int, str]:
         """Packed ID → product that left and for which this release still reserves it."""
-        ids, found = self.parts["ids"], {}
+        ids, withheld = self.parts["ids"], {}
         for entry in ids.named("ledger/"):
             table = self.store.read_table(ids.file(entry["name"]), columns=["product_id", "codes", "until"])
             table = table.filter(pc.greater(table["until"], ids.metrics["number"]))
             packed = self._space.pack(matrix(table["codes"]).astype(np.int64)).tolist()
-            found |= dict(zip(packed, table["product_id"].to_pylist()))
-        return found
+            withheld |= dict(zip(packed, table["product_id"].to_pylist()))
+        return withheld
 
     @functools.cached_property
     def _back(self) -> dict[str, int]:
@@ -95,8 +94,8 @@ class Newcomers:
         where something is missing that cannot be made.
         """
         wanting = [one for one in products if one.get("vector") is None and (vectors or one.get("docid") is None)]
-        made = dict(zip(map(id, wanting), self._encode(self._texts(wanting)))) if wanting else {}
-        vector_of = {id(one): np.asarray(made.get(id(one), one.get("vector")), np.float32) for one in products}
+        encoded = dict(zip(map(id, wanting), self._encode(self._texts(wanting)))) if wanting else {}
+        vector_of = {id(one): np.asarray(encoded.get(id(one), one.get("vector")), np.float32) for one in products}
         docids = self._reserved(products)
         nameless = [one for one in products if one.get("docid") is None and id(one) not in docids]
         docids |= dict(zip(map(id, nameless), self._docids(nameless, vector_of, view)))
@@ -139,7 +138,7 @@ class Newcomers:
     def _docids(self, products: Sequence[dict], vector_of: dict, view: LiveView) -> list[str]:
         if not products:
             return []
-        coder, found = self._coder, []
+        coder, docids = self._coder, []
         width = self.parts["embeddings"].metrics["width"]
         for one in products:
             if vector_of[id(one)].shape != (width,):
@@ -167,8 +166,8 @@ class Newcomers:
                     "place near its like: send a docid of your choice, or let `catid2 append` place it"
                 )
             taken.add(free[0])
-            found.append(space.text([*prefix, free[0]]))
-        return found
+            docids.append(space.text([*prefix, free[0]]))
+        return docids
 
 
 def _taken(view: LiveView, prefix: tuple[int, ...]) -> list[int]:

@@ -22,9 +22,8 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import AlignmentRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError
-from catid2_ray.evaluation.alignment import measure
-from catid2_ray.generator.alignment import AlignmentLoss, Objective
-from catid2_ray.generator.alignment_fit import prompt_order
+from catid2_ray.evaluation.alignment_report import measure
+from catid2_ray.generator.eg_grpo import AlignmentLoss, Objective, prompt_order
 from catid2_ray.generator.encoder_decoder import unrounded
 from catid2_ray.generator.saved import load_generator, save_generator
 from catid2_ray.generator.step import parameter_groups
@@ -98,15 +97,15 @@ def open_ranker(name: str | None):
         return None
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        ranker = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise RecipeError(
             f"alignment.ranker {name!r} cannot be imported ({type(error).__name__}: {error}); its module must be on the path "
             f"of every worker, such as PYTHONPATH, {sys.path[:3]} …"
         ) from None
-    if not callable(found):
-        raise RecipeError(f"alignment.ranker {name!r} is a {type(found).__name__}, expected a function")
-    return found
+    if not callable(ranker):
+        raise RecipeError(f"alignment.ranker {name!r} is a {type(ranker).__name__}, expected a function")
+    return ranker
 
 
 class AlignTask:
@@ -226,10 +225,10 @@ class AlignTask:
         return {name: matrix(table[name]) for name in self.columns} | {"query": table["query"].to_pylist()}
 
     def _measure(self, model) -> dict[str, float]:
-        first, found = next(model.parameters()), self._validation
+        first, rows_of = next(model.parameters()), self._validation
         environment = self._environment
         if environment.ranker is not None:
-            texts = dict(zip(found["number"].tolist(), found["query"]))
+            texts = dict(zip(rows_of["number"].tolist(), rows_of["query"]))
             called = CalledRanker(
                 environment.ranker.ranker, lambda number_B: [texts[int(number)] for number in number_B],
                 environment.ranker.product_ids,
@@ -237,11 +236,11 @@ class AlignTask:
             environment = Environment(environment.trie, environment.rules, ranker=called)
 
         def asked(rows: np.ndarray) -> dict[str, torch.Tensor]:
-            columns = self.prepare({name: found[name][rows] for name in self.columns}, seed=0)
+            columns = self.prepare({name: rows_of[name][rows] for name in self.columns}, seed=0)
             return {name: torch.from_numpy(np.array(values)).to(first.device) for name, values in columns.items()}
 
         reference = self._reference.to(first.device, first.dtype)
-        return measure(model, reference, environment, asked, count=len(found["number"]), seed=self.seed)
+        return measure(model, reference, environment, asked, count=len(rows_of["number"]), seed=self.seed)
 
     def export(self, module: AlignmentLoss, folder: Path, history: list[dict]) -> None:
         model = unrounded(module.model, lambda: self._generator().encoder.text)

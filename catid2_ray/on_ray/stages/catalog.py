@@ -9,7 +9,6 @@ their texts, so that what only shows with all pairs of a query together is known
 from collections import Counter
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,15 +23,18 @@ from catid2_ray.catalog.synthetic import generate
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.config import CatalogRecipe
 from catid2_ray.errors import InputError
+from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine.groups import read_group, write_groups
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.stages import source as sources
 from catid2_ray.on_ray.stages.source import Columns, Source
+from catid2_ray.tables import PAIRS
+from catid2_ray.tables import pairs as pairs_schema
 
 _NAMED_BAD_ROWS = 10
 _GROUP_PAIRS = 500_000  # pairs whose queries are looked at together
-_PAIR_COLUMNS = Columns(tuple(schemas.PAIRS.names), (*schemas.PAIRS.names, "user", "recent", "behaviour"))
+_PAIR_COLUMNS = Columns(tuple(PAIRS.names), (*PAIRS.names, "user", "recent", "behaviour"))
 
 
 def _product_columns(recipe: CatalogRecipe) -> Columns:
@@ -223,8 +225,7 @@ def _set_aside(rows: int, results: list[dict]) -> dict:
 
 def part_of(product_ids: pa.ChunkedArray, parts: int) -> np.ndarray:
     """int32 N, the part that each product belongs to."""
-    keys = product_ids.cast(pa.string()).fill_null("").to_pandas().to_numpy(dtype=object)
-    return (pd.util.hash_array(keys, categorize=False) % np.uint64(parts)).astype(np.int32)
+    return (hash_of_text(product_ids.cast(pa.string()).fill_null("")) % np.uint64(parts)).astype(np.int32)
 
 
 class _Spread:
@@ -316,7 +317,7 @@ class _WritePairs(_WriteProducts):
     def write(self, part: int, group: pa.Table) -> dict:
         """Check the pairs of a part against its products; hand its queries on to the groups where they meet those of others."""
         checked = check_pairs(group, known=self._known(part))
-        table = schemas.conform(checked.good, schemas.pairs(checked.good.column_names), where=f"pairs, part {part}")
+        table = schemas.conform(checked.good, pairs_schema(checked.good.column_names), where=f"pairs, part {part}")
         queries = keyed_queries(table)
         name = f"{self.folder}/exchange/queries-{part:05d}.arrow"
         write_groups(self.store, name, queries, part_of(queries["key"], self.groups), self.groups)

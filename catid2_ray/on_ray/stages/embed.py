@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from catid2_ray import tables
 from catid2_ray.artifacts import schemas
 from catid2_ray.artifacts.manifest import Attempt, Manifest, digest_of, tree_of
 from catid2_ray.artifacts.stages import STAGES
@@ -57,16 +58,16 @@ def model_identity(name: str | None) -> dict:
     return {"model_files": digest_of([[path.relative_to(folder).as_posix(), sha256_of(path)] for path in files])}
 
 
-def _refuse_another_encoder(settings: dict, catalog: Manifest, made: Manifest, way_out: str) -> None:
+def _refuse_another_encoder(settings: dict, catalog: Manifest, before: Manifest, way_out: str) -> None:
     """Vectors of another encoder mean nothing to the quantizer of the release whose embeddings are `made`."""
-    had = made.settings
+    had = before.settings
     differ = [
         f"{name} is {settings.get(name)!r}, the release has {had.get(name)!r}"
         for name in sorted((settings.keys() | had.keys()) - {"seed"})
         if settings.get(name) != had.get(name)
     ]
-    if catalog.metrics["width"] not in (None, made.metrics["width"]):
-        differ.append(f"the column embedding has width {catalog.metrics['width']}, there {made.metrics['width']}")
+    if catalog.metrics["width"] not in (None, before.metrics["width"]):
+        differ.append(f"the column embedding has width {catalog.metrics['width']}, there {before.metrics['width']}")
     if differ:
         raise RecipeError(
             f"the release's quantizer reads vectors of the release's encoder, but today's are others: {'; '.join(differ)} "
@@ -140,9 +141,7 @@ def _copy(store: Store, source: Manifest, below: str, attempt: Attempt) -> list[
 
 def _fit_lsa(job: Job, catalog: Manifest, folder: str) -> list[dict]:
     recipe = job.recipe.embedding
-    sample = read_sample(
-        job.store, catalog, list(schemas.PRODUCTS.names), rows=recipe.sample_rows, seed=job.recipe.seed
-    )
+    sample = read_sample(job.store, catalog, list(tables.PRODUCTS.names), rows=recipe.sample_rows, seed=job.recipe.seed)
     progress.event("fit", what="lsa", rows=sample.num_rows)
     encoder = LsaEncoder.fit(
         join_text(sample, recipe.text),
@@ -228,12 +227,12 @@ def _embed_queries(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> 
         _EmbedQueries, arguments, part_specs(parents["catalog"]), workers=recipe.workers, label="embedding queries",
         unit="products", actors=recipe.encoder != "lsa", num_gpus=recipe.gpus_per_worker,
     )  # fmt: skip
-    found = sum(result["found"] for result in results)
-    if not found:
+    with_query = sum(result["found"] for result in results)
+    if not with_query:
         progress.event("without_queries", products=parents["embeddings"].rows, note="the query-item term will be 0")
     return attempt.commit(
         [result["file"] for result in results], rows=parents["embeddings"].rows,
-        schema=schemas.fingerprint(schemas.queries(width)), metrics={"with_query": found},
+        schema=schemas.fingerprint(schemas.queries(width)), metrics={"with_query": with_query},
     )  # fmt: skip
 
 

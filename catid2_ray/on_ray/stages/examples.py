@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,11 +22,10 @@ from catid2_ray.catalog.pairs import pair_weights, training_pairs
 from catid2_ray.config import EXAMPLE_KINDS, GeneratorRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
-from catid2_ray.generator.doc2query import Doc2Query
-from catid2_ray.generator.examples import kinds_without_pairs, tokenize_cut
-from catid2_ray.generator.spans import description_spans
-from catid2_ray.generator.users import user_width, with_users
-from catid2_ray.generator.vocabulary import frame, load_tokenizer, train_tokenizer, with_docid_tokens
+from catid2_ray.generator.batches import kinds_without_pairs
+from catid2_ray.generator.inputs import Doc2Query, description_spans, user_width, with_users
+from catid2_ray.generator.vocabulary import frame, load_tokenizer, tokenize_cut, train_tokenizer, with_docid_tokens
+from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
@@ -219,9 +217,9 @@ class _MakeExamples:
 
     def _whole(self, texts, product_N: np.ndarray, counts: dict, weight_N: np.ndarray | None = None) -> _Rows:
         """One example a text; texts that are too long are cut and counted."""
-        found = tokenize_cut(self.tokenizer, pa.array(texts).to_pylist(), length=self.recipe.query_tokens)
-        counts["texts_cut"] = counts.get("texts_cut", 0) + int(found.cut_N.sum())
-        return _Rows(found.input_ids_NT, product_N, np.ones(len(product_N)) if weight_N is None else weight_N)
+        tokenized = tokenize_cut(self.tokenizer, pa.array(texts).to_pylist(), length=self.recipe.query_tokens)
+        counts["texts_cut"] = counts.get("texts_cut", 0) + int(tokenized.cut_N.sum())
+        return _Rows(tokenized.input_ids_NT, product_N, np.ones(len(product_N)) if weight_N is None else weight_N)
 
     def _of_pairs(self, spec: dict, names: pa.Array) -> tuple[dict[str, _Rows], dict]:
         """The query examples and, where the mix wants them, those with a user before the query."""
@@ -252,22 +250,22 @@ class _MakeExamples:
         has_N = np.not_equal(attributes, "") | (np.bincount(row_R, minlength=pairs.num_rows) > 0)
         counts["users_without_history"] = int((~has_N).sum())
         kept_R = has_N[row_R]
-        made = with_users(
+        prompted = with_users(
             self.tokenizer, queries.input_ids_NT[has_N], attributes[has_N].tolist(), (np.cumsum(has_N) - 1)[row_R[kept_R]],
             codes_RL[kept_R], space=self.space, attribute_tokens=self.recipe.user_tokens, recent=self.recipe.user_recent,
         )  # fmt: skip
-        counts["attributes_cut"] = int(made.cut_N.sum())
-        return _Rows(made.input_ids_NT, queries.product_N[has_N], queries.weight_N[has_N])
+        counts["attributes_cut"] = int(prompted.cut_N.sum())
+        return _Rows(prompted.input_ids_NT, queries.product_N[has_N], queries.weight_N[has_N])
 
     def _spans(self, descriptions, names: pa.Array, counts: dict) -> _Rows:
         fits = self.recipe.query_tokens - sum(map(len, frame(self.tokenizer)))
-        found = description_spans(
-            self.tokenizer, descriptions.to_pylist(), pd.util.hash_array(names.to_numpy(zero_copy_only=False), categorize=False),
+        spans = description_spans(
+            self.tokenizer, descriptions.to_pylist(), hash_of_text(names),
             tokens=min(self.recipe.span_tokens or fits, fits), windows=self.recipe.span_windows,
             length=self.recipe.query_tokens, seed=self.seed,
         )  # fmt: skip
-        counts["spans_too_short"] = found.too_short
-        return _Rows(found.input_ids_ST, found.row_S, np.ones(len(found.row_S)))
+        counts["spans_too_short"] = spans.too_short
+        return _Rows(spans.input_ids_ST, spans.row_S, np.ones(len(spans.row_S)))
 
     def _synthetic(self, titles, part: int, counts: dict) -> _Rows:
         each = self.recipe.doc2query_per_product

@@ -30,8 +30,9 @@ from catid2_ray.on_ray.machine.groups import read_group, write_groups
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.stages.catalog import part_specs
 from catid2_ray.on_ray.stages.embed import model_identity
+from catid2_ray.on_ray.stages.trie_order import TrieOrder
 from catid2_ray.retrieval.lexical import Block, LexicalIndex, count_words
-from catid2_ray.retrieval.product_names import ProductNames
+from catid2_ray.retrieval.products import ProductNames
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import VectorStore
 
@@ -112,8 +113,8 @@ def _made(needs: Needs) -> list[str]:
 class _Rows:
     """All rows by range of trie rows, as `_Spread` left them; read and written range by range."""
 
-    def __init__(self, store: Store, folder: str, ranges: int, results: list[dict], rows: int, needs: Needs):
-        self.store, self.folder, self.ranges, self.results = store, folder, ranges, results
+    def __init__(self, store: Store, folder: str, order: TrieOrder, results: list[dict], rows: int, needs: Needs):
+        self.store, self.folder, self.order, self.results = store, folder, order, results
         self.rows, self.needs = rows, needs
 
     @classmethod
@@ -121,30 +122,28 @@ class _Rows:
         first_R = np.arange(RANGE_ROWS, trie.rows, RANGE_ROWS)
         space = DocidSpace(trie.codes_per_level)
         codes_RL = trie.prefixes(trie.levels, trie.row_start[-1].holding(first_R))
-        splitters = np.unique(space.pack(codes_RL)) if len(first_R) else np.empty(0, np.int64)
+        order = TrieOrder(np.unique(space.pack(codes_RL)) if len(first_R) else np.empty(0, np.int64))
         arguments = {"store": job.store, "folder": attempt.folder, "parents": parents, "needs": needs, "space": space}
         results = map_parts(
-            _Spread, arguments | {"splitters": splitters}, part_specs(parents["catalog"]), workers=job.recipe.ids.workers,
+            _Spread, arguments | {"order": order}, part_specs(parents["catalog"]), workers=job.recipe.ids.workers,
             label="bringing products to their rows", unit="products",
         )  # fmt: skip
-        return cls(job.store, attempt.folder, len(splitters) + 1, results, trie.rows, needs)
+        return cls(job.store, attempt.folder, order, results, trie.rows, needs)
 
     def range(self, number: int, columns: list[str]) -> pa.Table:
         """The rows of one range in trie order; of a shared ID, in the order of the parts, as the trie has them."""
-        wanted = ["packed", *columns]
-        found = [read_group(self.store, _exchange(self.folder, i), number, wanted) for i in range(len(self.results))]
-        table = pa.concat_tables(found)
-        return table.take(pa.array(np.argsort(matrix(table["packed"]), kind="stable"))).select(columns)
+        names = [_exchange(self.folder, position) for position in range(len(self.results))]
+        return self.order.gather(self.store, names, number, columns).select(columns)
 
     def write(self, folder: Path, unit_vectors: bool) -> None:
         progress.event("serving", products=self.rows, parts=" ".join(_made(self.needs)))
         if self.needs.vectors:
-            blocks = (matrix(self.range(number, ["embedding"])["embedding"]) for number in range(self.ranges))
+            blocks = (matrix(self.range(number, ["embedding"])["embedding"]) for number in range(self.order.ranges))
             written = VectorStore.write(folder / "vectors", blocks, normalize=unit_vectors).rows
             self._check(written)
         if self.needs.value:
             values = [
-                matrix(self.range(number, ["value"])["value"].fill_null(-np.inf)) for number in range(self.ranges)
+                matrix(self.range(number, ["value"])["value"].fill_null(-np.inf)) for number in range(self.order.ranges)
             ]
             np.save(folder / "value.npy", np.concatenate(values).astype(np.float32), allow_pickle=False)
             self._check(sum(map(len, values)))
@@ -162,24 +161,24 @@ class _Rows:
         first = self.range(0, columns)
         written = 0
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
-            for number in range(self.ranges):
+            for number in range(self.order.ranges):
                 table = first if not number else self.range(number, columns)
                 writer.write_table(table.combine_chunks())
                 written += table.num_rows
         self._check(written)
 
     def _write_lexical(self, folder: Path) -> None:
-        found = None
+        words = None
         for position in range(len(self.results)):
-            part = read_group(self.store, _exchange(self.folder, position, "words"), 0)
-            found = part if found is None else pa.concat_tables([found, part])
-            found = found.group_by("word").aggregate([("rows", "sum")]).rename_columns(["word", "rows"])
-        found = found.sort_by("word")
-        vocabulary = found["word"].combine_chunks()
+            of_part = read_group(self.store, _exchange(self.folder, position, "words"), 0)
+            words = of_part if words is None else pa.concat_tables([words, of_part])
+            words = words.group_by("word").aggregate([("rows", "sum")]).rename_columns(["word", "rows"])
+        words = words.sort_by("word")
+        vocabulary = words["word"].combine_chunks()
         vocabulary = pa.concat_arrays(vocabulary.chunks) if isinstance(vocabulary, pa.ChunkedArray) else vocabulary
         LexicalIndex.write(
-            folder, (self._block(number, vocabulary) for number in range(self.ranges)), vocabulary=vocabulary,
-            frequency_V=matrix(found["rows"]), rows=self.rows,
+            folder, (self._block(number, vocabulary) for number in range(self.order.ranges)), vocabulary=vocabulary,
+            frequency_V=matrix(words["rows"]), rows=self.rows,
             mean_length=sum(result["words"] for result in self.results) / self.rows,
         )  # fmt: skip
 
@@ -205,10 +204,10 @@ class _Spread:
         parents: dict[str, Manifest],
         needs: Needs,
         space: DocidSpace,
-        splitters: np.ndarray,
+        order: TrieOrder,
     ):
         self.store, self.folder, self.parents = store, folder, parents
-        self.needs, self.space, self.splitters = needs, space, splitters
+        self.needs, self.space, self.order = needs, space, order
 
     def __call__(self, spec: dict) -> dict:
         ids = self._read("ids", spec, ["product_id", "codes"])
@@ -223,9 +222,7 @@ class _Spread:
             self._same(ids, vectors, "embeddings", spec)
         self._same(ids, products, "catalog", spec)
         words = self._add_words(columns, spec) if self.needs.lexical else 0
-        group_N = np.searchsorted(self.splitters, packed_N, side="right")
-        table = pa.table(columns).combine_chunks()
-        write_groups(self.store, _exchange(self.folder, spec["position"]), table, group_N, len(self.splitters) + 1)
+        self.order.spread(self.store, _exchange(self.folder, spec["position"]), pa.table(columns))
         return {"position": spec["position"], "words": words}
 
     def _read(self, role: str, spec: dict, columns: list[str]) -> pa.Table:
@@ -244,8 +241,8 @@ class _Spread:
         columns["length"] = pa.array(counted.length_N)
         columns["words"] = pa.ListArray.from_arrays(start, counted.words)
         columns["times"] = pa.ListArray.from_arrays(start, pa.array(counted.times))
-        found = counted.words.value_counts()
-        table = pa.table({"word": found.field("values"), "rows": found.field("counts")})
+        occurrences = counted.words.value_counts()
+        table = pa.table({"word": occurrences.field("values"), "rows": occurrences.field("counts")})
         name = _exchange(self.folder, spec["position"], "words")
         write_groups(self.store, name, table, np.zeros(table.num_rows, np.int64), 1)
         return int(counted.length_N.sum())

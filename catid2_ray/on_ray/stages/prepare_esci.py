@@ -26,8 +26,8 @@ from catid2_ray.artifacts.manifest import digest_of
 from catid2_ray.artifacts.store import Store, sha256_of
 from catid2_ray.catalog.sources import category_lines, esci, esci_rules
 from catid2_ray.errors import InputError, StorageError
-from catid2_ray.evaluation.report import Section, markdown_tables
-from catid2_ray.evaluation.table_one import NOTE, table_one
+from catid2_ray.evaluation.report import NOTE, table_one
+from catid2_ray.evaluation.tables import Table, markdown
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.stages.catalog import part_of
 
@@ -82,11 +82,11 @@ class Spill:
 
 
 class Prepared(NamedTuple):
-    """`made`: whether this run wrote it, or found it; `sections`: Table 1 and what was dropped, for a report."""
+    """`made`: whether this run wrote it, or found it; `tables`: Table 1 and what was dropped, for a report."""
 
     root: str
     counts: dict
-    sections: list[Section]
+    tables: list[Table]
     made: bool
 
 
@@ -125,14 +125,14 @@ def prepare_esci(
         "settings": {"locale": locale, "version": version, **rules._asdict()},
         "sources": _fingerprints(inputs),
     }
-    found = _found(target, record)
-    if found and _is_whole(target, found):
-        return Prepared(target.uri, found["counts"], table_one(found["counts"], locale=locale), made=False)
+    earlier = _found(target, record)
+    if earlier and _is_whole(target, earlier):
+        return Prepared(target.uri, earlier["counts"], table_one(earlier["counts"], locale=locale), made=False)
     with tempfile.TemporaryDirectory(prefix="catid2-esci-") as temporary:
         counts = _prepare(inputs, rules, Path(temporary))
-        sections = table_one(counts, locale=locale)
-        _commit(target, Path(temporary), {**record, "counts": counts}, sections, replace=found is not None)
-    return Prepared(target.uri, counts, sections, made=True)
+        tables = table_one(counts, locale=locale)
+        _commit(target, Path(temporary), {**record, "counts": counts}, tables, replace=earlier is not None)
+    return Prepared(target.uri, counts, tables, made=True)
 
 
 def _fingerprints(inputs: _Inputs) -> dict[str, str]:
@@ -168,24 +168,24 @@ def _found(target: Store, record: dict) -> dict | None:
                     "another --out"
                 )
         return None
-    found = json.loads(target.read(MANIFEST))
+    earlier = json.loads(target.read(MANIFEST))
     differ = [
-        f"{name} {found.get(part, {}).get(name)!r} instead of {value!r}"
+        f"{name} {earlier.get(part, {}).get(name)!r} instead of {value!r}"
         for part in ("settings", "sources")
         for name, value in record[part].items()
-        if found.get(part, {}).get(name) != value
+        if earlier.get(part, {}).get(name) != value
     ]
-    if differ or found["format"] != record["format"]:
+    if differ or earlier["format"] != record["format"]:
         raise InputError(
             f"{target.uri} holds another preparation of ESCI: {'; '.join(differ) or 'another format'}. Choose another --out, or "
             "delete that folder"
         )
-    return found
+    return earlier
 
 
-def _is_whole(target: Store, found: dict) -> bool:
+def _is_whole(target: Store, earlier: dict) -> bool:
     sizes = target.sizes("")
-    return all(sizes.get(entry["name"]) == entry["bytes"] for entry in found["files"])
+    return all(sizes.get(entry["name"]) == entry["bytes"] for entry in earlier["files"])
 
 
 def _prepare(inputs: _Inputs, rules: esci_rules.Rules, folder: Path) -> dict:
@@ -207,16 +207,16 @@ def _prepare(inputs: _Inputs, rules: esci_rules.Rules, folder: Path) -> dict:
     queries = [esci_rules.QUERIES.empty_table()]
     with (
         _writer(folder / "out" / "products.parquet", _PRODUCTS) as products,
-        _writer(folder / "out" / "pairs.parquet", esci_rules.PAIRS) as pairs,
+        _writer(folder / "out" / "pairs.parquet", esci_rules.JUDGED_PAIRS) as pairs,
         progress.bar("joining categories", texts.rows, "products") as shown,
     ):
         for part in range(_PARTS):
-            made = esci_rules.prepare_part(texts.read(part), lines.read(part), judged.read(part), rules)
-            products.write_table(made.products.select(_PRODUCTS.names).cast(_PRODUCTS))
-            pairs.write_table(made.pairs)
-            queries.append(made.queries)
-            counts.update(made.counts)
-            shown.advance(made.counts["products_read"])
+            prepared = esci_rules.prepare_part(texts.read(part), lines.read(part), judged.read(part), rules)
+            products.write_table(prepared.products.select(_PRODUCTS.names).cast(_PRODUCTS))
+            pairs.write_table(prepared.pairs)
+            queries.append(prepared.queries)
+            counts.update(prepared.counts)
+            shown.advance(prepared.counts["products_read"])
     counts.update(esci_rules.query_counts(pa.concat_tables(queries)))
     _refuse_empty(inputs, counts)
     return dict(sorted(counts.items()))
@@ -284,9 +284,9 @@ def _refuse_empty(inputs: _Inputs, counts: Counter) -> None:
             )
 
 
-def _commit(target: Store, folder: Path, record: dict, sections: list[Section], *, replace: bool) -> None:
+def _commit(target: Store, folder: Path, record: dict, tables: list[Table], *, replace: bool) -> None:
     settings = record["settings"]
-    text = f"# ESCI-{settings['locale']}, {settings['version']} version\n\n{markdown_tables(sections)}\n{NOTE}\n"
+    text = f"# ESCI-{settings['locale']}, {settings['version']} version\n\n{markdown(tables)}\n{NOTE}\n"
     local = [folder / "out" / name for name in ("pairs.parquet", "products.parquet")]
     files = [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in local]
     record = {

@@ -5,7 +5,6 @@ query; a bucket is then made whole, whatever the size of the catalogue. A pair t
 """
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -17,9 +16,9 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import AlignmentRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
-from catid2_ray.generator.examples import tokenize_cut
 from catid2_ray.generator.rewards import BEHAVIOURS, judged_rows, relevance_rewards
-from catid2_ray.generator.vocabulary import load_tokenizer
+from catid2_ray.generator.vocabulary import load_tokenizer, tokenize_cut
+from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.groups import read_group, write_groups
@@ -62,38 +61,38 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     recipe, catalog, ids = job.recipe.alignment, parents["catalog"], parents["ids"]
     buckets, space = -(-catalog.metrics["pairs"] // _BUCKET_PAIRS), DocidSpace(ids.metrics["codes_per_level"])
     exchange = attempt.name("exchange")
-    found = map_parts(
+    grouped = map_parts(
         _Join,
         {"store": job.store, "exchange": exchange, "catalog": catalog.folder, "ids": ids.folder, "space": space,
          "buckets": buckets, "scores": recipe.ranker_scores},
         part_specs(catalog), workers=job.recipe.ids.workers, label="joining judgements", unit="products",
     )  # fmt: skip
-    ranges = [result["range"] for result in found if result["range"]]
+    ranges = [result["range"] for result in grouped if result["range"]]
     if not ranges:
         raise InputError(
             "alignment: no pair of the train split names a product of the catalogue: check that pairs and products use the same "
             "product_id"
         )
     arguments = {
-        "store": job.store, "folder": attempt.folder, "exchange": exchange, "parts": len(found), "recipe": recipe,
+        "store": job.store, "folder": attempt.folder, "exchange": exchange, "parts": len(grouped), "recipe": recipe,
         "examples": parents["examples"], "kind": job.recipe.generator.kind, "relevant_from": job.recipe.evaluation.min_relevance,
         "behaviour": bool(catalog.metrics.get("behaviour")),
         "low": min(low for low, _ in ranges), "high": max(high for _, high in ranges),
     }  # fmt: skip
-    specs = [{"rows": sum(result["pairs"] for result in found) // buckets} for _ in range(buckets)]
-    made = map_parts(
+    specs = [{"rows": sum(result["pairs"] for result in grouped) // buckets} for _ in range(buckets)]
+    written = map_parts(
         _MakePrompts, arguments, specs, workers=job.recipe.ids.workers, label="making prompts", unit="pairs"
     )
     job.store.delete_folder(exchange)
-    counts = {split: sum(result[split] for result in made) for split in SPLITS}
+    counts = {split: sum(result[split] for result in written) for split in SPLITS}
     return attempt.commit(
-        [entry for result in made for entry in result["files"]],
+        [entry for result in written for entry in result["files"]],
         rows=counts["train"],
         schema=schemas.fingerprint(_schema(parents["examples"], recipe)),
         metrics={"queries": counts["train"], "validation_queries": counts["validation"],
                  "rewards": "behaviour" if arguments["behaviour"] else "relevance",
-                 **{name: sum(result[name] for result in made) for name in _CUTS},
-                 "pairs_without_product": sum(result["without"] for result in found)},
+                 **{name: sum(result[name] for result in written) for name in _CUTS},
+                 "pairs_without_product": sum(result["without"] for result in grouped)},
     )  # fmt: skip
 
 
@@ -138,7 +137,7 @@ class _Join:
         return table.append_column("packed", pa.array(packed_N[place.drop_null().to_numpy()]))
 
     def _spread(self, name: str, table: pa.Table) -> None:
-        key_N = pd.util.hash_array(table["query_id"].cast(pa.string()).to_pandas().to_numpy(object), categorize=False)
+        key_N = hash_of_text(table["query_id"])
         write_groups(self.store, name, table, (key_N % np.uint64(self.buckets)).astype(np.int64), self.buckets)
 
 
@@ -173,8 +172,8 @@ class _MakePrompts:
 
     def _group(self, table: str, bucket: int) -> pa.Table | None:
         names = [f"{self.exchange}/{table}-{part:05d}.arrow" for part in range(self.parts)]
-        found = [read_group(self.store, name, bucket) for name in names if self.store.exists(name)]
-        return pa.concat_tables(found) if found else None
+        tables = [read_group(self.store, name, bucket) for name in names if self.store.exists(name)]
+        return pa.concat_tables(tables) if tables else None
 
     def _rewards(self, table: pa.Table) -> np.ndarray:
         if not self.behaviour:

@@ -50,11 +50,11 @@ def _rename(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifes
     category_NH = torch.from_numpy(matrix(sample["category"]).astype(np.int64))
     embedding_ND = torch.from_numpy(matrix(sample["embedding"]).copy())
     codes_NL = encode(coder, embedding_ND, category_NH, rows=recipe.ids.encode_rows).codes_BL.numpy()
-    found = realign(before_NL[common], codes_NL, coder.codes_per_level)
-    rename_LK, after_L = [rename_K.tolist() for rename_K in found.rename_LK], found.agreement_after_L.copy()
+    naming = realign(before_NL[common], codes_NL, coder.codes_per_level)
+    rename_LK, after_L = [rename_K.tolist() for rename_K in naming.rename_LK], naming.agreement_after_L.copy()
     if coder.category_column is not None:  # the first code is the category's own number
-        rename_LK[0], after_L[0] = list(range(coder.codes_per_level[0])), found.agreement_before_L[0]
-    progress.event("realign", common=len(common), before=_rounded(found.agreement_before_L), after=_rounded(after_L))
+        rename_LK[0], after_L[0] = list(range(coder.codes_per_level[0])), naming.agreement_before_L[0]
+    progress.event("realign", common=len(common), before=_rounded(naming.agreement_before_L), after=_rounded(after_L))
     with tempfile.TemporaryDirectory() as local:
         folder = Path(local)
         coder.renamed(rename_LK).save(folder)
@@ -63,7 +63,7 @@ def _rename(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifes
         figures = {name: value for name, value in trained.metrics.items() if name not in _OF_THE_RUN}
         figures |= {
             "seconds_training": trained.metrics["seconds"], "realigned_on": len(common),
-            "agreement_before": found.agreement_before_L.tolist(), "agreement_after": after_L.tolist(),
+            "agreement_before": naming.agreement_before_L.tolist(), "agreement_after": after_L.tolist(),
         }  # fmt: skip
         return attempt.commit(job.store.upload(folder, attempt.folder), metrics=figures)
 

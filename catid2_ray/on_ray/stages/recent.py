@@ -48,9 +48,11 @@ def exchange(store: Store, folder: str, specs: list[dict], *, catalog: str, ids:
 
 def answers(store: Store, folder: str, part: int, answering: list[int]) -> Recent:
     """What the parts `answering` (their numbers) found for the pairs of `part`."""
-    found = pa.concat_tables([read_group(store, f"{folder}/answered-{other:05d}.arrow", part) for other in answering])
-    found = found.sort_by([("row", "ascending"), ("place", "ascending")])
-    return Recent(found["row"].to_numpy(), matrix(found["codes"]).astype(np.int64))
+    answered = pa.concat_tables(
+        [read_group(store, f"{folder}/answered-{other:05d}.arrow", part) for other in answering]
+    )
+    answered = answered.sort_by([("row", "ascending"), ("place", "ascending")])
+    return Recent(answered["row"].to_numpy(), matrix(answered["codes"]).astype(np.int64))
 
 
 class _Ask:

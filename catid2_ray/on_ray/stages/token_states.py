@@ -54,14 +54,14 @@ def open_states(encoder: str, input_ids_NT: np.ndarray, *, pad: int) -> StateCac
         return cache
 
 
-def _forget_oldest(made: Path) -> None:
+def _forget_oldest(newest: Path) -> None:
     """Delete all but the `_KEPT` − 1 caches used last, beside the one to be made; not those whose door someone holds. Who has
     one open goes on reading: its files are mapped."""
     used = {}
-    for path in made.parent.glob("*/cache.json"):
+    for path in newest.parent.glob("*/cache.json"):
         with contextlib.suppress(FileNotFoundError):  # another process is faster
             used[path.parent] = path.parent.stat().st_mtime
-    for folder in sorted(used.keys() - {made}, key=used.get, reverse=True)[_KEPT - 1 :]:
+    for folder in sorted(used.keys() - {newest}, key=used.get, reverse=True)[_KEPT - 1 :]:
         with open(f"{folder}.lock", "w") as door, contextlib.suppress(BlockingIOError):
             fcntl.flock(door, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)

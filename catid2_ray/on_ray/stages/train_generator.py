@@ -13,13 +13,12 @@ from catid2_ray.artifacts.release import fetch
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.config import GeneratorRecipe, StageRecipe
 from catid2_ray.docid import DocidSpace
+from catid2_ray.generator.batches import epoch_order, kept_words, mix_ratios, only_kept
 from catid2_ray.generator.encoder_decoder import load_text_encoder, unrounded
-from catid2_ray.generator.examples import epoch_order, kept_words, mix_ratios, only_kept
-from catid2_ray.generator.losses import near_codes
 from catid2_ray.generator.model import build_generator
 from catid2_ray.generator.saved import save_generator
 from catid2_ray.generator.states import TokenStates
-from catid2_ray.generator.step import DocidLoss, parameter_groups
+from catid2_ray.generator.step import DocidLoss, near_codes, parameter_groups
 from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
@@ -32,8 +31,6 @@ from catid2_ray.on_ray.stages.token_states import open_states
 from catid2_ray.on_ray.training import worker
 from catid2_ray.on_ray.training.shards import PartReader
 from catid2_ray.schedule import Phase
-
-_TOKENS_OF_ROWS = 4096  # rows whose tokens are counted
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
@@ -208,30 +205,6 @@ class GeneratorTask:
             return {"input_ids": only_kept(ids_BT, kept_BT, pad=self.marks.pad), **rest}
         states = self.states.take_texts(self.states.find(ids_BT), kept_BT)
         return {"states": states.states_BTE.numpy(), "real": states.mask_BT.numpy(), **rest}
-
-    def flops_per_example(self, module: DocidLoss, rows) -> float:
-        """6 · weights · tokens (Kaplan et al. 2020, appendix B): an encoder's by the mean number of tokens that stay in a text,
-        padding apart, a decoder's by levels, a causal model's by both, and each level's rows of the projection; all twice
-        where a second pass is compared. Attention's products of pairs are left out, and so is a frozen encoder, whose
-        states are computed once."""
-        sampled = rows.take(np.linspace(0, rows.rows - 1, min(rows.rows, _TOKENS_OF_ROWS)).astype(np.int64))
-        tokens = float(self.prepare(sampled, seed=0)["kept"].sum(1).mean())
-        return (2 if self.recipe.passes_weight else 1) * self._flops_per_pass(module, tokens)
-
-    def _flops_per_pass(self, module: DocidLoss, tokens: float) -> float:
-        model, levels = module.model, self.space.levels
-        embeddings = {id(model.shared.weight), id(model.lm_head.weight)}
-
-        def weights(part: torch.nn.Module) -> int:
-            return sum(w.numel() for w in part.parameters() if w.requires_grad and id(w) not in embeddings)
-
-        projected = sum(self.space.codes_per_level) * model.lm_head.weight.shape[1]
-        if self.recipe.kind == "causal":
-            return 6.0 * (weights(model) * (tokens + levels - 1) + projected)
-        # The whole text's vector passes its matrix once, not once per token.
-        once = weights(model.encoder.sentence) if hasattr(model.encoder, "sentence") else 0
-        encoder = (weights(model.encoder) - once) * tokens + once
-        return 6.0 * (encoder + weights(model.decoder) * levels + projected)
 
     def loss(self, engine, batch: dict[str, torch.Tensor], *, gather) -> tuple[torch.Tensor, dict]:
         inputs = TokenStates(batch["states"], batch["real"]) if "states" in batch else batch["input_ids"].long()

@@ -25,7 +25,7 @@ from catid2_ray.on_ray.stages.assign.work import open_coder
 from catid2_ray.on_ray.stages.catalog import read_sample
 from catid2_ray.on_ray.training import worker
 from catid2_ray.on_ray.training.shards import PartReader
-from catid2_ray.quantizer.coder import Coder, encode
+from catid2_ray.quantizer.coder import Coder, TreeCoder, encode
 from catid2_ray.quantizer.health import (
     codebook_health,
     gradient_norms,
@@ -34,11 +34,9 @@ from catid2_ray.quantizer.health import (
     revive_dead_codes,
     verdict,
 )
-from catid2_ray.quantizer.labels import exchange_paths, mask_categories
 from catid2_ray.quantizer.model import ResidualQuantizer
-from catid2_ray.quantizer.sampler import category_balanced_order
+from catid2_ray.quantizer.sampler import category_balanced_order, exchange_paths, mask_categories
 from catid2_ray.quantizer.step import Extras, LossWeights, epoch_order, parameter_groups, training_loss
-from catid2_ray.quantizer.tree import TreeCoder
 from catid2_ray.schedule import seed_from
 
 _REVIVE_UNTIL = 0.75
@@ -258,7 +256,7 @@ class QuantizerTask:
             codes_SL = module.encode(sample_ND, category_NH).codes_BL.cpu().numpy()
         collisions = 1 - len(np.unique(recipe.space.pack(codes_SL))) / len(codes_SL)
         # Where products share IDs on purpose, collisions are no fault.
-        found = verdict(health.levels, collisions if recipe.ids == "unique" else None)
+        judged = verdict(health.levels, collisions if recipe.ids == "unique" else None)
         figures = {
             **_figures_of(health.levels),
             "collision_rate_sample": collisions,
@@ -266,14 +264,14 @@ class QuantizerTask:
             "gradient_norm": norms,
             "anchors": [round(means.pop(name), 1) for name in sorted(means) if name.startswith("anchors_")],
             "revived": revived,
-            "verdict": found.state,
-            "reason": found.reason,
+            "verdict": judged.state,
+            "reason": judged.reason,
         }
-        states = [record["verdict"] for record in history] + [found.state]
+        states = [record["verdict"] for record in history] + [judged.state]
         if recipe.collapse_patience and persistent(states, recipe.collapse_patience):
             figures["stop"] = (
                 f"the codes collapsed and stayed so for {recipe.collapse_patience} epochs (quantizer.collapse_patience), the "
-                f"last being {epoch + 1} of {recipe.epochs}: {found.reason}. Codes used per level {figures['codes_used']} of "
+                f"last being {epoch + 1} of {recipe.epochs}: {judged.reason}. Codes used per level {figures['codes_used']} of "
                 f"{list(recipe.codes_per_level)}, perplexity {figures['perplexity']}, mean norm of z {health.latent_norm:.3g}, "
                 f"gradient norms {norms}. Lower quantizer.hierarchical or learning_rate, raise cluster_scale or dispersion, "
                 "or set latent_radius"

@@ -7,7 +7,6 @@ more than them. Q queries, P relevant (query, product) pairs, K results, B batch
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,8 +15,8 @@ from catid2_ray.artifacts.release import default_cache, fetch
 from catid2_ray.artifacts.store import Store
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
-from catid2_ray.generator.examples import tokenize
-from catid2_ray.generator.spans import uniform
+from catid2_ray.generator.vocabulary import tokenize
+from catid2_ray.hashing import hash_of_text, uniform
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.stages.catalog import part_specs
 from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
@@ -90,7 +89,7 @@ def keep_smallest(table: pa.Table, *, queries: int, seed: int) -> pa.Table:
     ids, row_N = np.unique(table["query_id"].to_numpy().astype(object), return_inverse=True)
     if len(ids) <= queries:
         return table
-    draw_I = uniform(pd.util.hash_array(ids, categorize=False), seed, 6)
+    draw_I = uniform(hash_of_text(ids), seed, 6)
     kept_I = np.zeros(len(ids), bool)
     kept_I[np.argsort(draw_I, kind="stable")[:queries]] = True
     return table.filter(pa.array(kept_I[row_N]))
@@ -108,9 +107,9 @@ def sample(
             catalog.file(spec["pairs"]), columns=["query_id", "query", "product_id", "split", "relevance"]
         )
         pairs = pairs.filter((pc.field("split") == "validation") & (pc.field("relevance") >= min_relevance))
-        held = store.read_table(ids.file(spec["file"]), columns=["product_id", "codes"])
-        place = pc.index_in(pairs["product_id"].combine_chunks(), held["product_id"].combine_chunks())
-        packed = space.pack(matrix(held["codes"])[place.drop_null().to_numpy()])
+        ids_of_part = store.read_table(ids.file(spec["file"]), columns=["product_id", "codes"])
+        place = pc.index_in(pairs["product_id"].combine_chunks(), ids_of_part["product_id"].combine_chunks())
+        packed = space.pack(matrix(ids_of_part["codes"])[place.drop_null().to_numpy()])
         known = pairs.filter(place.is_valid()).select(["query_id", "query", "product_id"])
         known = known.append_column("packed", pa.array(packed)).group_by(known.column_names + ["packed"]).aggregate([])
         kept = known if kept is None else pa.concat_tables([kept, known])

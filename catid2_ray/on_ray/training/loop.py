@@ -23,7 +23,7 @@ from catid2_ray.on_ray.training import checkpoints
 from catid2_ray.on_ray.training.checkpoints import State
 from catid2_ray.on_ray.training.engine import Gather, mean_over_ranks, share_objects, share_weights, start_engine
 from catid2_ray.on_ray.training.meter import FOLDER as TENSORBOARD
-from catid2_ray.on_ray.training.meter import Meter, peak_flops
+from catid2_ray.on_ray.training.meter import Meter
 from catid2_ray.on_ray.training.shards import RankRange, open_rows
 from catid2_ray.on_ray.training.task import Run
 from catid2_ray.schedule import seed_from
@@ -110,27 +110,19 @@ class Training:
             RankRange(run.rows, rank=0, world=1) if run.whole else RankRange(run.rows, rank=seat.rank, world=seat.world)
         )
         mode, seed = getattr(run.settings, "input", "shard"), seed_from(run.seed, self._row_seed)
-        with open_rows(seat.rows, span, run.task.columns, mode=mode, seed=seed) as rows, self.metered(rows):
+        with open_rows(seat.rows, span, run.task.columns, mode=mode, seed=seed) as rows, self.metered():
             if hasattr(rows, "seek"):
                 rows.seek(self.state.epoch)
             while not self.epoch(rows):
                 pass
 
     @contextlib.contextmanager
-    def metered(self, rows):
+    def metered(self):
         """The meter is open within, on rank 0."""
         if not self.first:
             yield
             return
-        run, flops, peak = self.run, None, 0.0
-        if hasattr(run.task, "flops_per_example"):
-            flops = run.task.flops_per_example(self.engine.module, rows)
-            peak, source = peak_flops(run.device, run.settings.precision)
-            progress.event("peak", flops_per_row=f"{flops:.3g}", worker_flops_per_second=f"{peak:.3g}", source=source)
-        self.meter = Meter(
-            self.local / TENSORBOARD, stage=run.name.split("-")[0], steps_done=self._steps_done, flops=flops, peak=peak,
-            workers=self.seat.world,
-        )  # fmt: skip
+        self.meter = Meter(self.local / TENSORBOARD, stage=self.run.name.split("-")[0], steps_done=self._steps_done)
         try:
             yield
         finally:

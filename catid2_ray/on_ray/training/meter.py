@@ -9,60 +9,23 @@ import time
 from pathlib import Path
 
 import ray
-import torch
 
 from catid2_ray.on_ray.machine import progress
 
 FOLDER = "tensorboard"
-_MATMUL_SIDE, _MATMULS = 1024, 4
-# Dense peak in FLOP/s by a part of the device's name: (bf16, fp32 without TF32), from NVIDIA's data sheets.
-_GPU_PEAKS = {
-    "H200": (989e12, 67e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100 NVL": (835e12, 60e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-    "L40S": (362e12, 91.6e12),
-    "L4": (121e12, 30.3e12),
-}
-
-
-def peak_flops(device: str, precision: str) -> tuple[float, str]:
-    """(FLOP/s of one worker at best, where the figure is from): a table for known GPUs, else the best of a few products."""
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-        for part, (bf16, fp32) in _GPU_PEAKS.items():
-            if part in name:
-                return (bf16 if precision == "bf16" else fp32), f"data_sheet_of_{part.replace(' ', '_')}"
-    side = _MATMUL_SIDE * (8 if device.startswith("cuda") else 1)
-    # Where CPUs compute bf16 in float32, float32 is what they can do.
-    kind = torch.bfloat16 if precision == "bf16" and device.startswith("cuda") else torch.float32
-    left, best = torch.ones(side, side, dtype=kind, device=device), float("inf")
-    for _ in range(_MATMULS):
-        _wait_for(device)
-        started = time.perf_counter()
-        left @ left
-        _wait_for(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best, f"matmul_{side}_{str(kind).removeprefix('torch.')}"
-
-
-def _wait_for(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 class Meter:
     """Counts steps between two shows, and tells all three places.
 
-    `flops`: per row, forward and backward; None leaves the MFU out. `steps_done`: where the training goes on from, so that
+    `steps_done`: where the training goes on from, so that
     TensorBoard forgets what an earlier attempt wrote past that. `folder`: of the event files, on this worker's disk.
     """
 
-    def __init__(self, folder: Path, *, stage: str, steps_done: int, flops: float | None, peak: float, workers: int):
+    def __init__(self, folder: Path, *, stage: str, steps_done: int):
         from tensorboardX import SummaryWriter
 
-        self.folder, self._flops, self._peak = folder, flops, peak * workers
+        self.folder = folder
         self._board = SummaryWriter(str(folder), purge_step=steps_done + 1, flush_secs=30)
         self._gauges = _gauges(stage)
         self._report = progress.reporter()
@@ -82,8 +45,6 @@ class Meter:
         figures = {"loss": loss, "learning_rate": rate}
         if rows and passed > 0:
             figures["examples_per_second"] = rows / passed
-            if self._flops:
-                figures["mfu"] = rows * self._flops / passed / self._peak
         self._tell(step, figures)
         self._last_note = self._note(epoch, figures)
         self._report(step, self._last_note)
@@ -112,8 +73,6 @@ class Meter:
         parts = [f"epoch {epoch + 1} loss {figures['loss']:.3f} lr {figures['learning_rate']:.1e}"]
         if "examples_per_second" in figures:
             parts.append(f"{figures['examples_per_second']:,.0f}/s")
-        if "mfu" in figures:
-            parts.append(f"mfu {figures['mfu']:.1%}")
         if self._score is not None:
             parts.append(f"score {self._score:.4f}")
         return " ".join(parts)
@@ -129,7 +88,6 @@ _GAUGES = {
     "loss": "Mean loss of the epoch so far",
     "learning_rate": "Learning rate of the last step",
     "examples_per_second": "Rows trained per second, all workers together",
-    "mfu": "Model FLOPs per second over the workers' peak, 0 to 1",
     "score": "Score of the last validation, higher is better",
 }
 

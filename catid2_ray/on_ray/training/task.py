@@ -29,8 +29,6 @@ class Task(Protocol):
                                     `rows`: all rows of the artefact. `order` sees epochs numbered through all phases
     validate(module, epoch) -> dict on rank 0, figures for the history; `score`: higher is better, the best epoch's weights
                                     are exported, and the settings' `patience` counts from it
-    flops_per_example(module, rows) floating-point operations of a step per row, forward and backward, for the MFU; `rows`: the
-                                    worker's, as `open_rows` gives them
     """
 
     columns: list[str]

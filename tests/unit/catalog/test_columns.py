@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 
 from catid2_ray.catalog.columns import NOT_UTF8, commonest_width, plain, plain_table
-from catid2_ray.catalog.pairs import LOWER_GRADE, PAIRS, UNKNOWN_PRODUCT, check_pairs
+from catid2_ray.catalog.pairs import LOWER_GRADE, UNKNOWN_PRODUCT, check_pairs
 from catid2_ray.catalog.products import check_products
 from catid2_ray.errors import InputError
+from catid2_ray.tables import PAIRS
 
 TITLES = ["oak shelf", "steel hinge", "grey sofa", "brass lock"]
 IDS, VECTORS = ["a", "b", "c", "d"], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]

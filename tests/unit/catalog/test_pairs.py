@@ -3,8 +3,9 @@
 import pyarrow as pa
 import pytest
 
-from catid2_ray.catalog.pairs import PAIRS, check_pairs, pair_weights, training_pairs
+from catid2_ray.catalog.pairs import check_pairs, pair_weights, training_pairs
 from catid2_ray.errors import InputError
+from catid2_ray.tables import PAIRS
 
 
 def pairs(*rows):

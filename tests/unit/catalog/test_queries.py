@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from catid2_ray.catalog.pairs import PAIRS
 from catid2_ray.catalog.queries import added, find_faults, keyed_queries
+from catid2_ray.tables import PAIRS
 
 ROWS = [
     ("q1", "oak shelf", "train"),

@@ -4,9 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from catid2_ray.catalog.pairs import PAIRS
 from catid2_ray.errors import InputError
 from catid2_ray.evaluation.protocol import GROUPS, Judgements, evaluate, per_query_recalls
+from catid2_ray.tables import PAIRS
 
 ROWS = [
     ("q2", "lock", "b", 3.0, "test"),

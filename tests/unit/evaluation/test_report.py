@@ -1,11 +1,12 @@
-"""The closing report: it fits a terminal, says every figure, and leaves out what is absent."""
+"""The closing report fits a terminal, says every figure, leaves out what is absent; Table 1: sums over labels and splits."""
 
 import copy
 import io
 
 from rich.console import Console
 
-from catid2_ray.evaluation.report import closing_table, markdown
+from catid2_ray.evaluation.report import PAPER, closing_tables, table_one
+from catid2_ray.evaluation.tables import markdown, terminal
 
 KS = ("5", "10", "20", "50", "100")
 FIGURES = {
@@ -26,7 +27,7 @@ FIGURES = {
 
 def printed(figures, width=100):
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(closing_table(figures))
+    console.print(terminal(closing_tables(figures)))
     return console.export_text()
 
 
@@ -52,7 +53,7 @@ def test_the_terminal_table_fits_and_says_every_figure():
 
 
 def test_markdown_has_a_table_per_part():
-    text = markdown(FIGURES)
+    text = markdown(closing_tables(FIGURES))
     assert text.count("### ") == 4
     assert "| products: method | @5 | @10 | @20 | @50 | @100 |\n| --- | ---: | ---: | ---: | ---: | ---: |" in text
     assert "| seen: beam | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 |" in text
@@ -60,6 +61,35 @@ def test_markdown_has_a_table_per_part():
 
 
 def test_absent_parts_are_left_out():
-    text = markdown({"recall": {"beam": {"10": 0.5}}})
+    text = markdown(closing_tables({"recall": {"beam": {"10": 0.5}}}))
     assert text.count("### ") == 1 and "| all: beam | 0.500 |" in text
-    assert markdown({}) == "" and printed({}).strip() == ""
+    assert markdown(closing_tables({})) == "" and printed({}).strip() == ""
+
+
+COUNTS = {
+    "documents": 193_196, "train_queries": 90, "validation_queries": 10, "test_queries": 29, "train_E": 600, "train_S": 250,
+    "train_C": 30, "train_I": 20, "validation_E": 80, "validation_I": 4, "test_E": 50, "test_S": 7, "test_C": 1,
+    "products_read": 400_000, "judgements_read": 1500, "dropped: category path of depth 2": 40,
+}  # fmt: skip
+
+
+def test_our_counts_stand_beside_the_papers():
+    text = markdown(table_one(COUNTS, locale="us"))
+    for line in (
+        "| documents | 193,196 | 386,392 | 0.50 |",
+        "| training queries (E, S) | 100 | 20,001 | 0.00 |",
+        "| training pairs (E, S) | 930 | 341,460 | 0.00 |",
+        "| training pairs (all labels) | 984 | 341,460 | 0.00 |",
+        "| test queries (E, S) | 29 | 5,800 | 0.01 |",
+        "| test pairs (E, S) | 57 | 29,351 | 0.00 |",
+        "| test pairs (all labels) | 58 | 29,351 | 0.00 |",
+        "| of the training pairs (E, S), in validation | 80 |",
+        "| products of the locale | 400,000 |",
+        "| dropped: category path of depth 2 | 40 |",
+    ):
+        assert line in text.splitlines(), text
+
+
+def test_every_locale_has_the_papers_row():
+    assert PAPER["es"] == (131_935, 5_350, 121_297, 1_612, 12_176) and PAPER["jp"][0] == 152_845
+    assert all("beside Table 1" in table_one(COUNTS, locale=locale)[0].title for locale in PAPER)

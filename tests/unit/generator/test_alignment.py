@@ -9,7 +9,7 @@ import torch
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError
-from catid2_ray.generator.alignment import (
+from catid2_ray.generator.eg_grpo import (
     AlignmentLoss,
     Experience,
     Groups,

@@ -6,11 +6,11 @@ import torch
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, InputError, RecipeError
+from catid2_ray.generator.batches import Examples
 from catid2_ray.generator.causal import CausalGenerator
-from catid2_ray.generator.examples import Examples, tokenize
 from catid2_ray.generator.model import pretrained_causal
 from catid2_ray.generator.step import fit, level_losses
-from catid2_ray.generator.vocabulary import load_tokenizer, marks, with_docid_tokens
+from catid2_ray.generator.vocabulary import load_tokenizer, marks, tokenize, with_docid_tokens
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie

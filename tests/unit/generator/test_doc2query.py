@@ -5,7 +5,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from catid2_ray.errors import EncoderError
-from catid2_ray.generator.doc2query import Doc2Query
+from catid2_ray.generator.inputs import Doc2Query
 from catid2_ray.generator.vocabulary import train_tokenizer
 
 TITLES = ["steel hinge 10 ft", "oak lamp", "brass door knob"]

@@ -9,11 +9,11 @@ import torch
 from catid2_ray.catalog.text import HuggingFaceEncoder
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, EncoderError, InputError, RecipeError
+from catid2_ray.generator.batches import Examples, kept_words
 from catid2_ray.generator.encoder_decoder import encoder_decoder
-from catid2_ray.generator.examples import Examples, kept_words, tokenize
-from catid2_ray.generator.states import CachedExamples, StateCache, TokenStates, dense
+from catid2_ray.generator.states import StateCache, TokenStates, dense
 from catid2_ray.generator.step import fit, level_losses, parameter_groups
-from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word
+from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word, tokenize
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.t5_decoder import T5Decoder
 from catid2_ray.retrieval.trie import Trie
@@ -191,21 +191,20 @@ def test_the_marks_of_a_text_never_fall_with_its_words(folder):
 def test_cached_examples_are_the_same_rows_in_the_same_steps(folder, tmp_path):
     model = build(folder, dropout=0.0)
     plain = examples(folder, drop_share=0.5, keep=0.5)
-    cached = CachedExamples.build(plain, model.encoder, tmp_path)
+    cached = plain.with_states(model.encoder, tmp_path)
     for step in range(4):
-        picked = plain.pick(seed=3, step=step, batch=4)
-        batch = cached.batch(seed=3, step=step, batch=4)
-        assert np.array_equal(batch.codes_BL, plain.batch(seed=3, step=step, batch=4).codes_BL)
-        assert np.array_equal(batch.states.mask_BT.sum(1), picked.kept_BT.sum(1))
+        ids, batch = (rows.batch(seed=3, step=step, batch=4) for rows in (plain, cached))
+        assert np.array_equal(batch.codes_BL, ids.codes_BL)
+        assert np.array_equal(batch.texts.mask_BT.sum(1), (ids.texts != 0).sum(1))
         halves = [cached.batch(seed=3, step=step, batch=4, rank=rank, workers=2) for rank in (0, 1)]
         for row in range(4):
-            half = halves[row // 2].states
-            real, mine = batch.states.mask_BT[row], half.mask_BT[row % 2]
-            assert torch.equal(batch.states.states_BTE[row][real], half.states_BTE[row % 2][mine])
+            half = halves[row // 2].texts
+            real, mine = batch.texts.mask_BT[row], half.mask_BT[row % 2]
+            assert torch.equal(batch.texts.states_BTE[row][real], half.states_BTE[row % 2][mine])
     whole = examples(folder, drop_share=0.0)
     run = {"space": SPACE, "steps": 6, "batch": 6, "learning_rate": 0.01}
     twin = build(folder, dropout=0.0)
     slow = fit(twin, whole, **run).losses
-    fast = fit(model, CachedExamples.build(whole, model.encoder, tmp_path), **run).losses
+    fast = fit(model, whole.with_states(model.encoder, tmp_path), **run).losses
     np.testing.assert_allclose(fast, slow, rtol=5e-3)
     assert isinstance(batch.inputs(torch.device("cpu")), TokenStates)

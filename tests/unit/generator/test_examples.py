@@ -6,10 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catid2_ray.errors import InputError, RecipeError
-from catid2_ray.generator.examples import Examples, drop_words, epoch_order
+from catid2_ray.generator.batches import Examples, epoch_order, kept_words, only_kept
 
 # Tokens 3…9 begin a word, 10…15 continue one.
 STARTS_V = np.array([True] * 10 + [False] * 6)
+
+
+def drop_words(ids_BT, starts_word_V, **settings):
+    thin_BT = only_kept(ids_BT, kept_words(ids_BT, starts_word_V, **settings))
+    return np.pad(thin_BT, ((0, 0), (0, ids_BT.shape[1] - thin_BT.shape[1])))
 
 
 def split_words(row):
@@ -91,9 +96,9 @@ def test_a_batch_is_the_same_for_any_number_of_workers_and_any_order_of_asking()
         halves = [fresh.batch(seed=5, step=step, batch=6, rank=rank, workers=2) for rank in (0, 1)]
         assert np.array_equal(whole.codes_BL, np.concatenate([half.codes_BL for half in halves]))
         for half, rows in zip(halves, (slice(0, 3), slice(3, 6))):
-            width = half.input_ids_BT.shape[1]
-            assert np.array_equal(whole.input_ids_BT[rows, :width], half.input_ids_BT)
-            assert not whole.input_ids_BT[rows, width:].any() and half.input_ids_BT.any(0).all()
+            width = half.texts.shape[1]
+            assert np.array_equal(whole.texts[rows, :width], half.texts)
+            assert not whole.texts[rows, width:].any() and half.texts.any(0).all()
 
 
 def test_only_titles_lose_words_and_ids_stay_with_their_texts():
@@ -104,7 +109,7 @@ def test_only_titles_lose_words_and_ids_stay_with_their_texts():
     queries = {tuple(row[:8]): tuple(codes) for row, codes in zip(examples.input_ids["query"], examples.codes["query"])}
     whole = 0
     for rows in seen:
-        for ids, codes in zip(rows.input_ids_BT, rows.codes_BL):
+        for ids, codes in zip(rows.texts, rows.codes_BL):
             if tuple(ids[:8]) in queries:
                 whole += 1
                 assert queries[tuple(ids[:8])] == tuple(codes)

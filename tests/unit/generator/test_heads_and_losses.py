@@ -7,12 +7,9 @@ import torch
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError
 from catid2_ray.generator.encoder_decoder import encoder_decoder
-from catid2_ray.generator.heads import with_head
-from catid2_ray.generator.initial import init_docid_rows
-from catid2_ray.generator.logits import docid_logits
-from catid2_ray.generator.losses import consistency, cross_entropy, near_codes
-from catid2_ray.generator.model import small_t5
-from catid2_ray.generator.step import DocidLoss, level_losses
+from catid2_ray.generator.logits import docid_logits, with_head
+from catid2_ray.generator.model import init_docid_rows, small_t5
+from catid2_ray.generator.step import DocidLoss, cross_entropy, divergence, level_losses, near_codes
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie
@@ -98,7 +95,7 @@ def test_two_passes_are_held_together(model):
     for a, b in zip(first.double().softmax(-1).tolist(), second.double().softmax(-1).tolist()):
         forward = sum(p * np.log(p / q) for p, q in zip(a, b))
         expected.append(0.5 * forward + 0.5 * sum(q * np.log(q / p) for p, q in zip(a, b)))
-    np.testing.assert_allclose(consistency(first, second), expected, rtol=1e-5)
+    np.testing.assert_allclose(divergence(first, second), expected, rtol=1e-5)
     settings = {"space": SPACE, "consistency": 5.0}
     plain_L = level_losses(model, IDS_BT, CODES_BL, space=SPACE)
     assert torch.equal(level_losses(model, IDS_BT, CODES_BL, **settings), plain_L)
@@ -109,7 +106,7 @@ def test_two_passes_are_held_together(model):
     found_L = level_losses(model, IDS_BT, CODES_BL, **settings)
     for level in range(3):
         both = [cross_entropy(logits[level], CODES_BL[:, level], smoothing=0.0) for logits in passes]
-        expected = (sum(both) / 2 + 5.0 * consistency(passes[0][level], passes[1][level])).mean()
+        expected = (sum(both) / 2 + 5.0 * divergence(passes[0][level], passes[1][level])).mean()
         torch.testing.assert_close(found_L[level], expected)
     model.eval()
 

@@ -5,8 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from catid2_ray.generator.lengths import MOST_PADDING, length_groups, padding_share
+from catid2_ray.generator.batches import MOST_PADDING, length_groups
 from tests.oracles.examples import least_padding
+
+
+def padding_share(length_B, groups):
+    """Share 0 … 1 of padding among all tokens, where each group is padded to its longest row."""
+    length_B = np.maximum(np.asarray(length_B), 1)
+    return 1.0 - int(length_B.sum()) / sum(len(row_G) * int(length_B[row_G].max()) for row_G in groups)
 
 
 @settings(max_examples=80, deadline=None)

@@ -10,7 +10,7 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, RecipeError, TrainingError
-from catid2_ray.generator.examples import Examples
+from catid2_ray.generator.batches import Examples
 from catid2_ray.generator.model import pretrained_t5, small_t5
 from catid2_ray.generator.step import docid_loss, fit, level_losses
 from catid2_ray.generator.vocabulary import load_tokenizer, train_tokenizer, with_docid_tokens

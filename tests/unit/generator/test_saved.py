@@ -7,11 +7,10 @@ from transformers import AutoModelForCausalLM, T5ForConditionalGeneration
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, RecipeError
-from catid2_ray.generator.examples import tokenize
 from catid2_ray.generator.logits import docid_logits
 from catid2_ray.generator.model import build_generator
 from catid2_ray.generator.saved import load_generator, save_generator
-from catid2_ray.generator.vocabulary import load_tokenizer, pad_of, train_tokenizer, with_docid_tokens
+from catid2_ray.generator.vocabulary import load_tokenizer, pad_of, tokenize, train_tokenizer, with_docid_tokens
 from catid2_ray.retrieval.decoders import decoder_for
 from tests.text_models import save_bert, save_qwen, word_tokenizer
 

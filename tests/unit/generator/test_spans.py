@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
-from catid2_ray.generator.spans import SHORTEST, description_spans, span_places, uniform
+from catid2_ray.generator.inputs import SHORTEST, description_spans, span_places
 from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
+from catid2_ray.hashing import uniform
 from tests.oracles.examples import spans_of
 
 WORDS = [

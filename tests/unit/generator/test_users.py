@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
-from catid2_ray.generator.examples import tokenize, tokenize_cut
-from catid2_ray.generator.users import user_width, with_users
-from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
+from catid2_ray.generator.inputs import user_width, with_users
+from catid2_ray.generator.vocabulary import tokenize, tokenize_cut, train_tokenizer, with_docid_tokens
 from tests.oracles.examples import user_tokens
 
 SPACE = DocidSpace((4, 3))

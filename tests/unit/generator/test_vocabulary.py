@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, InputError, RecipeError
-from catid2_ray.generator.examples import tokenize
-from catid2_ray.generator.vocabulary import load_tokenizer, starts_word, train_tokenizer, with_docid_tokens
+from catid2_ray.generator.vocabulary import load_tokenizer, starts_word, tokenize, train_tokenizer, with_docid_tokens
 from catid2_ray.scripts import normalised
 
 TITLES = [

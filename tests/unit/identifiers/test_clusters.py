@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catid2_ray.errors import InputError
-from catid2_ray.identifiers import clusters
-from catid2_ray.identifiers.clusters import METHODS, split_clusters
+from catid2_ray.identifiers import suffixes
+from catid2_ray.identifiers.suffixes import METHODS, split_clusters
 from tests.oracles import clusters as oracle
 
 VALUES = st.sampled_from([0.0, -0.0, 1.5, -2.0, float("inf"), float("-inf"), float("nan")])
@@ -75,7 +75,7 @@ def test_values_and_residuals_equal_their_oracles(case):
     keys = [oracle.by_value(*pair) for pair in zip(value_N.tolist(), ids, strict=True)]
     expected = oracle.ranked(prefixes, keys, t_max)
     assert split(case, rows, "value").group_N.tolist() == [expected[row] for row in rows]
-    steps = clusters.POWER_STEPS, clusters.LLOYD_STEPS
+    steps = suffixes.POWER_STEPS, suffixes.LLOYD_STEPS
     expected = oracle.by_residual(prefixes, residual_NZ, ids, t_max, *steps)
     assert split(case, rows, "kmeans").group_N.tolist() == [expected[row] for row in rows]
 
@@ -113,7 +113,7 @@ def test_blocks_do_not_change_a_group(monkeypatch):
     prefix_N, residual_NZ = rng.integers(0, 9, 400), rng.normal(size=(400, 7)).astype(np.float32)
     ids = [f"p{number}" for number in range(400)]
     whole = split_clusters(prefix_N, residual_NZ, ids, t_max=6)
-    monkeypatch.setattr(clusters, "BLOCK_NUMBERS", 600)
+    monkeypatch.setattr(suffixes, "BLOCK_NUMBERS", 600)
     assert np.array_equal(split_clusters(prefix_N, residual_NZ, ids, t_max=6).group_N, whole.group_N)
 
 
@@ -154,7 +154,7 @@ def test_more_than_a_hundred_groups_keep_the_bound():
         ([0], [[0.0]], ["a"], {"method": "best"}, "method 'best' is unknown; choose one of kmeans, value, random"),
         ([0, 0], [[0.0]], ["a"], {}, r"product_ids of shape \(1,\) need as many prefixes, found shape \(2,\)"),
         ([0.5], [[0.0]], ["a"], {}, "prefixes must be integers, found float64: pack the codes first"),
-        ([0, 1], [[0.0], [0.0]], ["a", "a"], {}, r"product_id 'a' occurs more than once \(1 repeats"),
+        ([0, 1], [[0.0], [0.0]], ["a", "a"], {}, r"product_id 'a' occurs more than once in the table \(1 repeats"),
         ([0, 1], [[0.0], [np.nan]], ["a", "b"], {}, r"residual of product_id 'b' \(row 1\) is not finite, one of 1"),
         ([0, 1], [[0.0]], ["a", "b"], {}, r'"kmeans" needs residuals, numbers of shape 2×Z, found float64 of .*1, 1'),
         ([0], None, ["a"], {}, '"kmeans" needs residuals'),

@@ -202,7 +202,11 @@ def test_colliding_prefixes_are_sorted_and_only_those():
         ({"codes": [[0.0, 0.0]] * 3}, InputError, "codes must be an integer array N×2, found float64"),
         ({"product_ids": ["a", "b"]}, InputError, "as many product_ids, found .3, 1. and 2"),
         ({"product_ids": ["a", None, "c"]}, InputError, "1 of 3 product_ids are null"),
-        ({"product_ids": ["a", "b", "a"]}, InputError, "product_id 'a' occurs twice .1 repeats in all.; drop"),
+        (
+            {"product_ids": ["a", "b", "a"]},
+            InputError,
+            "'a' occurs more than once in the catalogue .1 repeats in all.: give",
+        ),
         ({"occupied": [[0, 1], [0, 1]]}, InputError, "occupied IDs: <a_0><b_1> occurs twice"),
         ({"occupied": [[1, 1], [2, 0]]}, InputError, "occupied IDs: row 1: code 2 at level 0"),
         ({"occupied": [[0, 0], [0, 1], [0, 2], [1, 0]]}, CapacityError, "need 7 IDs, but .* has only 6"),

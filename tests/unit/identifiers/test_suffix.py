@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
-from catid2_ray.identifiers.suffix import ordinal_suffix
+from catid2_ray.identifiers.suffixes import ordinal_suffix
 from tests.oracles import suffix as oracle
 
 PRIORITIES = st.sampled_from([0.0, -0.0, 1.5, -2.0, float("inf"), float("-inf"), float("nan")])
@@ -59,9 +59,9 @@ def test_efficient_products_come_first_and_unknown_ones_last():
 @pytest.mark.parametrize(
     "prefixes, ids, kwargs, message",
     [
-        ([0, 1, 0], ["a", "b", "a"], {}, r"product_id 'a' occurs more than once \(1 repeats"),
-        ([0, 1], ["a"], {}, r"1 product_ids need as many prefixes and priorities, found \(2,\) and \(1,\)"),
-        ([0], ["a"], {"priority_N": [1.0, 2.0]}, r"found \(1,\) and \(2,\)"),
+        ([0, 1, 0], ["a", "b", "a"], {}, r"product_id 'a' occurs more than once in the table \(1 repeats"),
+        ([0, 1], ["a"], {}, r"product_ids of shape \(1,\) need as many prefixes, found shape \(2,\)"),
+        ([0], ["a"], {"priority_N": [1.0, 2.0]}, r"1 product_ids need as many priorities, found \(2,\)"),
         ([0.5], ["a"], {}, "prefixes must be integers, found float64"),
         ([0], ["a"], {"base": 1}, "base must be 2 or more digits, or None for one token, found 1"),
     ],

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catid2_ray.errors import InputError
-from catid2_ray.quantizer.labels import exchange_paths, mask_categories
+from catid2_ray.quantizer.sampler import exchange_paths, mask_categories
 
 
 def paths(rows: int = 400, seed: int = 0) -> np.ndarray:

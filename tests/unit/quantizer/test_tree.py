@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from catid2_ray.errors import ArtifactError, InputError, RecipeError
-from catid2_ray.quantizer.tree import TreeCoder
+from catid2_ray.quantizer.coder import TreeCoder
 from tests.oracles import tree as oracle
 
 PATHS = torch.tensor([[0, 0, 0], [0, 0, 3], [0, 1, -1], [2, 4, 1], [2, 5, -1], [2, 7, 2], [5, -1, -1], [6, 9, 8]])

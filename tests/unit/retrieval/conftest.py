@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 
 from catid2_ray.docid import DocidSpace
-from catid2_ray.generator.examples import Examples, tokenize
+from catid2_ray.generator.batches import Examples
 from catid2_ray.generator.model import small_t5
 from catid2_ray.generator.step import fit
-from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
+from catid2_ray.generator.vocabulary import tokenize, train_tokenizer, with_docid_tokens
 from catid2_ray.retrieval.trie import Trie
 
 SPACE = DocidSpace((4, 4))

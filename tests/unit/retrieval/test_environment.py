@@ -8,13 +8,11 @@ import torch
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, RecipeError
-from catid2_ray.generator.alignment import Groups, Objective, group_logps, taken
-from catid2_ray.generator.alignment_fit import align, prompt_order
+from catid2_ray.generator.eg_grpo import Groups, Objective, align, group_logps, prompt_order, taken
 from catid2_ray.generator.encoder_decoder import encoder_decoder
-from catid2_ray.generator.examples import tokenize
-from catid2_ray.generator.heads import with_head
+from catid2_ray.generator.logits import with_head
 from catid2_ray.generator.model import pretrained_causal, small_t5
-from catid2_ray.generator.vocabulary import load_tokenizer, with_docid_tokens
+from catid2_ray.generator.vocabulary import load_tokenizer, tokenize, with_docid_tokens
 from catid2_ray.retrieval.environment import CalledRanker, Environment, Rules
 from catid2_ray.retrieval.trie import Trie
 from tests.text_models import bert_tokenizer, save_bert, save_qwen, word_tokenizer

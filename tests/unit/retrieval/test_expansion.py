@@ -13,9 +13,8 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
 from catid2_ray.retrieval.expansion import Candidates, expand, rescore
-from catid2_ray.retrieval.filters import Filter
+from catid2_ray.retrieval.filters import Filter, LiveFilter
 from catid2_ray.retrieval.live import LiveTrie
-from catid2_ray.retrieval.live_filters import LiveFilter
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
 from tests.oracles import expansion as oracle
@@ -246,7 +245,7 @@ def test_expansion_refuses_what_does_not_fit():
         ),
         (result, good | {"value_N": [np.nan] * 9}, "the value of row 0 is NaN; give every product a number"),
         (result, good | {"allowed": np.ones(8, bool)}, "a filter or 9 booleans, one per trie row"),
-        (result, good | {"allowed": np.ones(9)}, "found float64"),
+        (result, good | {"allowed": np.ones(9)}, "found torch.float64"),
         (result, good | {"allowed": Filter.of(np.ones(8, bool))}, "the filter is over 8 rows, the trie has 9"),
         (result._replace(row_range_BK2=one), good, "beam 1 of query 0 has rows 8 to 12, the trie has 9; take"),
         (result._replace(row_range_BK2=other), good, "beam 0 of query 0 shares row 7 with another beam"),

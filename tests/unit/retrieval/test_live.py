@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from catid2_ray.errors import ArtifactError, CapacityError, InputError, QueryError
 from catid2_ray.retrieval.beam import constrained_beam_search
-from catid2_ray.retrieval.filters import Filter, FilterIndex
-from catid2_ray.retrieval.live import LiveTrie, result_rows
-from catid2_ray.retrieval.live_filters import LiveFilter
-from catid2_ray.retrieval.product_names import ProductNames
+from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
+from catid2_ray.retrieval.live import LiveTrie, codes_of, result_rows
+from catid2_ray.retrieval.products import ProductNames
 from catid2_ray.retrieval.trie import Trie
 from tests.oracles.beam import Table
 from tests.unit.retrieval.test_beam import model_for, random_ids, random_queries
@@ -69,9 +68,16 @@ def same_as_rebuilt(view, products, shared, seed, allowed=None):
                 assert one.row_M.tolist() == expected and one.result_M.tolist() == other.result_M.tolist()
 
 
+def live_rows(view):
+    """All live products in the order of their IDs; equal IDs: base first, then as inserted."""
+    rows = np.flatnonzero(view.is_live(np.arange(view.rows))).tolist()
+    ids = dict(zip(rows, map(tuple, codes_of(view, rows).tolist())))
+    return sorted(rows, key=lambda row: (ids[row], row))
+
+
 def listed(view):
-    codes, rows = view.ids()
-    return [(tuple(docid), row) for docid, row in zip(codes.tolist(), rows.tolist())]
+    rows = live_rows(view)
+    return [(tuple(docid), row) for docid, row in zip(codes_of(view, rows).tolist(), rows)]
 
 
 def tried(change, *arguments):
@@ -91,7 +97,7 @@ def test_after_any_changes_it_is_the_trie_rebuilt(history, seed):
     live = LiveTrie(base, product_ids=[f"p{row}" for row in range(len(ids))])
     codes, alive = [tuple(docid) for docid in ids], [True] * len(ids)
     for what, docid, number, by_name in changes:
-        before, rows_before = live.view, live.view.ids().row_N.tolist()
+        before, rows_before = live.view, live_rows(live.view)
         if what == "insert":
             free = shared or docid not in [one for one, lives in zip(codes, alive) if lives]
             assert tried(live.insert, f"p{len(codes)}", docid) == free
@@ -104,7 +110,7 @@ def test_after_any_changes_it_is_the_trie_rebuilt(history, seed):
             accepted = what == "withdraw" or alive[row] or not clash
             assert tried(getattr(live, what), [f"p{row}" if by_name else row]) == accepted
             alive[row] = (what == "restore") if accepted else alive[row]
-        assert before.ids().row_N.tolist() == rows_before
+        assert live_rows(before) == rows_before
         products = [(i, one) for i, one in enumerate(codes) if alive[i]]
         assert listed(live.view) == sorted((docid, row) for row, docid in products)
         if number % 3 == 0:
@@ -142,7 +148,7 @@ def test_a_t5_searches_a_view_as_it_searches_the_trie_rebuilt():
     live, (query, mask) = LiveTrie(base), random_queries([5, 3], 0)
     live.insert_many([f"n{row}" for row in range((~old).sum())], ids[~old])
     live.withdraw([3, 8, base.rows + 4])
-    rebuilt = Trie.build(live.view.ids().codes_NL, codes_per_level=codes_per_level)
+    rebuilt = Trie.build(codes_of(live.view, live_rows(live.view)), codes_per_level=codes_per_level)
     for normalize in ("level", "vocabulary"):
         mine, plain = (
             constrained_beam_search(model, trie, query, mask, beam_width=[3, 8, 20], top_k=20, normalize=normalize)
@@ -162,8 +168,8 @@ def test_a_view_does_not_change_after_it_was_taken():
     before = live.view
     live.insert("new", [2, 2])
     live.withdraw([0])
-    assert before.ids().row_N.tolist() == [0, 1] and live.view.ids().row_N.tolist() == [1, 2]
-    assert live.view.ids().codes_NL.tolist() == [[1, 1], [2, 2]]
+    assert live_rows(before) == [0, 1] and live_rows(live.view) == [1, 2]
+    assert codes_of(live.view, live_rows(live.view)).tolist() == [[1, 1], [2, 2]]
     assert live.view.is_live([0, 1, 2]).tolist() == [False, True, True] and live.view.rows == 3
 
 
@@ -195,9 +201,9 @@ def test_a_product_may_come_back_with_another_id_and_its_name_follows():
     live.withdraw(["a"])
     live.restore([0])
     live.withdraw("a")
-    assert live.view.ids().row_N.tolist() == [1]
+    assert live_rows(live.view) == [1]
     live.restore("a")
-    assert live.view.ids().row_N.tolist() == [0, 1]
+    assert live_rows(live.view) == [0, 1]
 
 
 @pytest.mark.parametrize(

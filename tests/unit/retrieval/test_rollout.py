@@ -10,7 +10,7 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.generator.model import small_t5
 from catid2_ray.retrieval.beam import constrained_beam_search
-from catid2_ray.retrieval.rollout import beam_rollouts, leaves_of, sample_rollouts
+from catid2_ray.retrieval.rollout import beam_rollouts, sample_rollouts
 from catid2_ray.retrieval.trie import Trie
 from tests.oracles.alignment import inclusion
 from tests.oracles.beam import Table
@@ -80,7 +80,7 @@ def test_rollouts_of_a_t5_are_valid_distinct_and_scored_as_the_beam_scores_them(
     beam = beam_rollouts(model, tree, input_ids, mask, group=16, beam_width=150)
     for found in (draw, beam):
         assert found.codes_BGL.shape == (6, 16, 3) and (found.count_B == 16).all()
-        assert (leaves_of(tree, found.codes_BGL) >= 0).all()
+        assert (tree.nodes_of(found.codes_BGL.flatten(0, 1).numpy()) >= 0).all()
         for row in range(6):
             docids = list(map(tuple, found.codes_BGL[row].tolist()))
             assert len(set(docids)) == 16
@@ -107,15 +107,3 @@ def test_what_cannot_be_drawn_is_said():
     broken.logits[1] = torch.full_like(broken.logits[1], torch.nan)
     with pytest.raises(InputError, match="NaN or infinite logits"):
         sample_rollouts(broken, trie(), *asked(1), group=4, seed=0)
-
-
-@pytest.mark.parametrize("space, count", [(DocidSpace((7, 300, 5)), 900), (DocidSpace((2, 2)), 3)])
-def test_leaves_are_those_of_a_dictionary(space, count):
-    rng = np.random.default_rng(3)
-    packed = np.sort(rng.choice(space.capacity, count, replace=False))
-    tree = Trie.from_sorted(packed, codes_per_level=space.codes_per_level)
-    number = {int(value): place for place, value in enumerate(packed)}
-    every = np.arange(space.capacity)
-    found = leaves_of(tree, torch.from_numpy(space.unpack(every))[None])[0]
-    assert found.tolist() == [number.get(int(value), -1) for value in every]
-    assert leaves_of(tree, torch.full((1, 1, space.levels), -1)).item() == -1

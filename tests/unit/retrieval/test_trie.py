@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, InputError, ReleaseError
+from catid2_ray.retrieval.arrays import Starts
 from catid2_ray.retrieval.trie import Trie
-from catid2_ray.retrieval.trie_arrays import Starts
 from tests.oracles.trie import DictTrie, starts_of
 
 
@@ -281,7 +281,7 @@ def _other_end(folder):
     [
         (_without_header, "holds no finished trie"),
         (_broken_header, "is not JSON"),
-        (_empty_header, "is no trie header"),
+        (_empty_header, "is no header of this kind: trie"),
         (_other_format, "has format 99"),
         (_other_rows, "contradicts itself"),
         (_missing_array, "token_2.npy cannot be read"),
@@ -335,3 +335,18 @@ def test_check_finds_exceptions_out_of_order(tmp_path):
     opened.child_start[1].extra[:] = [20, 0]
     with pytest.raises(ArtifactError, match="child_start of level 1 ascends"):
         opened.check()
+
+
+@pytest.mark.parametrize("space, count", [(DocidSpace((7, 300, 5)), 900), (DocidSpace((2, 2)), 3)])
+def test_nodes_of_ids_are_those_of_a_dictionary(space, count):
+    rng = np.random.default_rng(3)
+    packed = np.sort(rng.choice(space.capacity, count, replace=False))
+    tree = Trie.from_sorted(packed, codes_per_level=space.codes_per_level)
+    every = space.unpack(np.arange(space.capacity))
+    node_ML = tree.nodes_of(every)
+    for level in range(1, space.levels + 1):
+        prefixes = sorted({tuple(docid) for docid in space.unpack(packed)[:, :level].tolist()})
+        number = {prefix: place for place, prefix in enumerate(prefixes)}
+        expected = [number.get(tuple(docid), -1) for docid in every[:, :level].tolist()]
+        assert node_ML[:, level - 1].tolist() == expected
+    assert tree.nodes_of(np.full((1, space.levels), -1)).tolist() == [[-1] * space.levels]

@@ -27,8 +27,7 @@ def test_a_score_does_not_depend_on_the_rows_beside_it(width):
         for b in (0, 1):
             assert len(set(store.scores(query[b : b + 1], asked).tolist())) == 1
     one = store.scores(query[:1], [3])
-    flat = store.scores(query, np.concatenate((rows[0], rows[1])), [700, 301])
-    assert (flat[:700] == one).all() and (flat[700:] == store.scores(query[1:], [3])).all()
+    assert (store.scores(query[:1], rows[1]) == one).all()
     exact = oracle.dot(query[0], store.vectors_ND[0])
     assert abs(one[0] - exact) <= 1e-6 * np.abs(query[0] * store.vectors_ND[0].astype(float)).sum()
 
@@ -128,7 +127,7 @@ def test_a_damaged_store_is_refused(tmp_path, what, text):
 def test_a_header_without_its_numbers_is_refused(tmp_path):
     VectorStore.write(tmp_path, [np.ones((2, 2))])
     (tmp_path / "vectors.json").write_text("[]")
-    with pytest.raises(ArtifactError, match="is no header of vectors"):
+    with pytest.raises(ArtifactError, match="is no header of this kind: vectors"):
         VectorStore.open(tmp_path)
 
 
@@ -137,12 +136,12 @@ def test_queries_and_rows_that_do_not_fit_are_refused():
     refused = [
         ((np.ones((1, 2)), [0]), r"floats B×3, as wide as the products' vectors, found torch.float64 of shape \(1, 2\)"),
         ((np.ones(3), [0]), "floats B×3"), ((np.ones((1, 3), int), [0]), "floats B×3"),
-        ((np.array([[1, 1, 1], [1, np.nan, 1]]), [0], [0, 1]), "the query vector of row 1 holds nan at place 1"),
+        ((np.array([[1, 1, 1], [1, np.nan, 1]]), [0]), "the query vector of row 1 holds nan at place 1"),
         ((np.full((1, 3), 1e39), [0]), "the query vector of row 0 holds inf"),
         ((np.ones((1, 3)), [4]), "rows must be whole numbers 0…3, found 4 to 4"),
         ((np.ones((1, 3)), [-1]), "found -1 to -1"), ((np.ones((1, 3)), [0.5]), "whole numbers"),
-        ((np.ones((2, 3)), [0, 1], [1, 2]), "2 queries need one count each, adding up"),
-        ((np.ones((2, 3)), [0, 1]), "2 queries need one count each"),
+        ((np.ones((2, 3)), [0, 1]), "of one query 1×3 and one list of rows, found 2 queries"),
+        ((np.ones((1, 3)), [[0, 1]]), r"rows of shape \(1, 2\)"),
     ]  # fmt: skip
     for arguments, text in refused:
         with pytest.raises(InputError, match=text):
@@ -150,5 +149,5 @@ def test_queries_and_rows_that_do_not_fit_are_refused():
     assert store.scores(np.ones((1, 3)), []).shape == (0,)
     assert store.scores(torch.ones(1, 3, dtype=torch.bfloat16, requires_grad=True), [1]).tolist() == [3]
     store.vectors_ND[2, 0] = np.nan
-    with pytest.raises(InputError, match="the dense score of row 2 and query 1 is nan; the stored vector is damaged"):
-        store.scores(np.ones((2, 3)), [0, 1, 2], [2, 1])
+    with pytest.raises(InputError, match="the dense score of row 2 is nan; the stored vector is damaged"):
+        store.scores(np.ones((1, 3)), [0, 1, 2])

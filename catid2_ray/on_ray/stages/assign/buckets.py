@@ -11,10 +11,9 @@ import pyarrow as pa
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CapacityError
-from catid2_ray.identifiers.clusters import split_clusters
 from catid2_ray.identifiers.collisions import assign_unique, colliding_prefixes
 from catid2_ray.identifiers.overflow import closed_regions, is_member
-from catid2_ray.identifiers.suffix import ordinal_suffix
+from catid2_ray.identifiers.suffixes import ordinal_suffix, split_clusters
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.groups import read_group, read_groups, write_groups
@@ -39,12 +38,12 @@ class _Bucket:
 
     def chosen(self, bucket: int, chosen_N: np.ndarray, columns: list[str]) -> pa.Table:
         """`columns` and `position` (of the part) of those rows of the bucket that `chosen_N` marks."""
-        found, start = [], 0
+        pieces, start = [], 0
         for position, table in enumerate(self.parts(bucket, columns)):
             rows = table.filter(pa.array(chosen_N[start : start + table.num_rows]))
             start += table.num_rows
-            found.append(rows.append_column("position", pa.array(np.full(rows.num_rows, position, np.int32))))
-        return pa.concat_tables(found).combine_chunks()
+            pieces.append(rows.append_column("position", pa.array(np.full(rows.num_rows, position, np.int32))))
+        return pa.concat_tables(pieces).combine_chunks()
 
     def taken(self, bucket: int) -> np.ndarray:
         """Packed IDs of the bucket that are occupied, sorted."""
@@ -207,11 +206,11 @@ def resolve_regions(work: Work, coder: Coder, overfull: list[int]) -> list[dict]
 
     def count(depth: int, nodes_M: np.ndarray) -> np.ndarray:
         spec = {"rows": 0, "depth": depth, "nodes": nodes_M.tolist()}
-        found = map_parts(
+        counts = map_parts(
             CountNodes, {"work": work}, [spec] * work.buckets, workers=work.recipe.workers,
             label=f"counting below {len(nodes_M)} prefixes", unit="products",
         )  # fmt: skip
-        products_M, occupied_M = (np.sum([one[name] for one in found], axis=0) for name in ("products", "occupied"))
+        products_M, occupied_M = (np.sum([one[name] for one in counts], axis=0) for name in ("products", "occupied"))
         size.update({(depth, node): int(rows) for node, rows in zip(nodes_M.tolist(), products_M)})
         return products_M + occupied_M
 

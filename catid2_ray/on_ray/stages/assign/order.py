@@ -17,6 +17,7 @@ from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.groups import read_group
 from catid2_ray.on_ray.stages.assign.work import Work
+from catid2_ray.on_ray.stages.trie_order import TrieOrder
 from catid2_ray.retrieval.trie import Trie
 
 _BATCH_ROWS = 65_536  # of products.arrow
@@ -37,10 +38,10 @@ class Ordered(NamedTuple):
     addresses_reused: int
 
 
-def splitters(work: Work, space: DocidSpace, ranges: int) -> np.ndarray:
-    """`ranges` − 1 packed IDs of `space` that cut the catalogue into near-equal ranges, from whole parts of it."""
+def near_equal(work: Work, space: DocidSpace, ranges: int) -> TrieOrder:
+    """The catalogue cut into near-equal ranges of the packed IDs of `space`, as whole parts of it show them."""
     if ranges == 1:
-        return np.empty(0, np.int64)
+        return TrieOrder(np.empty(0, np.int64))
     sample, seen = [], 0
     for position in range(len(work.specs)):
         for bucket in range(work.buckets):
@@ -54,16 +55,18 @@ def splitters(work: Work, space: DocidSpace, ranges: int) -> np.ndarray:
             break
     following = space.capacity // work.space.capacity if work.space else space.capacity
     sorted_S = np.sort(np.concatenate(sample)) * following
-    return sorted_S[np.arange(1, ranges) * len(sorted_S) // ranges]
+    return TrieOrder(sorted_S[np.arange(1, ranges) * len(sorted_S) // ranges])
 
 
-def write_serving(
-    work: Work, attempt: Attempt, space: DocidSpace, ranges: int, *, shared: bool
-) -> Ordered:  # fmt: skip
+def write_ordered(work: Work, attempt: Attempt, space: DocidSpace, order: TrieOrder, *, shared: bool) -> Ordered:
     """Write products.arrow (product_id and title in ID order, Arrow IPC for memory mapping) and trie/."""
     store, packed, raw, costs, duplicates, addresses, reused = work.store, [], [], [], 0, 0, 0
     schema = pa.schema([("product_id", pa.string()), ("title", pa.string())])
     total = sum(spec["rows"] for spec in work.specs)
+
+    def of_parts(kind: str) -> list[str]:
+        return [work.name(kind, position) for position in range(len(work.specs))]
+
     with tempfile.TemporaryDirectory() as local:
         folder = Path(local)
         with (
@@ -72,20 +75,18 @@ def write_serving(
             pa.ipc.new_file(sink, schema) as writer,
         ):
             waiting = schema.empty_table()
-            for number in range(ranges):
-                rows = _gather(work, "ordered", number)
-                # Stable, so that products of a shared ID stay in the order of the parts.
-                rows = rows.take(pa.array(np.argsort(matrix(rows["packed"]), kind="stable" if shared else None)))
+            for number in range(order.ranges):
+                rows = order.gather(store, of_parts("ordered"), number)
                 packed.append(matrix(rows["packed"]))
                 raw.append(matrix(rows["raw"]))
                 costs.append(matrix(rows["cost"])[matrix(rows["moved"])])
                 duplicates += int((np.diff(packed[-1]) == 0).sum())
                 if work.yesterday:
-                    old_M = np.unique(matrix(_gather(work, "addresses", number)["packed"]))
+                    old_M = np.unique(matrix(order.gather(store, of_parts("addresses"), number)["packed"]))
                     addresses += len(old_M)
                     reused += len(np.intersect1d(old_M, packed[-1][matrix(rows["arrived"])]))
                 waiting = pa.concat_tables([waiting, rows.select(schema.names).cast(schema)])
-                waiting = _write_whole_batches(writer, waiting, last=number == ranges - 1)
+                waiting = _write_whole_batches(writer, waiting, last=number == order.ranges - 1)
                 shown.advance(rows.num_rows)
         packed_N = np.concatenate(packed)
         progress.event("trie", products=len(packed_N))
@@ -96,12 +97,6 @@ def write_serving(
             trie.save(folder / "trie")
             files = store.upload(folder, attempt.folder)
     return Ordered(files, packed_N, np.concatenate(raw), np.concatenate(costs), duplicates, addresses, reused)
-
-
-def _gather(work: Work, kind: str, group: int) -> pa.Table:
-    return pa.concat_tables(
-        [read_group(work.store, work.name(kind, position), group) for position in range(len(work.specs))]
-    )
 
 
 def _write_whole_batches(writer, waiting: pa.Table, *, last: bool) -> pa.Table:

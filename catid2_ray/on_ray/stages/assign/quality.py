@@ -31,7 +31,14 @@ _VECTOR_ROWS = 20_000  # products whose embeddings are looked at
 
 
 def describe(
-    job: Job, embeddings: Manifest, coder: Coder, *, work: Work, ordered: Ordered, space: DocidSpace, found: list[dict]
+    job: Job,
+    embeddings: Manifest,
+    coder: Coder,
+    *,
+    work: Work,
+    ordered: Ordered,
+    space: DocidSpace,
+    buckets: list[dict],
 ) -> dict:
     """`raw`: `id_quality` of the codes before collisions were resolved; `final`: of the IDs, on true labels; and the rest.
 
@@ -50,13 +57,13 @@ def describe(
     raw = _with_categories(code_figures(raw_N, raw_space), raw_NL, category_NH, raw_space)
     final = _with_categories(code_figures(ordered.packed_N, space), final_NL, category_NH, space)
     near_NL, embedding_ND = _codes_of(work, space, sample)[1], matrix(sample["embedding"])
-    encoded = sum(result["products"] for result in found)
+    encoded = sum(result["products"] for result in buckets)
     figures = {
         "raw": raw,
         "final": final,
         "floor": {
-            "collision_rate": 1 - sum(result["embeddings"] for result in found) / max(encoded, 1),
-            "shared_rate": sum(result["with_twin"] for result in found) / max(encoded, 1),
+            "collision_rate": 1 - sum(result["embeddings"] for result in buckets) / max(encoded, 1),
+            "shared_rate": sum(result["with_twin"] for result in buckets) / max(encoded, 1),
         },
         "hourglass": hourglass(raw["normalised_entropy"]),
         "prefix_agreement": prefix_agreement(final_NL, category_NH, seed=job.recipe.seed),

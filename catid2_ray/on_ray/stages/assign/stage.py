@@ -31,7 +31,7 @@ from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.live_log import LiveLog
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.stages.assign.buckets import NumberBucket, ResolveBucket, codebooks, resolve_regions
-from catid2_ray.on_ray.stages.assign.order import Ordered, splitters, write_serving
+from catid2_ray.on_ray.stages.assign.order import Ordered, near_equal, write_ordered
 from catid2_ray.on_ray.stages.assign.quality import describe
 from catid2_ray.on_ray.stages.assign.work import EncodePart, SpreadLedger, Work, Yesterday, open_coder
 from catid2_ray.on_ray.stages.assign.write import Numbers, WriteIds
@@ -67,25 +67,25 @@ def _assign(job: Job, attempt: Attempt, parents: dict[str, Manifest], keeps: boo
     encoded = _over_parts(EncodePart, {"work": work}, work, "encoding products")
     progress.event("encoded", products=_sum(encoded, "encoded"))
     watch.lap("encoding")
-    found = _over_buckets(work, coder)
-    regions = resolve_regions(work, coder, sorted(home for result in found for home in result["overfull"]))
+    resolved = _over_buckets(work, coder)
+    regions = resolve_regions(work, coder, sorted(home for result in resolved for home in result["overfull"]))
     watch.lap("resolving")
 
-    numbers = _numbers(work.mode, max((result.get("numbers", 1) for result in found), default=1))
+    numbers = _numbers(work.mode, max((result.get("numbers", 1) for result in resolved), default=1))
     space = DocidSpace((*coder.codes_per_level, *numbers.codes_per_level))
-    ranges, shared = -(-total // work.recipe.bucket_rows), work.mode == "cluster"
+    order, shared = near_equal(work, space, -(-total // work.recipe.bucket_rows)), work.mode == "cluster"
     arguments = {"space": space, "numbers": numbers, "moves": work.buckets + len(regions), "shared": shared}
-    arguments |= {"work": work, "splitters": splitters(work, space, ranges)}
+    arguments |= {"work": work, "order": order}
     written = _over_parts(WriteIds, arguments, work, "writing IDs")
     watch.lap("writing")
-    ordered = write_serving(work, attempt, space, ranges, shared=shared)
+    ordered = write_ordered(work, attempt, space, order, shared=shared)
     watch.lap("ordering")
     if ordered.duplicates and not shared:
         raise ArtifactError(
             f"{ordered.duplicates} of {total} IDs are still shared after de-duplication; nothing was committed"
         )
     progress.event("describe", ids=total)
-    quality = describe(job, parents["embeddings"], coder, work=work, ordered=ordered, space=space, found=found)
+    quality = describe(job, parents["embeddings"], coder, work=work, ordered=ordered, space=space, buckets=resolved)
     watch.lap("describing")
     metrics = {
         "documents": total,
@@ -94,15 +94,15 @@ def _assign(job: Job, attempt: Attempt, parents: dict[str, Manifest], keeps: boo
         # Codes that await an ordinal are no IDs yet, so nothing collides among them.
         "collision_rate_before": 0.0
         if work.mode in ("suffix", "digits")
-        else _sum(found, "collisions") / max(_sum(encoded, "encoded"), 1),
+        else _sum(resolved, "collisions") / max(_sum(encoded, "encoded"), 1),
         "duplicates_after": ordered.duplicates,
         "codes_used": quality["final"]["codes_used"],
         "codes_per_level": list(space.codes_per_level),
-        "resolution": _resolution(work, found, regions, written),
+        "resolution": _resolution(work, resolved, regions, written),
         "seconds_of_passes": watch.seconds,
         "worker_peak_bytes": {
             name: max(result["peak_bytes"] for result in results)
-            for name, results in (("encoding", encoded), ("resolving", found + regions), ("writing", written))
+            for name, results in (("encoding", encoded), ("resolving", resolved + regions), ("writing", written))
         },
         **_history(job, work, written, ordered),
         "quality": quality,
@@ -221,10 +221,10 @@ def _numbers(mode: str, largest: int) -> Numbers:
     return Numbers((largest,)) if mode == "suffix" or largest > 1 else Numbers()
 
 
-def _resolution(work: Work, found: list[dict], regions: list[dict], written: list[dict]) -> dict:
+def _resolution(work: Work, resolved: list[dict], regions: list[dict], written: list[dict]) -> dict:
     """The buckets' reports as one: counts are added up, of sizes the largest counts."""
     merged: dict = {}
-    for name, value in [item for result in found for item in result["report"].items()]:
+    for name, value in [item for result in resolved for item in result["report"].items()]:
         if isinstance(value, str):
             merged[name] = value
         else:

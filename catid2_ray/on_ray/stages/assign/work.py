@@ -17,9 +17,10 @@ from catid2_ray.artifacts.release import fetch
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import IdsRecipe
 from catid2_ray.docid import DocidSpace
+from catid2_ray.hashing import bucket_of
 from catid2_ray.identifiers import ledger
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
-from catid2_ray.on_ray.machine.groups import bucket_of, read_group, write_groups
+from catid2_ray.on_ray.machine.groups import read_group, write_groups
 from catid2_ray.quantizer.coder import Coder, encode, load_coder
 
 LEDGER_COLUMNS = ("product_id", "codes", "status", "since", "until", "cost")
@@ -65,10 +66,10 @@ class Work:
 
     def before(self, position: int) -> pa.Table:
         """Yesterday's ledger of the products whose part is the one at `position`, by product_id."""
-        found = [
+        pieces = [
             read_group(self.store, self.name("ledger-before", file), position) for file in range(self.yesterday.files)
         ]
-        return pa.concat_tables(found).sort_by("product_id").combine_chunks()
+        return pa.concat_tables(pieces).sort_by("product_id").combine_chunks()
 
     def home_of(self, packed_N: np.ndarray) -> np.ndarray:
         """The prefix of L − 1 codes, which decides the bucket."""

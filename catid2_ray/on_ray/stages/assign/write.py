@@ -11,8 +11,9 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.identifiers import ledger
 from catid2_ray.identifiers.realign import apply, arrived, churn_counts
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
-from catid2_ray.on_ray.machine.groups import read_group, read_groups, write_groups
+from catid2_ray.on_ray.machine.groups import read_group, read_groups
 from catid2_ray.on_ray.stages.assign.work import Work
+from catid2_ray.on_ray.stages.trie_order import TrieOrder
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,9 @@ class Numbers:
 class WriteIds:
     """Codes and moves of a part in; its IDs, its ledger, and its products by range of IDs out."""
 
-    def __init__(
-        self, *, work: Work, space: DocidSpace, numbers: Numbers, moves: int, splitters: np.ndarray, shared: bool
-    ):
+    def __init__(self, *, work: Work, space: DocidSpace, numbers: Numbers, moves: int, order: TrieOrder, shared: bool):
         self.work, self.space, self.numbers, self.moves = work, space, numbers, moves
-        self.splitters, self.shared = splitters, shared
+        self.order, self.shared = order, shared
 
     def __call__(self, spec: dict) -> dict:
         work, position = self.work, spec["position"]
@@ -49,30 +48,22 @@ class WriteIds:
             }
         )  # fmt: skip
         ids = schemas.conform(ids, schemas.ids(self.space.levels), where=f"ids, part {spec['part']}")
-        found = self._ledger(before, products["product_id"], final_NL, cost_N)
+        ledger_rows = self._ledger(before, products["product_id"], final_NL, cost_N)
         result = {"position": position, "moved": int(moved_N.sum()), "cost": float(cost_N[moved_N].sum())}
-        result |= {"ledger": ledger.counts(found)}
+        result |= {"ledger": ledger.counts(ledger_rows)}
         new_N = np.ones(len(final_N), bool)
         if before is not None:
             new_N, result["churn"], old_M = self._churn(before, products["product_id"], final_NL)
-            group_M = np.searchsorted(self.splitters, old_M, side="right")
-            write_groups(
-                work.store, work.name("addresses", position), pa.table({"packed": old_M}), group_M, self.ranges
-            )  # fmt: skip
-        order = products.append_column("packed", pa.array(final_N)).append_column("raw", pa.array(raw_N))
-        order = order.append_column("moved", pa.array(moved_N)).append_column("cost", pa.array(cost_N))
-        order = order.append_column("arrived", pa.array(new_N))
-        group_N = np.searchsorted(self.splitters, final_N, side="right")
-        write_groups(work.store, work.name("ordered", position), order.combine_chunks(), group_N, self.ranges)
+            self.order.spread(work.store, work.name("addresses", position), pa.table({"packed": old_M}))
+        columns = {"packed": final_N, "raw": raw_N, "moved": moved_N, "cost": cost_N, "arrived": new_N}
+        for name, values in columns.items():
+            products = products.append_column(name, pa.array(values))
+        self.order.spread(work.store, work.name("ordered", position), products)
         files = [
             {**work.store.write_table(f"{work.folder}/{spec['file']}", ids), "part": spec["part"]},
-            {**work.store.write_table(f"{work.folder}/ledger/{spec['file']}", found), "part": spec["part"]},
+            {**work.store.write_table(f"{work.folder}/ledger/{spec['file']}", ledger_rows), "part": spec["part"]},
         ]
         return result | {"files": files}
-
-    @property
-    def ranges(self) -> int:
-        return len(self.splitters) + 1
 
     def _ids(self, position: int, ids, before):
         """Raw packed codes, IDs N×L, whether de-duplication moved them and at what cost, in the order of the part."""
