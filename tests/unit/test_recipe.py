@@ -433,3 +433,11 @@ def test_a_generators_kind_and_source_follow_from_its_model():
     assert [GeneratorRecipe(head=head, dropout=d).passes_weight for head, d in (("plain", 0.1), ("pawa", 0.1), ("pawa", 0))] == [
         0.0, 0.15, 0.0,
     ]  # fmt: skip
+
+
+def test_an_evaluation_may_be_left_out_and_a_leak_allowed_without_another_catalogue():
+    recipe = Recipe.build(MINIMAL | {"evaluation": {"methods": []}})
+    assert recipe.evaluation.methods == ()
+    with_leak = Recipe.build({"catalog": {"synthetic": {}, "allow_leak": True}})
+    assert with_leak.catalog.identity() == recipe.catalog.identity()
+    refused({"catalog": {"synthetic": {}, "category_separator": ""}}, "category_separator")
