@@ -56,6 +56,11 @@ class Manifest:
         """The store name of the manifest itself."""
         return _manifest_name(self.kind, self.key)
 
+    @property
+    def asked(self) -> dict:
+        """The settings without the version of the stage that made it."""
+        return {name: value for name, value in self.settings.items() if name != "version"}
+
     def file(self, name: str) -> str:
         """The store name of one of the files, such as `part-00000.parquet`."""
         return f"{self.folder}/{name}"

@@ -281,7 +281,7 @@ def retriever_settings(manifests: dict[str, Manifest], *, release: str, beam_wid
         "release": release,
     }
     if beam_width is None and "serving" in manifests:
-        served = manifests["serving"].settings
+        served = manifests["serving"].asked
         return settings | served | ({"shared_encoder": True} if _same_encoder(served, manifests["generator"]) else {})
     return settings | {"beam_width": beam_width or manifests["evaluation"].settings["beam_width"]}
 

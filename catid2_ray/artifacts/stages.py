@@ -13,8 +13,7 @@ from catid2_ray.artifacts.manifest import Manifest
 class Stage(NamedTuple):
     """`job`: the module of jobs/ that runs it. `parents`: the artefacts that it always reads, `sometimes` those that some
     recipes make it read. `part`: its name in a release, None where a release does without. `carried`: an append takes it over
-    from the release before. `needs_pairs`: it has nothing to do without a
-    table of pairs. `timed`: its name among the seconds of a job's figures.
+    from the release before. `timed`: its name among the seconds of a job's figures.
     `version`: raise it when what the stage writes changes; its artefacts and those made of them are then made anew, and those of
     before are still read (upgrade policy in the README)."""
 
@@ -24,7 +23,6 @@ class Stage(NamedTuple):
     sometimes: tuple[str, ...] = ()
     part: str | None = None
     carried: bool = False
-    needs_pairs: bool = False
     timed: str | None = None
     version: int = 1
 
@@ -49,20 +47,19 @@ STAGES = {
     for stage in (
         Stage("catalog", "embed_catalog", part="catalog", timed="catalog", version=2),
         Stage("pairs", "embed_catalog", ("catalog",), part="pairs", timed="pairs"),
-        Stage("embeddings", "embed_catalog", ("catalog",), part="embeddings", timed="embed"),
+        Stage("embeddings", "embed_catalog", ("catalog",), part="embeddings", timed="embed", version=2),
         Stage("queries", "train_quantizer", ("catalog", "pairs", "embeddings")),
         Stage("quantizer", "train_quantizer", ("embeddings",), ("queries",), part="quantizer", carried=True, timed="quantizer"),
         Stage("ids", "assign_ids", ("catalog", "embeddings", "quantizer"), part="ids", timed="assign", version=2),
-        Stage("examples", "train_generator", ("catalog", "pairs", "ids"), part="examples", carried=True, needs_pairs=True,
-              timed="examples"),
+        Stage("examples", "train_generator", ("catalog", "pairs", "ids"), part="examples", carried=True, timed="examples",
+              version=2),
         Stage("generator", "train_generator", ("ids", "examples"), ("quantizer", "pairs"), part="generator", carried=True,
-              needs_pairs=True, timed="generator"),
-        Stage("prompts", "align_generator", ("catalog", "pairs", "ids", "examples"), needs_pairs=True),
-        Stage("aligned", "align_generator", ("trained", "ids", "examples", "prompts"), part="generator", carried=True,
-              needs_pairs=True),
-        Stage("serving", "evaluate", ("catalog", "embeddings", "ids"), part="serving", needs_pairs=True, timed="serving"),
+              timed="generator"),
+        Stage("prompts", "align_generator", ("catalog", "pairs", "ids", "examples")),
+        Stage("aligned", "align_generator", ("trained", "ids", "examples", "prompts"), part="generator", carried=True),
+        Stage("serving", "evaluate", ("catalog", "embeddings", "ids"), part="serving", timed="serving", version=2),
         Stage("evaluation", "evaluate", ("catalog", "pairs", "ids", "examples", "generator"), ("embeddings", "serving"),
-              part="evaluation", carried=True, needs_pairs=True, timed="evaluate"),
+              part="evaluation", carried=True, timed="evaluate", version=2),
     )
 }  # fmt: skip
 PARTS = tuple(dict.fromkeys(stage.part for stage in STAGES.values() if stage.part))

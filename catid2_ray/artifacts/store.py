@@ -250,19 +250,6 @@ class Store:
         with self._doing("read", name), self.arrow_fs.open_input_file(self.path(name)) as source:
             yield source
 
-    def parquet_files(self, name: str) -> list[str]:
-        """The table `name`: `name.parquet`, or every .parquet below the folder `name`; StorageError where there is neither."""
-        if self.exists(f"{name}.parquet"):
-            return [f"{name}.parquet"]
-        with self._doing("list", name):
-            below = self.fs.find(self.path(name)) if self.fs.exists(self.path(name)) else []
-        files = sorted(path[len(self.root) + 1 :] for path in below if path.endswith(".parquet"))
-        if not files:
-            raise StorageError(
-                f"no table {name!r} in {self.uri}: expected {name}.parquet or a folder {name}/ with .parquet files"
-            )
-        return files
-
     def parquet_file(self, name: str, *, buffer: int = 0) -> pq.ParquetFile:
         """An opened parquet file (schema, row count, batches); InputError where it is none.
 

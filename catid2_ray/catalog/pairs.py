@@ -1,11 +1,12 @@
 """The check of judged (query, product) pairs at the door: good rows in the house schema, bad ones set aside.
 
 A log of users may add who asked: `user`, attributes such as ["age 20-29"], and `recent`, the product_ids looked at before,
-the latest last; and what they did with the product, `behaviour`. A query_id that appears in two splits cannot be seen inside
-one block of the table, so it is not this check's business.
+the latest last; and what they did with the product, `behaviour`. What only shows once all pairs of a query are together, as
+a query in two splits, is the business of `queries.py`.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,14 +14,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray import tables
-from catid2_ray.catalog.products import list_column, lists_of, require_columns, string_column
-from catid2_ray.errors import InputError
+from catid2_ray.catalog.columns import (
+    NOT_UTF8,
+    list_column,
+    lists_of,
+    number_column,
+    plain_table,
+    refuse_repeated,
+    require_columns,
+    silent,
+    string_column,
+)
 from catid2_ray.tables import PAIRS, nullable
 
 SPLITS = ("train", "validation", "test")
 BEHAVIOURS = ("exposed", "clicked", "paid")  # what a searcher did with a product, the strongest last
 USER_COLUMNS = {"user": "an attribute of user is empty", "recent": "a product_id in recent is empty"}
-_JOINT = "\x1f"  # separates list entries in keys; no text of a shop holds it
+LOWER_GRADE = "another pair of this query and product has a higher relevance"
+UNKNOWN_PRODUCT = "product_id is not in the catalogue"
+HARMLESS = {
+    LOWER_GRADE,
+    UNKNOWN_PRODUCT,
+}  # reasons that every log knows, and that catalog.max_bad_fraction does not count
+_JOINT, _BETWEEN = "\x1f", "\x1e"  # separate list entries and columns in keys; no text of a shop holds them
 
 
 class CheckedPairs(NamedTuple):
@@ -31,25 +47,43 @@ class CheckedPairs(NamedTuple):
     duplicates: int
 
 
-def check_pairs(table: pa.Table) -> CheckedPairs:
+def plain_pairs(table: pa.Table) -> pa.Table:
+    """`table` with the types that `check_pairs` works on, one by one: ids and texts as strings, the relevance as float64, lists
+    of strings; see `columns.plain_table` for texts that are not UTF-8. Raises InputError for what cannot be read."""
+    table = plain_table(table)
+    read = {
+        **{name: string_column for name in ("query_id", "query", "product_id", "split", "behaviour")},
+        **{name: partial(list_column, item=pa.string()) for name in USER_COLUMNS},
+        "relevance": number_column,
+    }
+    return pa.table({name: read[name](table, name) if name in read else table[name] for name in table.column_names})
+
+
+def check_pairs(table: pa.Table, *, known: pa.Array | None = None) -> CheckedPairs:
     """Split a table of pairs into good and bad rows; exact duplicates among the good ones are dropped and counted.
 
     `table`: query_id, query, product_id (strings), relevance (number, any scale), split (train, validation or test).
     Optional: user, recent (lists of strings; null = empty), behaviour (paid, clicked, exposed or null; of rows that are equal
-    otherwise the strongest stays). Queries and attributes are stripped. Raises InputError when a column is missing or of a type
-    that cannot be read.
+    otherwise the strongest stays). `known`: the catalogue's product_ids, where pairs that name others are to be set aside. Of
+    rows that differ in their relevance alone the highest stays and the others are set aside. Queries and attributes are
+    stripped. Raises InputError when a column is missing or of a type that cannot be read.
     """
     require_columns(table, PAIRS.names, what="pairs table")
-    columns = {name: string_column(table, name) for name in PAIRS.names if name != "relevance"}
+    refuse_repeated(table.column_names, what="pairs table")
+    used = {*PAIRS.names, *USER_COLUMNS, "behaviour", NOT_UTF8}
+    table = plain_pairs(table.select([name for name in table.column_names if name in used]))
+    columns = {name: table[name].combine_chunks() for name in PAIRS.names}
     columns["query"] = pc.utf8_trim_whitespace(columns["query"])
-    relevance = table["relevance"].combine_chunks()
-    if not (pa.types.is_integer(relevance.type) or pa.types.is_floating(relevance.type) or not len(relevance)):
-        raise InputError(f"column relevance: expected numbers, found {relevance.type}; cast it to double")
-    columns["relevance"] = relevance.cast(pa.float64())
-
-    faults = {
+    faults = {}
+    if NOT_UTF8 in table.column_names:
+        broken = table[NOT_UTF8].combine_chunks()
+        faults |= {
+            f"{name} is {NOT_UTF8}": pc.equal(pc.fill_null(broken, ""), name)
+            for name in PAIRS.names + ["user", "recent"]
+        }
+    faults |= {
         "missing query_id": _blank(columns["query_id"]),
-        "empty query": _blank(columns["query"]),
+        "empty query": pa.array(silent(columns["query"])),
         "missing product_id": _blank(columns["product_id"]),
         "relevance is not a finite number": pc.invert(pc.is_finite(columns["relevance"])),
         f"split is none of {', '.join(SPLITS)}": pc.invert(pc.is_in(columns["split"], pa.array(SPLITS))),
@@ -58,9 +92,11 @@ def check_pairs(table: pa.Table) -> CheckedPairs:
         if name in table.column_names:
             columns[name], faults[text] = _texts(table, name, stripped=name == "user")
     if "behaviour" in table.column_names:
-        columns["behaviour"] = string_column(table, "behaviour")
+        columns["behaviour"] = table["behaviour"].combine_chunks()
         named = pc.is_in(columns["behaviour"], pa.array([*BEHAVIOURS, None], pa.string()))
         faults[f"behaviour is none of {', '.join(BEHAVIOURS)}"] = pc.invert(named)
+    if known is not None:
+        faults[UNKNOWN_PRODUCT] = pc.invert(pc.is_in(columns["product_id"], known))
     reason = pa.nulls(table.num_rows, pa.string())
     for text, fault in faults.items():
         reason = pc.if_else(pc.and_(pc.is_null(reason), pc.fill_null(fault, True)), text, reason)
@@ -68,31 +104,56 @@ def check_pairs(table: pa.Table) -> CheckedPairs:
     schema = tables.pairs(columns)
     checked = pa.table({name: columns[name] for name in schema.names}, schema=nullable(schema))
     sound = pc.is_null(reason)
+    stays_G, lower_G = _stronger(checked.filter(sound))
+    reason_N = reason.to_numpy(zero_copy_only=False)
+    sound_G = np.flatnonzero(sound.to_numpy(zero_copy_only=False))
+    reason_N[sound_G[lower_G]] = LOWER_GRADE
+    reason = pa.array(reason_N, pa.string())
+
     bad = checked.select(["query_id", "query", "product_id"]).append_column("reason", reason)
-    bad = bad.filter(pc.invert(sound)).sort_by(
+    bad = bad.filter(reason.is_valid()).sort_by(
         [(n, "ascending") for n in ("query_id", "product_id", "reason", "query")]
     )
-    good = checked.filter(sound).cast(schema)
-    keys = {name: pc.binary_join(good[name], _JOINT) for name in USER_COLUMNS if name in good.column_names}
-    keyed = pa.table(
-        {**{name: good[name] for name in PAIRS.names}, **{f"{name} key": key for name, key in keys.items()}}
-    )
-    order_N = np.arange(good.num_rows)
-    if "behaviour" in columns:  # the strongest of equal rows comes first
+    good = _in_order(checked.take(pa.array(sound_G[stays_G])).cast(schema))
+    return CheckedPairs(good, bad, len(sound_G) - int(lower_G.sum()) - int(stays_G.sum()))
+
+
+def _keys(good: pa.Table) -> dict[str, pa.Array]:
+    return {
+        f"{name} key": pc.binary_join(good[name], _JOINT).combine_chunks()
+        for name in USER_COLUMNS
+        if name in good.column_names
+    }
+
+
+def _stronger(good: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Of G good rows, bool: those that stay, one of each that differ in relevance and behaviour alone; and those that go because
+    their relevance is lower. The highest relevance stays, of equal ones the strongest behaviour."""
+    names = ("query_id", "query", "product_id", "split")
+    key = pc.binary_join_element_wise(*(good[name] for name in names), *_keys(good).values(), _BETWEEN)
+    key_G = key.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    relevance_G, rank_G = good["relevance"].to_numpy(), np.full(good.num_rows, -1)
+    if "behaviour" in good.column_names:
         rank = pc.fill_null(pc.index_in(good["behaviour"], pa.array(BEHAVIOURS)), -1)
-        order_N = np.argsort(-rank.to_numpy(), kind="stable")
-    place_N = np.empty_like(order_N)
-    place_N[order_N] = np.arange(good.num_rows)
-    first = keyed.append_column("place", pa.array(place_N)).group_by(keyed.column_names).aggregate([("place", "min")])
+        rank_G = rank.to_numpy()
+    order_G = np.lexsort((-rank_G, -relevance_G, key_G))
+    first_G = np.concatenate(([True], np.diff(key_G[order_G]) > 0))[: good.num_rows]
+    stays_G = np.zeros(good.num_rows, bool)
+    stays_G[order_G[first_G]] = True
+    highest_K = relevance_G[order_G[first_G]]
+    return stays_G, relevance_G < highest_K[key_G]
+
+
+def _in_order(good: pa.Table) -> pa.Table:
+    """By product_id, query_id, split and the rest, so that the order of the rows that were read does not matter."""
+    keyed = pa.table({**{name: good[name] for name in PAIRS.names}, **_keys(good)})
     order = ("product_id", "query_id", "split", "relevance", "query", *keyed.column_names[len(PAIRS.names) :])
-    first = first.sort_by([(name, "ascending") for name in order])
-    chosen_N = order_N[first["place_min"].to_numpy()]
-    return CheckedPairs(good.take(pa.array(chosen_N)).combine_chunks(), bad, int(good.num_rows - first.num_rows))
+    return good.take(pc.sort_indices(keyed, [(name, "ascending") for name in order])).combine_chunks()
 
 
 def _texts(table: pa.Table, name: str, *, stripped: bool) -> tuple[pa.Array, pa.Array]:
     """The column as lists of strings, null made empty, and bool: rows with an empty or missing entry."""
-    lists = list_column(table, name, pa.string())
+    lists = table[name].combine_chunks()
     length_N = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     entries = pc.list_flatten(lists)
     entries = pc.utf8_trim_whitespace(entries) if stripped else entries

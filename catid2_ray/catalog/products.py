@@ -8,16 +8,31 @@ N rows.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from catid2_ray.catalog.columns import (
+    NOT_UTF8,
+    list_column,
+    lists_of,
+    number_column,
+    path_column,
+    plain,
+    plain_table,
+    refuse_repeated,
+    require_columns,
+    silent,
+    string_column,
+)
 from catid2_ray.catalog.taxonomy import PATH_SEPARATOR
 from catid2_ray.errors import InputError
 from catid2_ray.tables import FILTER_TYPES
 
+COLUMNS = ("product_id", "title", "description", "category_path", "value", "embedding")
 _SEPARATOR = ". "  # between texts of a product
 
 
@@ -31,14 +46,15 @@ class Checked(NamedTuple):
 
 def check_products(
     table: pa.Table, *, width: int | None, min_category_depth: int, max_category_depth: int,
-    filter_columns: Mapping[str, str] | None = None,
+    filter_columns: Mapping[str, str] | None = None, category_separator: str | None = None,
 ) -> Checked:  # fmt: skip
     """Split a product table of N rows into good and bad rows.
 
     `table`: product_id and title (strings; integers are taken as ids), optionally description (string), category_path
-    (list of strings, root first), value (number: what the business gains by the product, larger = more), embedding (list
-    of floats). `width`: the embeddings' width D, or None where the table's embeddings are not used. Depths count category
-    names from the root. `filter_columns`: further columns to keep, name → type, as the recipe's `catalog.filter_columns`.
+    (list of strings, root first, or one text with `category_separator` between two names), value (number: what the
+    business gains by the product, larger = more), embedding (list of floats). `width`: the embeddings' width D, or None
+    where the table's embeddings are not used. Depths count category names from the root. `filter_columns`: further
+    columns to keep, name → type, as `catalog.filter_columns` reads them.
 
     The good table has product_id, title, description (null where unknown), category_path (cut to
     `max_category_depth`, empty where unknown), value (float32, null where unknown), the filter columns and, with a width,
@@ -50,22 +66,30 @@ def check_products(
     """
     required = ("product_id", "title") if width is None else ("product_id", "title", "embedding")
     require_columns(table, required, what="product table")
+    refuse_repeated(table.column_names, what="product table")
+    used = {*COLUMNS, *(filter_columns or {}), NOT_UTF8} - ({"embedding"} if width is None else set())
+    table = plain_products(
+        table.select([name for name in table.column_names if name in used]), separator=category_separator
+    )
     rows = table.num_rows
-    product_id = string_column(table, "product_id")
-    title = pc.utf8_trim_whitespace(string_column(table, "title"))
+    product_id = table["product_id"].combine_chunks()
+    title = pc.utf8_trim_whitespace(table["title"].combine_chunks())
     description = _description(table)
     path, depth_N = _clean_paths(table, max_category_depth)
 
     reason = np.full(rows, None, dtype=object)
+    if NOT_UTF8 in table.column_names:
+        broken_N = table[NOT_UTF8].is_valid().to_numpy()
+        _mark(reason, broken_N, [f"{name} is {NOT_UTF8}" for name in table[NOT_UTF8].drop_null().to_pylist()])
     _mark(reason, _blank(product_id), "missing product_id")
-    _mark(reason, _blank(title), "empty title")
+    _mark(reason, silent(title), "empty title")
     columns = {"product_id": product_id, "title": title, "description": description, "category_path": path}
     columns["value"] = _value(table, reason)
     kept, faults = check_columns(table, filter_columns or {})
     for text, fault_N in faults.items():
         _mark(reason, fault_N, text)
     if width is not None:
-        columns["embedding"] = _check_embeddings(list_column(table, "embedding", pa.float32()), width, reason)
+        columns["embedding"] = _check_embeddings(table["embedding"].combine_chunks(), width, reason)
     shallow_N = depth_N < min_category_depth
     _mark(
         reason,
@@ -85,49 +109,20 @@ def check_products(
     return Checked(good, bad, int(np.count_nonzero(good_N & (depth_N > max_category_depth))))
 
 
-def require_columns(table: pa.Table, names: Sequence[str], *, what: str) -> None:
-    """Raise InputError naming the columns that `table` lacks and those it has."""
-    missing = [name for name in names if name not in table.column_names]
-    if missing:
-        raise InputError(
-            f"{what}: column {', '.join(missing)} is missing; found columns {', '.join(table.column_names) or 'none'}; "
-            f"rename or add it, the table needs {', '.join(names)}"
-        )
+def plain_products(table: pa.Table, *, separator: str | None = None) -> pa.Table:
+    """`table` with the types that `check_products` works on, one by one: ids and texts as strings, paths as lists, numbers as
+    float64, embeddings as lists of float32; other columns plain. See `columns.plain_table` for texts that are not UTF-8.
 
-
-def string_column(table: pa.Table, name: str) -> pa.Array:
-    """One column as pa.string(), one chunk; strings, integers, dictionaries of strings and all-null columns pass."""
-    column = one_chunk(table[name])
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_integer(kind) or pa.types.is_null(kind) or _is_text(kind)):
-        raise InputError(f"column {name}: expected strings, found {column.type}; cast it to string")
-    return column.cast(pa.string())
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return any(test(kind) for test in tests)
-
-
-def one_chunk(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """A column as one array, of its storage type."""
-    combined = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(combined, pa.ChunkedArray):
-        combined = pa.concat_arrays(combined.chunks) if combined.num_chunks else pa.array([], combined.type)
-    # Tensor columns of a data pipeline are extension types over plain lists.
-    return combined.storage if isinstance(combined.type, pa.BaseExtensionType) else combined
-
-
-def list_column(table: pa.Table, name: str, item: pa.DataType) -> pa.Array:
-    """One column as lists of `item`, one chunk; lists of any type that can be read so pass."""
-    column = one_chunk(table[name])
-    try:
-        # Through numpy's rules a double beyond float32 becomes an infinity, which the check then names row by row.
-        return column.cast(pa.list_(item), safe=False)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(
-            f"column {name}: expected a list of {item} per row, found {column.type}; convert it"
-        ) from error
+    `separator`: what stands between two names of a category path that is one text. Raises InputError for what cannot be read.
+    """
+    table = plain_table(table)
+    read = {
+        **{name: string_column for name in ("product_id", "title", "description")},
+        "category_path": partial(path_column, separator=separator),
+        "value": number_column,
+        "embedding": partial(list_column, item=pa.float32()),
+    }
+    return pa.table({name: read[name](table, name) if name in read else table[name] for name in table.column_names})
 
 
 def joined(parts: Sequence[pa.Array | pa.ChunkedArray]) -> pa.Array | pa.ChunkedArray:
@@ -159,16 +154,14 @@ def _mark(reason: np.ndarray, fault_N: np.ndarray, text) -> None:
 def _description(table: pa.Table) -> pa.Array:
     if "description" not in table.column_names:
         return pa.nulls(table.num_rows, pa.string())
-    return or_null(pc.utf8_trim_whitespace(string_column(table, "description")))
+    return or_null(pc.utf8_trim_whitespace(table["description"].combine_chunks()))
 
 
 def _value(table: pa.Table, reason: np.ndarray) -> pa.Array:
     """float32, null where there is no value or it is NaN; an infinite one is a fault of the row."""
     if "value" not in table.column_names:
         return pa.nulls(table.num_rows, pa.float32())
-    column = one_chunk(table["value"])
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
-        raise InputError(f"column value: expected numbers, found {column.type}; convert it")
+    column = table["value"].combine_chunks()
     value_N = pc.fill_null(column.cast(pa.float32(), safe=False), float("nan")).to_numpy(zero_copy_only=False)
     _mark(reason, np.isinf(value_N), "value is infinite")
     return pa.array(value_N, pa.float32(), mask=np.isnan(value_N))
@@ -179,7 +172,7 @@ def _clean_paths(table: pa.Table, max_depth: int) -> tuple[pa.Array, np.ndarray]
     rows = table.num_rows
     if "category_path" not in table.column_names:
         return lists_of(np.zeros(rows, np.int64), pa.array([], pa.string())), np.zeros(rows, np.int64)
-    column = list_column(table, "category_path", pa.string())
+    column = table["category_path"].combine_chunks()
     length_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     names = pc.replace_substring(pc.list_flatten(column), PATH_SEPARATOR, " ")
     names = pc.fill_null(pc.utf8_trim_whitespace(names), "")
@@ -190,12 +183,6 @@ def _clean_paths(table: pa.Table, max_depth: int) -> tuple[pa.Array, np.ndarray]
     np.minimum.at(depth_N, row_C[empty_C], position_C[empty_C])
     kept_N = np.minimum(depth_N, max_depth)
     return lists_of(kept_N, names.filter(pa.array(position_C < kept_N[row_C]))), depth_N
-
-
-def lists_of(length_N: np.ndarray, texts: pa.Array, *, missing: pa.Array | None = None) -> pa.Array:
-    """Lists of so many of the texts each, one after the other; `missing`: bool N, null in their stead."""
-    offsets = np.concatenate(([0], np.cumsum(length_N))).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), texts, type=pa.list_(pa.string()), mask=missing)
 
 
 def _check_embeddings(column: pa.Array, width: int, reason: np.ndarray) -> pa.Array:
@@ -253,7 +240,7 @@ def check_columns(table: pa.Table, columns: Mapping[str, str]) -> tuple[dict[str
                 f"product table: column {name} is missing, which catalog.filter_columns names; found "
                 f"{', '.join(table.column_names)}. Add it, or take it out of catalog.filter_columns"
             )
-        checked[name] = _typed(name, kind, one_chunk(table[name]))
+        checked[name] = _typed(name, kind, plain(table[name]))
         if kind == "float":
             number_N = pc.fill_null(checked[name], float("nan")).to_numpy(zero_copy_only=False)
             faults[f"{name} is infinite"] = np.isinf(number_N)
@@ -262,15 +249,13 @@ def check_columns(table: pa.Table, columns: Mapping[str, str]) -> tuple[dict[str
 
 
 def _typed(name: str, kind: str, values: pa.Array) -> pa.Array:
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
     is_, given = pa.types, values.type
     fits = {
-        "string": _is_text(given) or is_.is_integer(given),
+        "string": is_.is_string(given) or is_.is_integer(given),
         "int": is_.is_integer(given),
         "float": is_.is_floating(given) or is_.is_integer(given) or is_.is_decimal(given),
         "bool": is_.is_boolean(given),
-        "list<string>": is_.is_nested(given) and hasattr(given, "value_type") and _is_text(_plain(given.value_type)),
+        "list<string>": is_.is_list(given) and (is_.is_string(given.value_type) or is_.is_null(given.value_type)),
     }
     if not (fits[kind] or is_.is_null(given)):
         given_as = str(given).removeprefix("DataType").strip("()")
@@ -283,10 +268,6 @@ def _typed(name: str, kind: str, values: pa.Array) -> pa.Array:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"product table: column {name} cannot be read as {kind} ({error}); cast it") from error
     return _clean_lists(values) if kind == "list<string>" else values
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _clean_lists(lists: pa.Array) -> pa.Array:

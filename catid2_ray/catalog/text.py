@@ -7,15 +7,17 @@ Hugging Face model serves through `HuggingFaceEncoder`. Heavy libraries are impo
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from catid2_ray.catalog.products import joined, require_columns
+from catid2_ray.catalog.columns import require_columns
+from catid2_ray.catalog.products import joined
 from catid2_ray.errors import EncoderError, InputError
-from catid2_ray.scripts import pairs_of_unspaced
+from catid2_ray.scripts import RULES, words_of
 
 TEXT_COLUMNS = ("title", "category_path", "description")
 PATH_JOINER = " > "
@@ -42,19 +44,22 @@ def join_text(table: pa.Table, columns: Sequence[str]) -> list[str]:
 class LsaEncoder:
     """Latent semantic analysis: TF-IDF of words and word pairs (1 + log tf), projected on the first D singular vectors.
 
-    Deerwester et al. 1990; scikit-learn computes both halves. In Japanese and Chinese, character pairs are the words.
-    Made by `fit` or `load`. A text without any known word gets the mean direction of the texts it was fitted on.
+    Deerwester et al. 1990; scikit-learn computes both halves. The words are those of `scripts.words_of`, by the rules of
+    the day when it was fitted. Made by `fit` or `load`. A text without any known word gets the mean direction of the texts
+    it was fitted on.
     """
 
-    def __init__(self, terms: list[str], idf_V: np.ndarray, components_DV: np.ndarray, mean_D: np.ndarray):
+    def __init__(self, terms: list[str], idf_V: np.ndarray, components_DV: np.ndarray, mean_D: np.ndarray, *,
+                 rules: int = RULES):  # fmt: skip
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self.terms = terms
         self.idf_V = idf_V
         self.components_DV = components_DV
         self.mean_D = mean_D
+        self.rules = rules
         self.width = len(mean_D)
-        self._vectorizer = TfidfVectorizer(vocabulary=terms, **_tfidf_settings())
+        self._vectorizer = TfidfVectorizer(vocabulary=terms, **_tfidf_settings(rules))
         self._vectorizer.idf_ = idf_V
 
     @classmethod
@@ -66,9 +71,9 @@ class LsaEncoder:
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        vectorizer = TfidfVectorizer(max_features=vocabulary, **_tfidf_settings())
+        vectorizer = TfidfVectorizer(max_features=vocabulary, **_tfidf_settings(RULES))
         try:
-            weight_NV = vectorizer.fit_transform(pairs_of_unspaced(text) for text in texts)
+            weight_NV = vectorizer.fit_transform(texts)
         except ValueError as error:
             raise InputError(f"the encoder found no word in {len(texts)} texts; check embedding.text") from error
         if min(weight_NV.shape) < width:
@@ -89,14 +94,17 @@ class LsaEncoder:
         """float32 N×D, rows of length 1; a row depends on its own text only."""
         if not len(texts):
             return np.empty((0, self.width), np.float32)
-        weight_NV = self._vectorizer.transform(pairs_of_unspaced(text) for text in texts)
+        weight_NV = self._vectorizer.transform(texts)
         return _unit_rows(np.asarray(weight_NV @ self.components_DV.T), self.mean_D)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write vocabulary.json, idf.npy, components.npy and mean.npy (D·V·4 bytes) into `folder`."""
+        """Write vocabulary.json, idf.npy, components.npy, mean.npy (D·V·4 bytes) and, where the rules for words are not those
+        of releases without that file, words.json into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "vocabulary.json").write_text(json.dumps(self.terms, ensure_ascii=False), encoding="utf-8")
+        if self.rules > 1:
+            (folder / "words.json").write_text(json.dumps({"rules": self.rules}), encoding="utf-8")
         for name, values in (("idf", self.idf_V), ("components", self.components_DV), ("mean", self.mean_D)):
             np.save(folder / f"{name}.npy", values, allow_pickle=False)
 
@@ -107,6 +115,9 @@ class LsaEncoder:
         try:
             terms = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
             arrays = [np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("idf", "components", "mean")]
+            says, rules = folder / "words.json", 1
+            if says.exists():
+                rules = json.loads(says.read_text(encoding="utf-8"))["rules"]
         except (OSError, ValueError, EOFError) as error:
             raise EncoderError(
                 f"{folder} holds no complete LSA encoder ({error}); embed the catalogue again"
@@ -116,15 +127,17 @@ class LsaEncoder:
                 f"{folder}: {len(terms)} terms, idf {arrays[0].shape}, components {arrays[1].shape} and mean "
                 f"{arrays[2].shape} do not belong together; embed the catalogue again"
             )
-        return cls(terms, *arrays)
+        return cls(terms, *arrays, rules=rules)
 
 
-def _tfidf_settings() -> dict:
+def _tfidf_settings(rules: int) -> dict:
     # One-letter words stay: "3 in." and "M 8" tell products apart.
     return {
         "ngram_range": (1, 2),
         "sublinear_tf": True,
-        "token_pattern": r"(?u)\b\w+\b",
+        "tokenizer": partial(words_of, single=True, rules=rules),
+        "token_pattern": None,
+        "lowercase": False,
         "dtype": np.float32,
     }
 

@@ -37,7 +37,8 @@ _TAKEN = {"product_id", "title", "description", "category_path", "value", "embed
 
 class CatalogRecipe(Section):
     root: str | None = setting(
-        None, "folder or s3:// prefix with products and pairs, each a .parquet file or folder", unit="URI",
+        None, "folder or s3:// prefix with products and, for queries to learn from and to measure, pairs: each a .parquet, .csv, "
+        ".tsv or .jsonl file, or a folder of such", unit="URI",
         operational=True, min_length=1,
     )  # fmt: skip
     synthetic: SyntheticRecipe | None = setting(None, "generate a catalogue instead of reading one", unit="section")
@@ -52,8 +53,20 @@ class CatalogRecipe(Section):
     filter_columns: dict[str, Literal["string", "int", "float", "bool", "list<string>"]] = setting(
         {}, "columns of products that serving may filter by, such as {brand: string, price: float}", unit="column: type"
     )
+    category_separator: str | None = setting(
+        None, "what stands between two names where category_path is one text, such as ' > '; none = it is a list", unit="text",
+        min_length=1,
+    )  # fmt: skip
+    allow_leak: bool = setting(
+        False, "go on though a query stands in train and in test, so that its answers were learned; for tables whose split is "
+        "meant so",
+        unit="yes/no", operational=True,
+    )  # fmt: skip
     workers: int = setting(2, "actors that read and check", unit="actors", operational=True, ge=1)
-    max_bad_fraction: float = setting(0.01, "bad rows above which the job fails", unit="share of rows", ge=0, le=1)
+    max_bad_fraction: float = setting(
+        0.01, "bad rows above which the job fails; pairs of unknown products and of a lower grade are set aside but not counted",
+        unit="share of rows", ge=0, le=1,
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _one_source(self):

@@ -106,8 +106,8 @@ class EvaluationRecipe(Section):
     min_relevance: float = setting(2.67, "from here on a product counts as relevant", unit="grade", paper="4.1", ge=0)
     beam_width: int = setting(100, "beams per query", unit="beams", ge=1, le=4096)
     methods: tuple[Literal["beam", "bm25", "dense", "served"], ...] = setting(
-        ("beam", "bm25"), "what is scored: the beam alone, BM25, the vectors alone, or what serving says", unit="names",
-        min_length=1,
+        ("beam", "bm25"), "what is scored: the beam alone, BM25, the vectors alone, or what serving says; [] = nothing",
+        unit="names",
     )  # fmt: skip
     max_queries: int | None = setting(None, "score a seeded sample of this many queries", unit="queries", ge=1)
     min_beam_to_bm25: float = setting(

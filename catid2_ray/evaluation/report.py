@@ -15,10 +15,12 @@ def closing_tables(figures: Mapping) -> list[Table]:
     """The report's tables, in order: the catalogue, what changed since the release before, the codes, recall, time and memory.
 
     `figures`: the job's JSON; keys release, documents, number, base, ledger, churn, collision_rate_before (0 to 1),
-    duplicates_after, codes_used, codes_per_level, recall, recall_seen, recall_unseen, seconds (stage → s),
-    peak_memory_bytes; all optional.
+    duplicates_after, codes_used, codes_per_level, recall, recall_seen, recall_unseen, not_evaluated (why), set_aside (table →
+    rows, of, reasons, first, at), seconds (stage → s), peak_memory_bytes; all optional.
     """
-    tables = [_catalogue(figures), _churn(figures), _codes(figures), _recall(figures), _cost(figures)]
+    tables = [
+        _catalogue(figures), _churn(figures), _codes(figures), _recall(figures), _set_aside(figures), _cost(figures)
+    ]  # fmt: skip
     return [table for table in tables if table.rows]
 
 
@@ -113,8 +115,21 @@ def _recall(figures: Mapping) -> Table:
     ]
     counts = figures.get("queries") or {}
     asked = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    if figures.get("not_evaluated"):
+        return Table("Nothing was evaluated", columns_of("", "figure"), [[figures["not_evaluated"], DASH]])
     title = "Recall at product level" + (f" (queries: {asked})" if asked else "")
     return Table(title, columns_of("products: method", *(f"@{k}" for k in ks)), rows)
+
+
+def _set_aside(figures: Mapping) -> Table:
+    """What the door kept out: by table and reason how many rows, the first of them, and where all of them lie."""
+    tables, rows = figures.get("set_aside") or {}, []
+    for table, found in tables.items():
+        rows.append([f"{table}: {found['rows']:,} of {found['of']:,}", ""])
+        rows += [[f"  {reason}", f"{count:,}"] for reason, count in sorted(found["reasons"].items())]
+        rows += [[f"  such as {first}", ""] for first in found["first"][:3]]
+    where = "".join(sorted({found["at"] for found in tables.values()}))
+    return Table(f"Set aside (the rows lie in {where})", columns_of("", "rows"), rows)
 
 
 def _cost(figures: Mapping) -> Table:

@@ -19,6 +19,7 @@ from catid2_ray.generator.states import StateCache, TokenStates
 from catid2_ray.generator.vocabulary import EOS, PAD
 
 MOST_PADDING = 0.1  # share of the tokens of a batch that may be padding
+FROM_PAIRS = ("query", "user")  # kinds of examples that are made of pairs
 
 
 def kept_words(
@@ -94,18 +95,29 @@ def epoch_order(sizes: Mapping[str, int], ratio: Mapping[str, float], *, seed: i
     return EpochOrder(kinds, kind_N[shuffle_N], np.concatenate(rows)[shuffle_N])
 
 
+def kinds_without_pairs(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The kinds of examples that a catalogue without a table of pairs has, of those that are asked for: titles at least."""
+    return tuple(kind for kind in kinds if kind not in FROM_PAIRS) or ("title",)
+
+
 def mix_ratios(sizes: Mapping[str, int], mix: Mapping[str, float]) -> dict[str, float]:
     """How often each kind's rows appear per epoch, where `mix` wants so many of them per row of "query".
 
-    Kinds that `mix` does not name have 0. Raises RecipeError for a kind that is wanted but has no row.
+    Kinds that `mix` does not name have 0. Without any query example, that is without pairs, what the mix wants of the other
+    kinds counts per title (or per row of the largest kind), and where it wants none, titles are all there is. Raises
+    RecipeError for a kind that is wanted but has no row.
     """
+    unit = sizes.get("query", 0)
+    if not unit:
+        unit = sizes.get("title") or max(sizes.values(), default=0)
+        mix = {kind: share for kind, share in mix.items() if share and kind not in FROM_PAIRS} or {"title": 1.0}
     absent = [kind for kind, share in mix.items() if share and not sizes.get(kind)]
     if absent:
         raise RecipeError(
             f"the mix wants {', '.join(absent)}, but there are no such examples (found {dict(sizes)}): take them out of the "
             "mix, or bring the data they are made of"
         )
-    return {kind: mix.get(kind, 0.0) * sizes["query"] / max(1, size) for kind, size in sizes.items()}
+    return {kind: mix.get(kind, 0.0) * unit / max(1, size) for kind, size in sizes.items()}
 
 
 class Batch(NamedTuple):

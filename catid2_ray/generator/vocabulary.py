@@ -5,6 +5,7 @@ punctuation that says nothing about a product is dropped. Japanese, which has no
 a rough word boundary that needs no dictionary, and without which a whole title would be one word.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, InputError, RecipeError
+from catid2_ray.scripts import APART, FOLDED, invisible
 
 PAD, EOS, UNK = 0, 1, 2
 _SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -27,10 +29,16 @@ _WORD = (
 )
 
 
+# Training is quadratic in the length of a word: 100,000 letters take minutes, a million hang.
+_LONGEST_TEXT, _LONGEST_WORD = 4096, 256
+_LONG_WORD = re.compile(rf"(\S{{{_LONGEST_WORD}}})\S+")
+
+
 def train_tokenizer(texts: Iterable[str], *, size: int) -> PreTrainedTokenizerFast:
     """Train a byte-pair vocabulary of at most `size` entries (more only if the texts hold more distinct characters).
 
-    `<pad>` is 0, `</s>` 1 (appended to every text), `<unk>` 2; NFKC, lower case. The same texts in the same order give
+    `<pad>` is 0, `</s>` 1 (appended to every text), `<unk>` 2; texts are read as `scripts.normalised` gives them, and for the
+    training cut to 4096 characters and 256 a word. The same texts in the same order give
     the same vocabulary. Raises RecipeError for a size that leaves no room for subwords, InputError for no text.
     """
     if size < 64:
@@ -38,9 +46,12 @@ def train_tokenizer(texts: Iterable[str], *, size: int) -> PreTrainedTokenizerFa
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
         [
+            *(normalizers.Replace(character, text) for character, text in APART.items()),
+            # Before NFKC, so that a letter and its mark on both sides of an invisible character become one.
+            normalizers.Replace(Regex(f"[{_without_surrogates(invisible())}]"), ""),
             normalizers.NFKC(),
             normalizers.Lowercase(),
-            normalizers.Replace("\u2044", "/"),  # NFKC writes ½ with a fraction slash
+            *(normalizers.Replace(folded, letter) for folded, letter in FOLDED.items()),
             normalizers.Replace(Regex(r"(?<=\d),(?=\d{3})"), ""),
         ]
     )
@@ -52,13 +63,19 @@ def train_tokenizer(texts: Iterable[str], *, size: int) -> PreTrainedTokenizerFa
     )
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(_SPECIAL), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer=trainer)
+    cut = (_LONG_WORD.sub(r"\1", text[:_LONGEST_TEXT]) for text in texts)
+    tokenizer.train_from_iterator(cut, trainer=trainer)
     if tokenizer.get_vocab_size() <= len(_SPECIAL):
         raise InputError("no text to train a vocabulary on: the texts are empty or hold only punctuation")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
     )
+
+
+def _without_surrogates(characters: str) -> str:
+    """The tokenizers' text is UTF-8, which has no halves of pairs."""
+    return characters.replace("\ud800-\udfff", "")
 
 
 def load_tokenizer(name_or_folder: str, *, kind: str = "t5") -> PreTrainedTokenizerFast:

@@ -15,7 +15,7 @@ from catid2_ray.errors import QualityGateError, RecipeError
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import cluster, progress
 from catid2_ray.on_ray.pipeline import APPENDED, append, chain
-from catid2_ray.on_ray.stages import evaluate
+from catid2_ray.on_ray.stages import door, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def reindex(recipe: Recipe, *, wait: bool = False, new_ledger: bool = False, ref
     """
     with Job.open(recipe, wait=wait, new_ledger=new_ledger, refit_encoder=refit_encoder) as job:
         parts = chain(job)
-        figures = figures_of(parts)
+        figures = figures_of(parts, job.store)
         _gate(recipe, figures)
         release = job.publish(parts)
     return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
@@ -64,15 +64,16 @@ def append_items(recipe: Recipe, *, wait: bool = False) -> Outcome:
     """Today's catalogue under the current release's quantizer and generator: see `pipeline.append`; evaluate, publish."""
     with Job.open(recipe, only=APPENDED, wait=wait) as job:
         parts = append(job)
-        figures = figures_of(parts)
+        figures = figures_of(parts, job.store)
         if parts["evaluation"].parents["ids"] == parts["ids"].digest:  # else it is that of the release before
             _gate(job.recipe, figures)
         release = job.publish(parts)
     return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
 
 
-def figures_of(parts: dict[str, Manifest]) -> dict:
-    """The job's JSON. Seconds and peak memory are those of the runs that made the stages, not of a rerun that found them."""
+def figures_of(parts: dict[str, Manifest], store: Store) -> dict:
+    """The job's JSON; `not_evaluated` says why, where nothing was. Seconds and peak memory are those of the runs that made the
+    stages, not of a rerun that found them."""
     ids, scores = parts["ids"].metrics, parts["evaluation"].metrics
     return {
         "documents": ids["documents"],
@@ -82,6 +83,8 @@ def figures_of(parts: dict[str, Manifest]) -> dict:
         "codes_per_level": ids["codes_per_level"],
         **{name: ids[name] for name in ("number", "base", "ledger", "churn")},
         **{name: scores[name] for name in ("recall", "recall_seen", "recall_unseen", "queries")},
+        **{name: scores[name] for name in ("not_evaluated",) if name in scores},
+        "set_aside": door.set_aside(store, parts),
         "seconds": {
             stage.timed: _seconds(parts[stage.role]) for stage in STAGES.values() if stage.timed and stage.role in parts
         },
@@ -96,6 +99,8 @@ def _seconds(manifest: Manifest) -> float:
 def _gate(recipe: Recipe, figures: dict) -> None:
     """What is served, or else the beam, must reach the demanded share of BM25's recall@50, or nothing is published."""
     recall, share = figures["recall"], recipe.evaluation.min_beam_to_bm25
+    if "not_evaluated" in figures:
+        progress.event("not_gated", reason=repr(figures["not_evaluated"]))
     judged = "served" if "served" in recall else "beam"
     named = "what is served" if judged == "served" else "the beam"
     if judged in recall and "bm25" in recall and recall[judged]["50"] < share * recall["bm25"]["50"]:

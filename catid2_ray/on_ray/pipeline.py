@@ -7,7 +7,6 @@ generator aligned, where the recipe asks for it) → serving → evaluation → 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.stages import STAGES
-from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.errors import CapacityError, InputError, QualityGateError, RecipeError, ReleaseError
 from catid2_ray.on_ray.job import Job, PreviousRelease, open_previous
@@ -15,6 +14,7 @@ from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.stages import (
     align,
     catalog,
+    door,
     embed,
     evaluate,
     examples,
@@ -35,8 +35,8 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
     if last != "catalog":
         check_codes(job.recipe, parts["catalog"])
         parts["pairs"] = catalog.run_pairs(job, parts)
-        if STAGES[last].needs_pairs:
-            _refuse_without_pairs(job.recipe, parts["pairs"])
+        door.announce(job.recipe, job.store, parts)
+        door.refuse_unfit(job.recipe, parts["pairs"])
         for name, run in _RUN.items():
             if name == "queries" and not job.recipe.quantizer.query_item:
                 continue
@@ -125,6 +125,8 @@ def append(job: Job) -> dict[str, Manifest]:
     else:
         check_codes(recipe, parts["catalog"])
         parts["pairs"] = catalog.run_pairs(job, parts)
+        door.announce(recipe, job.store, parts)
+        door.refuse_unfit(recipe, parts["pairs"], trains=False)
         parts["embeddings"] = embed.run(job, parts, frozen=job.previous.parts)
         parts["ids"] = assign.run(job, parts, keeps=True)
     parts["serving"] = lay_out.run(job, parts)
@@ -213,14 +215,4 @@ def check_codes(recipe: Recipe, catalog: Manifest) -> None:
         raise CapacityError(
             f"{products} products do not fit into {space.capacity} IDs of {list(space.codes_per_level)}: raise "
             "quantizer.codes_per_level"
-        )
-
-
-def _refuse_without_pairs(recipe: Recipe, pairs: Manifest) -> None:
-    if not pairs.metrics["pairs_table"]:
-        Store(recipe.catalog.root).parquet_files("pairs")  # says what it looked for and where
-    if pairs.metrics["train_relevance_max"] < recipe.generator.min_relevance:
-        raise InputError(
-            f"no pair of the train split has relevance ≥ {recipe.generator.min_relevance}: the highest is "
-            f"{pairs.metrics['train_relevance_max']}. Lower generator.min_relevance or check the pairs' split and relevance"
         )

@@ -7,7 +7,6 @@ N rows (products), V terms of the vocabulary, P (product, term) pairs, B queries
 """
 
 import json
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,24 +19,17 @@ import pyarrow as pa
 
 from catid2_ray.errors import ArtifactError, InputError
 from catid2_ray.retrieval.arrays import entries, read_header
-from catid2_ray.scripts import UNSPACED, pairs_of_unspaced
+from catid2_ray.scripts import RULES, STOPWORDS, words_of
 
 FORMAT = 1
 HEADER = "lexical.json"
 K1, B = 1.2, 0.75  # as in CHAP's baseline (Pyserini's names for them)
-_WORD = re.compile(rf"(?u)\b\w\w+\b|[{UNSPACED}]")
-_STOPWORDS = frozenset(
-    ("a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "if", "in", "into", "is", "it", "no", "not", "of", "on", "or",
-     "such", "that", "the", "their", "then", "there", "these", "they", "this", "to", "was", "will", "with")
-)  # fmt: skip
 _AGAIN = "Make the serving part again"
 
 
-def words(text: str, *, indexed: bool = False) -> list[str]:
-    """Words of two letters or more, lower case, English stop words left out, no stemming; Japanese and Chinese by pairs of
-    characters and, where a text is `indexed`, single ones too."""
-    all_words = _WORD.findall(pairs_of_unspaced(text, singles=indexed).lower())
-    return [word for word in all_words if word not in _STOPWORDS]
+def words(text: str, *, indexed: bool = False, rules: int = RULES) -> list[str]:
+    """The words of `scripts.words_of` without English stop words; no stemming."""
+    return [word for word in words_of(text, indexed=indexed, rules=rules) if word not in STOPWORDS]
 
 
 class Counted(NamedTuple):
@@ -50,9 +42,9 @@ class Counted(NamedTuple):
     times: np.ndarray
 
 
-def count_words(texts: Sequence[str]) -> Counted:
+def count_words(texts: Sequence[str], *, rules: int = RULES) -> Counted:
     """What `LexicalIndex.write` needs to know of texts; words ascend inside a text."""
-    counters = [Counter(words(text, indexed=True)) for text in texts]
+    counters = [Counter(words(text, indexed=True, rules=rules)) for text in texts]
     ordered = [sorted(counter) for counter in counters]
     times = [counter[word] for counter, names in zip(counters, ordered) for word in names]
     return Counted(
@@ -77,7 +69,7 @@ class Block(NamedTuple):
 class LexicalIndex:
     """`start_N1` int64: row i has entries start[i] … start[i+1] − 1 of `term_P` (int32, ascending in a row) and
     `weight_P` (float32, its share of a score). `vocabulary`: V words, ascending; `idf_V` float32; `mean_length`: words per
-    row when the index was made."""
+    row when the index was made; `rules`: those of `scripts.words_of` by which its words were cut."""
 
     start_N1: np.ndarray
     term_P: np.ndarray
@@ -85,6 +77,7 @@ class LexicalIndex:
     vocabulary: pa.Array
     idf_V: np.ndarray
     mean_length: float
+    rules: int = RULES
 
     @property
     def rows(self) -> int:
@@ -121,7 +114,7 @@ class LexicalIndex:
         with pa.ipc.new_file(str(folder / "vocabulary.arrow"), table.schema) as writer:
             writer.write_table(table)
         header = {"format": FORMAT, "rows": rows, "pairs": int(start_N1[-1]), "words": len(vocabulary)}
-        header["mean_length"] = float(mean_length)
+        header |= {"mean_length": float(mean_length), "rules": RULES}
         (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
         return cls.open(folder)
 
@@ -135,7 +128,7 @@ class LexicalIndex:
                 np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
                 for name in ("start", "idf")
             )
-            mean_length = header["mean_length"]
+            mean_length, rules = header["mean_length"], header.get("rules", 1)
             term_P, weight_P = (_mapped(folder / f"{name}.bin", kind) for name, kind in _FILES)
             words_ = (
                 pa.ipc.open_file(pa.memory_map(str(folder / "vocabulary.arrow"))).read_all()["word"].combine_chunks()
@@ -148,12 +141,12 @@ class LexicalIndex:
         expected = tuple(header[name] for name in ("rows", "pairs", "pairs", "words", "words"))
         if sizes != expected or start_N1[-1] != len(term_P):
             raise ArtifactError(f"{folder}: its arrays have {sizes} entries, its header says {header}. {_AGAIN}")
-        return cls(start_N1, term_P, weight_P, words_, idf_V, mean_length)
+        return cls(start_N1, term_P, weight_P, words_, idf_V, mean_length, rules)
 
     def more(self, texts: Sequence[str]) -> "LexicalIndex":
         """An index of other texts (rows 0, 1, …) with this one's vocabulary and weights; words that it lacks count
         towards the length alone."""
-        counted = count_words(texts)
+        counted = count_words(texts, rules=self.rules)
         places = {word: self._place(word) for word in counted.words.unique().to_pylist()}
         term_P = np.array(
             [-1 if places[word] is None else places[word] for word in counted.words.to_pylist()], np.int32
@@ -163,7 +156,7 @@ class LexicalIndex:
         block = Block(count_N, counted.length_N, term_P[known_P], counted.times[known_P])
         weight_P = _weights(block, self.idf_V, self.mean_length).astype(np.float32)
         start_N1 = np.concatenate(([0], np.cumsum(count_N))).astype(np.int64)
-        return LexicalIndex(start_N1, block.term_P, weight_P, self.vocabulary, self.idf_V, self.mean_length)
+        return LexicalIndex(start_N1, block.term_P, weight_P, self.vocabulary, self.idf_V, self.mean_length, self.rules)
 
     def scores(self, queries: Sequence[str], row_BC) -> np.ndarray:
         """float32 B×C, the BM25 of each candidate for its query: 0 where no word is shared, and for row −1.
@@ -199,7 +192,8 @@ class LexicalIndex:
 
     def _terms(self, query: str) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the query's known words, ascending, and how often it has each."""
-        times_of = {self._place(word): times for word, times in Counter(words(query)).items()}
+        counted = Counter(words(query, rules=self.rules))
+        times_of = {self._place(word): times for word, times in counted.items()}
         times_of.pop(None, None)
         terms = np.array(sorted(times_of), np.int32)
         return terms, np.array([times_of[term] for term in terms.tolist()], np.float32)

@@ -23,6 +23,7 @@ from catid2_ray.retrieval.live import LiveTrie, LiveView, filters_for
 from catid2_ray.retrieval.products import Newcomer, ProductNames, Products, arrow_strings
 from catid2_ray.retrieval.rescoring import Expansion, Hit, beam_hits, expanded_hits
 from catid2_ray.retrieval.trie import Trie
+from catid2_ray.scripts import says_something
 
 MAX_K = 1000
 
@@ -110,8 +111,8 @@ class Retriever:
         """Raise QueryError for a query or a k that cannot be answered."""
         if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= MAX_K:
             raise QueryError(f"k must be a whole number from 1 to {MAX_K}, found {k!r}")
-        if not isinstance(query, str) or not query.strip():
-            raise QueryError(f"a query needs at least one character that is not blank, found {query!r}")
+        if not isinstance(query, str) or not says_something(query):
+            raise QueryError(f"a query needs at least one letter or digit, found {query!r}")
         if len(query) > self.max_query_chars:
             raise QueryError(f"a query may have {self.max_query_chars} characters, found {len(query)}; shorten it")
 

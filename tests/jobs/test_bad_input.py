@@ -87,8 +87,8 @@ def test_a_sample_too_small_to_start_the_codes(job):
 
 
 def test_no_table_at_all(job):
-    with pytest.raises(StorageError, match="no table 'pairs' in .*source"):
-        reindex(job(pairs=None))
+    with pytest.raises(StorageError, match="no table 'products' in .*source"):
+        reindex(job(products=None))
 
 
 def test_empty_catalogue(job):

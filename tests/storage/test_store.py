@@ -14,6 +14,7 @@ import pytest
 
 from catid2_ray.artifacts.store import S3_ENVIRONMENT, Store, sha256_of
 from catid2_ray.errors import CommitConflict, StorageError
+from catid2_ray.on_ray.stages.source import files_of, products_of
 from tests.s3_server import SECRET
 
 
@@ -142,16 +143,17 @@ def test_a_table_is_a_file_or_a_folder_of_files(store):
     store.write_table("pairs.parquet", table)
     store.write_table("products/part-1.parquet", table)
     store.write_table("products/deep/part-0.parquet", table)
+    store.write_table("products/_temporary/part-0.parquet", table)
     store.write("products/README.txt", b"not a table")
-    assert store.parquet_files("pairs") == ["pairs.parquet"]
-    assert store.parquet_files("products") == ["products/deep/part-0.parquet", "products/part-1.parquet"]
-    store.write("empty/README.txt", b"no table")
+    assert files_of(store, "pairs").files == ["pairs.parquet"]
+    assert products_of(store).files == ["products/deep/part-0.parquet", "products/part-1.parquet"]
+    store.write("empty/products/README.txt", b"no table")
     for name in ("empty", "absent"):
-        with pytest.raises(
-            StorageError, match=rf"no table '{name}' in .*expected {name}\.parquet or a folder {name}/"
-        ) as caught:
-            store.parquet_files(name)
-        assert store.uri in str(caught.value)
+        below = Store(store.uri_of(name))
+        assert files_of(below, "pairs") is None
+        with pytest.raises(StorageError, match="no table 'products' in .*expected products.parquet, .csv") as caught:
+            products_of(below)
+        assert below.uri in str(caught.value)
 
 
 def test_a_fingerprint_changes_with_the_content(store):

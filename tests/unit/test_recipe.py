@@ -492,7 +492,7 @@ def test_every_setting_that_came_after_the_stored_release_says_what_was_done_bef
     """A new setting either has a default that changes nothing, named here, or a line in config/older.py."""
     from catid2_ray.config.older import GONE, MEANT
 
-    harmless = set()
+    harmless = {"catalog.category_separator"}
     stored = json.loads((Path(__file__).parents[1] / "data" / "recipe_format_6.json").read_text())
     today = Recipe.build({"catalog": {"root": "/now"}}).model_dump(mode="json")
     for name, values in today.items():
@@ -500,3 +500,11 @@ def test_every_setting_that_came_after_the_stored_release_says_what_was_done_bef
             came = {f"{name}.{field}" for field in values.keys() - stored[name].keys()}
             assert came <= MEANT.keys() | harmless
             assert {f"{name}.{field}" for field in stored[name].keys() - values.keys()} <= GONE
+
+
+def test_an_evaluation_may_be_left_out_and_a_leak_allowed_without_another_catalogue():
+    recipe = Recipe.build(MINIMAL | {"evaluation": {"methods": []}})
+    assert recipe.evaluation.methods == ()
+    with_leak = Recipe.build({"catalog": {"synthetic": {}, "allow_leak": True}})
+    assert with_leak.catalog.identity() == recipe.catalog.identity()
+    refused({"catalog": {"synthetic": {}, "category_separator": ""}}, "category_separator")

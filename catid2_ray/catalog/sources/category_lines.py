@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from catid2_ray.catalog.products import lists_of, one_chunk
+from catid2_ray.catalog.columns import lists_of, plain
 from catid2_ray.catalog.taxonomy import PATH_SEPARATOR
 from catid2_ray.errors import InputError
 from catid2_ray.tables import CATEGORY_PATH
@@ -111,6 +111,6 @@ def best_paths(table: pa.Table) -> pa.Table:
 
 def _without_nulls(column: pa.ChunkedArray) -> pa.Array:
     """Lists with "" for null names, over which Arrow would join to null."""
-    column = one_chunk(column)
+    column = plain(column)
     length_N = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
     return lists_of(length_N, pc.fill_null(pc.list_flatten(column), ""))

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from catid2_ray.catalog.products import joined, or_null, require_columns, string_column
+from catid2_ray.catalog.columns import require_columns, string_column
+from catid2_ray.catalog.products import joined, or_null
 from catid2_ray.errors import InputError
 
 PRODUCTS_FILE = "shopping_queries_dataset_products.parquet"

@@ -11,18 +11,16 @@ import bm25s
 import numpy as np
 
 from catid2_ray.errors import CapacityError, InputError
-from catid2_ray.scripts import UNSPACED, pairs_of_unspaced
+from catid2_ray.scripts import STOPWORDS, words_of
 
 MAX_PRODUCTS = 5_000_000
-_WORD = rf"(?u)\b\w\w+\b|[{UNSPACED}]"
 
 
 class Bm25:
     """BM25 of N texts, Lucene's form; k1 1.2 and b 0.75 as in CHAP's baseline (Pyserini's names for them).
 
-    `product_ids`, `texts`: N each, in one order; words of two letters or more, lower case, English stop words left out,
-    no stemming. Japanese and Chinese, which have no spaces, are indexed as character pairs and single characters and asked
-    for by pairs; a query's lone character is asked for as such. Raises InputError when the two differ in length or are
+    `product_ids`, `texts`: N each, in one order; the words of `scripts.words_of`, English stop words left out, no stemming.
+    Raises InputError when the two differ in length or are
     empty, CapacityError above MAX_PRODUCTS.
     """
 
@@ -36,7 +34,7 @@ class Bm25:
         # Sorted by id once, a product's position is its rank among equal scores, whatever order the caller had.
         order = np.argsort(np.asarray(product_ids, dtype=object))
         self.product_ids = [str(product_ids[i]) for i in order]
-        tokens = _tokenize([pairs_of_unspaced(texts[i], singles=True) for i in order])
+        tokens = [_words(texts[i], indexed=True) for i in order]
         self._index = None
         if any(tokens):
             self._index = bm25s.BM25(k1=k1, b=b, method="lucene")
@@ -47,12 +45,11 @@ class Bm25:
 
         Equal scores stand in the order of their product ids, so results repeat exactly.
         """
-        return [self._best(tokens, k) for tokens in _tokenize([pairs_of_unspaced(query) for query in queries])]
+        return [self._best(_words(query), k) for query in queries]
 
     def scores(self, query: str) -> np.ndarray:
         """float32 N, the score of every product in the order of `self.product_ids`; 0 where no word is shared."""
-        (tokens,) = _tokenize([pairs_of_unspaced(query)])
-        return self._scores(tokens)
+        return self._scores(_words(query))
 
     def _scores(self, tokens: list[str]) -> np.ndarray:
         known = [token for token in tokens if self._index is not None and token in self._index.vocab_dict]
@@ -71,7 +68,5 @@ class Bm25:
         return [self.product_ids[i] for i in best]
 
 
-def _tokenize(texts: Sequence[str]) -> list[list[str]]:
-    if not len(texts):
-        return []
-    return bm25s.tokenize(list(texts), token_pattern=_WORD, stopwords="en", return_ids=False, show_progress=False)
+def _words(text: str, *, indexed: bool = False) -> list[str]:
+    return [word for word in words_of(text, indexed=indexed) if word not in STOPWORDS]

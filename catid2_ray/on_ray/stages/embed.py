@@ -58,7 +58,7 @@ def _kept_encoder(job: Job, settings: dict, catalog: Manifest) -> dict[str, Mani
     before = job.previous.parts["embeddings"]
     if job.recipe.quantizer.warm_start:  # it would not know the vectors of another encoder
         _refuse_another_encoder(settings, catalog, before, "quantizer.warm_start=false")
-    same = {**before.settings, "seed": None} == {**settings, "seed": None} and before.named("encoder/")
+    same = {**before.asked, "seed": None} == {**settings, "seed": None} and before.named("encoder/")
     return {"encoder": before} if same else {}
 
 
@@ -72,7 +72,7 @@ def model_identity(name: str | None) -> dict:
 
 def _refuse_another_encoder(settings: dict, catalog: Manifest, before: Manifest, way_out: str) -> None:
     """Vectors of another encoder mean nothing to the quantizer of the release whose embeddings are `made`."""
-    had = before.settings
+    had = before.asked
     differ = [
         f"{name} is {settings.get(name)!r}, the release has {had.get(name)!r}"
         for name in sorted((settings.keys() | had.keys()) - {"seed"})

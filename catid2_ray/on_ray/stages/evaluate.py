@@ -27,13 +27,13 @@ from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.machine.query_encoder import query_encoder as open_encoder
-from catid2_ray.on_ray.stages.catalog import PAIRS, part_specs
+from catid2_ray.on_ray.stages.catalog import PAIR_FILES, part_specs, read_sample
 
 KS = (5, 10, 20, 50, 100)
 METHODS = ("beam", "bm25", "dense", "served")
 IN_MEMORY = ("bm25", "dense")  # one process holds the catalogue
 _QUERIES_PER_SPEC = 64
-_SAMPLES = 3
+_SAMPLES, _SAMPLE_CHARACTERS = 3, 200
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
@@ -51,25 +51,41 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
 
 def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifest:
     recipe = job.recipe.evaluation
-    pairs = _pairs_of_split(job.store, parts["pairs"], recipe.split)
-    figures = score(
-        job.store,
-        parts,
-        judge(job.store, parts, pairs, split=recipe.split, min_relevance=recipe.min_relevance),
-        beam_width=recipe.beam_width,
-        methods=recipe.methods,
-        workers=recipe.workers,
-        max_queries=recipe.max_queries,
-        seed=job.recipe.seed,
-        bm25_max=recipe.bm25_max_products,
-        query_encoder=job.recipe.serving.query_encoder,
-    )
+    if not recipe.methods or not parts["pairs"].metrics["pairs_table"]:
+        figures = _nothing(job, parts)
+    else:
+        pairs = _pairs_of_split(job.store, parts["pairs"], recipe.split)
+        figures = score(
+            job.store,
+            parts,
+            judge(job.store, parts, pairs, split=recipe.split, min_relevance=recipe.min_relevance),
+            beam_width=recipe.beam_width,
+            methods=recipe.methods,
+            workers=recipe.workers,
+            max_queries=recipe.max_queries,
+            seed=job.recipe.seed,
+            bm25_max=recipe.bm25_max_products,
+            query_encoder=job.recipe.serving.query_encoder,
+        )
     entry = job.store.write_file(attempt.name("figures.json"), json.dumps(figures, indent=1).encode())
     return attempt.commit([entry], metrics=figures)
 
 
+def _nothing(job: Job, parts: dict[str, Manifest]) -> dict:
+    """The figures where nothing is evaluated, with the reason; some titles stand for queries."""
+    table = parts["pairs"].metrics["pairs_table"]
+    reason = "evaluation.methods is empty" if table else "the catalogue has no table of pairs"
+    progress.event("not_evaluated", reason=repr(reason))
+    titles = read_sample(job.store, parts["catalog"], ["title"], rows=_SAMPLES, seed=job.recipe.seed)[
+        "title"
+    ].to_pylist()
+    queries = [title[:_SAMPLE_CHARACTERS] for title in titles]
+    nothing = {"recall": {}, "recall_seen": {}, "recall_unseen": {}, "queries": {"all": 0, "seen": 0, "unseen": 0}}
+    return {**nothing, "dropped_pairs": 0, "not_evaluated": reason, "sample_queries": queries}
+
+
 def _pairs_of_split(store: Store, pairs: Manifest, split: str) -> pa.Table:
-    tables = [store.read_table(pairs.file(entry["name"])) for entry in pairs.named(PAIRS)]
+    tables = [store.read_table(pairs.file(entry["name"])) for entry in pairs.named(PAIR_FILES)]
     return pa.concat_tables([table.filter(pc.field("split") == split) for table in tables])
 
 
@@ -142,11 +158,12 @@ def judge(store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: s
         "weights": parts["examples"].settings.get("relevance_weights"),
     }
     seen = pa.concat_arrays(
-        [
+        [pa.array([], pa.string())]
+        + [
             pc.unique(training_pairs(table, **taught)["product_id"].combine_chunks())
             for table in (
                 store.read_table(parts["pairs"].file(e["name"]), columns=["product_id", "split", "relevance"])
-                for e in parts["pairs"].named(PAIRS)
+                for e in parts["pairs"].named(PAIR_FILES)
             )
         ]
     )

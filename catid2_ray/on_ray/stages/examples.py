@@ -22,6 +22,7 @@ from catid2_ray.catalog.pairs import pair_weights, training_pairs
 from catid2_ray.config import EXAMPLE_KINDS, GeneratorRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
+from catid2_ray.generator.batches import kinds_without_pairs
 from catid2_ray.generator.inputs import Doc2Query, description_spans, user_width, with_users
 from catid2_ray.generator.vocabulary import frame, load_tokenizer, tokenize_cut, train_tokenizer, with_docid_tokens
 from catid2_ray.hashing import hash_of_text
@@ -30,7 +31,7 @@ from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.stages import recent
-from catid2_ray.on_ray.stages.catalog import PAIRS, part_specs, read_sample
+from catid2_ray.on_ray.stages.catalog import PAIR_FILES, part_specs, read_sample
 from catid2_ray.on_ray.stages.embed import model_identity
 from catid2_ray.schedule import seed_from
 
@@ -60,14 +61,19 @@ _MISSING = {
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The examples artefact: part-*.parquet of schemas.examples, tokenizer/ with the ID tokens as last entries."""
-    recipe = job.recipe.generator
-    deciding = [*_DECIDING, *(name for kind in recipe.kinds for name in _DECIDING_OF.get(kind, ()))]
+    recipe, kinds = job.recipe.generator, kinds_of(job.recipe.generator, parts["pairs"])
+    deciding = [*_DECIDING, *(name for kind in kinds for name in _DECIDING_OF.get(kind, ()))]
     settings = {name: value for name, value in recipe.identity().items() if name in deciding}
-    settings |= {**model_identity(recipe.pretrained), "seed": job.recipe.seed, "kinds": list(recipe.kinds)}
-    if "synthetic" in recipe.kinds:
+    settings |= {**model_identity(recipe.pretrained), "seed": job.recipe.seed, "kinds": list(kinds)}
+    if "synthetic" in kinds:
         settings["doc2query_files"] = model_identity(recipe.doc2query)
     parents = STAGES["examples"].reads(parts)
     return job.produce("examples", settings, parents, lambda attempt: _make(job, attempt, parents))
+
+
+def kinds_of(recipe: GeneratorRecipe, pairs: Manifest) -> tuple[str, ...]:
+    """The kinds of examples that are made: those of the recipe, or without a table of pairs what can be made of products."""
+    return recipe.kinds if pairs.metrics["pairs_table"] else kinds_without_pairs(recipe.kinds)
 
 
 def width_of(recipe: GeneratorRecipe, space: DocidSpace) -> int:
@@ -94,18 +100,15 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save_pretrained(local)
         files = job.store.upload(Path(local), attempt.name("tokenizer"))
-    specs, workers, synthetic = (
-        part_specs(catalog, parents["pairs"]),
-        job.recipe.ids.workers,
-        "synthetic" in recipe.kinds,
-    )
+    kinds = kinds_of(recipe, parents["pairs"])
+    specs, workers, synthetic = part_specs(catalog, parents["pairs"]), job.recipe.ids.workers, "synthetic" in kinds
     arguments = {
         "store": job.store, "folder": attempt.folder, "catalog": catalog.folder, "ids": parents["ids"].folder,
-        "recipe": recipe, "tokenizer": tokenizer, "space": space, "seed": job.recipe.seed,
+        "recipe": recipe, "kinds": kinds, "tokenizer": tokenizer, "space": space, "seed": job.recipe.seed,
         "answering": [spec["part"] for spec in specs], "device": "cuda" if job.recipe.cluster.gpus_per_worker else "cpu",
     }  # fmt: skip
     counts = Counter()
-    if "user" in recipe.kinds and recipe.user_recent:
+    if "user" in kinds and recipe.user_recent:
         counts["recent_without_product"] = recent.exchange(
             job.store, attempt.name("exchange"), specs, ids=parents["ids"].folder,
             teaches=_teaching(recipe), most=recipe.user_recent, parts=catalog.metrics["parts"], workers=workers,
@@ -117,7 +120,7 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     job.store.delete_folder(attempt.name("exchange"))
     for result in results:
         counts.update(result["counts"])
-    _refuse_absent(recipe, counts)
+    _refuse_absent(recipe, kinds, counts)
     metrics = {name: int(counts[name]) for name in sorted(counts)}
     progress.event("examples", **metrics)
     return attempt.commit(
@@ -128,13 +131,13 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     )
 
 
-def _refuse_absent(recipe: GeneratorRecipe, counts: Counter) -> None:
-    if counts["query_examples"] == 0:
+def _refuse_absent(recipe: GeneratorRecipe, kinds: tuple[str, ...], counts: Counter) -> None:
+    if "query" in kinds and counts["query_examples"] == 0:
         raise InputError(
             f"no pair of the train split with relevance ≥ {recipe.min_relevance} names a product of the catalogue "
             f"({counts['pairs_without_product']} name others): check that pairs and products use the same product_id"
         )
-    for kind in recipe.kinds:
+    for kind in kinds:
         if counts[f"{kind}_examples"] == 0:
             raise InputError(f"generator.mix asks for {kind} examples, but {_MISSING[kind]}. Set mix.{kind} to 0")
 
@@ -148,7 +151,7 @@ def _texts(job: Job, catalog: Manifest, pairs: Manifest):
     rows = job.recipe.generator.tokenizer_rows
     yield from read_sample(job.store, catalog, ["title"], rows=rows, seed=job.recipe.seed)["title"].to_pylist()
     seen = 0
-    for entry in pairs.named(PAIRS):
+    for entry in pairs.named(PAIR_FILES):
         taught = _teaching(job.recipe.generator)(job.store.read_table(pairs.file(entry["name"])))
         yield from taught["query"].to_pylist()
         seen += taught.num_rows
@@ -168,26 +171,26 @@ class _MakeExamples:
     """Actor: products, pairs and ids of a part in, examples out, kind after kind."""
 
     def __init__(
-        self, *, store: Store, folder: str, catalog: str, ids: str, recipe: GeneratorRecipe, tokenizer, space: DocidSpace,
-        seed: int, answering: list[int], device: str,
+        self, *, store: Store, folder: str, catalog: str, ids: str, recipe: GeneratorRecipe, kinds: tuple[str, ...],
+        tokenizer, space: DocidSpace, seed: int, answering: list[int], device: str,
     ):  # fmt: skip
         self.store, self.folder, self.catalog, self.ids, self.recipe = store, folder, catalog, ids, recipe
-        self.tokenizer, self.space, self.seed, self.answering = tokenizer, space, seed, answering
+        self.kinds, self.tokenizer, self.space, self.seed, self.answering = kinds, tokenizer, space, seed, answering
         self.doc2query = None
-        if "synthetic" in recipe.kinds:
+        if "synthetic" in kinds:
             self.doc2query = Doc2Query(recipe.doc2query, top_k=recipe.doc2query_top_k, device=device)
 
     def __call__(self, spec: dict) -> dict:
         ids = self.store.read_table(f"{self.ids}/{spec['file']}", columns=["product_id", "codes"])
         codes_NL, names = matrix(ids["codes"]), ids["product_id"].combine_chunks()
         rows, counts = self._of_pairs(spec, names)
-        columns = ["title", *(["description"] if "span" in self.recipe.kinds else [])]
+        columns = ["title", *(["description"] if "span" in self.kinds else [])]
         products = self.store.read_table(f"{self.catalog}/{spec['file']}", columns=columns)
-        if "title" in self.recipe.kinds:
+        if "title" in self.kinds:
             rows["title"] = self._whole(products["title"], np.arange(len(names)), counts)
-        if "span" in self.recipe.kinds:
+        if "span" in self.kinds:
             rows["span"] = self._spans(products["description"], names, counts)
-        if "synthetic" in self.recipe.kinds:
+        if "synthetic" in self.kinds:
             rows["synthetic"] = self._synthetic(products["title"], spec["part"], counts)
         kinds = [kind for kind in EXAMPLE_KINDS if kind in rows]
         number_N = np.repeat([KIND[kind] for kind in kinds], [len(rows[kind].product_N) for kind in kinds])
@@ -223,7 +226,7 @@ class _MakeExamples:
         counts: dict[str, int] = {}
         if not spec["pairs"]:
             nothing = self._whole([], np.zeros(0, np.int64), counts)
-            return dict.fromkeys([kind for kind in ("query", "user") if kind in self.recipe.kinds], nothing), counts
+            return dict.fromkeys([kind for kind in ("query", "user") if kind in self.kinds], nothing), counts
         pairs = _teaching(self.recipe)(self.store.read_table(spec["pairs"]))
         place = pc.index_in(pairs["product_id"].combine_chunks(), names)
         known_P = place.is_valid().to_numpy(zero_copy_only=False)
@@ -231,7 +234,7 @@ class _MakeExamples:
         pairs = pairs.filter(pa.array(known_P)).combine_chunks()
         weight_N = pair_weights(pairs["relevance"], self.recipe.relevance_weights)
         rows = {"query": self._whole(pairs["query"].combine_chunks(), place.drop_null().to_numpy(), counts, weight_N)}
-        if "user" in self.recipe.kinds:
+        if "user" in self.kinds:
             rows["user"] = self._users(spec, pairs, known_P, rows["query"], counts)
         return rows, counts
 

@@ -21,11 +21,12 @@ from catid2_ray.generator.states import TokenStates
 from catid2_ray.generator.step import DocidLoss, near_codes, parameter_groups
 from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word
 from catid2_ray.on_ray.job import Job
+from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.stages import validation
 from catid2_ray.on_ray.stages.assign.buckets import codebooks
 from catid2_ray.on_ray.stages.assign.work import open_coder
 from catid2_ray.on_ray.stages.embed import model_identity
-from catid2_ray.on_ray.stages.examples import KIND
+from catid2_ray.on_ray.stages.examples import KIND, kinds_of
 from catid2_ray.on_ray.stages.token_states import open_states
 from catid2_ray.on_ray.training import worker
 from catid2_ray.on_ray.training.shards import PartReader
@@ -48,9 +49,11 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
     with tempfile.TemporaryDirectory() as cache:
         folder = fetch(job.store, examples, Path(cache), below=("tokenizer/",))
         tokenizer = load_tokenizer(str(folder / "tokenizer"), kind=recipe.kind)
-    counts = {kind: examples.metrics[f"{kind}_examples"] for kind in recipe.kinds}
+    counts = {kind: examples.metrics[f"{kind}_examples"] for kind in kinds_of(recipe, parts["pairs"])}
     checked = None
-    if recipe.validate_queries:
+    if recipe.validate_queries and not parts["pairs"].metrics["pairs_table"]:
+        progress.event("not_validated", reason="'the catalogue has no table of pairs'")
+    elif recipe.validate_queries:
         checked = validation.sample(
             job.store, parts["catalog"], parents["pairs"], parents["ids"], tokenizer, queries=recipe.validate_queries,
             seed=job.recipe.seed, min_relevance=job.recipe.evaluation.min_relevance, query_tokens=recipe.query_tokens,
@@ -59,6 +62,12 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
     task = GeneratorTask(
         recipe, tokenizer, space, counts, job.recipe.seed, validation=checked, codebooks=_codebooks(job, parts, space)
     )
+    for stage, steps in zip(recipe.plan, task.steps_per_epoch()):
+        if steps == 1:
+            progress.event(
+                "epochs_of_one_step", stage=f"generator:{stage.name}", batch=recipe.batch, epochs=stage.epochs,
+                advice="'lower generator.batch, or raise generator.epochs'",
+            )  # fmt: skip
     run = worker.Run(
         task=task, settings=recipe, seed=job.recipe.seed, threads=job.recipe.cluster.threads_per_worker,
         device="cuda" if job.recipe.cluster.gpus_per_worker else "cpu", store=job.store, rows=examples,
@@ -123,6 +132,10 @@ class GeneratorTask:
 
     def _per_epoch(self, stage: int) -> int:
         return max(1, sum(round(ratio * self.counts[kind]) for kind, ratio in self.ratios[stage].items()))
+
+    def steps_per_epoch(self) -> list[int]:
+        """Of each stage; at least one."""
+        return [max(1, self._per_epoch(number) // self.recipe.batch) for number in range(len(self.recipe.plan))]
 
     def phases(self, rows: int) -> list[Phase]:
         """One a stage; all ranks take the same steps, whatever their rows."""

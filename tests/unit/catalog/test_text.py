@@ -45,6 +45,7 @@ def test_lsa_rows_are_unit_vectors_and_survive_saving_bit_by_bit(tmp_path):
         "idf.npy",
         "mean.npy",
         "vocabulary.json",
+        "words.json",
     ]
     loaded = LsaEncoder.load(tmp_path / "lsa")
     assert np.array_equal(loaded.encode(queries), vectors)
@@ -70,6 +71,22 @@ def test_lsa_tells_japanese_titles_apart_though_they_have_no_spaces(tmp_path):
     assert umbrella @ other > 0.9 > 0.5 > umbrella @ earphone
     encoder.save(tmp_path)
     assert np.array_equal(LsaEncoder.load(tmp_path).encode(titles), encoder.encode(titles))
+
+
+def test_lsa_reads_spellings_of_one_word_alike_and_an_encoder_of_before_by_its_own_words(tmp_path):
+    texts = ["लकड़ी की अलमारी", "crème brûlée", "Wasch\u00admaschine", "İNCE DİKİŞ", "oak shelf", "steel hinge"]
+    encoder = LsaEncoder.fit(texts, width=5, vocabulary=50, seed=0)
+    vector_ND = encoder.encode(texts)
+    for row, query in enumerate(["अलमारी", "cre\u0300me", "waschmaschine", "ince dikiş"]):
+        assert (vector_ND @ encoder.encode([query])[0]).argmax() == row, query
+    encoder.save(tmp_path)
+    (tmp_path / "words.json").unlink()
+    before = LsaEncoder.load(tmp_path)
+    assert before.rules == 1
+    before.save(tmp_path / "again")
+    assert not (tmp_path / "again" / "words.json").exists()
+    assert not np.array_equal(before.encode(["अलमारी"]), encoder.encode(["अलमारी"]))
+    assert np.array_equal(before.encode(["oak shelf"]), encoder.encode(["oak shelf"]))
 
 
 def test_lsa_says_why_it_cannot_be_fitted_or_loaded(tmp_path):

@@ -93,3 +93,18 @@ def test_our_counts_stand_beside_the_papers():
 def test_every_locale_has_the_papers_row():
     assert PAPER["es"] == (131_935, 5_350, 121_297, 1_612, 12_176) and PAPER["jp"][0] == 152_845
     assert all("beside Table 1" in table_one(COUNTS, locale=locale)[0].title for locale in PAPER)
+
+
+def test_what_was_set_aside_and_that_nothing_was_evaluated_are_said():
+    found = {
+        "rows": 3,
+        "of": 1200,
+        "reasons": {"empty title": 2, "title is not UTF-8": 1},
+        "first": ["'a': empty title"],
+        "at": "s3://b/x",
+    }
+    page = markdown(closing_tables({"recall": {}, "not_evaluated": "no pairs", "set_aside": {"products": found}}))
+    assert "### Set aside (the rows lie in s3://b/x)" in page and "| products: 3 of 1,200 |" in page
+    assert "| title is not UTF-8 | 1 |" in page.replace("|   ", "| ") and "such as 'a': empty title" in page
+    assert "### Nothing was evaluated" in page and "no pairs" in page
+    assert closing_tables({"set_aside": {}}) == []

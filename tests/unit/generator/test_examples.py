@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catid2_ray.errors import InputError, RecipeError
-from catid2_ray.generator.batches import Examples, epoch_order, kept_words, only_kept
+from catid2_ray.generator.batches import Examples, epoch_order, kept_words, kinds_without_pairs, mix_ratios, only_kept
 
 # Tokens 3…9 begin a word, 10…15 continue one.
 STARTS_V = np.array([True] * 10 + [False] * 6)
@@ -124,3 +124,13 @@ def test_tables_that_do_not_match_are_refused():
         Examples({"query": ids, "title": ids[:, :3]}, {"query": np.zeros((3, 2)), "title": np.zeros((3, 2))})
     with pytest.raises(RecipeError, match="does not divide among 4 workers"):
         tables().batch(seed=0, step=0, batch=6, workers=4)
+
+
+def test_without_pairs_the_mix_falls_to_titles():
+    assert mix_ratios({"query": 10, "title": 20}, {"query": 1, "title": 0.5}) == {"query": 1.0, "title": 0.25}
+    assert mix_ratios({"query": 0, "title": 20}, {"query": 1, "title": 0.5}) == {"query": 0.0, "title": 0.5}
+    assert mix_ratios({"title": 20}, {"query": 1}) == {"title": 1.0}
+    assert mix_ratios({"title": 20, "span": 40}, {"query": 1, "span": 1}) == {"title": 0.0, "span": 0.5}
+    assert mix_ratios({"span": 40}, {"query": 1, "span": 1, "user": 2}) == {"span": 1.0}
+    assert kinds_without_pairs(("query", "span", "user")) == ("span",)
+    assert kinds_without_pairs(("query", "user")) == ("title",)

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, InputError, RecipeError
 from catid2_ray.generator.vocabulary import load_tokenizer, starts_word, tokenize, train_tokenizer, with_docid_tokens
+from catid2_ray.scripts import normalised
 
 TITLES = [
     "Stainless Steel Hinge 3/4 in. x 10 ft.",
@@ -25,6 +28,9 @@ def words(tokenizer, text):
     ids = np.array(tokenizer(text)["input_ids"])
     assert ids[-1] == 1
     return tokenizer.convert_tokens_to_ids("</s>") == 1 and tokenizer.decode(ids[:-1]).split()
+
+
+_PLAIN = train_tokenizer(["oak shelf"], size=64)
 
 
 def test_the_special_tokens_have_their_places_and_training_repeats(tokenizer):
@@ -48,6 +54,22 @@ def test_japanese_is_split_where_its_script_changes():
     assert tokenizer.unk_token_id not in ids
     expected = ["折", "りたたみ", "傘", "t", "シャツ", "綿", "100", "%", "ラーメン", "らーめん", "日々", "の", "靴"]
     assert tokenizer.decode(ids[:-1]).split() == expected and starts_word(tokenizer)[ids].sum() == len(expected)
+
+
+def test_a_very_long_word_is_cut_before_the_training():
+    texts = [*TITLES, "x" * 100_000, "a" * 50_000 + " " + "ab" * 50_000]
+    assert max(map(len, train_tokenizer(texts, size=2000).get_vocab())) <= 257
+
+
+_ALPHABET = "abIıİ\u0307\u0301\u0308ß½1 ,™\u00ad\u200b\u200d\ufeff\u3164éÅＡｶﾞ한\u1112\u1161\u11abกำ़क\u2044ﬁ²\x00\n"
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.one_of(st.sampled_from(_ALPHABET), st.characters(exclude_categories=["Cs"])), max_size=12))
+def test_the_tokenizer_reads_texts_as_everybody_else_does(text):
+    """Thousands of a number lose their commas on top of that."""
+    read = _PLAIN.backend_tokenizer.normalizer.normalize_str(text)
+    assert read.replace(",", "") == normalised(text).replace(",", "")
 
 
 def test_id_tokens_are_the_last_entries_level_after_level(tokenizer):

@@ -10,9 +10,8 @@ import pytest
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.catalog.text import join_text
 from catid2_ray.errors import ArtifactError, InputError
-from catid2_ray.evaluation.baselines.bm25 import Bm25, _tokenize
+from catid2_ray.evaluation.baselines.bm25 import Bm25
 from catid2_ray.retrieval.lexical import Block, LexicalIndex, count_words, words
-from catid2_ray.scripts import pairs_of_unspaced
 
 MADE = generate(products=90, queries=30, seed=4)
 TEXTS = join_text(MADE.products, ("title", "description"))[:86] + [
@@ -59,13 +58,58 @@ def test_scores_are_those_of_bm25s(tmp_path):
     assert (found_BC[:20] > 0).any() and (found_BC[21:23] == 0).all()
 
 
-def test_words_are_those_of_the_baseline():
-    texts = [*TEXTS, *QUERIES, "A 3-in. drill, for the M8 x 1.25mm (x_y) İstanbul ß1"]
-    texts += ["折りたたみ傘 55cm 傘", "ｶﾒﾗ ＵＳＢ 東京タワー", "手袋"]
-    assert [words(text) for text in texts] == _tokenize([pairs_of_unspaced(text) for text in texts])
-    assert [words(text, indexed=True) for text in texts] == _tokenize(
-        [pairs_of_unspaced(text, singles=True) for text in texts]
+def test_words_have_two_letters_and_are_no_stop_words():
+    text = "A 3-in. drill, for the M8 x 1.25mm (x_y) İstanbul ß1"
+    assert words(text) == ["drill", "m8", "25mm", "x_y", "istanbul", "ss1"]
+    assert words("折りたたみ傘 55cm 傘") == ["折り", "りた", "たた", "たみ", "み傘", "55cm", "傘"]
+
+
+# title | a query that spells the same otherwise | one that does not mean it
+SPELLINGS = [
+    ("crème brûlée ramequin", "cre\u0300me bru\u0302le\u0301e", "brule"),
+    ("무선 이어폰 케이스", "\u1106\u116e\u1109\u1165\u11ab", "유선"),
+    ("Wasch\u00admaschine", "waschmaschine", "wasch"),
+    ("Kabel\u200bkanal", "kabelkanal", "kanal"),
+    ("İNCE DİKİŞ İPİ", "ince dikiş ipi", "nce"),
+    ("KIRMIZI", "kırmızı", "kirmiz"),
+    ("लकड़ी की अलमारी", "अलमारी", "अलमारा"),
+    ("कमल", "कमल", "किमाल"),
+    ("மர அலமாரி", "அலமாரி", "அலமார"),
+    ("ตู้เสื้อผ้าไม้", "เสื้อผ้า", "กระเป๋า"),
+    ("Nike™ shoe", "nike", "niketm"),
+    ("1½ inch pipe", "inch", "11"),
+    ("of\ufb01ce chair", "office", "ofce"),
+]
+
+
+@pytest.mark.parametrize("title, same, other", SPELLINGS)
+def test_two_spellings_of_a_word_meet(tmp_path, title, same, other):
+    index = build(tmp_path, [title, "grey sofa", "steel hinge"])
+    baseline = Bm25(["a", "b", "c"], [title, "grey sofa", "steel hinge"])
+    found_BC = index.scores([same, other], [[0, 1], [0, 1]])
+    assert found_BC[0, 0] > 0 and found_BC[0, 1] == 0 and found_BC[1].tolist() == [0, 0]
+    assert baseline.retrieve([same, other], k=3) == [["a"], []]
+
+
+def test_an_index_of_before_keeps_its_own_words(tmp_path):
+    texts = ["अलमारी", "oak"]
+    counted = count_words(texts, rules=1)
+    names = sorted(set(counted.words.to_pylist()))
+    block = Block(
+        counted.count_N, counted.length_N, np.array([names.index(w) for w in counted.words.to_pylist()], np.int32),
+        counted.times,
+    )  # fmt: skip
+    LexicalIndex.write(
+        tmp_path, [block], vocabulary=pa.array(names), frequency_V=[1] * len(names), rows=2, mean_length=1.0
     )
+    header = json.loads((tmp_path / "lexical.json").read_text())
+    (tmp_path / "lexical.json").write_text(json.dumps({k: v for k, v in header.items() if k != "rules"}))
+    index = LexicalIndex.open(tmp_path)
+    assert index.rules == 1 and (index.scores(["अलमारी", "oak"], [[0, 1], [0, 1]]) > 0).tolist() == [
+        [True, False],
+        [False, True],
+    ]
+    assert (index.more(["अलमारी"]).scores(["अलमारी"], [[0]]) > 0).all()
 
 
 def test_texts_without_a_word(tmp_path):
