@@ -46,11 +46,11 @@ def age_text(seconds: float | None) -> str:
 
 def releases_table(rows: Sequence[Mapping]) -> Table:
     """`artifacts.history.overview` as a table of 80 columns."""
-    columns = [Column("release", number=False, whole=True), Column("", number=False)]
+    columns = [Column("release", number=False, whole=True)]
     columns += map(Column, ("age", "documents", "served", "beam", "churn", "size", "in use"))
     lines = [
         (
-            row["release"], "*" if row["current"] else "", age_text(row["age_s"]), shown(row["documents"], ",d"),
+            row["release"] + ("  *" if row["current"] else ""), age_text(row["age_s"]), shown(row["documents"], ",d"),
             *(shown(share, ".3f") for share in (row["recall"].get("served"), row["recall"].get("beam"), row["churn"])),
             size_text(row["bytes"]), str(row["in_use"]),
         )
