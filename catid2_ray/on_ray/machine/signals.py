@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from catid2_ray.errors import Interrupted
 
 _STOP = (signal.SIGINT, signal.SIGTERM)
-_PATIENCE_S = 8.0  # from a signal until the process is ended, whatever it is doing
+_PATIENCE_S = 6.0  # from a signal until the process is ended, whatever it is doing; a busy machine takes seconds more
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def kept(*, defaults: bool = False) -> Iterator[None]:
 def stoppable(account: Callable[[], str]) -> Iterator[None]:
     """A block that SIGINT or SIGTERM ends with Interrupted, whose message closes with `account()`: what is kept, how to go on.
 
-    A second signal ends the process at once; so does the watcher where the block has not ended 8 s after the first. Outside
+    A second signal ends the process at once; so does the watcher where the block has not ended 6 s after the first. Outside
     the main thread the block runs as it is.
     """
     if threading.current_thread() is not threading.main_thread():
