@@ -149,6 +149,11 @@ def test_http_answers_equal_the_command_line(released, server):
     for product in body["products"]:
         assert product["product_id"] in shown.stdout and product["docid"] in shown.stdout
     assert httpx.get(f"{server}/healthz").json() == {"status": "ok", "release": body["release"], "changes": 0}
+    # The replica names its release in the store, so that gc keeps it.
+    assert (
+        run_here("releases", "--store", released["store"], "--json", released["folder"] / "uses.json").returncode == 0
+    )
+    assert [row["in_use"] for row in json.loads((released["folder"] / "uses.json").read_text())] == [1]
 
 
 def test_http_answers_do_not_depend_on_batch_mates(released, server):
