@@ -3,17 +3,24 @@
 The server is moto in a process of its own (this file, run as a program). Requests are served one at a time, because
 moto's check of `If-None-Match` and its write are two steps: served in parallel, two creators of one name could both win.
 The process ends with the `with` block, and by itself when the test process dies, since it then loses its standard input.
+
+moto knows no policies. Here the access key `limited-to-PREFIX` stands for credentials with one: whatever lies outside
+PREFIX, the bucket itself included, is refused with 403, and so is HEAD of an absent object, as on AWS.
 """
 
 import contextlib
+import io
 import os
+import re
 import subprocess
 import sys
 import threading
+import urllib.parse
 import uuid
 from collections.abc import Iterator
 
 SECRET = "a-secret-that-must-not-be-written-anywhere"
+LIMITED = "limited-to-"
 
 
 @contextlib.contextmanager
@@ -67,6 +74,24 @@ def new_bucket(environment: dict[str, str]) -> str:
     return f"s3://{name}"
 
 
+def _allowed(environ: dict, prefix: str) -> bool:
+    """Whether every key that a request names lies below the prefix; a listing names its prefix."""
+    _, _, key = environ["PATH_INFO"].lstrip("/").partition("/")
+    query = urllib.parse.parse_qs(environ["QUERY_STRING"], keep_blank_values=True)
+    if key:
+        return key.startswith(prefix)
+    if environ["REQUEST_METHOD"] == "POST" and "delete" in query:
+        body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+        environ["wsgi.input"] = io.BytesIO(body)
+        return all(key.startswith(prefix) for key in re.findall("<Key>(.*?)</Key>", body.decode()))
+    return environ["REQUEST_METHOD"] == "GET" and "list-type" in query and query["prefix"][0].startswith(prefix)
+
+
+def _refuse(start_response) -> list[bytes]:
+    start_response("403 Forbidden", [("Content-Type", "application/xml")])
+    return [b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
+
+
 def _serve() -> None:
     import logging
 
@@ -77,8 +102,18 @@ def _serve() -> None:
     dispatch, one_at_a_time = DomainDispatcherApplication(create_backend_app), threading.Lock()
 
     def application(environ, start_response):
+        limit = re.search(f"Credential={LIMITED}([^/]+)/", environ.get("HTTP_AUTHORIZATION", ""))
+        if limit and not _allowed(environ, f"{limit.group(1)}/"):
+            return _refuse(start_response)
         with one_at_a_time:
-            return dispatch(environ, start_response)
+            if not limit or environ["REQUEST_METHOD"] != "HEAD":
+                return dispatch(environ, start_response)
+            reply = []
+            body = dispatch(environ, lambda *started: reply.append(started))
+        if reply[0][0].startswith("404"):
+            return _refuse(start_response)
+        start_response(*reply[0])
+        return body
 
     server = make_server("127.0.0.1", 0, application, threaded=True)
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()

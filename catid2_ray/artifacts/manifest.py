@@ -12,7 +12,7 @@ import uuid
 from dataclasses import asdict, dataclass, field
 
 import catid2_ray
-from catid2_ray.artifacts.store import Store
+from catid2_ray.artifacts.store import Store, stays_inside
 from catid2_ray.errors import ArtifactError, CommitConflict, FormatError
 
 # Of the manifest itself. What a stage writes has a version of its own (artifacts/stages.py). Raise it only together with a reader
@@ -62,7 +62,13 @@ class Manifest:
         return {name: value for name, value in self.settings.items() if name != "version"}
 
     def file(self, name: str) -> str:
-        """The store name of one of the files, such as `part-00000.parquet`."""
+        """The store name of one of the files, such as `part-00000.parquet`; ArtifactError where it leads out of the folder."""
+        for what, value in (("file name", name), ("folder", self.folder)):
+            if not stays_inside(value):
+                raise ArtifactError(
+                    f"{self.name}: the {what} {value!r} leads out of the store's folders; expected a relative name without '..', "
+                    "'\\' or empty parts. Delete that folder and rerun the job"
+                )
         return f"{self.folder}/{name}"
 
     def named(self, prefix: str) -> list[dict]:
@@ -83,14 +89,17 @@ def _manifest_name(kind: str, key: str) -> str:
 
 
 def find(store: Store, kind: str, key: str) -> Manifest | None:
-    """The committed artefact, or None. A manifest that cannot be read is an ArtifactError, never a silent rerun."""
+    """The committed artefact, or None. A manifest that cannot be read is an ArtifactError, never a silent rerun; so is one
+    that names files outside its folder, or that was written for another kind or key.
+    """
     name = _manifest_name(kind, key)
     if not store.exists(name):
         return None
     try:
         fields = json.loads(store.read(name))
         manifest = Manifest(**fields)
-    except (ValueError, TypeError) as error:
+        names = [entry["name"] for entry in manifest.files]
+    except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{store.uri_of(name)} is not a manifest ({error}); delete that folder and rerun") from None
     if manifest.format != FORMAT:
         newer = manifest.format > FORMAT
@@ -102,6 +111,16 @@ def find(store: Store, kind: str, key: str) -> Manifest | None:
                 else "it is older than 0.1; make it anew"
             )
         )
+    if (manifest.kind, manifest.key) != (kind, key):
+        raise ArtifactError(
+            f"{store.uri_of(name)} says that it is the manifest of {manifest.kind}/{manifest.key}, expected {kind}/{key}; "
+            "delete that folder and rerun"
+        )
+    try:
+        for file in ("manifest.json", *names):
+            manifest.file(file)
+    except ArtifactError as error:
+        raise ArtifactError(store.uri_of(str(error))) from None
     return manifest
 
 

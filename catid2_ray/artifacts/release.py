@@ -4,18 +4,22 @@
 cannot both win a number, and the history is a rollback list.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from catid2_ray.artifacts.manifest import Manifest, digest_of, find, verify
 from catid2_ray.artifacts.stages import CARRIED, PARTS
-from catid2_ray.artifacts.store import Store, sha256_of
-from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError
+from catid2_ray.artifacts.store import Store, sha256_of, stays_inside
+from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError, StorageError
 
 _NEWER = ("serving",)  # releases of before have no such part; they are served by the beam alone
 
@@ -122,7 +126,7 @@ def pointer(store: Store) -> tuple[int, str | None]:
     names = [name for name in store.names("current") if name.endswith(".json") and name[:-5].isdigit()]
     if not names:
         return 0, None
-    return int(names[-1][:-5]), _record(store, f"current/{names[-1]}", lambda fields: fields["release"])
+    return int(names[-1][:-5]), _record(store, f"current/{names[-1]}", lambda fields: _plain(fields["release"]))
 
 
 def _record(store: Store, name: str, build):
@@ -136,10 +140,30 @@ def _record(store: Store, name: str, build):
 
 def load(store: Store, name: str) -> Release:
     """A published release by name; ReleaseError where there is none, ArtifactError where its record is damaged."""
+    try:
+        _plain(name)
+    except ValueError as error:
+        raise ReleaseError(f"no such release in {store.uri}: {error}; expected one such as r-0123456789ab") from None
     if not store.exists(f"releases/{name}.json"):
         known = ", ".join(entry.removesuffix(".json") for entry in store.names("releases"))
         raise ReleaseError(f"no release {name!r} in {store.uri}; it has {known or 'none'}")
-    return _record(store, f"releases/{name}.json", lambda fields: Release(**fields))
+    return _record(store, f"releases/{name}.json", lambda fields: _release(fields, name))
+
+
+def _release(fields: dict, name: str) -> Release:
+    release = Release(**fields)
+    if release.name != name:
+        raise ValueError(f"it is the record of {release.name!r}")
+    for part, place in release.parts.items():
+        _plain(part), _plain(place["key"])
+    return release
+
+
+def _plain(name: str) -> str:
+    """The name, which is one part of a path; ValueError where it is anything else."""
+    if not stays_inside(name) or "/" in name:
+        raise ValueError(f"{name!r} is not a plain name")
+    return name
 
 
 def current(store: Store) -> Release:
@@ -157,7 +181,8 @@ def fetch(store: Store, manifest: Manifest, cache: Path, *, below: tuple[str, ..
 
     `below`: only files whose names begin so; serving, for one, does not need the parts.
 
-    A copy is verified by SHA-256 and renamed into place whole, so concurrent readers never see half of it.
+    A copy is verified by SHA-256 and renamed into place whole, so concurrent readers never see half of it. Of several that
+    want the same copy one downloads and the others wait.
     """
     if not store.is_s3:
         verify(store, manifest)
@@ -165,7 +190,45 @@ def fetch(store: Store, manifest: Manifest, cache: Path, *, below: tuple[str, ..
     target = cache / _cache_name(manifest, below)
     if target.exists():
         return target
-    partial = cache / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    with _alone(cache / f".{target.name}.lock"):
+        if not target.exists():
+            _copy(store, manifest, target, below)
+    return target
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process or thread of the node at a time. The kernel holds the lock, and drops it when its holder dies, however."""
+    while (file := _locked(lock)) is None:
+        pass
+    with file:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(lock: Path) -> IO | None:
+    """The locked file; None where its holder of before deleted it meanwhile, so that the next one locks another."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        raise StorageError(
+            f"cannot lock {lock}: {error}; set CATID2_CACHE to a folder on a disk of this machine"
+        ) from None
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+            return file
+    file.close()
+    return None
+
+
+def _copy(store: Store, manifest: Manifest, target: Path, below: tuple[str, ...]) -> None:
+    """Download, verify, rename into place; only under the target's lock."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a holder that was killed
     try:
         for entry in (entry for entry in manifest.files if entry["name"].startswith(below)):
             store.download(manifest.file(entry["name"]), partial / entry["name"])
@@ -174,14 +237,10 @@ def fetch(store: Store, manifest: Manifest, cache: Path, *, below: tuple[str, ..
                     f"{store.uri_of(manifest.file(entry['name']))} is not what its manifest says (SHA-256 differs). "
                     "Delete its folder and rerun the job"
                 )
-        try:
-            os.rename(partial, target)
-        except OSError:
-            if not target.exists():
-                raise
+        partial.mkdir(exist_ok=True)  # where no file of the manifest begins so
+        os.rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
 def _cache_name(manifest: Manifest, below: tuple[str, ...]) -> str:

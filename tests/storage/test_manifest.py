@@ -1,6 +1,7 @@
 """The manifest is the commit: what has none does not exist, what has one is whole or is called damaged by name."""
 
 import json
+import os
 from dataclasses import asdict
 
 import pytest
@@ -142,3 +143,64 @@ def test_manifests_are_immutable(local_store, make):
     with pytest.raises(AttributeError):
         made.rows = 3
     assert Manifest(**json.loads(local_store.read(manifest_name(local_store)))) == made
+
+
+OUTSIDE = ["", "/etc/passwd", "..", "../x", "a/../../x", "a//x", "a\0", "a\\..\\x", "./x"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(local_store, make, name):
+    made = make(local_store, "ids", {"good": b"x"})
+    files = [*made.files, made.files[0] | {"name": name}]
+    local_store.write(manifest_name(local_store), json.dumps(asdict(made) | {"files": files}).encode())
+    with pytest.raises(ArtifactError, match="the file name .* leads out of the store's folders") as caught:
+        find(local_store, "ids", made.key)
+    assert local_store.uri_of(made.name) in str(caught.value) and repr(name) in str(caught.value)
+    with pytest.raises(ArtifactError, match="leads out"):
+        made.file(name)
+
+
+@pytest.mark.parametrize("folder", OUTSIDE)
+def test_a_manifest_whose_folder_lies_outside_the_store_is_refused(local_store, make, folder):
+    made = make(local_store, "ids", {})
+    local_store.write(manifest_name(local_store), json.dumps(asdict(made) | {"folder": folder}).encode())
+    with pytest.raises(ArtifactError, match="the folder .* leads out of the store's folders") as caught:
+        find(local_store, "ids", made.key)
+    assert local_store.uri_of(made.name) in str(caught.value) and repr(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"kind": "../../ids"}, {"key": "0" * 16}])
+def test_a_manifest_in_the_place_of_another_is_refused(local_store, make, change):
+    made = make(local_store, "ids", {"f": b"x"})
+    local_store.write(manifest_name(local_store), json.dumps(asdict(made) | change).encode())
+    with pytest.raises(ArtifactError, match=rf"says that it is the manifest of .*, expected ids/{made.key}"):
+        find(local_store, "ids", made.key)
+
+
+@pytest.mark.parametrize("files", [[1], [{}], 3, ["name"]])
+def test_a_manifest_with_a_damaged_list_of_files_is_no_manifest(local_store, make, files):
+    made = make(local_store, "ids", {"f": b"x"})
+    local_store.write(manifest_name(local_store), json.dumps(asdict(made) | {"files": files}).encode())
+    with pytest.raises(ArtifactError, match="is not a manifest"):
+        find(local_store, "ids", made.key)
+
+
+def test_files_and_their_names_are_on_the_disk_before_the_manifest_exists(local_store, monkeypatch):
+    attempt, synced, fsync = attempt_at(local_store), [], os.fsync
+    manifest = f"artifacts/ids/{attempt.key}/manifest.json"
+
+    def record(descriptor):
+        path = os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), local_store.root)
+        synced.append((path, local_store.exists(manifest)))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    names = [attempt.name(name) for name in ("part-0", "trie/arrays")]
+    attempt.commit([local_store.write_file(name, b"x") for name in names], metrics={})
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        (before,) = [place for place, (path, _) in enumerate(synced) if path.startswith(f"{folder}/.{file}.")]
+        assert (folder, False) in synced[before:], "the file's bytes, then its name, both before the manifest"
+    of_manifest = [path.startswith(f"artifacts/ids/{attempt.key}/.manifest.json.") for path, _ in synced].index(True)
+    assert synced[of_manifest][1] is False and not any(exists for _, exists in synced[:of_manifest])
+    assert synced[of_manifest + 1 :] == [(f"artifacts/ids/{attempt.key}", True)]

@@ -5,7 +5,11 @@ Two chains of artefacts stand for two runs of the job; a mixture takes one part 
 
 import json
 import re
+import subprocess
+import sys
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +26,7 @@ from catid2_ray.artifacts.release import (
     release_folder,
     serving_folder,
 )
-from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError
+from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError, StorageError
 
 
 def test_nothing_published_yet(store):
@@ -208,6 +212,120 @@ def test_fetch_refuses_an_object_of_the_right_size_and_wrong_content(s3_store, c
     ) as caught:
         fetch(s3_store, ids, tmp_path / "cache")
     assert s3_store.uri in str(caught.value) and list((tmp_path / "cache").iterdir()) == []
+
+
+# A store whose downloads are counted in a file, and take long enough for all to meet; `stuck` never ends one.
+FETCHING = """
+import os, sys, time
+from pathlib import Path
+from catid2_ray.artifacts.release import fetch
+from catid2_ray.artifacts.manifest import find
+from catid2_ray.artifacts.store import Store
+
+class Remote(Store):
+    is_s3 = property(lambda self: self.remote, lambda self, value: None)
+    remote = False
+
+    def download(self, name, target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(b"half")
+        with open(sys.argv[2], "a") as count:
+            print(os.getpid(), name, file=count)
+        time.sleep(600 if sys.argv[4:] else 1.0)
+        target.write_bytes(Path(self.path(name)).read_bytes())
+
+store = Remote(sys.argv[1])
+(key,) = store.names("artifacts/ids")
+ids = find(store, "ids", key)
+store.remote = True
+print("ready", flush=True)
+sys.stdin.readline()
+print(fetch(store, ids, Path(sys.argv[3]), below=("ids.txt",)), flush=True)
+"""
+
+
+def fetching(store, folder, *options):
+    return subprocess.Popen(
+        [sys.executable, "-c", FETCHING, store.root, str(folder / "count"), str(folder / "cache"), *options],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+
+
+def test_four_processes_of_a_node_download_once(local_store, chain, tmp_path):
+    chain(local_store, "one")
+    processes = [fetching(local_store, tmp_path) for _ in range(4)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    folders = {process.communicate(timeout=60)[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4
+    (folder,) = folders
+    assert (Path(folder) / "ids.txt").read_bytes() == b"one ids"
+    assert len((tmp_path / "count").read_text().splitlines()) == 1
+    assert list((tmp_path / "cache").iterdir()) == [Path(folder)], "neither a lock nor half a copy is left"
+
+
+def test_a_killed_downloader_frees_the_next_one(local_store, chain, tmp_path):
+    chain(local_store, "one")
+    stuck, waiting = fetching(local_store, tmp_path, "stuck"), fetching(local_store, tmp_path)
+    for process in (stuck, waiting):
+        assert process.stdout.readline() == "ready\n"
+    stuck.stdin.write("go\n")
+    stuck.stdin.flush()
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "count").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    waiting.stdin.write("go\n")
+    waiting.stdin.flush()
+    time.sleep(0.5)
+    assert waiting.poll() is None and len((tmp_path / "count").read_text().splitlines()) == 1
+    stuck.kill()
+    stuck.communicate()
+    folder = Path(waiting.communicate(timeout=60)[0].strip())
+    assert (folder / "ids.txt").read_bytes() == b"one ids"
+    assert list((tmp_path / "cache").iterdir()) == [folder]
+
+
+def test_a_cache_that_cannot_be_locked_is_named(s3_store, chain, tmp_path):
+    ids = chain(s3_store, "one")["ids"]
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StorageError, match="cannot lock .*file/.*; set CATID2_CACHE to a folder"):
+        fetch(s3_store, ids, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["../../outside.txt", "/outside.txt", "a/../../outside.txt"])
+def test_a_fetch_never_writes_outside_its_cache(s3_store, chain, tmp_path, name):
+    ids = chain(s3_store, "one")["ids"]
+    with pytest.raises(ArtifactError, match="leads out of the store's folders") as caught:
+        fetch(s3_store, replace(ids, files=[ids.files[0] | {"name": name}]), tmp_path / "cache")
+    assert repr(name) in str(caught.value) and ids.name in str(caught.value)
+    assert not list((tmp_path / "cache").iterdir()) and not (tmp_path / "outside.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "", "/x", "a\\b"])
+def test_a_release_name_that_is_a_path_is_refused(local_store, chain, name):
+    release = publish(local_store, chain(local_store, "one"))[0]
+    with pytest.raises(ArtifactError, match="is not a plain name") as caught:
+        load(local_store, name)
+    assert local_store.uri in str(caught.value) and repr(name) in str(caught.value)
+    local_store.write("current/0000000002.json", json.dumps({"release": name}).encode())
+    with pytest.raises(ArtifactError, match=r"current/0000000002\.json is not a release record .*not a plain name"):
+        current(local_store)
+    record, place = f"releases/{release.name}.json", {"key": name, "digest": "d"}
+    for parts in ({name: place | {"key": "k"}}, release.parts | {"ids": place}):
+        local_store.write(record, json.dumps({"name": release.name, "parts": parts}).encode())
+        with pytest.raises(ArtifactError, match=f"{record} is not a release record .*not a plain name"):
+            load(local_store, release.name)
+
+
+def test_a_record_of_another_release_is_refused(local_store, chain):
+    release = publish(local_store, chain(local_store, "one"))[0]
+    local_store.write("releases/r-x.json", local_store.read(f"releases/{release.name}.json"))
+    with pytest.raises(ArtifactError, match=f"it is the record of '{release.name}'"):
+        load(local_store, "r-x")
 
 
 def check_serving_folder(folder, release):

@@ -3,6 +3,7 @@
 Contention is real (threads), the unreachable endpoint is a closed port on localhost.
 """
 
+import contextlib
 import os
 import pickle
 import socket
@@ -12,10 +13,12 @@ import time
 import pyarrow as pa
 import pytest
 
-from catid2_ray.artifacts.store import S3_ENVIRONMENT, Store, sha256_of
-from catid2_ray.errors import CommitConflict, StorageError
+from catid2_ray.artifacts import s3
+from catid2_ray.artifacts import store as store_module
+from catid2_ray.artifacts.store import S3_ENVIRONMENT, Store, sha256_of, stays_inside
+from catid2_ray.errors import ArtifactError, CommitConflict, InputError, StorageError
 from catid2_ray.on_ray.stages.source import files_of, products_of
-from tests.s3_server import SECRET
+from tests.s3_server import LIMITED, SECRET, client
 
 
 def race(count, work):
@@ -208,6 +211,193 @@ def test_local_uris(tmp_path, monkeypatch):
     Store("not_there_yet").check()
 
 
+def use_every_method(store, folder):
+    """What a job does with a store, on objects below the root; fails where the store reads or finds another thing than it wrote."""
+    table = pa.table({"n": range(1000)})
+    store.check()
+    assert store.names("work") == [] and store.sizes("work") == {} and not store.exists("work")
+    store.write("work/a", b"one")
+    store.create("work/b", b"two")
+    with pytest.raises(CommitConflict):
+        store.create("work/b", b"three")
+    store.write_table("work/deep/t.parquet", table)
+    (folder / "up").mkdir(parents=True)
+    (folder / "up" / "f").write_bytes(b"uploaded")
+    store.upload(folder / "up", "work/up")
+    store.download("work/up/f", folder / "down" / "f")
+    assert (folder / "down" / "f").read_bytes() == b"uploaded" and store.read("work/a") == b"one"
+    assert store.read_table("work/deep/t.parquet") == table == store.parquet_file("work/deep/t.parquet").read()
+    assert store.read_table("work/deep/t.parquet", columns=["n"]) == table
+    for opened in (store.open, store.open_stream):
+        with opened("work/a") as source:
+            assert source.read() == b"one"
+    assert store.names("work") == ["a", "b", "deep", "up"]
+    assert store.exists("work") and store.exists("work/a") and store.exists("work/deep") and not store.exists("wor")
+    assert files_of(store, "work").files == ["work/deep/t.parquet"]
+    store.delete("work2")
+    sizes = store.sizes("work")
+    assert sorted(sizes) == ["a", "b", "deep/t.parquet", "up/f"] and sizes["b"] == store.size("work/b") == 3
+    assert store.fingerprint("work/a") != store.fingerprint("work/b")
+    store.write("work2", b"beside")
+    store.delete_folder("work")
+    assert store.names("") == ["work2"] and not store.exists("work/a")
+
+
+@pytest.mark.parametrize("prefix", ["[ab]", "a*", "?", "[ ** {x,y} %20 # + &"])
+def test_a_store_whose_name_looks_like_a_pattern_is_like_any_other(store, prefix, tmp_path):
+    beside = Store(f"{store.uri}/a")  # what [ab], a* and ? match where they are read as patterns
+    beside.write("kept", b"kept")
+    use_every_method(Store(f"{store.uri}/{prefix}"), tmp_path / "files")
+    assert beside.names("") == ["kept"]
+
+
+def test_names_that_look_like_patterns_are_deleted_alone(store):
+    for name in ("run[1]/x", "run1/x", "run*/y", "runs/y"):
+        store.write(name, b"x")
+    store.delete_folder("run[1]")
+    store.delete_folder("run*")
+    assert store.names("") == ["run1", "runs"]
+
+
+def test_others_delete_below_a_store_without_patterns(s3_store):
+    store = Store(f"{s3_store.uri}/[ab]")
+    for name in ("runs/one/x", "runs/two/x", "runs/three/deep/x", "file"):
+        store.write(name, b"x")
+    Store(f"{s3_store.uri}/a").write("runs/one/x", b"beside")
+    files = pickle.loads(pickle.dumps(store.arrow_fs))
+    files.delete_dir(store.path("runs/one"))
+    files.delete_dir_contents(store.path("runs/three"))
+    files.delete_file(store.path("file"))
+    assert store.sizes("") == {"runs/two/x": 1} and Store(f"{s3_store.uri}/a").exists("runs/one/x")
+
+
+def test_credentials_limited_to_the_prefix_do(s3_session, s3_environment, monkeypatch, tmp_path):
+    if os.environ.get("CATID2_TEST_S3"):
+        pytest.skip("the server of the environment has no such credentials")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", f"{LIMITED}ours")
+    for forbidden in (s3_session[1], f"{s3_session[1]}/other", f"{s3_session[1]}/ours2"):
+        with pytest.raises(StorageError, match="cannot list .*check AWS_ENDPOINT_URL, the credentials"):
+            Store(forbidden).check()
+    Store(f"{s3_session[1]}/ours").check()
+    use_every_method(Store(f"{s3_session[1]}/ours"), tmp_path)
+
+
+def test_a_check_writes_nothing(store):
+    store.check()
+    assert store.names("") == []
+    assert store.is_s3 or not os.path.exists(store.root)
+
+
+def test_a_listing_longer_than_a_page_is_whole(s3_store, monkeypatch):
+    for i in range(5):
+        s3_store.write(f"many/{i}/x", b"")
+    all_pages = s3.pages
+    monkeypatch.setattr(store_module, "pages", lambda *a, **options: all_pages(*a, **{"MaxKeys": 2} | options))
+    monkeypatch.setattr(s3, "_DELETED_AT_ONCE", 2)
+    assert s3_store.names("many") == ["0", "1", "2", "3", "4"] and len(s3_store.sizes("many")) == 5
+    s3_store.delete_folder("many")
+    assert s3_store.names("many") == []
+
+
+@pytest.mark.parametrize("name", ["a", "a.b/c", "..a", "a b/[c]", "é"])
+def test_names_that_stay_inside(name):
+    assert stays_inside(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/a", "..", "../a", "a/../b", "a/..", "a//b", "a/", ".", "./a", "a\0b", "a\\b", "..\\a", None, 3]
+)
+def test_names_that_do_not(name):
+    assert not stays_inside(name)
+
+
+@pytest.mark.parametrize("key", ["f/../../x", "f/a//b", "f/a\\b"])
+def test_a_listing_with_a_name_that_leads_out_is_refused(s3_environment, s3_store, key):
+    s3_store.write("f/good", b"x")
+    bucket, _, prefix = s3_store.root.partition("/")
+    client(s3_environment).put_object(Bucket=bucket, Key=f"{prefix}/{key}", Body=b"evil")
+    with pytest.raises(ArtifactError, match="holds an object .*leads out of its folder") as caught:
+        s3_store.sizes("f")
+    assert s3_store.uri_of("f") in str(caught.value) and repr(key.removeprefix("f/")) in str(caught.value)
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """What reached the disk, in order: the paths that os.fsync was called with, and the names files were given."""
+    events, fsync = [], os.fsync
+
+    def record(descriptor):
+        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    for what in ("replace", "link"):
+        place = getattr(os, what)
+        monkeypatch.setattr(
+            os, what, lambda source, target, place=place: (events.append(("name", str(target))), place(source, target))
+        )
+    return events
+
+
+@pytest.mark.parametrize("action", ["write", "create", "put"])
+def test_a_local_file_is_on_the_disk_before_its_name_and_then_the_name(local_store, tmp_path, synced, action):
+    (tmp_path / "source").write_bytes(b"x")
+    argument = {"put": (tmp_path / "source", "a/b/c")}.get(action, ("a/b/c", b"x"))
+    getattr(local_store, action)(*argument)
+    folder = f"{local_store.root}/a/b"
+    folders = [str(tmp_path), local_store.root, f"{local_store.root}/a"]
+    assert sorted(synced[:3]) == [("sync", name) for name in sorted(folders)], "the new folders' own names"
+    (first, temporary), *rest = synced[3:]
+    assert first == "sync" and temporary.startswith(f"{folder}/.c.")
+    assert rest == [("name", f"{folder}/c"), ("sync", folder)]
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure_and_a_file_is(local_store, monkeypatch):
+    fsync = os.fsync
+
+    def folders_not(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(22, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", folders_not)
+    local_store.write("a/b", b"x")
+    assert local_store.read("a/b") == b"x"
+
+    def never(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", never)
+    with pytest.raises(StorageError, match="cannot create .*a/c: OSError: .*Input/output error"):
+        local_store.create("a/c", b"x")
+    assert local_store.names("a") == ["b"]
+
+
+def test_a_large_object_is_downloaded_in_blocks(s3_store, monkeypatch, tmp_path):
+    monkeypatch.setattr(store_module, "_BLOCK", 1000)
+    for size in (0, 1, 999, 1000, 1001, 7500):
+        data = os.urandom(size)
+        s3_store.write("big", data)
+        s3_store.download("big", tmp_path / "big")
+        assert (tmp_path / "big").read_bytes() == data
+
+
+@pytest.mark.parametrize("whole", [0, 1 << 20])
+def test_a_table_reads_the_same_whole_and_column_by_column(s3_store, monkeypatch, whole):
+    monkeypatch.setattr(store_module, "_WHOLE", whole)
+    table = pa.table({"n": range(5000), "text": [f"t{i}" for i in range(5000)]})
+    s3_store.write_table("t.parquet", table)
+    assert s3_store.read_table("t.parquet") == table
+    s3_store.write("t.parquet", s3_store.read("t.parquet")[:-100])
+    with pytest.raises(InputError, match=r"s3://.*t\.parquet is not a whole parquet file"):
+        s3_store.read_table("t.parquet")
+
+
+def test_tables_are_read_at_the_endpoint_of_the_environment(s3_store):
+    s3_store.write_table("t.parquet", pa.table({"n": [1]}))
+    assert s3_store._reader.type_name == "s3", "pyarrow's own client, not s3fs behind it"
+
+
 def test_check_passes_on_an_empty_bucket(s3_store):
     s3_store.check()
 
@@ -241,16 +431,19 @@ def test_a_failed_local_write_leaves_no_litter(local_store, monkeypatch):
     assert os.listdir(f"{local_store.root}/a") == []
 
 
-@pytest.mark.parametrize("action", ["check", "create"])
-def test_an_unreachable_endpoint_fails_soon_and_names_the_store(s3_environment, monkeypatch, action):
+@pytest.mark.parametrize("action", ["check", "create", "exists", "read", "read_table", "open", "download"])
+def test_an_unreachable_endpoint_fails_soon_and_names_the_store(s3_environment, monkeypatch, action, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         closed = probe.getsockname()[1]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed}")
     store = Store("s3://bucket/prefix")
-    arguments = {"check": (), "create": ("name", b"x")}[action]
+    arguments = {"check": (), "create": ("name", b"x"), "download": ("name", tmp_path / "x")}.get(action, ("name",))
     started = time.monotonic()
-    with pytest.raises(StorageError, match=r"s3://bucket/prefix.*check AWS_ENDPOINT_URL, the credentials") as caught:
-        getattr(store, action)(*arguments)
+    with (
+        pytest.raises(StorageError, match=r"s3://bucket/prefix.*check AWS_ENDPOINT_URL, the credentials") as caught,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.enter_context(getattr(store, action)(*arguments))
     assert time.monotonic() - started < 30
     assert not isinstance(caught.value, CommitConflict) and SECRET not in str(caught.value)

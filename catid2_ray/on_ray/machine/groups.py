@@ -22,7 +22,7 @@ def write_groups(store: Store, name: str, table: pa.Table, group_N: np.ndarray, 
             batches = ordered.slice(first, end - first).to_batches()
             assert len(batches) <= 1, "the rows of one group do not fit one record batch"
             writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema))
-    store.write(name, sink.getvalue().to_pybytes())
+    store.write(name, sink.getvalue().to_pybytes(), durable=False)
 
 
 def read_group(store: Store, name: str, group: int, columns: list[str] | None = None) -> pa.Table:
