@@ -195,7 +195,9 @@ def both_splits(pairs, of_test=lambda name: name):
     """All pairs in train, and again in test under query_ids that may differ."""
     train = replaced(pairs, split=pa.array(["train"] * pairs.num_rows))
     ids = pa.array([of_test(name) for name in pairs["query_id"].to_pylist()])
-    return pa.concat_tables([train, replaced(train, query_id=ids, split=pa.array(["test"] * pairs.num_rows))])
+    return pa.concat_tables(
+        [train, replaced(train, query_id=ids, split=pa.array(["test"] * pairs.num_rows))], promote_options="permissive"
+    )
 
 
 @pytest.mark.parametrize("of_test", [str, "t{}".format])
@@ -245,7 +247,11 @@ def test_what_is_set_aside_is_said_with_counts_reasons_and_where(tiny, shop, cap
     lower = replaced(PAIRS.slice(0, 3), relevance=pa.array([0.0] * 3))
     unknown = replaced(PAIRS.slice(0, 2), product_id=pa.array(["x[/b]1", "x2"]))
     titles = ["\u200b", *PRODUCTS["title"].to_pylist()[1:]]
-    put(shop, replaced(PRODUCTS, title=pa.array(titles)), pa.concat_tables([PAIRS, lower, unknown]))
+    put(
+        shop,
+        replaced(PRODUCTS, title=pa.array(titles)),
+        pa.concat_tables([PAIRS, lower, unknown], promote_options="permissive"),
+    )
     recipe = recipe_of(tiny, shop, catalog={"root": str(shop), "max_bad_fraction": 0.02}, quantizer={"batch": 80})
     with Job.open(recipe) as job:
         manifest = chain(job, "catalog")["catalog"]
