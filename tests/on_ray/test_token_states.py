@@ -104,6 +104,27 @@ def test_the_caches_used_last_stay(folder, tmp_path):
     assert [path.exists() for path in made] == [True, False, False, True, True]
 
 
+def test_a_new_cache_takes_what_the_newest_of_its_encoder_knows(folder, tmp_path, monkeypatch, capsys):
+    had = np.array([[2, 4 + number, 3, 0] for number in range(9)], np.int32)
+    more = np.concatenate((had[3:], np.array([[2, 5, 6, 3]], np.int32)))
+    other = save_bert(tmp_path / "other")
+    model = BertModel.from_pretrained(other)
+    model.embeddings.word_embeddings.weight.data += 1
+    model.save_pretrained(other)
+    open_states(folder, had, pad=0)
+    open_states(other, more[::-1], pad=0)
+    broken = tmp_path / "cache" / "token_states" / "of-an-earlier-version"
+    broken.mkdir()
+    (broken / "cache.json").write_text("{}")
+    capsys.readouterr()
+    states = open_states(folder, more, pad=0)
+    assert capsys.readouterr().err.count("event=token_states") == 2
+    monkeypatch.setenv("CATID2_CACHE", str(tmp_path / "empty"))
+    fresh = open_states(folder, more, pad=0)
+    assert np.array_equal(states.states, fresh.states) and "done=6 texts=7" not in capsys.readouterr().err
+    assert np.array_equal(states.start_U1, fresh.start_U1) and states.about == fresh.about
+
+
 def test_only_a_share_of_the_titles_loses_words(folder):
     lost = {}
     for share in (0, 0.5, 1):

@@ -3,6 +3,7 @@
 For kinds of IDs that learn from queries (CQ-SID) also one query a product, embedded by the same encoder.
 """
 
+import functools
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.stages.catalog import part_specs, read_sample
+from catid2_ray.on_ray.stages.embedded_before import EmbeddedBefore, embed_texts, nothing_known, open_before
 
 _LSA_WIDTH = 128
 
@@ -34,7 +36,8 @@ def run(job: Job, parts: dict[str, Manifest], *, frozen: dict[str, Manifest] | N
 
     `frozen`: parts of a release whose fitted encoder and category tree are used instead of new ones (append); the tree
     then lies beside the vectors. A fitted encoder is kept from release to release until the job's `refit_encoder`, so that a
-    product whose text stays has the vector that it had.
+    product whose text stays has the vector that it had. Texts that the release before embedded by the same encoder are not
+    encoded again (`embedded_before.py`); the metrics say how many texts were `encoded`, and how many vectors `reused`.
     """
     recipe, catalog = job.recipe.embedding, parts["catalog"]
     parents, history = STAGES["embeddings"].reads(parts), {}
@@ -89,29 +92,23 @@ def _refuse_another_encoder(settings: dict, catalog: Manifest, before: Manifest,
 
 def _embed(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     recipe, files, catalog = job.recipe.embedding, [], parents["catalog"]
-    encoder_folder, tree = None, catalog.file("taxonomy.json")
+    before, tree, given = None, catalog.file("taxonomy.json"), bool(catalog.metrics["width"])
     if "tree" in parents:
         tree = tree_of(parents["encoder"], parents["tree"])
         files.append(job.store.write_file(attempt.name("taxonomy.json"), job.store.read(tree)))
-    if not catalog.metrics["width"]:
-        if recipe.encoder == "lsa":
-            encoder_folder = attempt.name("encoder")
-            if "encoder" in parents:
-                files += _copy(job.store, parents["encoder"], "encoder/", attempt)
-            else:
-                files += _fit_lsa(job, catalog, encoder_folder)
-        else:
-            # Loaded here once, so that an unknown encoder fails at once and by name, not in an actor far away.
-            HuggingFaceEncoder(recipe.encoder, batch=recipe.batch, tokens=recipe.tokens)
+    if not given:
+        before = open_before(job, attempt, parents)
+        files += _encoder_files(job, attempt, parents, before)
     arguments = {
         "store": job.store,
         "catalog": catalog.folder,
         "folder": attempt.folder,
         "recipe": recipe,
-        "given": bool(catalog.metrics["width"]),
-        "lsa_folder": encoder_folder,
+        "given": given,
+        "lsa_folder": attempt.name("encoder") if recipe.encoder == "lsa" else None,
         "tree": tree,
         "grown": "tree" in parents,
+        "before": before,
     }
     results = map_parts(
         _EmbedPart,
@@ -123,6 +120,7 @@ def _embed(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest
         actors=recipe.encoder != "lsa",
         num_gpus=recipe.gpus_per_worker,
     )
+    job.store.delete_folder(attempt.name("exchange"))
     files += [result["file"] for result in results]
     width, depth = results[0]["width"], results[0]["depth"]
     metrics = {
@@ -132,12 +130,31 @@ def _embed(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest
         "reached_depth": _sum([result["reached"] for result in results]),
         "unknown_categories": sum(result["unknown"] for result in results),
     }
+    if not given:
+        counts = {name: sum(result[name] for result in results) for name in ("encoded", "reused")}
+        progress.event("embedded", **counts)
+        metrics |= counts
     return attempt.commit(
         files,
         rows=sum(result["file"]["rows"] for result in results),
         schema=schemas.fingerprint(schemas.embeddings(width, depth)),
         metrics=metrics,
     )
+
+
+def _encoder_files(
+    job: Job, attempt: Attempt, parents: dict[str, Manifest], before: EmbeddedBefore | None
+) -> list[dict]:  # fmt: skip
+    """Makes the encoder ready for the workers; the entries of its files where it is part of the artefact."""
+    recipe = job.recipe.embedding
+    if recipe.encoder != "lsa":
+        if before is None:
+            # Loaded here once, so that an unknown encoder fails at once and by name, not in an actor far away.
+            HuggingFaceEncoder(recipe.encoder, batch=recipe.batch, tokens=recipe.tokens)
+        return []
+    if "encoder" in parents:
+        return _copy(job.store, parents["encoder"], "encoder/", attempt)
+    return _fit_lsa(job, parents["catalog"], attempt.name("encoder"))
 
 
 def _sum(rows: list[list[int]]) -> list[int]:
@@ -177,22 +194,34 @@ def _open_encoder(store: Store, recipe: EmbeddingRecipe, lsa_folder: str | None)
 
 
 class _EmbedPart:
-    """Actor: products part in, embeddings part out."""
+    """Actor: products part in, embeddings part out. The encoder is loaded for the first text that has no vector yet."""
 
     def __init__(
         self, *, store: Store, catalog: str, folder: str, recipe: EmbeddingRecipe, given: bool, lsa_folder: str | None,
-        tree: str, grown: bool,
+        tree: str, grown: bool, before: EmbeddedBefore | None = None,
     ):  # fmt: skip
         self.store, self.catalog, self.folder, self.recipe, self.given = store, catalog, folder, recipe, given
         self.taxonomy, self.grown = Taxonomy.from_json(store.read(tree).decode()), grown
-        self.encoder = None if given else _open_encoder(store, recipe, lsa_folder)
+        self.lsa_folder, self.before = lsa_folder, before
+
+    @functools.cached_property
+    def encoder(self) -> LsaEncoder | HuggingFaceEncoder:
+        return _open_encoder(self.store, self.recipe, self.lsa_folder)
+
+    def _embedded(self, table: pa.Table, part: int) -> tuple[np.ndarray, dict]:
+        """float32 N×D, and how many texts were encoded and vectors reused."""
+        texts = join_text(table, self.recipe.text)
+        known = self.before.look_up(part, texts) if self.before else nothing_known(len(texts))
+        embedding_ND, encoded = embed_texts(texts, known, lambda new: self.encoder.encode(new))
+        return embedding_ND, {"encoded": encoded, "reused": int((known.row_N >= 0).sum())}
 
     def __call__(self, spec: dict) -> dict:
         table = self.store.read_table(f"{self.catalog}/{spec['file']}")
+        counts = {}
         if self.given:
             embedding_ND = matrix(table["embedding"])
         else:
-            embedding_ND = np.asarray(self.encoder.encode(join_text(table, self.recipe.text)), dtype=np.float32)
+            embedding_ND, counts = self._embedded(table, spec["part"])
         category_NH = self.taxonomy.category_ids(table["category_path"], grown=self.grown)
         depth_N = pc.fill_null(pc.list_value_length(table["category_path"]), 0).to_numpy()
         unknown_N = (category_NH >= 0).sum(1) < np.minimum(depth_N, self.taxonomy.depth)
@@ -215,6 +244,7 @@ class _EmbedPart:
             "depth": depth,
             "reached": [int(n) for n in (category_NH >= 0).sum(0)],
             "unknown": int(unknown_N.sum()),
+            **counts,
         }
 
 

@@ -9,6 +9,7 @@ import torch
 from catid2_ray.catalog.text import HuggingFaceEncoder
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, EncoderError, InputError, RecipeError
+from catid2_ray.generator import states
 from catid2_ray.generator.batches import Examples, kept_words
 from catid2_ray.generator.encoder_decoder import encoder_decoder
 from catid2_ray.generator.states import StateCache, TokenStates, dense
@@ -136,7 +137,7 @@ def test_a_cache_holds_every_texts_states_once_and_drops_tokens(folder, tmp_path
     model, (ids_NT, _) = build(folder).eval(), rows(folder)
     seen = []
     cache = StateCache.build(model.encoder, ids_NT, tmp_path, batch=2, on_progress=lambda *done: seen.append(done))
-    assert seen == [(2, 5), (4, 5), (5, 5)] and len(cache) == 6
+    assert seen == [(2, 5), (3, 5), (5, 5)] and len(cache) == 6, "one pass holds texts of at most 4 tokens or of 5 to 8"
     assert len(cache.states) == sum((ids_NT[:5] != 0).sum(1))
     picked = np.array([5, 1, 4])
     states_BTE, mask_BT = cache.take(picked)
@@ -170,6 +171,61 @@ def test_a_cache_is_opened_again_and_never_mistaken(folder, tmp_path):
     assert np.array_equal(built.states, again.states) and "width" in json.loads((tmp_path / "cache.json").read_text())
     with pytest.raises(InputError, match="must be padded at their end with 0"):
         StateCache.build(model.encoder, ids_NT[:, ::-1], tmp_path / "left")
+
+
+def rows_of(texts: int, tokens: int, *, seed: int) -> np.ndarray:
+    """Random texts of all lengths from 1 to `tokens`, some of them twice, padded with 0."""
+    generator = np.random.default_rng(seed)
+    ids_NT = generator.integers(1, 15, (texts, tokens), np.int32)
+    ids_NT[np.arange(tokens) >= generator.integers(1, tokens + 1, texts)[:, None]] = 0
+    return np.concatenate((ids_NT, ids_NT[: texts // 5]))
+
+
+FILES = ("states.f16", "ids.npy", "hash.npy", "start.npy", "text.npy", "cache.json")
+
+
+@pytest.mark.parametrize("change", ["one new text", "texts gone", "many of both", "the same texts in another order"])
+def test_states_of_known_texts_are_copied_and_no_bit_differs(change, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(states, "_COPIED", 7)
+    encoder, had, more = build(folder).eval().encoder, rows_of(60, 13, seed=1), rows_of(40, 13, seed=2)
+    ids_NT = {
+        "one new text": np.concatenate((had, more[:1])),
+        "texts gone": had[10:50],
+        "many of both": np.concatenate((more, had[20:55])),
+        "the same texts in another order": had[::-1],
+    }[change]
+    known = StateCache.build(encoder, had, tmp_path / "known", batch=8)
+    StateCache.build(encoder, ids_NT, tmp_path / "fresh", batch=8)
+    seen, asked, run = [], [], encoder.token_states
+    monkeypatch.setattr(
+        encoder, "token_states", lambda ids, mask: asked.extend(map(tuple, (ids * mask).tolist())) or run(ids, mask)
+    )
+    StateCache.build(encoder, ids_NT, tmp_path / "new", batch=8, known=known, on_progress=lambda *at: seen.append(at))
+    for name in FILES:
+        assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes(), name
+    new = {tuple(ids[ids != 0]) for ids in ids_NT} - {tuple(ids[ids != 0]) for ids in had}
+    assert {tuple(token for token in ids if token) for ids in asked} == new
+    different = len(np.unique(ids_NT, axis=0))
+    assert seen[0] == (different - len(new), different)
+    assert seen[-1] == (different, different)
+
+
+def test_states_that_may_be_others_are_not_copied(folder, tmp_path):
+    encoder, had = build(folder).eval().encoder, rows_of(20, 8, seed=1)
+    known = StateCache.build(encoder, had, tmp_path / "known", batch=8)
+
+    def copied(name, ids_NT, known, batch=8) -> bool:
+        seen = []
+        settings = {"batch": batch, "known": known, "on_progress": lambda *at: seen.append(at)}
+        StateCache.build(encoder, ids_NT, tmp_path / name, **settings)
+        return seen[0][0] > batch  # more than one pass gives
+
+    assert copied("same", had[:-1], known)
+    assert not copied("batch", had[:-1], known, batch=4)
+    assert not copied("longest", np.pad(had, ((0, 0), (0, 2))), known)
+    # Ids are compared: an equal hash alone, were there ever one, brings no states of another text.
+    np.save(tmp_path / "known" / "ids.npy", np.asarray(known.ids) % 14 + 1)
+    assert not copied("hash", had[:-1], StateCache(tmp_path / "known"))
 
 
 def test_the_marks_of_a_text_never_fall_with_its_words(folder):
