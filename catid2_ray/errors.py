@@ -18,6 +18,7 @@ Each message says what was wrong, where (URI, column, product_id), what was expe
     │   ├── WorkerDied                6   what a worker met is no error of ours: it was killed, say
     │   └── CollapseError             8   the codes collapsed and stayed so
     ├── QualityGateError              7   the job finished, but its figures are below what the recipe demands
+    │   └── ChurnGateError           10   more products would get another ID than the recipe allows
     └── Interrupted                 130   a person pressed Ctrl-C; 143 where the job got SIGTERM
 
 `transient` errors may pass by themselves: a training whose workers met one is tried again, up to the recipe's max_failures.
@@ -91,6 +92,10 @@ class CollapseError(TrainingError):
 
 class QualityGateError(CatidError):
     exit_code = 7
+
+
+class ChurnGateError(QualityGateError):
+    exit_code = 10
 
 
 class Interrupted(CatidError):

@@ -113,6 +113,10 @@ class EvaluationRecipe(Section):
     min_beam_to_bm25: float = setting(
         0.5, "FAILED when the beam's recall@50 is under this share of BM25's", unit="ratio", operational=True, ge=0
     )
+    min_to_release: float = setting(
+        0.9, "where BM25 is not scored: FAILED when recall@50 is under this share of the current release's", unit="ratio",
+        operational=True, ge=0,
+    )  # fmt: skip
     workers: int = setting(2, "actors that search", unit="actors", operational=True, ge=1)
     bm25_max_products: int = setting(
         5_000_000, "BM25 is left out above this: its index is in memory", unit="products", ge=1, le=5_000_000

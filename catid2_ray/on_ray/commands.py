@@ -10,7 +10,7 @@ from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.stages import STAGES, of_job
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import check_pairs
-from catid2_ray.config import ClusterRecipe, Recipe
+from catid2_ray.config import ClusterRecipe, EvaluationRecipe, Recipe
 from catid2_ray.errors import QualityGateError, RecipeError
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import cluster, progress
@@ -43,7 +43,7 @@ def publish(recipe: Recipe, *, wait: bool = False) -> tuple[Store, Release]:
     """Publish the committed parts of this recipe; QualityGateError when the evaluation is under the recipe's demand."""
     with Job.open(recipe, only=(), wait=wait) as job:
         parts = chain(job)
-        _gate(recipe, parts["evaluation"].metrics)
+        _gate(job, parts["evaluation"].metrics)
         return job.store, job.publish(parts)
 
 
@@ -55,7 +55,7 @@ def reindex(recipe: Recipe, *, wait: bool = False, new_ledger: bool = False, ref
     with Job.open(recipe, wait=wait, new_ledger=new_ledger, refit_encoder=refit_encoder) as job:
         parts = chain(job)
         figures = figures_of(parts, job.store)
-        _gate(recipe, figures)
+        _gate(job, figures)
         release = job.publish(parts)
     return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
 
@@ -66,7 +66,7 @@ def append_items(recipe: Recipe, *, wait: bool = False) -> Outcome:
         parts = append(job)
         figures = figures_of(parts, job.store)
         if parts["evaluation"].parents["ids"] == parts["ids"].digest:  # else it is that of the release before
-            _gate(job.recipe, figures)
+            _gate(job, figures)
         release = job.publish(parts)
     return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
 
@@ -96,20 +96,37 @@ def _seconds(manifest: Manifest) -> float:
     return manifest.metrics["seconds"] + manifest.metrics.get("seconds_training", 0.0)
 
 
-def _gate(recipe: Recipe, figures: dict) -> None:
-    """What is served, or else the beam, must reach the demanded share of BM25's recall@50, or nothing is published."""
-    recall, share = figures["recall"], recipe.evaluation.min_beam_to_bm25
+def _gate(job: Job, figures: dict) -> None:
+    """Stop before a publication whose recall is below what the recipe demands; say aloud where nothing can be demanded."""
+    before = job.previous.parts["evaluation"].metrics["recall"] if job.previous else None
+    if ungated := gate(job.recipe.evaluation, figures, before):
+        progress.event("not_gated", reason=f"'{ungated}'")
+
+
+def gate(recipe: EvaluationRecipe, figures: dict, before: dict | None) -> str | None:
+    """Raise GateFailed where recall@50 of what is served (else of the beam) is under the demanded share of BM25's or, where BM25
+    was not scored, of `before`: the recall of the current release, by method. Returns why nothing was demanded, None where
+    something was."""
     if "not_evaluated" in figures:
-        progress.event("not_gated", reason=repr(figures["not_evaluated"]))
+        return figures["not_evaluated"]
+    recall = figures["recall"]
     judged = "served" if "served" in recall else "beam"
-    named = "what is served" if judged == "served" else "the beam"
-    if judged in recall and "bm25" in recall and recall[judged]["50"] < share * recall["bm25"]["50"]:
+    if judged not in recall:
+        return "neither served nor beam is among evaluation.methods"
+    if "bm25" in recall:
+        name, share, whose, other = "min_beam_to_bm25", recipe.min_beam_to_bm25, "BM25's", recall["bm25"]
+    elif before and judged in before:
+        name, share, whose, other = "min_to_release", recipe.min_to_release, "the current release's", before[judged]
+    else:
+        return "BM25 was not scored, and no release of before says what to expect"
+    if recall[judged]["50"] < share * other["50"]:
         raise GateFailed(
-            f"recall@50 of {named} is {recall[judged]['50']:.3f}, under {share} × BM25's {recall['bm25']['50']:.3f} "
-            "(evaluation.min_beam_to_bm25). Nothing was published. Train the generator longer (generator.epochs), or look at "
-            "the quantizer's history.json for a collapse",
+            f"recall@50 of {'what is served' if judged == 'served' else 'the beam'} is {recall[judged]['50']:.3f}, under {share} × "
+            f"{whose} {other['50']:.3f} (evaluation.{name}). Nothing was published. Train the generator longer (generator.epochs), "
+            f"look at the quantizer's history.json for a collapse, or lower evaluation.{name}",
             figures,
         )
+    return None
 
 
 class GateFailed(QualityGateError):

@@ -8,7 +8,7 @@ from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.config import Recipe
-from catid2_ray.errors import CapacityError, InputError, QualityGateError, RecipeError, ReleaseError
+from catid2_ray.errors import CapacityError, ChurnGateError, InputError, RecipeError, ReleaseError
 from catid2_ray.on_ray.job import Job, PreviousRelease, open_previous
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.stages import (
@@ -169,14 +169,14 @@ def _gate_churn(recipe: Recipe, ids: Manifest) -> None:
     if limit is None or not ids.metrics["base"]:
         return
     if churn is None:
-        raise QualityGateError(
+        raise ChurnGateError(
             f"ids.max_churn {limit} is set, but changes since release {ids.metrics['base']} cannot be counted: only unique IDs of "
             "the same levels are followed from release to release. Nothing was published. Set ids.max_churn=null to publish"
         )
     after = churn["after"]
     if after["prefix_churn"][-1] > limit:
         tokens = ", ".join(f"{share:.1%}" for share in after["prefix_churn"])
-        raise QualityGateError(
+        raise ChurnGateError(
             f"{after['prefix_churn'][-1]:.1%} of the {after['common']:,} products that release {ids.metrics['base']} has too get "
             f"another ID, above ids.max_churn {limit} (the first 1, 2, … tokens change for {tokens}), and "
             f"{after['addresses_reused']:,} IDs name another product. Nothing was published. Use `catid2 append`, which "
