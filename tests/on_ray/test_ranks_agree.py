@@ -165,7 +165,7 @@ def train_unequal_shards(rank: int, world: int, sampler: str) -> dict:
         rows.take = lambda index: seen.append(index) or watched(index)
         seat = Seat(rank=rank, world=world, rows=None, hand_in=lambda *_: None)
         training = Training(run, seat, started_module(run), Path(folder))
-        with training.metered(rows):
+        with training.metered():
             while not training.epoch(rows):
                 pass
     drawn = [len(np.unique(index)) for index in seen if not isinstance(index, slice)]

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from catid2_ray import cli
 from catid2_ray.errors import InputError, Interrupted
-from catid2_ray.evaluation.report import closing_table
+from catid2_ray.evaluation.report import closing_tables
+from catid2_ray.evaluation.tables import terminal
 from catid2_ray.on_ray.machine import progress
 
 TITLE, ID, QUERY = "[oak] shelf [/x] :key: [bold]wide", "[red]p-1[/]", "shelf [/b] [oak]"
@@ -28,7 +29,8 @@ def test_an_answer_shows_title_id_and_query_as_they_are(monkeypatch, capsys):
 
 
 def test_a_closing_table_shows_names_as_they_are(capsys):
-    cli._console(150).print(closing_table({"release": "[oak]", "documents": 3, "seconds": {"[/x]": 1.0}}))
+    figures = {"release": "[oak]", "documents": 3, "seconds": {"[/x]": 1.0}}
+    cli._console(150).print(terminal(closing_tables(figures)))
     shown = capsys.readouterr().out
     assert "[oak]" in shown and "[/x]" in shown
 

@@ -50,7 +50,9 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     history = {"warm": job.previous.parts["quantizer"]} if recipe.warm_start and job.previous else {}
     settings = {**_deciding(recipe), "seed": job.recipe.seed}
     if recipe.input == "stream" and recipe.coder == "rq_vae":
-        settings["passes"] = "whole"  # streamed passes once dropped the same rows each time: such a quantizer is not this one
+        settings["passes"] = (
+            "whole"  # streamed passes once dropped the same rows each time: such a quantizer is not this one
+        )
 
     def work(attempt: Attempt) -> Manifest:
         if recipe.coder == "rq_vae":

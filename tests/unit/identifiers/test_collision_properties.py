@@ -94,7 +94,7 @@ def test_every_kind_of_case_is_frequent():
     assert len(counts) == 9 and min(counts.values()) >= 150, counts
 
 
-@settings(max_examples=2500, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(seed=SEEDS)
 def test_every_prefix_reaches_the_brute_force_optimum(seed):
     case = crowded_catalogue(seed)
@@ -170,7 +170,7 @@ def regions_of(case):
     return regions
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(seed=SEEDS, method=st.sampled_from(sorted(SOLVERS)))
 def test_regions_and_single_prefixes_can_be_resolved_alone(seed, method):
     case = crowded_catalogue(seed, most_levels=4, most_codes=6, most_products=40, whole=seed % 2 == 0)
