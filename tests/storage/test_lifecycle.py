@@ -14,7 +14,11 @@ from catid2_ray.artifacts.manifest import Attempt, find, verify
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, InputError, LeaseError, ReleaseError
 from catid2_ray.evaluation.report import age_text, size_text
+from catid2_ray.on_ray.commands import append_items, reindex, run_verb
+from catid2_ray.on_ray.commands import publish as publish_recipe
+from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica
 from tests.command import run_here
 from tests.stored import unpack
 
@@ -308,3 +312,29 @@ def test_sizes_and_ages_as_a_person_reads_them():
     assert {size: size_text(size) for size in sizes} == sizes
     ages = {0: "0 s", 59: "59 s", 3_599: "59 min", 86_399: "23 h", 86_400 * 31: "31 d", None: "–"}
     assert {age: age_text(age) for age in ages} == ages
+
+
+def test_a_replica_names_its_release_from_start_to_end(stored):
+    store, _, second = stored
+    (bare,) = [one for one in RetrieverReplica.func_or_class.__mro__ if one.__qualname__ == "RetrieverReplica"][-1:]
+    replica = bare(AppSettings(store=store.uri))
+    assert uses.of_releases(store) == {second: 1}
+    replica.__del__()
+    assert uses.of_releases(store) == {}
+
+
+def test_jobs_that_make_hold_the_lease_and_those_that_compare_keep_gc_away(tmp_path):
+    recipe = unpack(tmp_path)
+    store = Store(recipe.store)
+    with Job.open(recipe) as job:
+        for begin in (reindex, append_items, publish_recipe, lambda recipe: run_verb(recipe, "embed_catalog")):
+            with pytest.raises(LeaseError, match="another job works on"):
+                begin(recipe)
+        with Job.open(recipe, lease=False) as reader:
+            reader.check_lease()
+        job.lease.record["id"] = "another"  # as if this job had hung until another took its lease
+        with pytest.raises(LeaseError, match="this job lost its lease"):
+            job.publish(releases.current(store).manifests(store))
+    with Job.open(recipe, lease=False), pytest.raises(LeaseError, match="a job reads from"):
+        gc.collect(store, keep=1)
+    assert releases.pointer(store)[0] == 1
