@@ -11,20 +11,17 @@ AWS_… variables of the environment point at. The ways take turns, and medians 
 The last line printed is one JSON object.
 """
 
-import argparse
 import io
 import os
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from surroundings import finish, machine, rounded, table
+from harness import finish, in_turns, machine, medians, parser_of, rounded, table
 
 from catid2_ray.artifacts.s3 import arrow_client
 from catid2_ray.artifacts.store import Store
@@ -132,26 +129,12 @@ def cases(store: Store, folder: Path, files: int) -> dict[str, tuple[int, dict]]
     }
 
 
-def measure(ways: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each way; they take turns, after one round that does not count."""
-    seconds = {way: [] for way in ways}
-    for turn in range(rounds + 1):
-        for way, read in ways.items():
-            started = time.perf_counter()
-            read()
-            if turn:
-                seconds[way].append(time.perf_counter() - started)
-    return {way: statistics.median(taken) for way, taken in seconds.items()}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--files", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--server", default="moto", help="what the server is called in the results")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with s3_server() as environment, tempfile.TemporaryDirectory() as folder:
         os.environ.update(environment)
@@ -159,7 +142,8 @@ def main() -> None:
         store.write("big", os.urandom(1 << 20) * options.megabytes)
         results = {}
         for what, (size, ways) in cases(store, Path(folder), options.files).items():
-            results[what] = {"megabytes": size / 1e6, **measure(ways, options.rounds)}
+            in_turns(ways, turns=1)  # which does not count
+            results[what] = {"megabytes": size / 1e6, **medians(in_turns(ways, turns=options.rounds))}
             print(what, results[what], flush=True)
         store.delete_folder("")
     names = ["read", "MB", "s3fs, s", "pyarrow, s", "store, s", "store, MB/s", "s3fs ÷ store"]
@@ -171,7 +155,8 @@ def main() -> None:
         f"# Reading from S3\n\nWritten by `benchmarks/store.py`: server {options.server} on the same machine, {options.rounds} "
         f"rounds, medians. Machine: {machine()}.\n\n{table(names, rows)}"
     )
-    finish(rounded({"server": options.server, "results": results, "machine": machine()}), text, options)
+    figures = rounded({"server": options.server, "results": results, "machine": machine()})
+    finish(figures, lambda _: text, options)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_search_answers_and_refuses(released):
     )
     assert found.returncode == 0 and found.stdout.count("<a_") == 3, found.stderr
     empty = run_here("search", "  ", "--store", released["store"])
-    assert empty.returncode == 3 and "at least one character" in empty.stderr
+    assert empty.returncode == 3 and "at least one letter or digit" in empty.stderr
     nothing = run_here("search", "x", "--store", f"{released['store']}-other")
     assert nothing.returncode == 5 and "nothing was published" in nothing.stderr
 
@@ -179,7 +179,7 @@ def test_http_answers_do_not_depend_on_batch_mates(released, server):
 @pytest.mark.parametrize(
     "body, message",
     [
-        ({"query": ""}, "at least one character"),
+        ({"query": ""}, "at least one letter or digit"),
         ({"query": "x" * 10_000}, "may have 2000 characters, found 10000"),
         ({"query": "x", "k": 0}, "k must be a whole number from 1 to 1000"),
         ({"query": "x", "limit": 3}, "Extra inputs are not permitted"),
