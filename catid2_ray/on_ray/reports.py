@@ -76,8 +76,8 @@ def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
 
 
 def parts_of_kind(job: Job, parts: dict[str, Manifest]) -> dict[str, Manifest]:
-    """`parts` (catalogue and embeddings) with the quantizer and the IDs of the job's kind, built on no release."""
-    parts = {name: parts[name] for name in ("catalog", "embeddings")}
+    """`parts` (catalogue, pairs and embeddings) with the quantizer and the IDs of the job's kind, built on no release."""
+    parts = {name: parts[name] for name in ("catalog", "pairs", "embeddings")}
     if job.recipe.quantizer.query_item:
         parts["queries"] = embed.run_queries(job, parts)
     parts["quantizer"] = train_quantizer.run(job, parts)
