@@ -37,6 +37,7 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
         parts["pairs"] = catalog.run_pairs(job, parts)
         door.announce(job.recipe, job.store, parts)
         door.refuse_unfit(job.recipe, parts["pairs"])
+    if last not in ("catalog", "pairs"):
         for name, run in _RUN.items():
             if name == "queries" and not job.recipe.quantizer.query_item:
                 continue

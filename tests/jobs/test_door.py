@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -62,11 +63,14 @@ def recipe_of(tiny, shop, **sections):
 
 
 def catalogue(tiny, shop, **sections):
-    """Its manifest and its products, sorted by id; nothing after it is made, but everything that the recipe asks is checked."""
+    """What is known of both tables, and the products, sorted by id; nothing after them is made, but everything that the recipe
+    asks is checked."""
     with Job.open(recipe_of(tiny, shop, **sections)) as job:
-        manifest = chain(job, "catalog")["catalog"]
+        parts = chain(job, "pairs")
+        manifest = parts["catalog"]
         tables = [job.store.read_table(manifest.file(entry["name"])) for entry in manifest.parts()]
-    return manifest, pa.concat_tables(tables).sort_by("product_id")
+    known = SimpleNamespace(rows=manifest.rows, metrics=manifest.metrics | parts["pairs"].metrics)
+    return known, pa.concat_tables(tables).sort_by("product_id")
 
 
 def fails(tiny, shop, message, **sections):
@@ -254,14 +258,14 @@ def test_what_is_set_aside_is_said_with_counts_reasons_and_where(tiny, shop, cap
     )
     recipe = recipe_of(tiny, shop, catalog={"root": str(shop), "max_bad_fraction": 0.02}, quantizer={"batch": 80})
     with Job.open(recipe) as job:
-        manifest = chain(job, "catalog")["catalog"]
-        found = door.set_aside(job.store, manifest)
-        rejected = job.store.read_table(f"{manifest.folder}/rejected/pairs-part-00000.parquet")
+        parts = chain(job, "pairs")
+        found, folder = door.set_aside(job.store, parts), parts["pairs"].folder
+        rejected = job.store.read_table(f"{folder}/rejected/pairs-part-00000.parquet")
     assert found["products"]["reasons"] == {"empty title": 1} and found["products"]["of"] == 60
     reasons = found["pairs"]["reasons"]
     assert reasons["another pair of this query and product has a higher relevance"] == 3
     assert reasons["product_id is not in the catalogue"] >= 2 and "'x[/b]1'" in "".join(found["pairs"]["first"])
-    assert found["pairs"]["at"].endswith(f"{manifest.folder}/rejected") and rejected.num_rows > 0
+    assert found["pairs"]["at"].endswith(f"{folder}/rejected") and rejected.num_rows > 0
     log = capfd.readouterr().err
     assert (
         "event=set_aside table=products rows=1 of=60 reasons='empty title (1)'" in log and found["pairs"]["at"] in log
