@@ -128,7 +128,7 @@ def _set_aside(figures: Mapping) -> Table:
         rows.append([f"{table}: {found['rows']:,} of {found['of']:,}", ""])
         rows += [[f"  {reason}", f"{count:,}"] for reason, count in sorted(found["reasons"].items())]
         rows += [[f"  such as {first}", ""] for first in found["first"][:3]]
-    where = "".join(sorted({found["at"] for found in tables.values()}))
+    where = ", ".join(sorted({found["at"] for found in tables.values()}))
     return Table(f"Set aside (the rows lie in {where})", columns_of("", "rows"), rows)
 
 
