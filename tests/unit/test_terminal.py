@@ -55,10 +55,11 @@ def test_bytes_that_are_not_utf_8_are_one_message():
 @pytest.mark.parametrize(
     "error, code", [(InputError("half \ud83d"), 3), (KeyboardInterrupt(), 130), (Interrupted("x", signal=15), 143)]
 )
-def test_every_end_has_its_exit_code(error, code, capsys):
+def test_every_end_has_its_exit_code(error, code, capsys, monkeypatch):
     def end():
         raise error
 
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)  # a job that was stopped does not wait for libraries to go
     with pytest.raises(SystemExit) as exit:
         cli.guarded(end)
     assert exit.value.code == code and capsys.readouterr().err.strip()
