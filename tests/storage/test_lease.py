@@ -123,7 +123,7 @@ def test_the_clocks_of_machines_do_not_matter(local_store, monkeypatch):
         with monkeypatch.context() as patch:
             now = time.time()
             patch.setattr(time, "time", lambda now=now, wrong=wrong: now + wrong)
-            with pytest.raises(LeaseError, match="last heartbeat was 0 s ago"):
+            with pytest.raises(LeaseError, match=r"last heartbeat was \d s ago"):
                 lease.take(local_store)
 
 
