@@ -274,7 +274,10 @@ def test_append_moves_no_id_and_the_ledger_goes_on(world, tmp_path):
         codes_NL[fresh_N], residual_NZ[fresh_N], books, names[fresh_N], occupied=occupied, method="exact"
     )
     assert [after[name] for name in names[fresh_N]] == [tuple(row) for row in whole.codes_NL.tolist()]
-    third = assigned(later, found, base_on(later, found, second), keeps=True)
+    # Nothing has changed: the IDs of the release are taken as they are. With another setting the ledger goes on.
+    assert assigned(later, found, base_on(later, found, second), keeps=True).digest == second.digest
+    others = later.model_copy(update={"ids": later.ids.model_copy(update={"encode_rows": later.ids.encode_rows + 1})})
+    third = assigned(others, found, base_on(later, found, second), keeps=True)
     assert third.metrics["ledger"]["kept"] == 3250 and third.metrics["encoded"] == 0
     assert ids_of(later, third) == after and third.extends["ids"] == [second.digest, first.digest]
     # Two releases after they left the quarantine is over: copies of the products that are gone get the free IDs.
