@@ -47,7 +47,8 @@ def test_a_recipe_runs_from_the_published_files_to_a_release(locale, shared_ray,
         save_mt5(tmp_path / "mt5", titles, words=300)
     overrides += [f"generator.model={tmp_path / 'mt5'}"] if locale == "jp" else SMALL_T5
     outcome = reindex(Recipe.load(ROOT / "jobs" / "recipes" / f"esci_{locale}.yaml", overrides))
-    metrics, counts = outcome.parts["catalog"].metrics, done.counts
+    metrics = outcome.parts["catalog"].metrics | outcome.parts["pairs"].metrics
+    counts = done.counts
     assert metrics["products"] == counts["documents"] and metrics["products_set_aside"] == 0
     labels = [counts.get(f"{split}_{x}", 0) for split in ("train", "validation", "test") for x in "ESCI"]
     assert metrics["pairs"] == sum(labels) and metrics["pairs_set_aside"] == metrics["pairs_duplicate"] == 0
