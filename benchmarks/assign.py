@@ -3,8 +3,8 @@
     python benchmarks/assign.py [--products 1e5,1e6] [--rate 0.1] [--width 64] [--workers 2] [--folder DIR] [--json FILE]
 
 What is timed, for each number of products N:
-    reading      `on_ray.catalog` and `on_ray.embed`: parquet → rows checked and laid out in parts → embeddings
-    assigning    `on_ray.assign`: embeddings → codes → collisions resolved → IDs, ledger, products in ID order, trie, quality
+    reading      `stages.catalog` and `stages.embed`: parquet → rows checked and laid out in parts → embeddings
+    assigning    `stages.assign`: embeddings → codes → collisions resolved → IDs, ledger, products in ID order, trie, quality
                  report, manifest; its passes apart
 Memory is the summed PSS of all processes of the job (the object store is part of it), and VmHWM of single workers.
 

@@ -74,7 +74,7 @@ def model_identity(name: str | None) -> dict:
 
 
 def _refuse_another_encoder(settings: dict, catalog: Manifest, before: Manifest, way_out: str) -> None:
-    """Vectors of another encoder mean nothing to the quantizer of the release whose embeddings are `made`."""
+    """Vectors of another encoder mean nothing to the quantizer of the release whose embeddings are `before`."""
     had = before.asked
     differ = [
         f"{name} is {settings.get(name)!r}, the release has {had.get(name)!r}"

@@ -1,6 +1,6 @@
 """What the workers of stage 2 share, and its first two passes: spread yesterday's ledger over the parts, encode a part.
 
-All that workers exchange lies in files of `on_ray.groups` in the folder exchange/ of the attempt: codes and occupied IDs by
+All that workers exchange lies in files of `machine.groups` in the folder exchange/ of the attempt: codes and occupied IDs by
 bucket of prefixes, moves and the ledger before by part, products in order and yesterday's addresses by range of IDs.
 """
 
