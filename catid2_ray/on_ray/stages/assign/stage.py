@@ -1,8 +1,9 @@
 """Stage 2: codes for the whole catalogue, IDs made of them, the ledger, the trie, and a report on the IDs' quality.
 
 Passes over parts of the catalogue and buckets of prefixes: spread yesterday's ledger (where there is one) → encode → resolve
-buckets (→ resolve regions, where a prefix has more products than codes) → write parts → order by ID. Products of prefixes without a collision pass straight through. No step but the last holds more than a part or a
-bucket, and that one holds what serving holds.
+buckets (→ resolve regions, where a prefix has more products than codes) → write parts → order by ID. Products of prefixes
+without a collision pass straight through. No step but the last holds more than a part or a bucket, and that one holds what
+serving holds.
 
 What makes IDs of codes is the quantizer's `ids`: "unique" resolves collisions, "suffix" and "digits" append an ordinal among
 the products of equal codes, "cluster" lets products share an ID. Only unique IDs are followed from release to release.
