@@ -69,7 +69,9 @@ def catalogue(tiny, shop, **sections):
         parts = chain(job, "pairs")
         manifest = parts["catalog"]
         tables = [job.store.read_table(manifest.file(entry["name"])) for entry in manifest.parts()]
-    known = SimpleNamespace(rows=manifest.rows, metrics=manifest.metrics | parts["pairs"].metrics)
+    known = SimpleNamespace(
+        rows=manifest.rows, digest=manifest.digest, metrics=manifest.metrics | parts["pairs"].metrics
+    )
     return known, pa.concat_tables(tables).sort_by("product_id")
 
 
