@@ -87,11 +87,18 @@ def reindex(
     refit_encoder: Annotated[
         bool, typer.Option("--refit-encoder", help="fit the text encoder anew (lsa) instead of keeping the release's")
     ] = False,
+    refresh_adapter: Annotated[
+        bool,
+        typer.Option(
+            "--refresh-adapter", help="learn the adapter anew from today's pairs; products may change their IDs"
+        ),
+    ] = False,
 ) -> None:
     """The main job: embed, train, assign unique IDs, train the generator, evaluate, publish. Continues where it was left."""
     from catid2_ray.on_ray.commands import reindex as run
 
-    run = functools.partial(run, wait=wait, new_ledger=new_ledger, refit_encoder=refit_encoder)
+    choices = {"new_ledger": new_ledger, "refit_encoder": refit_encoder, "refresh_adapter": refresh_adapter}
+    run = functools.partial(run, wait=wait, **choices)
     _run_and_show(run, Recipe.load(recipe, overrides or []), json_file)
 
 

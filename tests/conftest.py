@@ -13,7 +13,7 @@ import pytest
 TINY = {
     "name": "tiny",
     "catalog": {"synthetic": {"products": 240, "queries": 120, "seed": 3}, "rows_per_part": 100},
-    "embedding": {"encoder": "lsa", "width": 16, "workers": 1},
+    "embedding": {"encoder": "lsa", "width": 16, "workers": 1, "adapter": "none"},
     "quantizer": {
         "codes_per_level": [8, 8, 8, 8], "hidden": [32], "latent": 8, "batch": 80, "epochs": 6, "max_failures": 0,
         "checkpoint_every_epochs": 1, "kmeans_sample": 200,

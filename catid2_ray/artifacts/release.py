@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import IO
 
 from catid2_ray.artifacts.manifest import Manifest, digest_of, find, verify
-from catid2_ray.artifacts.stages import CARRIED, PARTS
+from catid2_ray.artifacts.stages import CARRIED, OPTIONAL, PARTS
 from catid2_ray.artifacts.store import Store, sha256_of, stays_inside
 from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError, StorageError
 
-_NEWER = ("serving",)  # releases of before have no such part; they are served by the beam alone
+_NEWER = ("serving", *OPTIONAL)  # releases of before have no such part; without `serving` the beam alone serves them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +83,15 @@ def publish(store: Store, manifests: dict[str, Manifest], *, after: int | None =
     `after`: the number in `pointer` when the work began. Raises ReleaseError for a mixture, CommitConflict when another job
     published since.
     """
-    missing = [part for part in PARTS if part not in manifests]
+    needed = [part for part in PARTS if part not in OPTIONAL]
+    missing = [part for part in needed if part not in manifests]
     if missing:
-        raise ReleaseError(f"a release needs {', '.join(PARTS)}; missing: {', '.join(missing)}")
+        raise ReleaseError(f"a release needs {', '.join(needed)}; missing: {', '.join(missing)}")
     check_parts(manifests)
     for manifest in manifests.values():
         verify(store, manifest)
     # Pairs that lie in the catalogue of an older release are no part of their own.
-    own = [part for part in PARTS if manifests[part].kind == part]
+    own = [part for part in PARTS if part in manifests and manifests[part].kind == part]
     parts = {part: {"key": manifests[part].key, "digest": manifests[part].digest} for part in own}
     release = Release(
         name=f"r-{digest_of(parts)[:12]}", parts=parts, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -258,11 +259,11 @@ def cache_names(manifest: Manifest) -> list[str]:
 
 def serving_folder(
     store: Store, ids: Manifest, generator: Manifest, cache: Path, settings: dict, *, serving: Manifest | None = None,
-    embeddings: Manifest | None = None,
+    embeddings: Manifest | None = None, adapter: Manifest | None = None,
 ) -> Path:  # fmt: skip
     """A local folder that `retrieval.Retriever.open` reads: generator/, trie/, products.arrow and retriever.json; of
     `serving` what it holds (product_names.npy, vectors/, value.npy, columns.arrow, lexical/), of `embeddings` the fitted
-    encoder/, if any.
+    encoder/, if any, and adapter/ where the vectors are adapted.
 
     The parts are links to what `fetch` gives, so opening a second replica on a node copies nothing. `settings` goes to
     retriever.json (`retriever_settings`).
@@ -288,6 +289,8 @@ def serving_folder(
         links |= {name: folder / name for name in _SERVED if (folder / name).exists()}
         if "vectors" in links and embeddings is not None and embeddings.named("encoder/"):
             links["encoder"] = fetch(store, embeddings, cache, below=("encoder/",)) / "encoder"
+        if "vectors" in links and adapted(adapter):
+            links["adapter"] = fetch(store, adapter, cache)
     # The link targets belong to the name: a store that was deleted and built anew has equal digests in other folders.
     targets = {name: str(target) for name, target in links.items()}
     folder = cache / f"serving-{digest_of([ids.digest, generator.digest, targets, settings])[:16]}"
@@ -310,6 +313,11 @@ def serving_folder(
 _SERVED = ("product_names.npy", "vectors", "value.npy", "columns.arrow", "lexical")
 
 
+def adapted(adapter: Manifest | None) -> bool:
+    """Whether vectors go through this adapter: one that would have lowered recall is the identity, and nothing is done."""
+    return adapter is not None and adapter.metrics["adopted"]
+
+
 def default_cache() -> Path:
     """Where a node keeps fetched artefacts: $CATID2_CACHE, else ~/.cache/catid2."""
     return Path(os.environ.get("CATID2_CACHE", "~/.cache/catid2")).expanduser()
@@ -325,7 +333,7 @@ def parts_folder(store: Store, manifests: dict[str, Manifest], cache: Path, sett
     """The serving folder of these parts, published or not."""
     return serving_folder(
         store, manifests["ids"], manifests["generator"], cache, settings, serving=manifests.get("serving"),
-        embeddings=manifests.get("embeddings"),
+        embeddings=manifests.get("embeddings"), adapter=manifests.get("adapter"),
     )  # fmt: skip
 
 

@@ -39,6 +39,20 @@ def queries(width: int) -> pa.Schema:
     return pa.schema([("product_id", pa.string()), ("query", pa.list_(pa.float32(), width)), ("has_query", pa.bool_())])
 
 
+def matched(width: int) -> pa.Schema:
+    """One row a pair of query and product: which they are (hashes of their text and id) and their vectors."""
+    return pa.schema(
+        [
+            ("part", pa.int32()),
+            ("index", pa.int32()),
+            ("query", pa.int64()),
+            ("product", pa.int64()),
+            ("query_vector", pa.list_(pa.float32(), width)),
+            ("product_vector", pa.list_(pa.float32(), width)),
+        ]
+    )
+
+
 def ids(levels: int) -> pa.Schema:
     """The IDs: `moved` tells whether de-duplication changed the codes in this run, `cost` how much squared distance that added
     when the product got its ID. ledger/part-*.parquet beside them has the schema of `identifiers.ledger`."""

@@ -11,11 +11,11 @@ from catid2_ray.artifacts.manifest import Manifest
 
 
 class Stage(NamedTuple):
-    """`job`: the module of jobs/ that runs it. `parents`: the artefacts that it always reads, `sometimes` those that some
-    recipes make it read. `part`: its name in a release, None where a release does without. `carried`: an append takes it over
-    from the release before. `timed`: its name among the seconds of a job's figures.
-    `version`: raise it when what the stage writes changes; its artefacts and those made of them are then made anew, and those of
-    before are still read (upgrade policy in the README)."""
+    """`job`: the module of jobs/ that runs it. `parents`: the artefacts that it always reads, `where_made` those that it
+    reads where there are any, `sometimes` those that some recipes make it read. `part`: its name in a release, None where a
+    release does without. `carried`: an append takes it over from the release before. `timed`: its name among the seconds of
+    a job's figures. `version`: raise it when what the stage writes changes; its artefacts and those made of them are then
+    made anew, and those of before are still read (upgrade policy in the README)."""
 
     name: str
     job: str
@@ -25,6 +25,7 @@ class Stage(NamedTuple):
     carried: bool = False
     timed: str | None = None
     version: int = 1
+    where_made: tuple[str, ...] = ()
 
     @property
     def role(self) -> str:
@@ -34,7 +35,8 @@ class Stage(NamedTuple):
     def reads(self, parts: Mapping[str, Manifest], *sometimes: str) -> dict[str, Manifest]:
         """The artefacts that it reads by their roles, of `sometimes` those that this recipe makes it read."""
         assert set(sometimes) <= set(self.sometimes), f"{self.name} may also read {self.sometimes}, not {sometimes}"
-        return {role: parts[role] for role in (*self.parents, *sometimes)}
+        made = (role for role in self.where_made if role in parts)
+        return {role: parts[role] for role in (*self.parents, *made, *sometimes)}
 
     def settings(self, settings: Mapping) -> dict:
         """What names an artefact of this stage, its version included. The first version is not written out: artefacts of format
@@ -48,20 +50,27 @@ STAGES = {
         Stage("catalog", "embed_catalog", part="catalog", timed="catalog", version=2),
         Stage("pairs", "embed_catalog", ("catalog",), part="pairs", timed="pairs"),
         Stage("embeddings", "embed_catalog", ("catalog",), part="embeddings", timed="embed", version=2),
-        Stage("queries", "train_quantizer", ("catalog", "pairs", "embeddings")),
-        Stage("quantizer", "train_quantizer", ("embeddings",), ("queries",), part="quantizer", carried=True, timed="quantizer"),
-        Stage("ids", "assign_ids", ("catalog", "embeddings", "quantizer"), part="ids", timed="assign", version=2),
+        Stage("matched", "train_quantizer", ("catalog", "pairs", "embeddings")),
+        Stage("adapter", "train_quantizer", ("matched",), part="adapter", carried=True, timed="adapter"),
+        Stage("queries", "train_quantizer", ("catalog", "pairs", "embeddings"), where_made=("adapter",)),
+        Stage("quantizer", "train_quantizer", ("embeddings",), ("queries",), part="quantizer", carried=True, timed="quantizer",
+              where_made=("adapter",)),
+        Stage("ids", "assign_ids", ("catalog", "embeddings", "quantizer"), part="ids", timed="assign", version=2,
+              where_made=("adapter",)),
         Stage("examples", "train_generator", ("catalog", "pairs", "ids"), part="examples", carried=True, timed="examples",
               version=2),
         Stage("generator", "train_generator", ("ids", "examples"), ("quantizer", "pairs"), part="generator", carried=True,
               timed="generator"),
         Stage("prompts", "align_generator", ("catalog", "pairs", "ids", "examples")),
         Stage("aligned", "align_generator", ("trained", "ids", "examples", "prompts"), part="generator", carried=True),
-        Stage("serving", "evaluate", ("catalog", "embeddings", "ids"), part="serving", timed="serving", version=2),
-        Stage("evaluation", "evaluate", ("catalog", "pairs", "ids", "examples", "generator"), ("embeddings", "serving"),
+        Stage("serving", "evaluate", ("catalog", "embeddings", "ids"), part="serving", timed="serving", version=2,
+              where_made=("adapter",)),
+        Stage("evaluation", "evaluate", ("catalog", "pairs", "ids", "examples", "generator"), ("embeddings", "adapter", "serving"),
               part="evaluation", carried=True, timed="evaluate", version=2),
     )
 }  # fmt: skip
+# What a release may lack: recipes that do without, and releases of before, have none.
+OPTIONAL = ("adapter",)
 PARTS = tuple(dict.fromkeys(stage.part for stage in STAGES.values() if stage.part))
 CARRIED = tuple(dict.fromkeys(stage.part for stage in STAGES.values() if stage.carried))
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from catid2_ray.config.section import Section, setting
+from catid2_ray.config.section import Section, TrainingRecipe, setting
 
 
 class ClusterRecipe(Section):
@@ -114,7 +114,50 @@ class EmbeddingRecipe(Section):
     )  # fmt: skip
     lsa_vocabulary: int = setting(50_000, "terms that lsa keeps at most", unit="terms", ge=10)
     sample_rows: int = setting(50_000, "rows that lsa is fitted on at most", unit="rows", ge=100)
+    adapter: Literal["auto", "linear", "none"] = setting(
+        "auto", "linear = a matrix for products' vectors and one for queries', learned from training pairs (section adapter); "
+        "none = vectors as they are; auto = linear where there are training pairs and an encoder for queries",
+        unit="choice",
+    )  # fmt: skip
     tokens: int = setting(64, "longest text that the encoder reads", unit="tokens", ge=4, le=4096)
     batch: int = setting(64, "texts per forward pass; another number may change the last bits", unit="texts", ge=1)
     workers: int = setting(2, "actors that embed", unit="actors", operational=True, ge=1)
     gpus_per_worker: float = setting(0, "of an embedding actor; 0 = CPU", unit="GPUs", operational=True, ge=0)
+
+    def vectors_identity(self) -> dict:
+        """What decides the vectors as the encoder makes them; the adapter comes after."""
+        return {name: value for name, value in self.identity().items() if name != "adapter"}
+
+
+class AdapterRecipe(TrainingRecipe):
+    """How embedding.adapter=linear is learned; see `quantizer.adapter`. The best epoch is taken, or none."""
+
+    epochs: int = setting(6, "passes over the training pairs at most", unit="epochs", ge=1)
+    batch: int = setting(512, "pairs of a global batch, the negatives of each other", unit="pairs", ge=2)
+    learning_rate: float = setting(3e-4, "AdamW's peak", unit="1/step", gt=0)
+    weight_decay: float = setting(
+        0.0, "AdamW's decay; the loss pulls towards the identity instead", unit="1/step", ge=0
+    )
+    pairs: int = setting(
+        200_000, "about how many training pairs are used at most: of more, those of a seeded sample of queries", unit="pairs",
+        ge=100,
+    )  # fmt: skip
+    products: int = setting(
+        100_000,
+        "products that epochs are judged on at most, beside those that the queries ask for",
+        unit="products",
+        ge=100,
+    )
+    queries: int = setting(2000, "about how many queries kept back judge at most", unit="queries", ge=10)
+    held_out: float = setting(
+        0.05, "share of the training queries that judge where no validation split can", unit="share", gt=0, lt=1
+    )
+
+    @model_validator(mode="after")
+    def _whole_batches(self):
+        if self.micro_batch not in (None, self.batch // self.workers):
+            raise ValueError(
+                f"micro_batch {self.micro_batch} is not offered for the adapter: the pairs of a batch are each other's negatives, "
+                "and pieces of it would be fewer. Lower adapter.batch to save memory"
+            )
+        return self

@@ -9,6 +9,7 @@ import copy
 # Of settings that came after format 6 (0.1): what was done before, where that is not today's default.
 MEANT: dict[str, object] = {
     "catalog.allow_leak": True,  # queries in train and test went unnoticed
+    "embedding.adapter": "none",  # quantizer and search read the encoder's vectors as they were
 }
 # Settings that are gone: nothing depends on them any more.
 GONE: frozenset[str] = frozenset()

@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from catid2_ray.config.alignment import AlignmentRecipe
-from catid2_ray.config.data import CatalogRecipe, ClusterRecipe, EmbeddingRecipe
+from catid2_ray.config.data import AdapterRecipe, CatalogRecipe, ClusterRecipe, EmbeddingRecipe
 from catid2_ray.config.generator import GeneratorRecipe
 from catid2_ray.config.older import as_meant
 from catid2_ray.config.quantizer import IdsRecipe, QuantizerRecipe
@@ -31,6 +31,7 @@ class Recipe(Section):
     cluster: ClusterRecipe = setting(ClusterRecipe(), "where it runs", unit="section", operational=True)
     catalog: CatalogRecipe = setting(description="stage 0", unit="section")
     embedding: EmbeddingRecipe = setting(EmbeddingRecipe(), "stage 0", unit="section")
+    adapter: AdapterRecipe = setting(AdapterRecipe(), "between stages 0 and 1", unit="section")
     quantizer: QuantizerRecipe = setting(QuantizerRecipe(), "stage 1", unit="section")
     ids: IdsRecipe = setting(IdsRecipe(), "stage 2", unit="section")
     generator: GeneratorRecipe = setting(GeneratorRecipe(), "stage 3", unit="section")
@@ -72,7 +73,7 @@ class Recipe(Section):
     @property
     def _workers(self) -> dict[str, int]:
         """Of each training that may run."""
-        names = ("quantizer", "generator", *(["alignment"] if self.alignment.enabled else []))
+        names = ("adapter", "quantizer", "generator", *(["alignment"] if self.alignment.enabled else []))
         return {name: getattr(self, name).workers for name in names}
 
     @property

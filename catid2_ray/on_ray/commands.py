@@ -47,12 +47,12 @@ def publish(recipe: Recipe, *, wait: bool = False) -> tuple[Store, Release]:
         return job.store, job.publish(parts)
 
 
-def reindex(recipe: Recipe, *, wait: bool = False, new_ledger: bool = False, refit_encoder: bool = False) -> Outcome:
+def reindex(recipe: Recipe, *, wait: bool = False, **choices: bool) -> Outcome:
     """The whole chain: continue at the first stage without a committed manifest, evaluate, publish.
 
-    `wait` for another job on the store to end; `new_ledger`, `refit_encoder`: as in Job.
+    `wait` for another job on the store to end; `choices`: new_ledger, refit_encoder, refresh_adapter, as in Job.
     """
-    with Job.open(recipe, wait=wait, new_ledger=new_ledger, refit_encoder=refit_encoder) as job:
+    with Job.open(recipe, wait=wait, **choices) as job:
         parts = chain(job)
         figures = figures_of(parts, job.store)
         _gate(job, figures)
@@ -84,6 +84,7 @@ def figures_of(parts: dict[str, Manifest], store: Store) -> dict:
         **{name: ids[name] for name in ("number", "base", "ledger", "churn")},
         **{name: scores[name] for name in ("recall", "recall_seen", "recall_unseen", "queries")},
         **{name: scores[name] for name in ("not_evaluated",) if name in scores},
+        **({"adapter": parts["adapter"].metrics} if "adapter" in parts else {}),
         "set_aside": door.set_aside(store, parts),
         "seconds": {
             stage.timed: _seconds(parts[stage.role]) for stage in STAGES.values() if stage.timed and stage.role in parts

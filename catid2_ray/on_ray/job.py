@@ -70,8 +70,8 @@ class Job:
     "aligned", which makes a generator of a generator. `made` tells which stages ran, `committed` the keys of those that
     are there, made or found. `previous`: the release that is built on; `pointer`: how often something had been published when
     the work began. `new_ledger`: a ledger may be begun anew where that of the previous release cannot be continued.
-    `refit_encoder`: a fitted text encoder is fitted anew. `lease`: that of the store; None for a job that only reads or
-    compares.
+    `refit_encoder`: a fitted text encoder is fitted anew; `refresh_adapter`: so is the adapter. `lease`: that of the store;
+    None for a job that only reads or compares.
     """
 
     recipe: Recipe
@@ -84,6 +84,7 @@ class Job:
     pointer: int | None = None
     new_ledger: bool = False
     refit_encoder: bool = False
+    refresh_adapter: bool = False
     lease: leases.Lease | None = None
 
     @classmethod

@@ -1,7 +1,7 @@
 """The chain of stages, bound to the code that runs each, and an append to the release that is current.
 
-catalog → pairs → embeddings (→ queries, for kinds that learn from them) → quantizer → ids → examples → generator (→ prompts →
-generator aligned, where the recipe asks for it) → serving → evaluation → release
+catalog → pairs → embeddings (→ adapter, where there are pairs) (→ queries, for kinds that learn from them) → quantizer → ids →
+examples → generator (→ prompts → generator aligned, where the recipe asks for it) → serving → evaluation → release
 """
 
 from catid2_ray.artifacts import release as releases
@@ -12,6 +12,7 @@ from catid2_ray.errors import CapacityError, ChurnGateError, InputError, RecipeE
 from catid2_ray.on_ray.job import Job, PreviousRelease, open_previous
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.stages import (
+    adapter,
     align,
     catalog,
     door,
@@ -43,7 +44,8 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
                 continue
             if name == "examples":
                 _gate_churn(job.recipe, parts["ids"])
-            parts[STAGES[name].role] = run(job, parts)
+            if made := run(job, parts):  # an adapter is not always made
+                parts[STAGES[name].role] = made
             if name == last:
                 break
     return parts
@@ -56,6 +58,7 @@ def _renamed_quantizer(job: Job, parts: dict[str, Manifest]) -> Manifest:
 # Of the stages in `artifacts.stages` that follow the tables; `prompts` is run by `aligned`, which alone reads it.
 _RUN = {
     "embeddings": embed.run,
+    "adapter": adapter.run,
     "queries": embed.run_queries,
     "quantizer": _renamed_quantizer,
     "ids": assign.run,
@@ -154,8 +157,11 @@ def _refuse_another_recipe(recipe: Recipe, previous: PreviousRelease) -> None:
         f"{section}.{name} is {value!r}, the release has {had!r}"
         for section in ("embedding", "quantizer")
         for name, value in getattr(recipe, section).identity().items()
-        if name != "warm_start" and value != (had := getattr(made_by, section).identity()[name])
+        if name not in ("warm_start", "adapter") and value != (had := getattr(made_by, section).identity()[name])
     ]
+    wanted, has = recipe.embedding.adapter, "linear" if "adapter" in previous.parts else "none"
+    if wanted not in ("auto", has):
+        differ.append(f"embedding.adapter is {wanted!r}, the release has {has!r}")
     if differ:
         raise RecipeError(
             f"append keeps encoder and quantizer of release {previous.release.name}, but the recipe asks for others: "

@@ -25,10 +25,11 @@ from catid2_ray.evaluation.ids_report import ids_page
 from catid2_ray.on_ray.job import Job, open_previous
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
+from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.pipeline import chain, check_codes
 from catid2_ray.on_ray.stages import catalog, embed, train_quantizer
 from catid2_ray.on_ray.stages.assign import stage as assign
-from catid2_ray.on_ray.stages.catalog import read_sample
+from catid2_ray.on_ray.stages.catalog import read_sample, read_vectors
 from catid2_ray.quantizer.coder import load_coder
 from catid2_ray.quantizer.model import ResidualQuantizer
 
@@ -65,7 +66,7 @@ def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
     with Job.open(
         recipe, lease=False, new_ledger=True
     ) as job:  # what is compared is not published and continues no ledger
-        parts = chain(job, "embeddings")
+        parts = chain(job, "adapter")
         job.previous = None
         for each in variants:
             check_codes(each, parts["catalog"])
@@ -76,8 +77,8 @@ def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
 
 
 def parts_of_kind(job: Job, parts: dict[str, Manifest]) -> dict[str, Manifest]:
-    """`parts` (catalogue, pairs and embeddings) with the quantizer and the IDs of the job's kind, built on no release."""
-    parts = {name: parts[name] for name in ("catalog", "pairs", "embeddings")}
+    """`parts` (catalogue, pairs, embeddings, adapter) with the quantizer and the IDs of the job's kind, built on no release."""
+    parts = {name: parts[name] for name in ("catalog", "pairs", "embeddings", "adapter") if name in parts}
     if job.recipe.quantizer.query_item:
         parts["queries"] = embed.run_queries(job, parts)
     parts["quantizer"] = train_quantizer.run(job, parts)
@@ -159,7 +160,8 @@ def _sample(job: Job, parts: dict[str, Manifest]) -> dict:
         return read_sample(job.store, parts[role], columns, rows=_ROWS, seed=job.recipe.seed)
 
     products, ids = of("catalog", ["product_id", "title", "category_path"]), of("ids", ["product_id", "codes", "docid"])
-    vectors = of("embeddings", ["product_id", "embedding", "category"])
+    columns = ["product_id", "embedding", "category"]
+    vectors = read_vectors(ProductVectors.of(job.store, parts), columns, rows=_ROWS, seed=job.recipe.seed)
     if not products["product_id"].equals(ids["product_id"]) or not ids["product_id"].equals(vectors["product_id"]):
         raise ArtifactError("parts of catalog, embeddings and ids do not hold the same products; rerun jobs.assign_ids")
     return {

@@ -4,7 +4,7 @@
     trie/             all IDs         products.arrow  product_id and title, rows in trie order, memory-mapped
 and as the release has them
     product_names.npy  vectors/  value.npy  columns.arrow (for filters)  lexical/
-    encoder/ (read by who makes the query encoder)
+    encoder/  adapter/ (read by who makes the query encoder)
 """
 
 import json
@@ -45,7 +45,7 @@ def _unreadable(folder: Path, error: Exception) -> ArtifactError:
 
 def opened(
     folder, *, device: str = "cpu", dtype: str = "float32", normalize: str | None = None, weights: str | None = None,
-    encode_query=None,
+    encode_query=None, adapter=None,
 ) -> dict:  # fmt: skip
     """The arguments of a `Retriever`. `normalize` and `weights` win over what the release says; `dtype`: of the model.
 
@@ -85,6 +85,7 @@ def opened(
         "stop_level": settings.get("stop_level"),
         "expansion": expansion,
         "encode_query": encode_query,
+        "adapter": adapter,
         "query_tokens": settings.get("query_tokens", 32),
         "normalize": normalize or settings.get("normalize", "level"),
         "weights": weights,

@@ -7,6 +7,7 @@ A k wider than the beam widens the beam, but where products are re-scored: there
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,15 +29,23 @@ from catid2_ray.scripts import says_something
 MAX_K = 1000
 
 
+class Adapter(Protocol):
+    """What the encoder's vectors (floats N×D) become before they are compared: float32 N×D, rows of length 1."""
+
+    def queries(self, vector_ND) -> np.ndarray: ...
+
+    def products(self, vector_ND) -> np.ndarray: ...
+
+
 class Retriever:
     """Answers queries with products.
 
     `product_ids` and `titles`: one per trie row, in trie order (sequence or Arrow array); or `products`, all that is known
     of the rows, and `names`, their ids sorted (made here where left out). `beam_width`: a number, or one per level.
     `stop_level`: levels to search (None: whole IDs), which needs `expansion`. `encode_query`: texts → floats B×D, for
-    re-scoring by vectors; left out, the decoder's encoder gives them. `index`: columns for filters; without it requests
-    filter by product id alone. `query_tokens`: longer queries are cut. `batch`: queries per search at a beam of 100; wider
-    beams take fewer, as memory grows with both.
+    re-scoring by vectors; left out, the decoder's encoder gives them; either way they go through `adapter`, as the
+    products' vectors did. `index`: columns for filters; without it requests filter by product id alone. `query_tokens`: longer
+    queries are cut. `batch`: queries per search at a beam of 100; wider beams take fewer, as memory grows with both.
 
     Raises ReleaseError when products and trie differ in length, InputError when the model does not fit the trie or
     re-scoring lacks what it needs.
@@ -57,6 +66,7 @@ class Retriever:
         stop_level: int | None = None,
         expansion: Expansion | None = None,
         encode_query: Callable[[list[str]], np.ndarray] | None = None,
+        adapter: Adapter | None = None,
         max_query_chars: int = 2000,
         query_tokens: int = 32,
         normalize: str = "level",
@@ -88,7 +98,7 @@ class Retriever:
             )
         if expansion is not None:
             expansion.check(self.products)
-        self.expansion, self.encode_query = expansion, encode_query
+        self.expansion, self.encode_query, self.adapter = expansion, encode_query, adapter
         self.max_query_chars, self.query_tokens = max_query_chars, query_tokens
         self.normalize, self.release, self.batch = normalize, release, batch
         self._changing = threading.Lock()
@@ -176,14 +186,16 @@ class Retriever:
         with torch.inference_mode():
             return ids_BT, mask_BT, self.decoder.encode(ids_BT, mask_BT)
 
-    def _vectors(self, texts: list[str], dense_BE: Tensor | None) -> Tensor:
-        """The queries' vectors, of length 1 where the products' are."""
+    def _vectors(self, texts: list[str], dense_BE: Tensor | None, *, of: str = "queries") -> Tensor:
+        """The vectors of queries, or `of` "products" by their titles, of length 1 where the release's are."""
         if self.encode_query is not None:
             vector_BD = torch.as_tensor(np.asarray(self.encode_query(texts), np.float32))
         elif dense_BE is not None:
             vector_BD = dense_BE.float().cpu()
         else:
             raise InputError("there is no encoder for vectors of queries and new products; give encode_query")
+        if self.adapter is not None:
+            vector_BD = torch.from_numpy(getattr(self.adapter, of)(vector_BD.numpy()))
         return torch.nn.functional.normalize(vector_BD, dim=-1) if self.expansion.unit_vectors else vector_BD
 
     def insert(self, newcomers: Sequence[Newcomer], codes_ML, columns=None) -> None:
@@ -210,7 +222,7 @@ class Retriever:
             vector_D = one.vector_D
             if vector_D is None:
                 dense_BE = None if self.encode_query else getattr(self._encoded([one.title])[2], "dense_BE", None)
-                vector_D = self._vectors([one.title], dense_BE)[0]
+                vector_D = self._vectors([one.title], dense_BE, of="products")[0]
             vector_D = np.asarray(vector_D, np.float32)
             if vector_D.shape != (width,) or not np.isfinite(vector_D).all():
                 raise InputError(f"the vector of product {one.product_id!r} must be {width} finite numbers")

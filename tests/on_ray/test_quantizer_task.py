@@ -75,13 +75,14 @@ class Part:
             }
         )  # fmt: skip
 
-    def read_table(self, name, columns):
+    def read(self, name, columns):
         return self.table.select(columns)
 
 
 def labels_seen(category_NH, **settings):
-    reader = _LabelledParts(("embedding", "category"), _Labels.of(QuantizerRecipe(**settings), seed=1))
-    return matrix(reader(Part(category_NH), "part-00003.parquet")["category"])
+    labels = _Labels.of(QuantizerRecipe(**settings), seed=1)
+    reader = _LabelledParts(("embedding", "category"), labels, vectors=Part(category_NH))
+    return matrix(reader(None, "part-00003.parquet")["category"])
 
 
 def test_training_sees_labels_as_the_recipe_says():

@@ -497,7 +497,7 @@ def test_every_setting_that_came_after_the_stored_release_says_what_was_done_bef
     today = Recipe.build({"catalog": {"root": "/now"}}).model_dump(mode="json")
     for name, values in today.items():
         if isinstance(values, dict):
-            came = {f"{name}.{field}" for field in values.keys() - stored[name].keys()}
+            came = {f"{name}.{field}" for field in values.keys() - stored.get(name, values).keys()}
             assert came <= MEANT.keys() | harmless
             assert {f"{name}.{field}" for field in stored[name].keys() - values.keys()} <= GONE
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder
+from catid2_ray.quantizer.adapter import LinearAdapter
 from catid2_ray.retrieval.folder import settings_of
 from catid2_ray.retrieval.retriever import Retriever
 
@@ -22,7 +23,8 @@ def open_retriever(folder, *, device: str = "cpu", **options) -> Retriever:
     settings = settings_of(folder)
     shared = settings.get("shared_encoder", False)
     encode = None if shared else query_encoder(folder, settings.get("encoder"), device=device)
-    return Retriever.open(folder, device=device, encode_query=encode, **options)
+    adapter = LinearAdapter.load(Path(folder) / "adapter") if (Path(folder) / "adapter").exists() else None
+    return Retriever.open(folder, device=device, encode_query=encode, adapter=adapter, **options)
 
 
 def query_encoder(folder, encoder: dict | None, *, device: str = "cpu") -> Callable[[list[str]], np.ndarray] | None:

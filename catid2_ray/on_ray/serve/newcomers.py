@@ -26,6 +26,8 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.query_encoder import query_encoder
+from catid2_ray.on_ray.machine.vectors import open_adapter
+from catid2_ray.quantizer.adapter import LinearAdapter
 from catid2_ray.quantizer.coder import encode, load_coder
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.retrieval.live import LiveView, codes_of
@@ -50,6 +52,10 @@ class Newcomers:
         if name == "lsa":
             folder = fetch(self.store, self.parts["embeddings"], default_cache(), below=("encoder/",))
         return query_encoder(folder, {"name": name, "tokens": self.recipe.embedding.tokens})
+
+    @functools.cached_property
+    def _adapter(self) -> LinearAdapter | None:
+        return open_adapter(self.store, self.parts.get("adapter"))
 
     @functools.cached_property
     def _coder(self) -> ResidualQuantizer:
@@ -95,7 +101,7 @@ class Newcomers:
         """
         wanting = [one for one in products if one.get("vector") is None and (vectors or one.get("docid") is None)]
         encoded = dict(zip(map(id, wanting), self._encode(self._texts(wanting)))) if wanting else {}
-        vector_of = {id(one): np.asarray(encoded.get(id(one), one.get("vector")), np.float32) for one in products}
+        vector_of = {id(one): self._adapted(encoded.get(id(one), one.get("vector"))) for one in products}
         docids = self._reserved(products)
         nameless = [one for one in products if one.get("docid") is None and id(one) not in docids]
         docids |= dict(zip(map(id, nameless), self._docids(nameless, vector_of, view)))
@@ -109,6 +115,13 @@ class Newcomers:
                 kept["vector"] = vector_of[id(one)].tolist()
             prepared.append(kept)
         return prepared
+
+    def _adapted(self, vector) -> np.ndarray:
+        """V d of a vector as the encoder makes them, so that it lies among the release's; one of another width as it is."""
+        vector_D = np.asarray(vector, np.float32)
+        if self._adapter is None or vector_D.shape != (self._adapter.width,):
+            return vector_D
+        return self._adapter.products(vector_D[None])[0]
 
     def _texts(self, products: Sequence[dict]) -> list[str]:
         table = pa.table(

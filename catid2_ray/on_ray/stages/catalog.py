@@ -7,8 +7,9 @@ their texts, so that what only shows with all pairs of a query together is known
 """
 
 import contextlib
+import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine.groups import read_group, write_groups
 from catid2_ray.on_ray.machine.parts import map_parts
+from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.stages import source as sources
 from catid2_ray.on_ray.stages.source import Columns, Source
 from catid2_ray.tables import PAIRS
@@ -416,10 +418,26 @@ def part_specs(catalog: Manifest, pairs: Manifest | None = None) -> list[dict]:
 
 def read_sample(store: Store, manifest: Manifest, columns: list[str], *, rows: int, seed: int) -> pa.Table:
     """A uniform sample of at most `rows` rows: whole parts in a seeded order, of the last one a seeded choice of rows."""
+    read = functools.partial(_read_columns, store, manifest)
+    return _sample(manifest, read, columns, rows=rows, seed=seed)
+
+
+def read_vectors(vectors: ProductVectors, columns: list[str], *, rows: int, seed: int) -> pa.Table:
+    """The same rows of the embeddings artefact, with their vectors adapted."""
+    return _sample(vectors.embeddings, vectors.read, columns, rows=rows, seed=seed)
+
+
+def _read_columns(store: Store, manifest: Manifest, name: str, columns: list[str]) -> pa.Table:
+    return store.read_table(manifest.file(name), columns=columns)
+
+
+def _sample(
+    manifest: Manifest, read: Callable[[str, list[str]], pa.Table], columns: list[str], *, rows: int, seed: int
+) -> pa.Table:
     parts, generator = manifest.parts(), np.random.default_rng([seed, 2])
     tables, missing = [], rows
     for position in generator.permutation(len(parts)):
-        table = store.read_table(manifest.file(parts[position]["name"]), columns=columns)
+        table = read(parts[position]["name"], columns)
         if table.num_rows > missing:
             table = table.take(np.sort(generator.choice(table.num_rows, missing, replace=False)))
         tables.append(table)

@@ -25,6 +25,7 @@ from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.parts import map_parts
+from catid2_ray.on_ray.machine.vectors import adapted_queries, open_adapter
 from catid2_ray.on_ray.stages.catalog import part_specs, read_sample
 from catid2_ray.on_ray.stages.embedded_before import EmbeddedBefore, embed_texts, nothing_known, open_before
 
@@ -44,7 +45,7 @@ def run(job: Job, parts: dict[str, Manifest], *, frozen: dict[str, Manifest] | N
     if catalog.metrics["width"]:
         settings = {"given": True}
     else:
-        settings = {**recipe.identity(), "seed": job.recipe.seed, **model_identity(recipe.encoder)}
+        settings = {**recipe.vectors_identity(), "seed": job.recipe.seed, **model_identity(recipe.encoder)}
         if recipe.encoder == "lsa" and not frozen and job.previous and not job.refit_encoder:
             history = _kept_encoder(job, settings, catalog)
     if frozen:
@@ -183,7 +184,8 @@ def _fit_lsa(job: Job, catalog: Manifest, folder: str) -> list[dict]:
         return job.store.upload(Path(local), folder)
 
 
-def _open_encoder(store: Store, recipe: EmbeddingRecipe, lsa_folder: str | None) -> LsaEncoder | HuggingFaceEncoder:
+def open_encoder(store: Store, recipe: EmbeddingRecipe, lsa_folder: str | None) -> LsaEncoder | HuggingFaceEncoder:
+    """The recipe's encoder; a fitted one from its folder in the store."""
     if lsa_folder is None:
         device = "cuda" if recipe.gpus_per_worker else "cpu"
         return HuggingFaceEncoder(recipe.encoder, batch=recipe.batch, tokens=recipe.tokens, device=device)
@@ -206,7 +208,7 @@ class _EmbedPart:
 
     @functools.cached_property
     def encoder(self) -> LsaEncoder | HuggingFaceEncoder:
-        return _open_encoder(self.store, self.recipe, self.lsa_folder)
+        return open_encoder(self.store, self.recipe, self.lsa_folder)
 
     def _embedded(self, table: pa.Table, part: int) -> tuple[np.ndarray, dict]:
         """float32 N×D, and how many texts were encoded and vectors reused."""
@@ -263,7 +265,7 @@ def _embed_queries(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> 
     arguments = {
         "store": job.store, "folder": attempt.folder, "catalog": parents["catalog"].folder, "recipe": recipe, "width": width,
         "lsa_folder": parents["embeddings"].file("encoder") if recipe.encoder == "lsa" else None,
-        "min_relevance": job.recipe.generator.min_relevance,
+        "min_relevance": job.recipe.generator.min_relevance, "adapter": parents.get("adapter"),
     }  # fmt: skip
     results = map_parts(
         _EmbedQueries, arguments, part_specs(parents["catalog"], parents["pairs"]), workers=recipe.workers,
@@ -283,10 +285,11 @@ class _EmbedQueries:
 
     def __init__(
         self, *, store: Store, folder: str, catalog: str, recipe: EmbeddingRecipe, width: int, lsa_folder: str | None,
-        min_relevance: float,
+        min_relevance: float, adapter: Manifest | None,
     ):  # fmt: skip
         self.store, self.folder, self.catalog, self.width = store, folder, catalog, width
-        self.min_relevance, self.encoder = min_relevance, _open_encoder(store, recipe, lsa_folder)
+        self.min_relevance = min_relevance
+        self.encode = adapted_queries(open_encoder(store, recipe, lsa_folder).encode, open_adapter(store, adapter))
 
     def __call__(self, spec: dict) -> dict:
         names = self.store.read_table(f"{self.catalog}/{spec['file']}", columns=["product_id"])["product_id"]
@@ -301,7 +304,7 @@ class _EmbedQueries:
             if known.any():
                 place_Q = place.drop_null().to_numpy()
                 texts = pairs["query"].take(pa.array(first[known])).to_pylist()
-                vector_ND[place_Q], asked_N[place_Q] = self.encoder.encode(texts), True
+                vector_ND[place_Q], asked_N[place_Q] = self.encode(texts), True
         out = pa.table({"product_id": names, "query": fixed_lists(vector_ND, pa.float32()), "has_query": asked_N})
         out = schemas.conform(out, schemas.queries(self.width), where=f"queries, part {spec['part']}")
         entry = self.store.write_table(f"{self.folder}/{spec['file']}", out)

@@ -27,6 +27,7 @@ from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.machine.query_encoder import query_encoder as open_encoder
+from catid2_ray.on_ray.machine.vectors import ProductVectors, adapted_queries, open_adapter
 from catid2_ray.on_ray.stages.catalog import PAIR_FILES, part_specs, read_sample
 
 KS = (5, 10, 20, 50, 100)
@@ -41,7 +42,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     settings = {**job.recipe.evaluation.identity(), "seed": job.recipe.seed}
     sometimes = []
     if "dense" in job.recipe.evaluation.methods:
-        sometimes.append("embeddings")
+        sometimes += ["embeddings", *(["adapter"] if "adapter" in parts else [])]
         settings["encoder"] = job.recipe.serving.query_encoder or job.recipe.embedding.encoder
     if "served" in job.recipe.evaluation.methods:
         sometimes.append("serving")
@@ -256,10 +257,11 @@ class DenseSearch:
         name, folder = query_encoder or made_by.encoder, None
         if name == "lsa":
             folder = fetch(store, embeddings, default_cache(), below=("encoder/",))
-        self.encode = open_encoder(folder, {"name": name, "tokens": made_by.tokens})
-        ids, blocks = [], []
+        encode = open_encoder(folder, {"name": name, "tokens": made_by.tokens})
+        self.encode = adapted_queries(encode, open_adapter(store, parts.get("adapter")))
+        ids, blocks, vectors = [], [], ProductVectors.of(store, parts)
         for entry in embeddings.parts():
-            table = store.read_table(embeddings.file(entry["name"]), columns=["product_id", "embedding"])
+            table = vectors.read(entry["name"], ["product_id", "embedding"])
             vector_ND = torch.from_numpy(np.array(matrix(table["embedding"]), np.float32))
             blocks.append(torch.nn.functional.normalize(vector_ND, dim=-1).half())
             ids += table["product_id"].to_pylist()

@@ -28,6 +28,7 @@ from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.groups import read_group, write_groups
 from catid2_ray.on_ray.machine.parts import map_parts
+from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.stages.catalog import part_specs
 from catid2_ray.on_ray.stages.embed import model_identity
 from catid2_ray.on_ray.stages.trie_order import TrieOrder
@@ -207,6 +208,7 @@ class _Spread:
         order: TrieOrder,
     ):
         self.store, self.folder, self.parents = store, folder, parents
+        self.vectors = ProductVectors.of(store, parents)
         self.needs, self.space, self.order = needs, space, order
 
     def __call__(self, spec: dict) -> dict:
@@ -217,7 +219,7 @@ class _Spread:
         products = self._read("catalog", spec, ["product_id", *names, *self.needs.columns])
         columns |= {name: products[name] for name in (*names, *self.needs.columns)}
         if self.needs.vectors:
-            vectors = self._read("embeddings", spec, ["product_id", "embedding"])
+            vectors = self.vectors.read(spec["file"], ["product_id", "embedding"])
             columns["embedding"] = fixed_lists(matrix(vectors["embedding"]), pa.float32())
             self._same(ids, vectors, "embeddings", spec)
         self._same(ids, products, "catalog", spec)

@@ -19,8 +19,9 @@ from catid2_ray.identifiers.realign import realign
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
+from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.stages.assign.work import open_coder
-from catid2_ray.on_ray.stages.catalog import read_sample
+from catid2_ray.on_ray.stages.catalog import read_vectors
 from catid2_ray.quantizer.coder import encode
 
 _OF_THE_RUN = ("seconds", "peak_memory_bytes")
@@ -36,6 +37,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     if trained.digest in (named.digest, named.parents.get("trained")):
         return named  # it is the quantizer of the release before, whose codes have their names
     parents, history = {"trained": trained, "embeddings": parts["embeddings"]}, {"previous": previous.parts["ids"]}
+    parents |= {"adapter": parts["adapter"]} if "adapter" in parts else {}
     settings = {"rows": recipe.quantizer.kmeans_sample, "seed": recipe.seed, "encode_rows": recipe.ids.encode_rows}
     return job.produce(
         "quantizer", settings, parents, lambda attempt: _rename(job, attempt, parents | history), history=history
@@ -45,9 +47,9 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
 def _rename(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     recipe, trained = job.recipe, parents["trained"]
     coder = open_coder(job.store, trained)
-    sample = read_sample(
-        job.store, parents["embeddings"], ["product_id", "embedding", "category"], rows=recipe.quantizer.kmeans_sample,
-        seed=recipe.seed,
+    sample = read_vectors(
+        ProductVectors.of(job.store, parents), ["product_id", "embedding", "category"],
+        rows=recipe.quantizer.kmeans_sample, seed=recipe.seed,
     )  # fmt: skip
     before_NL = _codes_before(job.store, parents["previous"], sample["product_id"].combine_chunks())
     common = np.flatnonzero(before_NL[:, 0] >= 0)

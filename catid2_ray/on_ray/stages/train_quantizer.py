@@ -21,8 +21,9 @@ from catid2_ray.errors import RecipeError
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
+from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.stages.assign.work import open_coder
-from catid2_ray.on_ray.stages.catalog import read_sample
+from catid2_ray.on_ray.stages.catalog import read_vectors
 from catid2_ray.on_ray.training import worker
 from catid2_ray.on_ray.training.shards import PartReader
 from catid2_ray.quantizer.coder import Coder, TreeCoder, encode
@@ -76,18 +77,17 @@ def _deciding(recipe: QuantizerRecipe) -> dict:
     return {name: value for name, value in values.items() if name not in ("kind", "ids", "balanced", *_TREE_FIELDS)}
 
 
-def _sample(job: Job, embeddings: Manifest) -> tuple[np.ndarray, np.ndarray]:
+def _sample(job: Job, parents: dict[str, Manifest]) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings and categories of the bounded sample, the latter as training sees them."""
     recipe = job.recipe.quantizer
-    table = read_sample(
-        job.store, embeddings, ["embedding", "category"], rows=recipe.kmeans_sample, seed=job.recipe.seed
-    )
+    vectors = ProductVectors.of(job.store, parents)
+    table = read_vectors(vectors, ["embedding", "category"], rows=recipe.kmeans_sample, seed=job.recipe.seed)
     return matrix(table["embedding"]), _Labels.of(recipe, job.recipe.seed)(matrix(table["category"]), part=-1)
 
 
 def _train(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     recipe, embeddings = job.recipe.quantizer, parents["embeddings"]
-    sample_ND, category_NH = _sample(job, embeddings)
+    sample_ND, category_NH = _sample(job, parents)
     task = QuantizerTask(
         recipe,
         width=embeddings.metrics["width"],
@@ -95,6 +95,7 @@ def _train(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest
         sample_ND=sample_ND,
         category_NH=category_NH,
         seed=job.recipe.seed,
+        vectors=ProductVectors.of(job.store, parents),
         queries=parents.get("queries"),
         warm=warm_start(job, parents),
     )
@@ -114,7 +115,7 @@ def _train(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest
 def _fit(job: Job, attempt: Attempt, parents: dict[str, Manifest], catalog: Manifest) -> Manifest:
     """Kinds without training: residual k-means, or a tree, in this process on the sample alone."""
     recipe, embeddings = job.recipe.quantizer, parents["embeddings"]
-    sample_ND, category_NH = _sample(job, embeddings)
+    sample_ND, category_NH = _sample(job, parents)
     progress.event("fit", what=recipe.kind, rows=len(sample_ND))
     taxonomy = Taxonomy.from_json(job.store.read(catalog.file("taxonomy.json")).decode())
     coder = fit_coder(
@@ -170,9 +171,10 @@ class _LabelledParts(PartReader):
 
     labels: _Labels = None
     queries: Manifest | None = None
+    vectors: ProductVectors | None = None
 
     def __call__(self, store: Store, file: str) -> pa.Table:
-        table = store.read_table(file, columns=["part", "index", "embedding", "category"])
+        table = self.vectors.read(Path(file).name, ["part", "index", "embedding", "category"])
         category_NH = self.labels(matrix(table["category"]), part=table["part"][0].as_py())
         table = table.set_column(3, "category", fixed_lists(category_NH, pa.int32()))
         if self.queries is None:
@@ -188,13 +190,14 @@ class QuantizerTask:
 
     def __init__(
         self, recipe: QuantizerRecipe, *, width: int, categories: tuple[int, ...], sample_ND: np.ndarray,
-        category_NH: np.ndarray, seed: int, queries: Manifest | None = None, warm: ResidualQuantizer | None = None,
+        category_NH: np.ndarray, seed: int, vectors: ProductVectors | None = None, queries: Manifest | None = None,
+        warm: ResidualQuantizer | None = None,
     ):  # fmt: skip
         self.recipe, self.width, self.seed, self.warm = recipe, width, seed, warm
         self.sample_ND, self.category_NH = sample_ND, category_NH
         self.column = forced_column(recipe, categories[: recipe.category_depth])
         self.columns = ["embedding", "category", *(["query", "has_query"] if queries else [])]
-        self.reader = _LabelledParts(tuple(self.columns), _Labels.of(recipe, seed), queries)
+        self.reader = _LabelledParts(tuple(self.columns), _Labels.of(recipe, seed), queries, vectors)
         self.weights = LossWeights(
             **{name: getattr(recipe, name) for name in LossWeights.__dataclass_fields__ if name != "category_depth"},
             category_depth=category_NH.shape[1],

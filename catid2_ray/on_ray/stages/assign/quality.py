@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.docid import DocidSpace
 from catid2_ray.identifiers.quality import (
     code_figures,
@@ -22,7 +21,7 @@ from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.groups import read_groups
 from catid2_ray.on_ray.stages.assign.order import Ordered
 from catid2_ray.on_ray.stages.assign.work import Work
-from catid2_ray.on_ray.stages.catalog import read_sample
+from catid2_ray.on_ray.stages.catalog import read_vectors
 from catid2_ray.quantizer.coder import Coder
 from catid2_ray.quantizer.model import ResidualQuantizer
 
@@ -32,7 +31,6 @@ _VECTOR_ROWS = 20_000  # products whose embeddings are looked at
 
 def describe(
     job: Job,
-    embeddings: Manifest,
     coder: Coder,
     *,
     work: Work,
@@ -46,9 +44,9 @@ def describe(
     products, with embeddings on at most 20,000, among which neighbours are sought. `found`: what the buckets reported.
     """
     columns = ["part", "index", "category", "embedding"]
-    sample = read_sample(job.store, embeddings, columns, rows=_VECTOR_ROWS, seed=job.recipe.seed)
-    labels = sample if sample.num_rows == len(ordered.packed_N) else read_sample(
-        job.store, embeddings, columns[:3], rows=_LABEL_ROWS, seed=job.recipe.seed
+    sample = read_vectors(work.vectors, columns, rows=_VECTOR_ROWS, seed=job.recipe.seed)
+    labels = sample if sample.num_rows == len(ordered.packed_N) else read_vectors(
+        work.vectors, columns[:3], rows=_LABEL_ROWS, seed=job.recipe.seed
     )  # fmt: skip
     (raw_NL, final_NL), category_NH = _codes_of(work, space, labels), matrix(labels["category"])
     # Where an ordinal makes the ID, its codes alone are no ID yet.

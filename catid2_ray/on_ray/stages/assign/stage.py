@@ -30,6 +30,7 @@ from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.live_log import LiveLog
 from catid2_ray.on_ray.machine.parts import map_parts
+from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.stages.assign.buckets import NumberBucket, ResolveBucket, codebooks, resolve_regions
 from catid2_ray.on_ray.stages.assign.order import Ordered, near_equal, write_ordered
 from catid2_ray.on_ray.stages.assign.quality import describe
@@ -90,7 +91,7 @@ def _assign(job: Job, attempt: Attempt, parents: dict[str, Manifest], keeps: boo
             f"{ordered.duplicates} of {total} IDs are still shared after de-duplication; nothing was committed"
         )
     progress.event("describe", ids=total)
-    quality = describe(job, parents["embeddings"], coder, work=work, ordered=ordered, space=space, buckets=resolved)
+    quality = describe(job, coder, work=work, ordered=ordered, space=space, buckets=resolved)
     watch.lap("describing")
     metrics = {
         "documents": total,
@@ -162,7 +163,7 @@ def _work(
             "new_ledger", base=previous.release.name, reason="only unique IDs of the same levels are followed"
         )
     return Work(
-        store=job.store, folder=attempt.folder, catalog=catalog.folder, embeddings=parents["embeddings"].folder,
+        store=job.store, folder=attempt.folder, catalog=catalog.folder, vectors=ProductVectors.of(job.store, parents),
         quantizer=parents["quantizer"], space=DocidSpace(coder.codes_per_level) if coder.codes_per_level else None,
         specs=[{**spec, "position": position} for position, spec in enumerate(part_specs(catalog))],
         recipe=recipe, mode=mode, seed=job.recipe.seed, buckets=-(-catalog.rows // recipe.bucket_rows),

@@ -21,6 +21,7 @@ from catid2_ray.hashing import bucket_of
 from catid2_ray.identifiers import ledger
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.groups import read_group, write_groups
+from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.quantizer.coder import Coder, encode, load_coder
 
 LEDGER_COLUMNS = ("product_id", "codes", "status", "since", "until", "cost")
@@ -48,7 +49,7 @@ class Work:
     store: Store
     folder: str
     catalog: str
-    embeddings: str
+    vectors: ProductVectors
     quantizer: Manifest
     space: DocidSpace | None
     specs: list[dict]
@@ -125,7 +126,7 @@ class EncodePart:
     def __call__(self, spec: dict) -> dict:
         work, position = self.work, spec["position"]
         columns = ["product_id", "embedding", "category"]
-        table = work.store.read_table(f"{work.embeddings}/{spec['file']}", columns=columns)
+        table = work.vectors.read(spec["file"], columns)
         if work.by_value:
             value = work.store.read_table(f"{work.catalog}/{spec['file']}", columns=["value"])["value"]
             table = table.append_column("value", value)
