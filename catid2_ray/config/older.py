@@ -6,10 +6,14 @@ today is not what was done before there was a choice, MEANT says what was.
 
 import copy
 
-# Of settings that came after format 6 (0.1): what was done before, where that is not today's default.
+# Of settings that came after format 6 (0.1): what was done before, where that is not what today's default or a kind's preset says.
 MEANT: dict[str, object] = {
     "catalog.allow_leak": True,  # queries in train and test went unnoticed
     "embedding.adapter": "none",  # quantizer and search read the encoder's vectors as they were
+    "quantizer.encoder": "mlp",  # and `latent`, which every stored recipe names, was a number
+    "quantizer.category_on": "residual",
+    "quantizer.category_temperature": None,
+    "quantizer.category_decay": 0.0,
 }
 # Settings that are gone: nothing depends on them any more.
 GONE: frozenset[str] = frozenset()

@@ -29,13 +29,32 @@ class QuantizerRecipe(TrainingRecipe):
     hidden: tuple[Annotated[int, Field(ge=2)], ...] = setting(
         (512, 256, 128), "widths of the encoder; the decoder mirrors it", unit="numbers", min_length=1
     )
-    latent: int = setting(32, "Z: width of the latent and of the codewords", unit="numbers", ge=2)
+    encoder: Literal["residual", "mlp"] = setting(
+        "residual", "residual: z = d + f(d) at length 1 and d̂ = ẑ + g(ẑ), which begin as the identity; mlp: random layers",
+        unit="choice", paper="3.2: a DNN",
+    )  # fmt: skip
+    latent: int | None = setting(
+        None, "Z: width of the latent and of the codewords; none = the embedding's for encoder residual, 32 for mlp",
+        unit="numbers", ge=2,
+    )  # fmt: skip
     latent_radius: float | None = setting(
-        None, "radius of the sphere that z is held on; none = free, as printed", unit="norm", gt=0
-    )
+        None, "radius of the sphere that z of encoder mlp is held on; none = free, as printed (residual: always 1)",
+        unit="norm", gt=0,
+    )  # fmt: skip
     reconstruction: float = setting(0.0, "weight of eq. 1", unit="weight", paper="eq. 8 has none; TIGER's is 1", ge=0)
     dispersion: float = setting(0.1, "α, weight of eq. 7", unit="weight", paper="4.1", ge=0)
     hierarchical: float = setting(1e-4, "β, weight of eq. 4", unit="weight", paper="4.1", ge=0)
+    category_on: Literal["residual", "latent", "prefix", "projection"] = setting(
+        "residual", "what the category term sees: each level's residual, one soft contrast on z, each level's quantised prefix, "
+        "or one soft contrast on a head over z that is thrown away after training", unit="choice", paper="eq. 4: residual",
+    )  # fmt: skip
+    category_temperature: float | None = setting(
+        None, "τ of the category term; none = temperature", unit="cosine", gt=0
+    )
+    category_decay: float = setting(
+        0.0, "category_on latent and projection: weight of a shared ancestor for each level above the leaf; 0 = the leaf alone",
+        unit="share a level", ge=0, le=1,
+    )  # fmt: skip
     level_power: float = setting(
         0.0, "eq. 4 of a level is weighted by its mean residual norm relative to the first level's, to this power",
         unit="exponent", paper="none as printed", ge=0,
@@ -70,9 +89,12 @@ class QuantizerRecipe(TrainingRecipe):
     uniform_share: float = setting(
         0.5, "share of a category_balanced batch that is drawn uniformly", unit="share", gt=0, lt=1
     )
-    epochs: int = setting(300, "passes over the catalogue", unit="epochs", paper="4.1", ge=1)
-    batch: int = setting(4096, "global batch", unit="products", paper="4.1", ge=2)
-    learning_rate: float = setting(1e-3, "AdamW's peak, then cosine to zero", unit="1/step", gt=0)
+    epochs: int = setting(
+        6, "passes over the catalogue; encoder mlp, which begins at random, needs many more", unit="epochs",
+        paper="4.1: 300", ge=1,
+    )  # fmt: skip
+    batch: int = setting(1024, "global batch", unit="products", paper="4.1: 4096", ge=2)
+    learning_rate: float = setting(5e-4, "AdamW's peak, then cosine to zero", unit="1/step", gt=0)
     input: Literal["shard", "stream"] = setting(
         "shard", "shard = stream once to a memory-mapped file on the node; stream = anew in every pass, where disks are small",
         unit="choice",
@@ -147,6 +169,33 @@ class QuantizerRecipe(TrainingRecipe):
         if self.sampler == "category_balanced" and self.input == "stream":
             raise ValueError("sampler 'category_balanced' draws rows by index and needs input 'shard', found 'stream'")
         return self
+
+    @model_validator(mode="after")
+    def _encoder_fits(self):
+        if self.encoder == "residual" and self.coder == "rq_vae" and self.latent_radius is not None:
+            raise ValueError(
+                f"latent_radius {self.latent_radius} does not fit encoder 'residual', which holds z at length 1: leave it out, or "
+                "set encoder to mlp"
+            )
+        if self.level_power and self.category_on != "residual":
+            raise ValueError(
+                f"level_power {self.level_power} weighs the levels' residuals, but category_on is {self.category_on!r}: set it to 0"
+            )
+        if self.category_decay and self.category_on not in ("latent", "projection"):
+            raise ValueError(
+                f"category_decay {self.category_decay} is of one contrast over all depths, but category_on "
+                f"{self.category_on!r} works level by level: set it to 0, or category_on to latent or projection"
+            )
+        return self
+
+    def latent_of(self, width: int) -> int:
+        """Z for embeddings of that width."""
+        return self.latent or (width if self.encoder == "residual" else 32)
+
+    @property
+    def by_level(self) -> bool:
+        """Whether the category term ties each level to the categories of its depth."""
+        return self.coder == "rq_vae" and self.hierarchical > 0 and self.category_on in ("residual", "prefix")
 
     @property
     def space(self) -> DocidSpace:

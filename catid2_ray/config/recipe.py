@@ -50,8 +50,7 @@ class Recipe(Section):
             raise ValueError(
                 f"quantizer.category_depth {depth} exceeds catalog.max_category_depth {deepest}: no product has such a category"
             )
-        tied = quantizer.coder == "rq_vae" and quantizer.hierarchical > 0 and (depth or deepest) >= levels
-        if tied and not quantizer.allow_deep_categories:
+        if quantizer.by_level and (depth or deepest) >= levels and not quantizer.allow_deep_categories:
             raise ValueError(
                 f"catalog.max_category_depth {depth or deepest} must be smaller than the number of levels, {levels} "
                 "(quantizer.codes_per_level): with H ≥ L every level is tied to a category and the ID degenerates to the "

@@ -1,4 +1,4 @@
-"""The losses of CAT-ID² (arXiv 2511.01461, section 3.3): eqs. 2, 4, 5 and 7, each a scalar over the *global* batch.
+"""The losses of CAT-ID² (arXiv 2511.01461, section 3.3): eqs. 1, 2, 4, 5 and 7, and what we tried beside them, each a scalar over the *global* batch.
 
 Unusual: every function takes `gather`, a callable that concatenates the rows of all ranks along dimension 0 with
 gradients (its backward sums over ranks). Each rank passes its own rows and gets the same global scalar. That backward
@@ -99,6 +99,48 @@ def hierarchical_class_terms(
     layout = category_layout(parent_B, child_B, parent_M, child_M)
     total = category_nce(unit_BZ, unit_MZ, layout, temperature=temperature, chunk=chunk)
     return HierarchicalTerms(*global_mean(total, len(layout.anchor_A), gather))
+
+
+def ancestor_contrast(
+    latent_BZ: Tensor,
+    category_BH: Tensor,
+    *,
+    decay: float,
+    temperature: float,
+    gather: Gather | None = None,
+    chunk: int | None = None,
+) -> HierarchicalTerms:
+    """One soft contrast over latents: −mean_a Σ_p w_ap/Σ_p w_ap · log( exp(s_ap/τ) / Σ_j exp(s_aj/τ) ), cosine.
+
+    w_ap = decay^(depth of a's leaf − depth of the deepest category that a and p share), 0 where they share none: with
+    `decay` 0 the positives are the rows of the anchor's own leaf, with 0.5 an ancestor counts half as much as what lies one
+    level below it. p runs over the other rows; j over all rows that have a category, the anchor itself included, where it
+    adds a constant. Averaged over the rows of the global batch that have a positive; none → exactly 0, with gradient 0.
+    `category_BH`: int64, −1 = none from there on; ids unique per full path in their column.
+
+    Not eq. 4 of CAT-ID², which acts level by level on residuals and excludes one positive from the sum of another;
+    SupCon (arXiv 2004.11362, eq. 2) with soft targets. No B×B targets are made: Σ_p w_ap u_p is a sum of categories' sums.
+    """
+    unit_BZ = unit_rows(latent_BZ)
+    unit_MZ, category_MH = gathered(unit_BZ, gather), gathered(category_BH, gather)
+    depth_B = (category_BH >= 0).sum(1)
+    target_BZ, mass_B = torch.zeros_like(unit_BZ), unit_BZ.new_zeros(len(unit_BZ))
+    base = unit_BZ.new_tensor(decay)
+    for column in range(category_BH.shape[1]):
+        id_C, place_M = torch.unique(category_MH[:, column], return_inverse=True)
+        sum_CZ = unit_MZ.new_zeros(len(id_C), unit_MZ.shape[1]).index_add(0, place_M, unit_MZ)
+        count_C = torch.bincount(place_M, minlength=len(id_C)).to(unit_BZ)
+        place_B = torch.searchsorted(id_C, category_BH[:, column].contiguous())
+        above_B = depth_B - column  # levels from the leaf up to this column's parent
+        gain_B = base ** (above_B - 1).clamp_min(0) - (base ** above_B.clamp_min(0) if column else 0.0)
+        gain_B = torch.where(category_BH[:, column] >= 0, gain_B, 0.0)
+        target_BZ = target_BZ + gain_B[:, None] * (sum_CZ[place_B] - unit_BZ)
+        mass_B = mass_B + gain_B * (count_C[place_B] - 1)
+    counted_B = mass_B > 0
+    own_AZ = target_BZ[counted_B] / mass_B[counted_B, None]
+    key_NZ = unit_MZ[category_MH[:, 0] >= 0]
+    total = in_batch_nce(unit_BZ[counted_B], own_AZ, key_NZ, temperature=temperature, chunk=chunk)
+    return HierarchicalTerms(*global_mean(total, int(counted_B.sum()), gather))
 
 
 def cluster_scale_from_log(

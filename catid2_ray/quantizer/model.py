@@ -3,7 +3,9 @@
 Unusual: `latent_radius` holds z on a sphere. The dispersion loss does not feel the scale of z, so eq. 2 shrinks a free
 z until softmax(−‖r − e‖²) is flat and the usage term stops acting; a fixed radius gives the temperature of p a meaning.
 Codes are also deterministic: `encode_padded` works in one fixed batch shape, so a row's codes and residual are the same
-bits whatever rows travel with it. Without hidden layers it is plain residual k-means on the embedding.
+bits whatever rows travel with it. Without hidden layers it is plain residual k-means on the embedding. The encoder
+"residual" begins as the identity, so that training starts from residual k-means of what the text encoder knows instead of
+from random layers; on Home Depot's titles that halves what is lost (benchmarks/results/ids.md).
 
 Shape letters: B, N rows, D embedding, Z latent, L levels, K codes, H category depth.
 """
@@ -70,12 +72,16 @@ class ResidualQuantizer(nn.Module):
 
     `hidden`: widths of the encoder's hidden layers, mirrored in the decoder (not stated in the paper); None = no encoder
     at all, z is the embedding (RQ-KMeans, METHODS 0.3). `latent`: Z. `latent_radius`: norm of z in the unit of the
-    codewords, None = free (not stated in the paper). `category_column`: the first code is the row's category id in this
+    codewords, None = free (not stated in the paper). `encoder`: "mlp" as printed, or "residual": z = d + f(d) held at length
+    1, d̂ = ẑ + g(ẑ), f and g being 0 until they are trained; for a narrower latent d is first projected on fixed directions,
+    which `initialise` takes from a sample. `projection`: with a head over z that only training uses (`step`, category_on
+    "projection"); it is not saved. `category_column`: the first code is the row's category id in this
     column, the nearest codeword where it has none (CQ-SID, arXiv 2605.14434). `ema`: decay per step of codebooks that
     follow their rows by moving averages instead of gradients (METHODS 0.6). `balanced`: codes carry prices that make
     their clusters near-equal in size.
 
-    Raises RecipeError for widths or a radius that are not positive, and what `DocidSpace` raises.
+    Raises RecipeError for widths or a radius that are not positive, for an encoder of another name, for a residual one with a
+    radius or a latent wider than the embedding, and what `DocidSpace` raises.
     """
 
     def __init__(
@@ -89,31 +95,28 @@ class ResidualQuantizer(nn.Module):
         category_column: int | None = None,
         ema: float | None = None,
         balanced: bool = False,
+        encoder: str = "mlp",
+        projection: bool = False,
     ):
         super().__init__()
         self.width, self.latent = int(width), int(latent)
         self.hidden = None if hidden is None else tuple(int(h) for h in hidden)
         self.codes_per_level = DocidSpace(tuple(codes_per_level)).codes_per_level
-        self.latent_radius, self.category_column, self.ema, self.balanced = (
-            latent_radius,
-            category_column,
-            ema,
-            balanced,
-        )
-        if min(self.width, self.latent, *(self.hidden or ())) < 1 or (
-            latent_radius is not None and not latent_radius > 0
-        ):
-            raise RecipeError(
-                f"width, hidden, latent and latent_radius must be positive, "
-                f"found {width}, {self.hidden}, {latent} and {latent_radius}"
-            )
+        self.latent_radius, self.category_column = latent_radius, category_column
+        self.ema, self.balanced, self.encoder_kind = ema, balanced, encoder
+        self._check()
         if self.hidden is None:
-            if self.latent != self.width:
-                raise RecipeError(f"without hidden layers z is the embedding: latent {latent} must be width {width}")
             self.encoder = self.decoder = nn.Identity()
         else:
             self.encoder = _mlp((self.width, *self.hidden, self.latent))
             self.decoder = _mlp((self.latent, *self.hidden[::-1], self.width))
+        if encoder == "residual":
+            for last in (self.encoder[-1], self.decoder[-1]):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+            if self.latent < self.width:
+                self.register_buffer("basis_DZ", torch.eye(self.width, self.latent))
+        self.projection = _mlp((self.latent, self.latent, self.latent)) if projection else None
         scale = (latent_radius or 1.0) / self.latent**0.5
         for level, codes in enumerate(self.codes_per_level):
             start_KZ = torch.randn(codes, self.latent) * (scale / 2**level)
@@ -124,6 +127,30 @@ class ResidualQuantizer(nn.Module):
                 self.register_buffer(f"share_{level}", torch.full((codes,), 1 / codes))
             if balanced:
                 self.register_buffer(f"price_{level}", torch.zeros(codes))
+
+    def _check(self) -> None:
+        positive = min(self.width, self.latent, *(self.hidden or ())) >= 1
+        if not positive or (self.latent_radius is not None and not self.latent_radius > 0):
+            raise RecipeError(
+                f"width, hidden, latent and latent_radius must be positive, "
+                f"found {self.width}, {self.hidden}, {self.latent} and {self.latent_radius}"
+            )
+        if self.encoder_kind not in ("mlp", "residual"):
+            raise RecipeError(f"encoder must be 'mlp' or 'residual', found {self.encoder_kind!r}")
+        if self.encoder_kind == "residual" and (self.hidden is None or self.latent_radius is not None):
+            raise RecipeError(
+                f"encoder 'residual' needs hidden layers and holds z at length 1, found hidden {self.hidden} and latent_radius "
+                f"{self.latent_radius}: leave the radius out"
+            )
+        if self.encoder_kind == "residual" and self.latent > self.width:
+            raise RecipeError(
+                f"encoder 'residual' begins as the identity: latent {self.latent} must not exceed the embedding's width, "
+                f"{self.width}; lower quantizer.latent or leave it out"
+            )
+        if self.hidden is None and self.latent != self.width:
+            raise RecipeError(
+                f"without hidden layers z is the embedding: latent {self.latent} must be width {self.width}"
+            )
 
     @property
     def codebooks(self) -> list[Tensor]:
@@ -140,9 +167,22 @@ class ResidualQuantizer(nn.Module):
         if embedding_BD.ndim != 2 or embedding_BD.shape[1] != self.width:
             raise InputError(f"embeddings must be rows × {self.width}, found {tuple(embedding_BD.shape)}")
         latent_BZ = self.encoder(embedding_BD)
+        if self.encoder_kind == "residual":
+            basis_DZ = getattr(self, "basis_DZ", None)
+            return functional.normalize(
+                latent_BZ + (embedding_BD if basis_DZ is None else embedding_BD @ basis_DZ), dim=1
+            )
         if self.latent_radius is None:
             return latent_BZ
         return self.latent_radius * functional.normalize(latent_BZ, dim=1)
+
+    def reconstructed(self, latent_BZ: Tensor) -> Tensor:
+        """d̂ of latents, B×D."""
+        decoded_BD = self.decoder(latent_BZ)
+        if self.encoder_kind == "mlp":
+            return decoded_BD
+        basis_DZ = getattr(self, "basis_DZ", None)
+        return decoded_BD + (latent_BZ if basis_DZ is None else latent_BZ @ basis_DZ.T)
 
     def forward(self, embedding_BD: Tensor, category_BH: Tensor | None = None) -> Quantized:
         """Quantize with straight-through gradients: the decoder sees z + sg[ẑ − z] (section 3).
@@ -159,7 +199,7 @@ class ResidualQuantizer(nn.Module):
             codewords.append(codeword_BZ)
             codes.append(codes_B)
             residual_BZ = residual_BZ - codeword_BZ.detach()
-        reconstruction_BD = self.decoder(latent_BZ - residual_BZ.detach())
+        reconstruction_BD = self.reconstructed(latent_BZ - residual_BZ.detach())
         return Quantized(
             latent_BZ, torch.stack(residuals), torch.stack(codewords), torch.stack(codes, 1), reconstruction_BD
         )
@@ -208,6 +248,18 @@ class ResidualQuantizer(nn.Module):
     def decode(self, embedding_ND: Tensor, category_NH: Tensor | None = None) -> Tensor:
         """d̂, N×D: what the codes alone give back."""
         return self(embedding_ND, category_NH).reconstruction_BD
+
+    @torch.no_grad()
+    def initialise(self, sample_ND: Tensor, category_NH: Tensor | None = None, *, seed: int) -> None:
+        """The start of a training: `initialise_codebooks`, after the directions of a residual encoder with a narrower latent
+        were set to the sample's Z principal ones. Those are taken about 0, not about the mean: they lose least of d itself."""
+        if hasattr(self, "basis_DZ"):
+            sample_64 = sample_ND.double()
+            basis_DZ = torch.linalg.eigh(sample_64.T @ sample_64).eigenvectors[:, -self.latent :].flip(1)
+            # A direction's sign is free: its largest number is made positive, so that equal samples give equal directions.
+            largest_1Z = basis_DZ.gather(0, basis_DZ.abs().argmax(0, keepdim=True))
+            self.basis_DZ.copy_(basis_DZ * largest_1Z.sign())
+        self.initialise_codebooks(sample_ND, category_NH, seed=seed)
 
     @torch.no_grad()
     def initialise_codebooks(
@@ -306,13 +358,14 @@ class ResidualQuantizer(nn.Module):
             setattr(self, f"share_{level}", new_K)
 
     def settings(self) -> dict:
-        """The keyword arguments that build this model again."""
+        """The keyword arguments that build this model again, without a training's head."""
         plain = ("latent_radius", "category_column", "ema", "balanced")
         return {
             "width": self.width,
             "hidden": None if self.hidden is None else list(self.hidden),
             "latent": self.latent,
             "codes_per_level": list(self.codes_per_level),
+            "encoder": self.encoder_kind,
             **{name: getattr(self, name) for name in plain},
         }
 
@@ -320,7 +373,8 @@ class ResidualQuantizer(nn.Module):
         """Write model.safetensors and quantizer.json into `folder`, which is created."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        kept = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("projection.")}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
         save_file(state, folder / WEIGHTS_FILE)
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings(), indent=2) + "\n")
 

@@ -16,6 +16,7 @@ from catid2_ray.errors import InputError
 from catid2_ray.quantizer.contrast import Gather, gathered
 from catid2_ray.quantizer.health import level_health, revive_dead_codes
 from catid2_ray.quantizer.losses import (
+    ancestor_contrast,
     cluster_scale_from_log,
     dispersion,
     hierarchical_class_terms,
@@ -23,7 +24,7 @@ from catid2_ray.quantizer.losses import (
     reconstruction_loss,
     residual_quantization_loss,
 )
-from catid2_ray.quantizer.model import ResidualQuantizer
+from catid2_ray.quantizer.model import Quantized, ResidualQuantizer
 from catid2_ray.schedule import learning_rate_at, seed_from
 
 # Rows that start the codebooks and show which codes are dead: 80 per code at K = 256, 0.1 s to encode on one core.
@@ -45,6 +46,13 @@ class LossWeights:
     reconstruction      weight of ‖d̂ − d‖² (eq. 1); 0 in eq. 8, 1 with the three weights above at 0 is TIGER
     level_power         eq. 4 of level l is weighted by (mean ‖r_l‖ / mean ‖r_1‖) to this power; 0 = as printed. A cosine's
                         gradient grows as 1/‖r‖, so that otherwise the deeper levels outweigh the first and undo it
+    category_on         what the category contrast sees: the "residual" of each level as printed, the quantised "prefix" of each
+                        level, e_1 + … + e_l straight through to z (HiD-VAE, arXiv 2508.04618, without its per-level MLPs and
+                        its tag classifier), or one soft contrast on the "latent" or on a "projection" of it
+                        (`losses.ancestor_contrast`; SimCLR's head, arXiv 2002.05709)
+    category_temperature  τ of the category contrast; None = temperature
+    category_decay      of the soft contrast: weight of a shared ancestor for each level that it lies above the leaf; 0 = the
+                        leaf alone
     query_item          weight of the query–item term of CQ-SID (arXiv 2605.14434), which uses `temperature` too
     """
 
@@ -58,6 +66,9 @@ class LossWeights:
     category_depth: int = 3
     reconstruction: float = 0.0
     level_power: float = 0.0
+    category_on: str = "residual"
+    category_temperature: float | None = None
+    category_decay: float = 0.0
     query_item: float = 0.0
 
 
@@ -97,7 +108,7 @@ def training_loss(
 ) -> StepLoss:
     """Eq. 8 over the global batch: L_rq + α·Dis + β·Σ_l HCC + γ·Σ_l CSC; see `losses` for `gather` and `chunk`.
 
-    `category_BH`: int64, −1 = none; HCC acts on the first min(category_depth, H, L) levels. Call `model` wrapped
+    `category_BH`: int64, −1 = none; HCC acts on the first min(category_depth, H) depths, level by level on at most L. Call `model` wrapped
     (DeepSpeed) or plain: anything whose call gives `Quantized` and that leads to `codebooks`. A model with moving
     averages is updated in place while it trains.
     """
@@ -111,23 +122,13 @@ def training_loss(
             residual_LBZ, codeword_LBZ, commitment=weights.commitment, **shared
         )
     }
-    anchors = []
+    anchors: list[Tensor] = []
     if weights.reconstruction:
         terms["reconstruction"] = reconstruction_loss(reconstruction_BD, target_BD, **shared)
     if weights.dispersion:
         terms["dispersion"] = dispersion(reconstruction_BD, target_BD, temperature=weights.temperature, **shared)
-    depths = min(weights.category_depth, category_BH.shape[1], len(residual_LBZ))
-    if weights.hierarchical and depths:
-        settings = {"temperature": weights.temperature, "negatives": weights.negatives, **shared}
-        levels = [
-            hierarchical_class_terms(quantized.residual_LBZ[depth], category_BH, depth=depth, **settings)
-            for depth in range(depths)
-        ]
-        factor_L = [1.0] * depths
-        if weights.level_power:
-            factor_L = _level_factors(quantized.residual_LBZ, weights.level_power, gather)
-        terms["hierarchical"] = sum(factor * level.loss for factor, level in zip(factor_L, levels))
-        anchors = [level.anchors for level in levels]
+    if weights.hierarchical and min(weights.category_depth, category_BH.shape[1]):
+        terms["hierarchical"], anchors = _category_contrast(plain, quantized, category_BH, weights, shared)
     if weights.cluster_scale:
         terms["cluster_scale"] = _cluster_scale(plain, residual_LBZ, weights.scale_temperature, shared)
     if weights.query_item and extras.query_BD is not None:
@@ -145,6 +146,32 @@ def training_loss(
     if plain.ema is not None and plain.training:
         plain.follow(residual_LBZ, quantized.codes_BL[head], gather)
     return StepLoss(sum(weighted.values()), {name: term.detach() for name, term in terms.items()}, weighted, anchors)
+
+
+def _category_contrast(
+    model: ResidualQuantizer, quantized: Quantized, category_BH: Tensor, weights: LossWeights, shared: dict
+) -> tuple[Tensor, list[Tensor]]:
+    """The term that `weights.category_on` chooses, over all rows of the batch, and how many anchors it counted by depth."""
+    latent_BZ, on = quantized.latent_BZ, weights.category_on
+    category_BH = category_BH[:, : weights.category_depth]
+    temperature = weights.temperature if weights.category_temperature is None else weights.category_temperature
+    if on in ("latent", "projection"):
+        rows_BZ = latent_BZ if on == "latent" else model.projection(latent_BZ)
+        soft = ancestor_contrast(rows_BZ, category_BH, decay=weights.category_decay, temperature=temperature, **shared)
+        return soft.loss, [soft.anchors]
+    rows_LBZ = quantized.residual_LBZ
+    if on == "prefix":
+        rows_LBZ = latent_BZ + (quantized.codeword_LBZ.cumsum(0) - latent_BZ).detach()
+    levels = [
+        hierarchical_class_terms(
+            rows_BZ, category_BH, depth=depth, temperature=temperature, negatives=weights.negatives, **shared
+        )
+        for depth, rows_BZ in enumerate(rows_LBZ[: category_BH.shape[1]])
+    ]
+    factor_L = [1.0] * len(levels)
+    if weights.level_power:
+        factor_L = _level_factors(quantized.residual_LBZ, weights.level_power, shared["gather"])
+    return sum(factor * level.loss for factor, level in zip(factor_L, levels)), [level.anchors for level in levels]
 
 
 def _level_factors(residual_LBZ: Tensor, power: float, gather: Gather | None) -> Tensor:
@@ -204,7 +231,7 @@ def fit(
         )
     sample = epoch_order(rows, seed=seed, epoch=-1 % 2**32)[:SAMPLE_ROWS]
     sample_SD, labels_SH = embedding_ND[sample], category_NH[sample]
-    model.initialise_codebooks(sample_SD, labels_SH, seed=seed)
+    model.initialise(sample_SD, labels_SH, seed=seed)
     model.train()
     optimiser = torch.optim.AdamW(parameter_groups(model, weight_decay=weight_decay), lr=learning_rate)
     batch = min(batch, rows)

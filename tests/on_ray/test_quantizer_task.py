@@ -27,7 +27,7 @@ def test_an_epoch_ends_with_figures_for_every_level_and_term():
     figures, changed = one.end_epoch(module, epoch=0, means=means, history=[])
     assert figures["verdict"] in ("healthy", "narrowing") and figures["codes_used"] == [8, 8, 8, 8]
     assert figures["anchors"] == [30.0, 12.5] and means == {"loss": 1.0}
-    assert set(figures["gradient_norm"]) == {"residual_quantization", "dispersion", "hierarchical", "cluster_scale"}
+    assert set(figures["gradient_norm"]) == {"residual_quantization", "reconstruction", "dispersion", "hierarchical"}
     assert all(norm >= 0 for norm in figures["gradient_norm"].values()) and figures["latent_norm"] == pytest.approx(1.0)
     assert {"quantization_error", "top_share", "normalised_entropy", "dead"} <= set(figures["levels"][0])
     assert not changed and all(parameter.grad is None for parameter in module.parameters())

@@ -41,6 +41,59 @@ def hierarchical_class(residual_BZ, category_BH, *, depth, temperature, negative
     return sum(anchors) / len(anchors) if anchors else 0.0
 
 
+def shared_depth(first_H, second_H) -> int:
+    """How many levels two paths have in common."""
+    depth = 0
+    while depth < len(first_H) and first_H[depth] == second_H[depth] >= 0:
+        depth += 1
+    return depth
+
+
+def ancestor(latent_BZ, category_BH, *, decay, temperature) -> tuple[float, int]:
+    """The soft contrast and its anchors."""
+    labelled, anchors = [b for b in range(len(latent_BZ)) if category_BH[b][0] >= 0], []
+    for a in labelled:
+        own = sum(category >= 0 for category in category_BH[a])
+        weight = {}
+        for p in labelled:
+            shared = shared_depth(category_BH[a], category_BH[p])
+            if p != a and shared:
+                weight[p] = 1.0 if shared == own else decay ** (own - shared)
+        if sum(weight.values()) == 0:
+            continue
+        similarity = {j: cosine(latent_BZ[a], latent_BZ[j]) / temperature for j in labelled}
+        total = math.log(sum(math.exp(s) for s in similarity.values()))
+        anchors.append(sum(w * (total - similarity[p]) for p, w in weight.items()) / sum(weight.values()))
+    return (sum(anchors) / len(anchors) if anchors else 0.0), len(anchors)
+
+
+def category_rows(category_on, latent_BZ, residual_LBZ, codeword_LBZ, level):
+    """What eq. 4 compares at a level."""
+    if category_on == "prefix":
+        return sum(codeword_LBZ[before] for before in range(level + 1))
+    return residual_LBZ[level]
+
+
+def residual_latents(model, embedding_BD):
+    """z and the reconstruction of a residual encoder's own latents, one row at a time, from its weights as numbers."""
+
+    def layers(module, row):
+        for part in module:
+            if hasattr(part, "weight"):
+                row = part.weight.detach().numpy() @ row + part.bias.detach().numpy()
+            else:
+                row = np.maximum(row, 0)
+        return row
+
+    basis_DZ = model.basis_DZ.numpy() if hasattr(model, "basis_DZ") else np.eye(model.width)
+    latents, decoded = [], []
+    for d in embedding_BD:
+        z = basis_DZ.T @ d + layers(model.encoder, d)
+        latents.append(z / math.sqrt(float(z @ z)))
+        decoded.append(basis_DZ @ latents[-1] + layers(model.decoder, latents[-1]))
+    return np.array(latents), np.array(decoded)
+
+
 def probability(residual_BZ, codebook_KZ, *, scale_temperature=1.0):
     rows = []
     for residual_Z in residual_BZ:

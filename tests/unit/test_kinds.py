@@ -22,6 +22,7 @@ def test_every_kind_is_one_word(kind):
 def test_the_papers_kinds_are_as_printed():
     paper = quantizer(kind="cat_id2_paper")
     assert (paper.dispersion, paper.hierarchical, paper.cluster_scale, paper.reconstruction) == (0.1, 1e-4, 1.0, 0.0)
+    assert (paper.encoder, paper.latent_of(384), paper.category_on) == ("mlp", 32, "residual")
     assert paper.latent_radius is None and paper.level_power == 0 and not paper.refit and not paper.revive_every_epochs
     tiger = quantizer(kind="tiger")
     assert (tiger.dispersion, tiger.hierarchical, tiger.cluster_scale, tiger.reconstruction) == (0, 0, 0, 1)
@@ -66,6 +67,9 @@ def test_labels_and_devices_that_the_recipe_sets_hold_for_every_kind_that_does_n
         ({"kind": "dsi_semantic", "ids": "unique"}, "does not fit coder 'tree'"),
         ({"kind": "nci", "branch": 1}, "branch 1 splits nothing"),
         ({"kind": "cq_sid", "precision": "bf16"}, "precision bf16 is not offered for the quantizer"),
+        ({"latent_radius": 1}, "latent_radius 1.0 does not fit encoder 'residual'.*set encoder to mlp"),
+        ({"level_power": 2}, "level_power 2.0 weighs the levels' residuals, but category_on is 'latent'"),
+        ({"kind": "on_prefix", "category_decay": 0.5}, "category_decay 0.5 is of one contrast.*category_on 'prefix'"),
         ({"sampler": "category_balanced", "input": "stream"}, "needs input 'shard'"),
     ],
 )
@@ -75,9 +79,10 @@ def test_contradictions_are_refused(values, words):
 
 
 def test_deep_categories_are_refused_unless_forced_or_unused():
-    deep = {"catalog": {"synthetic": {}}, "quantizer": {"codes_per_level": [8, 8, 8]}}
+    deep = {"catalog": {"synthetic": {}}, "quantizer": {"kind": "on_prefix", "codes_per_level": [8, 8, 8]}}
     with pytest.raises(ValueError, match="allow_deep_categories"):
         Recipe.build(deep)
     Recipe.build({**deep, "quantizer": {**deep["quantizer"], "allow_deep_categories": True}})
+    Recipe.build({**deep, "quantizer": {**deep["quantizer"], "kind": "cat_id2"}})  # its one contrast ties no level
     Recipe.build({**deep, "quantizer": {**deep["quantizer"], "kind": "tiger"}})
     Recipe.build({**deep, "quantizer": {**deep["quantizer"], "category_depth": 2}})

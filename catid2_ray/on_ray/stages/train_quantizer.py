@@ -17,6 +17,7 @@ from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.config import QuantizerRecipe
+from catid2_ray.config.older import MEANT
 from catid2_ray.errors import RecipeError
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
@@ -63,14 +64,18 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     return job.produce("quantizer", settings, parents, work, history=history)
 
 
+_NEVER = object()  # equal to no setting
 _TREE_FIELDS = ("branch", "leaf", "tree_categories")
 _KMEANS_FIELDS = ("codes_per_level", "balanced")
 _FITTED_FIELDS = ("coder", "kmeans_sample", "category_depth", "category_masked", "category_noise")
 
 
 def _deciding(recipe: QuantizerRecipe) -> dict:
-    """The settings that decide what this coder becomes: kinds that come to the same are one artefact."""
-    values = recipe.identity()
+    """The settings that decide what this coder becomes: kinds that come to the same are one artefact. Settings that came after
+    the first release are left out where they say what was done before, so that artefacts of then keep their keys."""
+    values = {
+        name: value for name, value in recipe.identity().items() if value != MEANT.get(f"quantizer.{name}", _NEVER)
+    }
     if recipe.coder != "rq_vae":
         names = {*_FITTED_FIELDS, *(_TREE_FIELDS if recipe.coder == "tree" else _KMEANS_FIELDS)}
         return {name: values[name] for name in names}
@@ -206,8 +211,9 @@ class QuantizerTask:
     def build(self) -> ResidualQuantizer:
         recipe = self.recipe
         return ResidualQuantizer(
-            width=self.width, hidden=recipe.hidden, latent=recipe.latent, codes_per_level=recipe.codes_per_level,
-            latent_radius=recipe.latent_radius, category_column=self.column, ema=recipe.ema,
+            width=self.width, hidden=recipe.hidden, latent=recipe.latent_of(self.width), codes_per_level=recipe.codes_per_level,
+            latent_radius=recipe.latent_radius, category_column=self.column, ema=recipe.ema, encoder=recipe.encoder,
+            projection=recipe.category_on == "projection" and recipe.hierarchical > 0,
         )  # fmt: skip
 
     def parameter_groups(self, module, *, weight_decay: float) -> list[dict]:
@@ -217,7 +223,7 @@ class QuantizerTask:
         if self.warm is not None:
             take_over(module, self.warm)
         else:
-            module.initialise_codebooks(*self._sample(module), seed=self.seed)
+            module.initialise(*self._sample(module), seed=self.seed)
 
     def rows_per_epoch(self, rows: int) -> int:
         return rows
@@ -360,4 +366,4 @@ def take_over(model: ResidualQuantizer, warm: Coder) -> None:
             + "; ".join(differ)
             + ". Set quantizer.warm_start=false for a cold start"
         )
-    model.load_state_dict(warm.state_dict())
+    model.load_state_dict(model.state_dict() | warm.state_dict())  # a head for training alone was not saved

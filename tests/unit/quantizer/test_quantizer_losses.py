@@ -67,6 +67,39 @@ def test_hierarchical_equals_oracle(rows, seed, depth, negatives, chunk, branch,
     assert int(fast.anchors) == oracle.hierarchical_anchors(category_BH.tolist(), depth=depth, negatives=negatives)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 24),
+    seed=st.integers(0, 10_000),
+    decay=st.sampled_from([0.0, 0.5, 1.0]),
+    chunk=st.sampled_from([None, 1, 5]),
+    branch=st.sampled_from([1, 2, 5]),
+    temperature=st.sampled_from([0.2, 0.01]),
+)
+def test_soft_contrast_equals_oracle(rows, seed, decay, chunk, branch, temperature):
+    latent_BZ, category_BH = random_rows(rows, 4, seed=seed), ragged_paths(rows, 3, seed, branch)
+    fast = losses.ancestor_contrast(latent_BZ, category_BH, decay=decay, temperature=temperature, chunk=chunk)
+    slow, anchors = oracle.ancestor(latent_BZ.numpy(), category_BH.tolist(), decay=decay, temperature=temperature)
+    assert float(fast.loss) == pytest.approx(slow, rel=1e-9, abs=1e-10) and int(fast.anchors) == anchors
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_soft_contrast_has_the_gradient_of_its_value(decay):
+    latent_BZ, category_BH = random_rows(9, 3, seed=4).requires_grad_(), ragged_paths(9, 3, 2)
+    assert torch.autograd.gradcheck(
+        lambda rows: losses.ancestor_contrast(rows, category_BH, decay=decay, temperature=0.3).loss, latent_BZ
+    )
+
+
+@pytest.mark.parametrize("category", [[[-1], [-1]], [[0], [1]], []])
+def test_soft_contrast_without_anchor_is_zero_with_zero_gradient(category):
+    category_BH = torch.tensor(category, dtype=torch.int64).reshape(len(category), 1)
+    latent_BZ = random_rows(len(category), 3, seed=0).requires_grad_()
+    loss = losses.ancestor_contrast(latent_BZ, category_BH, decay=0.5, temperature=0.1).loss
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and not latent_BZ.grad.any()
+
+
 def test_hierarchical_float32_is_close_to_the_oracle():
     residual_BZ, category_BH = random_rows(60, 8, seed=1), ragged_paths(60, 3, seed=1)
     for depth in range(3):

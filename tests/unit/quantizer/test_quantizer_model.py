@@ -52,9 +52,42 @@ def test_latent_radius_holds_the_norm():
     torch.testing.assert_close(model.latents(torch.randn(5, 12)).norm(dim=1), torch.full((5,), 4.0))
 
 
+@pytest.mark.parametrize("latent", [12, 6])
+def test_a_residual_encoder_equals_the_oracle_and_begins_as_the_identity(latent):
+    model = build(encoder="residual", latent=latent).double()
+    sample_ND = torch.randn(200, 12, dtype=torch.float64) * torch.linspace(2, 0.5, 12, dtype=torch.float64)
+    model.initialise(sample_ND, seed=0)
+    unit_BD = torch.nn.functional.normalize(sample_ND[:9], dim=1)
+    if latent == 12:
+        torch.testing.assert_close(model.latents(sample_ND[:9]), unit_BD)
+        torch.testing.assert_close(model.reconstructed(model.latents(unit_BD)), unit_BD)
+        plain = residual_kmeans(torch.nn.functional.normalize(sample_ND, dim=1), codes_per_level=(8, 5, 4), seed=0)
+        torch.testing.assert_close([book.detach() for book in model.codebooks], plain)
+    else:
+        singular = torch.linalg.svd(sample_ND).Vh[:6].T
+        torch.testing.assert_close(model.basis_DZ @ model.basis_DZ.T, singular @ singular.T)
+        again = build(encoder="residual", latent=latent).double()
+        again.initialise(sample_ND.flip(0), seed=0)
+        torch.testing.assert_close(again.basis_DZ, model.basis_DZ)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    expected_BZ, expected_BD = oracle.residual_latents(model, sample_ND[:9].numpy())
+    np.testing.assert_allclose(model.latents(sample_ND[:9]).detach(), expected_BZ, atol=1e-10)
+    np.testing.assert_allclose(
+        model.reconstructed(model.latents(sample_ND[:9])).detach(), expected_BD, rtol=1e-10, atol=1e-9
+    )
+
+
+def test_a_head_for_training_alone_is_not_saved(tmp_path):
+    build(encoder="residual", projection=True).save(tmp_path)
+    again = ResidualQuantizer.load(tmp_path)
+    assert again.projection is None and again.encoder_kind == "residual" and again.basis_DZ.shape == (12, 6)
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "residual"])
 @pytest.mark.parametrize("rows", [64, 256])
-def test_padded_codes_do_not_depend_on_order_or_blocking(rows):
-    model = build(width=48, hidden=(64,), latent=32, codes_per_level=(64, 64, 64, 64))
+def test_padded_codes_do_not_depend_on_order_or_blocking(rows, encoder):
+    model = build(width=48, hidden=(64,), latent=32, codes_per_level=(64, 64, 64, 64), encoder=encoder)
     embedding_ND = torch.randn(613, 48)
     whole = model.encode_padded(embedding_ND, rows=rows)
     order = torch.randperm(613)
@@ -84,6 +117,12 @@ def test_save_and_load(tmp_path):
 def test_bad_settings_and_inputs_are_named():
     with pytest.raises(RecipeError, match=r"must be positive, found 12, \(16,\), 6 and -1\.0"):
         build(latent_radius=-1.0)
+    with pytest.raises(RecipeError, match="'residual' needs hidden layers and holds z at length 1.*radius 2.0"):
+        build(encoder="residual", latent_radius=2.0)
+    with pytest.raises(RecipeError, match="latent 13 must not exceed the embedding's width, 12"):
+        build(encoder="residual", latent=13)
+    with pytest.raises(RecipeError, match="encoder must be 'mlp' or 'residual', found 'rnn'"):
+        build(encoder="rnn")
     with pytest.raises(InputError, match=r"embeddings must be rows × 12, found \(3, 11\)"):
         build().encode(torch.zeros(3, 11))
     with pytest.raises(

@@ -87,6 +87,11 @@ def hierarchical(depth, residual_BZ, category_BH, gather):
 CASES = {
     "hierarchical 0": functools.partial(hierarchical, 0),
     "hierarchical 1": functools.partial(hierarchical, 1),
+    "soft contrast": lambda rows, category, gather: (
+        losses.ancestor_contrast(
+            rows, category.masked_fill(category == 3, -1), decay=0.5, temperature=0.3, gather=gather
+        ).loss
+    ),
     "dispersion": lambda rows, category, gather: losses.dispersion(
         rows, rows.detach().flip(1), temperature=0.3, gather=gather
     ),

@@ -63,6 +63,38 @@ def test_total_is_equation_8():
     assert not any(term.requires_grad for term in loss.terms.values())
 
 
+@pytest.mark.parametrize("category_on", ["prefix", "latent", "projection"])
+def test_the_category_term_acts_where_it_is_told(category_on):
+    embedding_ND, category_NH = tree(30)
+    model, embedding_ND = build(projection=True).double(), embedding_ND.double()
+    weights = LossWeights(category_on=category_on, category_temperature=0.2, category_decay=0.5)
+    loss = training_loss(model, embedding_ND, category_NH, weights=weights)
+    out = model(embedding_ND)
+    if category_on == "prefix":
+        rows = [
+            [part.detach().numpy() for part in (out.residual_LBZ, out.codeword_LBZ)],
+            out.latent_BZ.detach().numpy(),
+        ]
+        expected = sum(
+            oracle.hierarchical_class(
+                oracle.category_rows("prefix", rows[1], *rows[0], level),
+                category_NH.tolist(),
+                depth=level,
+                temperature=0.2,
+            )
+            for level in (0, 1)
+        )
+    else:
+        rows_BZ = out.latent_BZ if category_on == "latent" else model.projection(out.latent_BZ)
+        expected, anchors = oracle.ancestor(rows_BZ.detach().numpy(), category_NH.tolist(), decay=0.5, temperature=0.2)
+        assert [int(count) for count in loss.anchors] == [anchors]
+    assert float(loss.terms["hierarchical"]) == pytest.approx(expected, abs=1e-9)
+    loss.weighted["hierarchical"].backward()
+    assert model.encoder[0].weight.grad.abs().sum() > 0, "the encoder learns from it"
+    assert not any(book.grad is not None and book.grad.any() for book in model.codebooks), "codewords do not"
+    assert (model.projection[0].weight.grad is not None) == (category_on == "projection")
+
+
 def test_terms_of_weight_zero_are_not_computed():
     embedding_ND, category_NH = tree(20)
     tiger = LossWeights(dispersion=0, hierarchical=0, cluster_scale=0, reconstruction=1.0)
