@@ -289,7 +289,7 @@ def serving_folder(
         links |= {name: folder / name for name in _SERVED if (folder / name).exists()}
         if "vectors" in links and embeddings is not None and embeddings.named("encoder/"):
             links["encoder"] = fetch(store, embeddings, cache, below=("encoder/",)) / "encoder"
-        if "vectors" in links and adapted(adapter):
+        if adapted(adapter):
             links["adapter"] = fetch(store, adapter, cache)
     # The link targets belong to the name: a store that was deleted and built anew has equal digests in other folders.
     targets = {name: str(target) for name, target in links.items()}

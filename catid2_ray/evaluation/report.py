@@ -12,14 +12,17 @@ RECALLS = {"recall": "all", "recall_seen": "seen", "recall_unseen": "unseen"}
 
 
 def closing_tables(figures: Mapping) -> list[Table]:
-    """The report's tables, in order: the catalogue, what changed since the release before, the codes, recall, time and memory.
+    """The report's tables, in order: the catalogue, what changed since the release before, the adapter, the codes, recall, time and
+    memory.
 
     `figures`: the job's JSON; keys release, documents, number, base, ledger, churn, collision_rate_before (0 to 1),
-    duplicates_after, codes_used, codes_per_level, recall, recall_seen, recall_unseen, not_evaluated (why), set_aside (table →
-    rows, of, reasons, first, at), seconds (stage → s), peak_memory_bytes; all optional.
+    duplicates_after, adapter (metrics of its manifest), codes_used, codes_per_level, recall, recall_seen, recall_unseen,
+    not_evaluated (why), set_aside (table → rows, of, reasons, first, at), seconds (stage → s), peak_memory_bytes; all
+    optional.
     """
     tables = [
-        _catalogue(figures), _churn(figures), _codes(figures), _recall(figures), _set_aside(figures), _cost(figures)
+        _catalogue(figures), _churn(figures), _adapter(figures), _codes(figures), _recall(figures), _set_aside(figures),
+        _cost(figures),
     ]  # fmt: skip
     return [table for table in tables if table.rows]
 
@@ -94,6 +97,21 @@ def _churn(figures: Mapping) -> Table:
     return Table(
         title, columns_of("of products in both", *(str(m + 1) for m in range(len(after["prefix_churn"])))), rows
     )
+
+
+def _adapter(figures: Mapping) -> Table:
+    """Dense recall before and after, on the queries that judged the adapter."""
+    metrics = figures.get("adapter") or {}
+    if reason := metrics.get("reason"):
+        return Table(
+            f"The adapter was not adopted: {reason}", columns_of("", "figure"), [["vectors stay as they are", ""]]
+        )
+    recall = metrics.get("recall") or {}
+    ks = sorted(map(int, recall.get("before", ())))
+    verdict = f"epoch {metrics.get('epoch')}" if metrics.get("adopted") else "not adopted, it would find less"
+    title = f"Adapter ({verdict}): recall of dense search on {metrics.get('queries')} queries kept back"
+    rows = [[f"{when} it", *(shown(values.get(str(k)), ".3f") for k in ks)] for when, values in recall.items()]
+    return Table(title, columns_of("", *(f"@{k}" for k in ks)), rows)
 
 
 def _codes(figures: Mapping) -> Table:

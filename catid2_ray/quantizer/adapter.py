@@ -152,17 +152,18 @@ class Probe:
 
 def fit(
     query_ND: Tensor, product_ND: Tensor, query_N: Tensor, product_N: Tensor, *, recall: Callable[[LinearAdapter], float],
-    epochs: int = 6, batch: int = 512, learning_rate: float = 3e-4, seed: int = 0,
+    epochs: int = 6, batch: int = 512, learning_rate: float = 3e-4, seed: int = 0, adapter: LinearAdapter | None = None,
 ) -> tuple[LinearAdapter, list[dict]]:  # fmt: skip
     """An adapter trained in one process on N pairs, and a record an epoch: mean `loss`, `score`.
 
     `query_N`, `product_N`: int64, as in `adapter_loss`. `recall`: what an adapter is worth; that of the best epoch is returned,
-    the identity being epoch 0 and winning ties. AdamW without decay, 5 % warm-up, cosine; the last batch of an epoch is filled
+    the start being epoch 0 and winning ties. `adapter`: where to start, the identity by default; it is trained in place, but for
+    a matrix that asks for no gradient. AdamW without decay, 5 % warm-up, cosine; the last batch of an epoch is filled
     from its beginning. InputError where there are no pairs.
     """
     if not len(query_ND):
         raise InputError("an adapter learns from pairs of query and product, found none")
-    adapter = LinearAdapter(query_ND.shape[1])
+    adapter = adapter or LinearAdapter(query_ND.shape[1])
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=0.0)
     batch = min(batch, len(query_ND))
     steps, history = -(-len(query_ND) // batch), [{"epoch": 0, "score": recall(adapter)}]

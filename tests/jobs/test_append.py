@@ -38,6 +38,7 @@ def write_shop(folder, *, first=0, end=260, pairs=True) -> None:
 def recipe_of(shop, store, **sections) -> Recipe:
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in TINY.items()}
     values |= {"store": str(store), "catalog": {"root": str(shop), "rows_per_part": 100}}
+    values["embedding"] = values["embedding"] | {"adapter": "linear"}
     values["quantizer"] = {"kind": "rq_kmeans", "codes_per_level": [8, 8, 8, 8], "kmeans_sample": 200}
     values["generator"] |= {
         "epochs": 1,
@@ -96,7 +97,7 @@ def test_appended_products_are_served_by_the_old_generator(copied):
     release = releases.current(store)
     parts = release.manifests(store)
     assert release.name == outcome.release.name != first.release.name
-    for part in ("quantizer", "examples", "generator"):
+    for part in ("adapter", "quantizer", "examples", "generator"):
         assert parts[part].digest == first.parts[part].digest
     retriever = Retriever.open(releases.release_folder(store, release, folder / "cache"))
     hits = retriever.retrieve([MADE.pairs["query"][0].as_py()], k=280)[0]
@@ -123,7 +124,7 @@ def test_appended_products_are_served_by_the_old_generator(copied):
 
 
 def test_new_pairs_alone_remake_what_learns_from_them(copied):
-    """The vectors, the quantizer and the IDs stay those of the first release."""
+    """The vectors, the adapter, the quantizer and the IDs stay those of the first release."""
     folder, first = copied
     nobody = {"split": ["train"], "relevance": [3.0], "query": ["a shelf that nobody asked for"], "query_id": ["new"]}
     new = pa.table({**nobody, "product_id": [MADE.products["product_id"][0].as_py()]})
@@ -133,7 +134,7 @@ def test_new_pairs_alone_remake_what_learns_from_them(copied):
     outcome = reindex(recipe_of(folder / "shop", folder / "store"))
     assert outcome.made == ["pairs", "examples", "generator", "evaluation"]
     same = [name for name, part in outcome.parts.items() if part.digest == first.parts[name].digest]
-    assert {"catalog", "embeddings", "quantizer", "ids", "serving"} <= set(same)
+    assert {"catalog", "embeddings", "adapter", "quantizer", "ids", "serving"} <= set(same)
     assert outcome.figures["number"] == 1 and outcome.release.name != first.release.name
 
 

@@ -52,7 +52,7 @@ def _without_ray(monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch):
-    monkeypatch.setattr(embed, "_open_encoder", CountingEncoder)
+    monkeypatch.setattr(embed, "open_encoder", CountingEncoder)
     monkeypatch.setattr(embed, "HuggingFaceEncoder", CountingEncoder)
     CountingEncoder.asked, CountingEncoder.opened = [], 0
     return CountingEncoder

@@ -16,11 +16,12 @@ PARENTS_OF = {
     "catalog": (),
     "pairs": ("catalog",),
     "embeddings": ("catalog",),
-    "quantizer": ("embeddings",),
-    "ids": ("catalog", "embeddings", "quantizer"),
+    "adapter": (),
+    "quantizer": ("embeddings", "adapter"),
+    "ids": ("catalog", "embeddings", "adapter", "quantizer"),
     "examples": ("catalog", "pairs", "ids"),
     "generator": ("ids", "examples"),
-    "serving": ("catalog", "embeddings", "ids"),
+    "serving": ("catalog", "embeddings", "adapter", "ids"),
     "evaluation": ("catalog", "pairs", "ids", "generator", "serving"),
 }
 
@@ -73,7 +74,7 @@ def commit_chain(store, word):
             files,
             parents={role: made[role].digest for role in PARENTS_OF[kind]},
             settings={"query_tokens": 24, "beam_width": 50, "word": word},
-            metrics={"codes_per_level": [4, 4, 4]},
+            metrics={"codes_per_level": [4, 4, 4], "adopted": True},
         )
     return made
 

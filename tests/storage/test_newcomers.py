@@ -14,6 +14,7 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.identifiers import ledger
 from catid2_ray.on_ray.serve.newcomers import Newcomers
+from catid2_ray.quantizer.adapter import LinearAdapter
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.retrieval.live import LiveTrie
 from catid2_ray.retrieval.trie import Trie
@@ -84,6 +85,23 @@ def test_a_product_gets_its_codes_or_the_nearest_free_one(local_store, parts):
     assert [SPACE.parse(one["docid"])[1] for one in twins] == order[:2]
     with pytest.raises(InputError, match="all 4 IDs below <a_.> are taken, so product 'n' has no place near its like"):
         newcomers.prepare([product("n", "oak shelf")], view_of([[head, code] for code in range(4)]), vectors=False)
+
+
+def test_vectors_of_newcomers_are_adapted_as_those_of_the_release(local_store, parts, tmp_path):
+    plain = Newcomers(local_store, parts).prepare([product("n", "oak shelf")], view_of([[0, 0]]), vectors=True)
+    adapter = LinearAdapter(4)
+    with torch.no_grad():
+        adapter.product_DD += torch.randn(4, 4, generator=torch.Generator().manual_seed(2))
+    adapter.save(tmp_path / "adapter")
+    attempt = Attempt(local_store, "adapter", settings={}, parents={}, recipe={})
+    entries = local_store.upload(tmp_path / "adapter", attempt.folder)
+    newcomers = Newcomers(local_store, parts | {"adapter": attempt.commit(entries, metrics={"adopted": True})})
+    given = [product("n", "oak shelf"), product("m", "x", vector=plain[0]["vector"])]
+    found = [one["vector"] for one in newcomers.prepare(given, view_of([[0, 0]]), vectors=True)]
+    expected = adapter.products([plain[0]["vector"]])[0].tolist()
+    assert found == [expected, expected], "whether the text or the encoder's vector came"
+    with pytest.raises(InputError, match="the vector of product 'n' has 2 numbers, the release's 4"):
+        newcomers.prepare([product("n", "x", vector=[1.0, 2.0])], view_of([[0, 0]]), vectors=True)
 
 
 def test_inserted_and_withdrawn_products_keep_their_ids(local_store, parts):

@@ -388,6 +388,12 @@ def test_the_serving_folder_holds_what_the_serving_part_has(store, chain, make, 
     folder = serving_folder(store, ids, generator, tmp_path / "cache", {}, **options)
     assert (folder / "vectors" / "vectors.npy").read_bytes() == b"v" and (folder / "columns.arrow").read_bytes() == b"c"
     assert (folder / "encoder" / "mean.npy").read_bytes() == b"mean" and not (folder / "lexical").exists()
+    for adopted in (False, True):
+        adapter = make(
+            store, "adapter", {"adapter.safetensors": b"V"}, settings={"adopted": adopted}, metrics={"adopted": adopted}
+        )
+        folder = serving_folder(store, ids, generator, tmp_path / "cache", {}, **options, adapter=adapter)
+        assert (folder / "adapter" / "adapter.safetensors").exists() == adopted
     stranger = make(store, "serving", files, settings={"word": "stranger"}, parents={"ids": "0" * 64})
     with pytest.raises(ReleaseError, match="vectors and columns were laid out for ids 000000000000, not for"):
         serving_folder(store, ids, generator, tmp_path / "cache", {}, serving=stranger)
@@ -416,8 +422,20 @@ def test_one_pass_serves_where_the_generator_reads_with_the_products_encoder(cha
 
 def test_parts_are_the_stages_in_order():
     assert PARTS == (
-        "catalog", "pairs", "embeddings", "quantizer", "ids", "examples", "generator", "serving", "evaluation"
+        "catalog", "pairs", "embeddings", "adapter", "quantizer", "ids", "examples", "generator", "serving", "evaluation"
     )  # fmt: skip
+
+
+def test_a_release_may_do_without_an_adapter_but_its_parts_agree_on_it(local_store, chain, make):
+    parts = chain(local_store, "one")
+    other = make(local_store, "adapter", {"adapter.safetensors": b"V"}, metrics={"adopted": True})
+    with pytest.raises(
+        ReleaseError, match="quantizer was made from adapter .*Rerun the job so that quantizer is made anew"
+    ):
+        publish(local_store, parts | {"adapter": other})
+    del parts["adapter"]
+    release, _ = publish(local_store, parts)
+    assert "adapter" not in release.parts and "adapter" not in release.manifests(local_store)
 
 
 def test_the_cache_of_a_node(monkeypatch, tmp_path):

@@ -31,6 +31,18 @@ def printed(figures, width=100):
     return console.export_text()
 
 
+def test_the_adapter_has_its_recall_before_and_after_or_its_reason():
+    recall = {"before": {"10": 0.3456, "50": 0.6}, "after": {"10": 0.392, "50": 0.662}}
+    metrics = {"adopted": True, "epoch": 5, "queries": 593, "recall": recall}
+    (table,) = closing_tables({"adapter": metrics})
+    assert table.title == "Adapter (epoch 5): recall of dense search on 593 queries kept back"
+    assert table.rows == [["before it", "0.346", "0.600"], ["after it", "0.392", "0.662"]]
+    (table,) = closing_tables({"adapter": metrics | {"adopted": False}})
+    assert "not adopted, it would find less" in table.title
+    (table,) = closing_tables({"adapter": {"adopted": False, "reason": "no pair teaches", "recall": {}}})
+    assert table.title == "The adapter was not adopted: no pair teaches"
+
+
 def test_the_terminal_table_fits_and_says_every_figure():
     before = copy.deepcopy(FIGURES)
     for width in (80, 100):

@@ -131,6 +131,26 @@ def test_a_new_product_is_found_by_its_vector_and_a_withdrawn_one_is_not(served)
     assert names_of(retriever.retrieve(["copper pipe 10 ft"], k=7))[0][0] == "p2"
 
 
+class Turned:
+    """An adapter that turns queries and products each in its own way."""
+
+    def queries(self, vector_ND):
+        return np.roll(vector_ND, 1, axis=1)
+
+    def products(self, vector_ND):
+        return np.ascontiguousarray(vector_ND[:, ::-1])
+
+
+def test_queries_and_new_products_go_through_the_adapter_each_through_its_own(served):
+    retriever = Retriever.open(served, encode_query=encode, adapter=Turned())
+    title_of = dict(zip([f"p{i}" for i in range(6)], TITLES))
+    retriever.insert([Newcomer("new", "copper hose 10 ft")], [[2, 0]], {"material": ["copper"], "price": [5.0]})
+    for hit in retriever.retrieve(["copper hose 10 ft"], k=7)[0]:
+        product_1D = encode([title_of[hit.product_id]]) if hit.product_id != "new" else encode([hit.title])[:, ::-1]
+        expected = float(np.roll(encode(["copper hose 10 ft"]), 1, axis=1)[0] @ product_1D[0])
+        assert hit.dense == pytest.approx(expected, abs=2e-3)
+
+
 def test_a_live_beam_without_rescoring_finds_new_products_too(folder):
     retriever = Retriever.open(folder)
     retriever.insert([Newcomer("new", "copper hose")], [[2, 2]])
