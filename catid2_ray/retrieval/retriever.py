@@ -202,7 +202,8 @@ class Retriever:
         """New products with their IDs (integers M×L), found from the next search on, all or none of them.
 
         `columns`: values for filters, as `LiveTrie.insert_many` takes them. A newcomer without a vector gets that of its
-        title where the release has vectors. Raises InputError as `insert_many`.
+        title where the release has vectors; one that it brings lies among the release's (V d, where there is an adapter).
+        Raises InputError as `insert_many`.
         """
         with self._changing:
             before = self.products

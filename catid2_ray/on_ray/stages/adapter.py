@@ -45,6 +45,8 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest | None:
     if why_not := reason_against(recipe, parts):
         if recipe.embedding.adapter == "linear":
             raise RecipeError(f"embedding.adapter is linear, but {why_not}; or set embedding.adapter=none")
+        if recipe.embedding.adapter == "auto":
+            progress.event("without_adapter", reason=f"'{why_not}'")
         return None
     settings = {**recipe.adapter.identity(), **_query_encoder(recipe, parts), "seed": recipe.seed}
     if kept := _kept(job, parts, settings):
