@@ -38,6 +38,7 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
         parts["pairs"] = catalog.run_pairs(job, parts)
         door.announce(job.recipe, job.store, parts)
         door.refuse_unfit(job.recipe, parts["pairs"])
+        adapter.refuse_impossible(job.recipe, parts)
     if last not in ("catalog", "pairs"):
         for name, run in _RUN.items():
             if name == "queries" and not job.recipe.quantizer.query_item:
@@ -118,6 +119,7 @@ def append(job: Job) -> dict[str, Manifest]:
             f"nothing was published to {job.store.uri} yet, so there is nothing to append to: run `catid2 reindex` first"
         )
     job.previous = open_previous(job.store, name)
+    _refuse_another_adapter(job.recipe, job.previous)
     recipe = job.recipe = job.recipe.continued(
         {section: job.previous.parts[part].recipe for section, part in _SECTIONS.items()}
     )
@@ -159,14 +161,21 @@ def _refuse_another_recipe(recipe: Recipe, previous: PreviousRelease) -> None:
         for name, value in getattr(recipe, section).identity().items()
         if name not in ("warm_start", "adapter") and value != (had := getattr(made_by, section).identity()[name])
     ]
-    wanted, has = recipe.embedding.adapter, "linear" if "adapter" in previous.parts else "none"
-    if wanted not in ("auto", has):
-        differ.append(f"embedding.adapter is {wanted!r}, the release has {has!r}")
     if differ:
         raise RecipeError(
             f"append keeps encoder and quantizer of release {previous.release.name}, but the recipe asks for others: "
             + "; ".join(differ)
             + ". Set them back, or run `catid2 reindex` for a full re-ID"
+        )
+
+
+def _refuse_another_adapter(recipe: Recipe, previous: PreviousRelease) -> None:
+    """`recipe`: as it came. What it leaves out is the release's, whatever the recipe that made the embeddings said."""
+    section, has = recipe.embedding, "linear" if "adapter" in previous.parts else "none"
+    if "adapter" in section.model_fields_set and section.adapter not in ("auto", has):
+        raise RecipeError(
+            f"append keeps the adapter of release {previous.release.name}, which is {has}, but embedding.adapter is "
+            f"{section.adapter}. Leave it out, or run `catid2 reindex` for a full re-ID"
         )
 
 

@@ -168,6 +168,10 @@ def test_what_does_not_belong_to_the_release_is_refused(copied, tmp_path):
     shop, store = folder / "shop", Store(folder / "store")
     with pytest.raises(ReleaseError, match="nothing was published .* nothing to append to: run `catid2 reindex` first"):
         append_items(recipe_of(shop, tmp_path / "empty"))
+    with pytest.raises(
+        RecipeError, match="keeps the adapter of release .*, which is linear, but embedding.adapter is none"
+    ):
+        append_items(recipe_of(shop, store.uri, embedding={"adapter": "none"}))
     with pytest.raises(RecipeError, match=r"quantizer.codes_per_level is \[8, 8, 16\], the release has \[8, 8, 8, 8\]"):
         append_items(
             recipe_of(shop, store.uri, quantizer={"codes_per_level": [8, 8, 16]}, catalog={"max_category_depth": 2})

@@ -216,7 +216,7 @@ def test_who_has_an_adapter(local_store, parts):
     def reason(**sections):
         return stage.reason_against(job_of(local_store, **sections).recipe, parts)
 
-    assert reason() is None and reason(embedding={"adapter": "none"}) == "it is none"
+    assert reason() is None and reason(embedding={"adapter": "none"}) == "embedding.adapter is none"
     parts["catalog"].metrics["width"] = D
     assert "no encoder is known for queries: set serving.query_encoder" in reason()
     assert reason(serving={"query_encoder": "shop/encoder"}) is None

@@ -42,11 +42,9 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest | None:
     Its metrics say whether it was `adopted`, and `recall` of dense search on queries kept back, `before` and `after`.
     """
     recipe = job.recipe
+    refuse_impossible(recipe, parts)
     if why_not := reason_against(recipe, parts):
-        if recipe.embedding.adapter == "linear":
-            raise RecipeError(f"embedding.adapter is linear, but {why_not}; or set embedding.adapter=none")
-        if recipe.embedding.adapter == "auto":
-            progress.event("without_adapter", reason=f"'{why_not}'")
+        progress.event("without_adapter", reason=f"'{why_not}'")
         return None
     settings = {**recipe.adapter.identity(), **_query_encoder(recipe, parts), "seed": recipe.seed}
     if kept := _kept(job, parts, settings):
@@ -57,10 +55,16 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest | None:
     )
 
 
+def refuse_impossible(recipe: Recipe, parts: dict[str, Manifest]) -> None:
+    """Raise RecipeError where the recipe asks for an adapter that catalogue and pairs cannot give."""
+    if recipe.embedding.adapter == "linear" and (why_not := reason_against(recipe, parts)):
+        raise RecipeError(f"embedding.adapter is linear, but {why_not}; or set embedding.adapter=none")
+
+
 def reason_against(recipe: Recipe, parts: dict[str, Manifest]) -> str | None:
     """Why there is no adapter, None where there is one."""
     if recipe.embedding.adapter == "none":
-        return "it is none"
+        return "embedding.adapter is none"
     splits = parts["pairs"].metrics.get("splits")
     if not splits or not splits["train"]["pairs"]:
         return "the catalogue has no pairs of the train split to learn it from: bring pairs.parquet"
