@@ -40,7 +40,7 @@ class Newcomers:
 
     def __init__(self, store: Store, parts: dict[str, Manifest]):
         self.store, self.parts = store, parts
-        self.recipe = Recipe.build(parts["ids"].recipe)
+        self.recipe = Recipe.stored(parts["ids"].recipe)
 
     @functools.cached_property
     def _encode(self):

@@ -248,7 +248,7 @@ class DenseSearch:
 
     def __init__(self, *, store: Store, parts: dict[str, Manifest], query_encoder: str | None, k: int):
         embeddings, self.k = parts["embeddings"], k
-        made_by = Recipe.build(embeddings.recipe).embedding
+        made_by = Recipe.stored(embeddings.recipe).embedding
         if parts["catalog"].metrics["width"] and not query_encoder:
             raise InputError(
                 "dense search needs vectors for queries, but the catalogue's embeddings are given and no encoder is known: set "
