@@ -195,6 +195,10 @@ def compare_ids(
     recipe: RecipeOption,
     kinds: KindsOption = "tiger,cat_id2,cat_id2_shuffled",
     seeds: Annotated[int, typer.Option(help="runs of each kind, from the recipe's seed on")] = 1,
+    score: Annotated[
+        str | None,
+        typer.Option(metavar="recall", help="also train a small generator on each run's IDs: what do queries find?"),
+    ] = None,
     overrides: SetOption = None,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
@@ -206,7 +210,7 @@ def compare_ids(
     from catid2_ray.on_ray.reports import compare_ids as run
 
     loaded = Recipe.load(recipe, overrides or [])
-    comparison = run(loaded, [kind.strip() for kind in kinds.split(",") if kind.strip()], seeds)
+    comparison = run(loaded, [kind.strip() for kind in kinds.split(",") if kind.strip()], seeds, score=score)
     if json_file:
         write_json(json_file, comparison.rows)
     about = {
