@@ -21,7 +21,7 @@ COMPARED = (
     ),
     Quantity(
         "recall_gain_50",
-        "@50 − first kind's",
+        "@50 − first",
         "+.3f",
         "difference to the first kind, seeds averaged, and the ends of its 95 % interval over the same queries",
     ),
@@ -47,7 +47,7 @@ COMPARED = (
     Quantity("seconds", "s", ",.0f", "seconds to train and to assign", -1),
 )
 _NOT_BRIEF = {"perplexity", "ami_null"}
-_NOT_BESIDE_RECALL = {"shared_rate", "largest_shared", "codes_used", "purity"}
+_NOT_BESIDE_RECALL = {"shared_rate", "largest_shared", "codes_used", "purity", "seconds"}
 _SCATTERED, _KEPT = "neighbours apart", 0.95  # remark on a kind that keeps less than this share of tiger's agreement
 _TOKEN = re.compile(r"<[^<>]*>")
 HOW_TO_READ = (

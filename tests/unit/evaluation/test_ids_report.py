@@ -91,7 +91,7 @@ def test_recall_stands_first_with_its_interval_and_scattered_neighbours_are_name
         run("dis", 0, recall=[0.1, 0.2, 0.3], recall_gain_50=[-0.1, -0.2, -0.05], neighbours=[0.77, 0.39, 0.0]),
     ]
     table = compare_table(rows)
-    assert [column.heading for column in table.columns][2:4] == ["recall@10, 50, 100", "@50 − first kind's"]
+    assert [column.heading for column in table.columns][2:4] == ["recall@10, 50, 100", "@50 − first"]
     assert [row[0].remark for row in table.rows] == ["", "(neighbours apart)", ""]
     assert table.rows[1][2].best == [True, True, True] and table.rows[1][3].texts == ["+0.000", "-0.010", "+0.010"]
     shown = console(rows)
