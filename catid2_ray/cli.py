@@ -216,7 +216,9 @@ def compare_ids(
     about = {
         "catalogue": f"{comparison.catalog.rows:,} products, categories by depth {comparison.catalog.metrics['categories']}",
         "embedding": f"{loaded.embedding.encoder} of {', '.join(loaded.embedding.text)}",
-        "budget": ", ".join(f"{name} {getattr(loaded.quantizer, name)}" for name in _BUDGET),
+        "budget": ", ".join(
+            f"{name} {value}" for name in _BUDGET if (value := getattr(loaded.quantizer, name)) is not None
+        ),
     }
     page = compare_page(comparison.rows, title=f"IDs compared: {loaded.name}", about=about)
     _console(112).print(terminal([compare_table(comparison.rows, brief=True)]))
