@@ -19,7 +19,8 @@ from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.query_encoder import query_encoder
-from catid2_ray.on_ray.stages.catalog import part_specs, read_sample
+from catid2_ray.on_ray.machine.vectors import Encode, ProductVectors, adapted_queries, open_adapter
+from catid2_ray.on_ray.stages.catalog import part_specs, read_sample, read_vectors
 from catid2_ray.on_ray.stages.validation import keep_smallest
 
 KS = (10, 50, 100)
@@ -55,7 +56,7 @@ def refuse_without_queries(recipe: Recipe, parts: dict[str, Manifest]) -> None:
 def material(job: Job, parts: dict[str, Manifest]) -> Material:
     """The products, queries and vectors; the queries are encoded in this process, once for all kinds."""
     columns = ["product_id", "embedding"]
-    products = read_sample(job.store, parts["embeddings"], columns, rows=_PRODUCTS, seed=job.recipe.seed)
+    products = read_vectors(ProductVectors.of(job.store, parts), columns, rows=_PRODUCTS, seed=job.recipe.seed)
     ids, recipe = products["product_id"].combine_chunks(), job.recipe
     encode = _encoder(job, parts)
     pairs = pa.concat_tables(
@@ -90,12 +91,13 @@ def material(job: Job, parts: dict[str, Manifest]) -> Material:
     return Material(ids, np.array(matrix(products["embedding"]), np.float32), learn, ask)
 
 
-def _encoder(job: Job, parts: dict[str, Manifest]):
-    """Texts → vectors in the space of the products' vectors."""
+def _encoder(job: Job, parts: dict[str, Manifest]) -> Encode:
+    """Texts → vectors in the space of the products' vectors, adapted where they are."""
     named, folder = job.recipe.serving.query_encoder or job.recipe.embedding.encoder, None
     if named == "lsa":
         folder = fetch(job.store, parts["embeddings"], default_cache(), below=("encoder/",))
-    return query_encoder(folder, {"name": named, "tokens": job.recipe.embedding.tokens})
+    encode = query_encoder(folder, {"name": named, "tokens": job.recipe.embedding.tokens})
+    return adapted_queries(encode, open_adapter(job.store, parts.get("adapter")))
 
 
 def recall_of_kind(job: Job, ids: Manifest, given: Material, *, seed: int) -> np.ndarray:
