@@ -290,7 +290,7 @@ class QuantizerTask:
                 f"last being {epoch + 1} of {recipe.epochs}: {judged.reason}. Codes used per level {figures['codes_used']} of "
                 f"{list(recipe.codes_per_level)}, perplexity {figures['perplexity']}, mean norm of z {health.latent_norm:.3g}, "
                 f"gradient norms {norms}. Lower quantizer.hierarchical or learning_rate, raise cluster_scale or dispersion, "
-                "or set latent_radius"
+                "or, with encoder mlp, set latent_radius"
             )
         return figures, refit or revived > 0
 
