@@ -132,7 +132,7 @@ def report(rows: list[dict], recipe: Recipe, encoder: str, name: str) -> str:
     return (
         f"# IDs through time on {name}\n\n"
         f"Written by `benchmarks/churn.py` with `jobs/recipes/compare_ids.yaml`: kind {quantizer.kind}, codes_per_level "
-        f"{list(quantizer.codes_per_level)}, epochs {quantizer.epochs}, batch {quantizer.batch}, latent {quantizer.latent}; "
+        f"{list(quantizer.codes_per_level)}, epochs {quantizer.epochs}, batch {quantizer.batch}, encoder {quantizer.encoder}; "
         "one seed. "
         f"Embedding: {encoder} of title and description, without categories. Machine: {machine()}.\n\n"
         "Changes of an append are counted against the day before, those of a re-ID against day 0, on products of both. "

@@ -22,7 +22,8 @@ BUDGET = ("epochs", "batch", "learning_rate", "hidden", "latent", "codes_per_lev
 
 
 def report(rows: list[dict], recipe: Recipe, name: str, encoder: str) -> str:
-    budget = ", ".join(f"{field} {getattr(recipe.quantizer, field)}" for field in BUDGET)
+    values = {field: getattr(recipe.quantizer, field) for field in BUDGET}
+    budget = ", ".join(f"{field} {value}" for field, value in values.items() if value is not None)
     return (
         f"# Ways of making IDs on {name}\n\n"
         f"Written by `benchmarks/compare_ids.py` with `jobs/recipes/compare_ids.yaml`: {budget}. Embedding: {encoder} of "

@@ -195,6 +195,10 @@ def compare_ids(
     recipe: RecipeOption,
     kinds: KindsOption = "tiger,cat_id2,cat_id2_shuffled",
     seeds: Annotated[int, typer.Option(help="runs of each kind, from the recipe's seed on")] = 1,
+    score: Annotated[
+        str | None,
+        typer.Option(metavar="recall", help="also train a small generator on each run's IDs: what do queries find?"),
+    ] = None,
     overrides: SetOption = None,
     json_file: JsonOption = None,
     html_file: HtmlOption = None,
@@ -206,13 +210,15 @@ def compare_ids(
     from catid2_ray.on_ray.reports import compare_ids as run
 
     loaded = Recipe.load(recipe, overrides or [])
-    comparison = run(loaded, [kind.strip() for kind in kinds.split(",") if kind.strip()], seeds)
+    comparison = run(loaded, [kind.strip() for kind in kinds.split(",") if kind.strip()], seeds, score=score)
     if json_file:
         write_json(json_file, comparison.rows)
     about = {
         "catalogue": f"{comparison.catalog.rows:,} products, categories by depth {comparison.catalog.metrics['categories']}",
         "embedding": f"{loaded.embedding.encoder} of {', '.join(loaded.embedding.text)}",
-        "budget": ", ".join(f"{name} {getattr(loaded.quantizer, name)}" for name in _BUDGET),
+        "budget": ", ".join(
+            f"{name} {value}" for name in _BUDGET if (value := getattr(loaded.quantizer, name)) is not None
+        ),
     }
     page = compare_page(comparison.rows, title=f"IDs compared: {loaded.name}", about=about)
     _console(112).print(terminal([compare_table(comparison.rows, brief=True)]))

@@ -21,11 +21,12 @@ _VARIANTS: dict[str, tuple[str | None, dict]] = {
     "cat_id2_shuffled": ("cat_id2", {"category_noise": 1.0}),
     "tiger": (None, _TIGER),
     "cost": ("tiger", {"reconstruction": 0.0, "dispersion": 0.1}),
-    # Table 3, rows (1)–(5), as added to our preset's base; row (6) is cat_id2 itself
+    # Table 3, rows (1)–(6), as added to our preset's base: cat_id2 itself is row (5), for CSC finds nothing on a whole latent
     "hcc": ("cat_id2", {"dispersion": 0.0}),
     "csc": ("cat_id2", {"dispersion": 0.0, "hierarchical": 0.0, "cluster_scale": 1.0}),
     "hcc_csc": ("cat_id2", {"dispersion": 0.0, "cluster_scale": 1.0}),
     "dis": ("cat_id2", {"hierarchical": 0.0}),
+    "hcc_dis": ("cat_id2", {}),
     "hcc_csc_dis": ("cat_id2", {"cluster_scale": 1.0}),
     # where the category term acts: cat_id2's is on the latent, at the leaf
     "ancestors": ("cat_id2", {"category_decay": 0.5}),

@@ -13,6 +13,19 @@ from catid2_ray.evaluation.tables import Cell, Column, Quantity, Table, shown, w
 
 COMPARED = (
     Quantity(
+        "recall",
+        "recall@10, 50, 100",
+        ".3f",
+        "share of the relevant products that a small generator finds for validation queries through these IDs",
+        1,
+    ),
+    Quantity(
+        "recall_gain_50",
+        "@50 − first",
+        "+.3f",
+        "difference to the first kind, seeds averaged, and the ends of its 95 % interval over the same queries",
+    ),
+    Quantity(
         "collision_rate", "collisions", ".2%", "(N − distinct IDs) / N, of N products, as the method gave them", -1
     ),
     Quantity("shared_rate", "shared", ".2%", "share of the products whose ID another product has, too", -1),
@@ -24,8 +37,18 @@ COMPARED = (
         "ami", "AMI", ".3f", "agreement of the first h tokens with the category at depth h, corrected for chance", 1
     ),
     Quantity("ami_null", "AMI, null", ".3f", "the same against permuted categories; about 0"),
+    Quantity(
+        "neighbours",
+        "neighbours",
+        ".2f",
+        "share of a product's ten nearest embeddings with its first 1, 2, 3 tokens",
+        1,
+    ),
     Quantity("seconds", "s", ",.0f", "seconds to train and to assign", -1),
 )
+_NOT_BRIEF = {"perplexity", "ami_null"}
+_NOT_BESIDE_RECALL = {"shared_rate", "largest_shared", "codes_used", "purity", "seconds"}
+_SCATTERED, _KEPT = "neighbours apart", 0.95  # remark on a kind that keeps less than this share of tiger's agreement
 _TOKEN = re.compile(r"<[^<>]*>")
 HOW_TO_READ = (
     "Collisions are counted in two ways. The collision rate is (N − distinct IDs) / N: how many products would need "
@@ -35,6 +58,9 @@ HOW_TO_READ = (
     "only between kinds with as many prefixes, and beside the purity of permuted categories in a kind's own report.",
     "AMI, the adjusted mutual information, takes that away: about 0 is what permuted categories give (the null), 1 is "
     "the same partition. It falls, too, when a prefix splits a category into many codes, so 1 is not the goal.",
+    "Neighbours are the share of a product's ten nearest embeddings that have its first token, its first two, its first "
+    "three. A kind of which they have less than 95 % of what they have by `tiger`, at one or two tokens, is marked "
+    "`neighbours apart`: what is alike lies scattered, whatever its categories say.",
     "Each figure is the mean over the seeds; ± is half the range between them, not a standard error. Differences "
     "smaller than that are no differences. The best mean of a column is bold; best is no judgement of the whole.",
 )
@@ -50,12 +76,15 @@ def compare_table(rows: Sequence[Mapping], *, brief: bool = False) -> Table:
     cells = {quantity.key: _cells(quantity, list(runs.values())) for quantity in COMPARED}
     quantities = [quantity for quantity in COMPARED if any(cell.texts for cell in cells[quantity.key])]
     if brief:
-        quantities = [quantity for quantity in quantities if quantity.key not in ("perplexity", "ami_null")]
+        scored = any(quantity.key == "recall" for quantity in quantities)
+        left_out = _NOT_BRIEF | (_NOT_BESIDE_RECALL if scored else set())
+        quantities = [quantity for quantity in quantities if quantity.key not in left_out]
         nulls = [widest(cell.texts) for cell in cells["ami_null"]]
         cells["ami"] = [cell._replace(remark=f"null {null}" if null else "") for cell, null in zip(cells["ami"], nulls)]
     lines = []
     for number, (kind, of_kind) in enumerate(runs.items()):
         verdicts = sorted({run.get("verdict") or "healthy" for run in of_kind} - {"healthy"})
+        verdicts += [_SCATTERED] if _scattered(of_kind, runs.get("tiger", [])) else []
         label = Cell([kind], remark=" ".join(f"({verdict})" for verdict in verdicts))
         seeds = [] if brief else [str(len(of_kind))]
         lines.append([label, *seeds, *(cells[quantity.key][number] for quantity in quantities)])
@@ -69,6 +98,12 @@ def compare_table(rows: Sequence[Mapping], *, brief: bool = False) -> Table:
 
 def _runs_by_kind(rows: Sequence[Mapping]) -> dict[str, list[Mapping]]:
     return {kind: [row for row in rows if row["kind"] == kind] for kind in dict.fromkeys(row["kind"] for row in rows)}
+
+
+def _scattered(of_kind: Sequence[Mapping], of_tiger: Sequence[Mapping]) -> bool:
+    """Whether neighbours share the first, or the first two, codes less often than 95 % of what they do by `tiger`."""
+    pairs = zip(_places(of_kind, "neighbours")[:2], _places(of_tiger, "neighbours")[:2])
+    return any(mine and base and np.mean(mine) < _KEPT * np.mean(base) for mine, base in pairs)
 
 
 def _cells(quantity: Quantity, runs_of_kinds: Sequence[Sequence[Mapping]]) -> list[Cell]:

@@ -22,12 +22,13 @@ from catid2_ray.config import KINDS, Recipe
 from catid2_ray.errors import ArtifactError, RecipeError
 from catid2_ray.evaluation import figures
 from catid2_ray.evaluation.ids_report import ids_page
+from catid2_ray.evaluation.metrics import bootstrap_means
 from catid2_ray.on_ray.job import Job, open_previous
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.pipeline import chain, check_codes
-from catid2_ray.on_ray.stages import catalog, embed, train_quantizer
+from catid2_ray.on_ray.stages import catalog, embed, score_ids, train_quantizer
 from catid2_ray.on_ray.stages.assign import stage as assign
 from catid2_ray.on_ray.stages.catalog import read_sample, read_vectors
 from catid2_ray.quantizer.coder import load_coder
@@ -47,14 +48,18 @@ def variant(recipe: Recipe, kind: str, seed: int) -> Recipe:
     return Recipe.build(recipe.model_dump(mode="json") | {"quantizer": quantizer, "seed": seed})
 
 
-def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
+def compare_ids(recipe: Recipe, kinds: list[str], seeds: int, *, score: str | None = None) -> Comparison:
     """Train and assign every kind with the seeds recipe.seed, recipe.seed + 1, …; what is committed is found, not made.
 
-    RecipeError for an unknown kind or a seed count under 1; what the catalogue cannot be given is said before any run.
+    `score`: "recall" trains a small generator on each run's IDs and reports what validation queries find by it, and of each
+    kind but the first how much more than by the first, with a paired 95 % interval. RecipeError for an unknown kind or score
+    or a seed count under 1; what the catalogue cannot be given is said before any run.
     Every run's artefacts are those that a job of its recipe would make in a store without a release, except that all share
     the embeddings of `recipe.seed`: a comparison builds on no release.
     """
     unknown = sorted(set(kinds) - set(KINDS))
+    if score not in (None, "recall"):
+        raise RecipeError(f"--score {score!r} is unknown: give recall, or leave it out")
     if unknown or not kinds or seeds < 1:
         raise RecipeError(
             f"--kinds {','.join(kinds)!r}, --seeds {seeds}: "
@@ -62,7 +67,7 @@ def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
             + f"kinds are {', '.join(KINDS)}"
         )
     variants = [variant(recipe, kind, recipe.seed + number) for kind in kinds for number in range(seeds)]
-    rows = []
+    rows, recalls = [], {}
     with Job.open(
         recipe, lease=False, new_ledger=True
     ) as job:  # what is compared is not published and continues no ledger
@@ -70,10 +75,33 @@ def compare_ids(recipe: Recipe, kinds: list[str], seeds: int) -> Comparison:
         job.previous = None
         for each in variants:
             check_codes(each, parts["catalog"])
+        if score:
+            score_ids.refuse_without_queries(recipe, parts)
+            given = score_ids.material(job, parts)
         for number, each in enumerate(variants):
             progress.event("compare", kind=each.quantizer.kind, seed=each.seed, run=f"{number + 1}/{len(variants)}")
-            rows.append(_row(each, parts_of_kind(dataclasses.replace(job, recipe=each), parts)))
+            of_run = dataclasses.replace(job, recipe=each)
+            of_kind = parts_of_kind(of_run, parts)
+            rows.append(_row(each, of_kind))
+            if score:
+                recall_QK = score_ids.recall_of_kind(of_run, of_kind["ids"], given, seed=recipe.seed)
+                recalls.setdefault(each.quantizer.kind, []).append(recall_QK)
+                rows[-1] |= {"recall": recall_QK.mean(0).tolist(), "recall_queries": len(recall_QK)}
+    if score:
+        _compare_recalls(rows, recalls)
     return Comparison(rows, parts["catalog"])
+
+
+def _compare_recalls(rows: list[dict], recalls: dict[str, list[np.ndarray]]) -> None:
+    """Adds to the first run of each kind but the first one `recall_gain`: at each cut the difference, the mean over the seeds of
+    each, and its interval over queries. Seeds are whole trainings: that they differ, too, shows in their own range alone."""
+    first, *others = recalls
+    base_QK = np.mean(recalls[first], 0)
+    for kind in others:
+        [row, *_] = [row for row in rows if row["kind"] == kind]
+        intervals = bootstrap_means(np.mean(recalls[kind], 0) - base_QK)
+        row["recall_gain"] = {str(k): list(interval) for k, interval in zip(score_ids.KS, intervals)}
+        row["recall_gain_50"] = row["recall_gain"]["50"]
 
 
 def parts_of_kind(job: Job, parts: dict[str, Manifest]) -> dict[str, Manifest]:

@@ -1,4 +1,6 @@
-"""The losses of CAT-ID² (arXiv 2511.01461, section 3.3): eqs. 1, 2, 4, 5 and 7, and what we tried beside them, each a scalar over the *global* batch.
+"""The losses of CAT-ID² (arXiv 2511.01461, section 3.3): eqs. 1, 2, 4, 5 and 7; SupCon and CQ-SID's term.
+
+Each is a scalar over the *global* batch.
 
 Unusual: every function takes `gather`, a callable that concatenates the rows of all ranks along dimension 0 with
 gradients (its backward sums over ranks). Each rank passes its own rows and gets the same global scalar. That backward

@@ -108,7 +108,8 @@ def training_loss(
 ) -> StepLoss:
     """Eq. 8 over the global batch: L_rq + α·Dis + β·Σ_l HCC + γ·Σ_l CSC; see `losses` for `gather` and `chunk`.
 
-    `category_BH`: int64, −1 = none; HCC acts on the first min(category_depth, H) depths, level by level on at most L. Call `model` wrapped
+    `category_BH`: int64, −1 = none; HCC acts on the first min(category_depth, H, L) levels, a soft
+    contrast on min(category_depth, H) depths. Call `model` wrapped
     (DeepSpeed) or plain: anything whose call gives `Quantized` and that leads to `codebooks`. A model with moving
     averages is updated in place while it trains.
     """

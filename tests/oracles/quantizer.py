@@ -79,10 +79,8 @@ def residual_latents(model, embedding_BD):
 
     def layers(module, row):
         for part in module:
-            if hasattr(part, "weight"):
-                row = part.weight.detach().numpy() @ row + part.bias.detach().numpy()
-            else:
-                row = np.maximum(row, 0)
+            linear = hasattr(part, "weight")
+            row = part.weight.detach().numpy() @ row + part.bias.detach().numpy() if linear else np.maximum(row, 0)
         return row
 
     basis_DZ = model.basis_DZ.numpy() if hasattr(model, "basis_DZ") else np.eye(model.width)

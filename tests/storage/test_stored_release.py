@@ -8,11 +8,13 @@ from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
+from catid2_ray.config import Recipe
 from catid2_ray.errors import FormatError, ReleaseError
 from catid2_ray.on_ray.commands import reindex
 from catid2_ray.on_ray.job import open_previous
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from catid2_ray.on_ray.stages import train_quantizer
 from tests.stored import unpack
 
 
@@ -28,6 +30,14 @@ def test_keys_and_digests_are_those_that_the_manifests_name(stored):
         assert manifest.key == artifact.key_of(part, manifest.settings, manifest.parents)
         files = [[entry["name"], entry["sha256"]] for entry in manifest.files]
         assert manifest.digest == artifact.digest_of([part, files])
+
+
+def test_the_recipe_of_then_names_the_quantizer_as_then(stored):
+    store = Store(stored.store)
+    manifest = releases.current(store).manifests(store)["quantizer"]
+    recipe = Recipe.stored(manifest.recipe)
+    assert recipe.quantizer.encoder == "mlp" and recipe.quantizer.category_on == "residual"
+    assert manifest.settings == {**train_quantizer.deciding(recipe.quantizer), "seed": recipe.seed}
 
 
 def test_it_is_served(stored, tmp_path):

@@ -50,7 +50,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     recipe = job.recipe.quantizer
     parents = STAGES["quantizer"].reads(parts, *(["queries"] if recipe.query_item else []))
     history = {"warm": job.previous.parts["quantizer"]} if recipe.warm_start and job.previous else {}
-    settings = {**_deciding(recipe), "seed": job.recipe.seed}
+    settings = {**deciding(recipe), "seed": job.recipe.seed}
     if recipe.input == "stream" and recipe.coder == "rq_vae":
         settings["passes"] = (
             "whole"  # streamed passes once dropped the same rows each time: such a quantizer is not this one
@@ -70,7 +70,7 @@ _KMEANS_FIELDS = ("codes_per_level", "balanced")
 _FITTED_FIELDS = ("coder", "kmeans_sample", "category_depth", "category_masked", "category_noise")
 
 
-def _deciding(recipe: QuantizerRecipe) -> dict:
+def deciding(recipe: QuantizerRecipe) -> dict:
     """The settings that decide what this coder becomes: kinds that come to the same are one artefact. Settings that came after
     the first release are left out where they say what was done before, so that artefacts of then keep their keys."""
     values = {
@@ -290,7 +290,7 @@ class QuantizerTask:
                 f"last being {epoch + 1} of {recipe.epochs}: {judged.reason}. Codes used per level {figures['codes_used']} of "
                 f"{list(recipe.codes_per_level)}, perplexity {figures['perplexity']}, mean norm of z {health.latent_norm:.3g}, "
                 f"gradient norms {norms}. Lower quantizer.hierarchical or learning_rate, raise cluster_scale or dispersion, "
-                "or set latent_radius"
+                "or, with encoder mlp, set latent_radius"
             )
         return figures, refit or revived > 0
 

@@ -84,6 +84,20 @@ def test_seeds_become_a_mean_and_half_their_range():
     assert ours[place["AMI, null"]].best == [False, False]
 
 
+def test_recall_stands_first_with_its_interval_and_scattered_neighbours_are_named():
+    rows = [
+        run("tiger", 0, recall=[0.1, 0.3, 0.4], neighbours=[0.8, 0.4, 0.1]),
+        run("cat_id2", 0, recall=[0.2, 0.3, 0.5], recall_gain_50=[0.0, -0.01, 0.01], neighbours=[0.9, 0.37, 0.3]),
+        run("dis", 0, recall=[0.1, 0.2, 0.3], recall_gain_50=[-0.1, -0.2, -0.05], neighbours=[0.77, 0.39, 0.0]),
+    ]
+    table = compare_table(rows)
+    assert [column.heading for column in table.columns][2:4] == ["recall@10, 50, 100", "@50 − first"]
+    assert [row[0].remark for row in table.rows] == ["", "(neighbours apart)", ""]
+    assert table.rows[1][2].best == [True, True, True] and table.rows[1][3].texts == ["+0.000", "-0.010", "+0.010"]
+    shown = console(rows)
+    assert "recall@10" in shown and "codes used" not in shown and "purity" not in shown
+
+
 def test_the_page_holds_every_figure_and_nothing_from_outside():
     page = compare_page(ROWS, title="A <b> & B", about={"data": "x < y", "steps": "300"})
     found = Balanced(page)

@@ -1,0 +1,276 @@
+"""Which way of making IDs finds most on Home Depot, by the proxy generator; writes benchmarks/results/ids.md.
+
+    python benchmarks/ids.py --root DATA/home_depot --vectors FOLDER [--encoder FOLDER] [--runs raw:tiger:0,…] [--test]
+
+Package code in one process, without Ray: `quantizer.step.fit`, unique IDs, `evaluation.proxy`. `--vectors` holds products.npy and
+queries.npy (float32, rows of length 1, in the order of products.parquet and queries.parquet), made with `--encoder` where they
+are missing, and adapted_products.npy and adapted_queries.npy, which `benchmarks/adapter.py` leaves. Every run writes its figures
+to `--work`, a folder, and is not run again. A seed is a whole run: order, k-means, labels' shuffling, proxy.
+
+Choices are made on *pooled* queries: those of the validation split and 2,000 of the train split, which the proxy does not learn
+from here. Known-item search on the tables beside `--root`, bigbasket and mwpd_gpc, has gold categories. `--test` adds the test
+split to the page, once. Shares are compared by the paired bootstrap over queries.
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from harness import RESULTS, finish, machine, parser_of, table
+
+from catid2_ray.catalog.taxonomy import Taxonomy
+from catid2_ray.catalog.text import HuggingFaceEncoder
+from catid2_ray.config.quantizer import QuantizerRecipe
+from catid2_ray.evaluation.metrics import bootstrap_means
+from catid2_ray.evaluation.proxy import Questions, ranked, recall_of, train
+from catid2_ray.identifiers.collisions import assign_unique
+from catid2_ray.identifiers.quality import id_quality, neighbour_agreement
+from catid2_ray.quantizer.model import ResidualQuantizer
+from catid2_ray.quantizer.sampler import exchange_paths
+from catid2_ray.quantizer.step import SAMPLE_ROWS, LossWeights, epoch_order, fit
+from catid2_ray.retrieval.trie import Trie
+
+KS, HELD_OUT, LEARN_FROM, RELEVANT = (10, 50, 100), 2_000, 2.33, 2.67
+BASE = "tiger"
+CODES = {"bigbasket": 64, "mwpd_gpc": 128}  # a level, where not 256
+# kind: other settings of the budget. The printed kinds begin at random and get what 2 cores allow of the paper's 300 epochs.
+PRINTED = {"epochs": 30, "learning_rate": 1e-3}
+KINDS = {
+    "rq_kmeans": {}, "tiger": {}, "dis": {}, "cat_id2": {}, "cat_id2_shuffled": {}, "ancestors": {}, "on_prefix": {},
+    "on_projection": {}, "on_residual": {}, "hcc_csc_dis": {}, "paper_tiger": PRINTED, "cat_id2_paper": PRINTED,
+}  # fmt: skip
+PLAN = [f"adapted:{kind}:{seed}" for seed in range(3) for kind in list(KINDS)[:5]]
+PLAN += [f"{task}:{kind}:{seed}" for task in CODES for seed in range(3) for kind in list(KINDS)[:5]]
+PLAN += [f"adapted:{kind}:0" for kind in list(KINDS)[5:]] + [f"raw:{kind}:0" for kind in KINDS]
+
+
+class Shop(NamedTuple):
+    product_ids: list[str]
+    vector_ND: np.ndarray
+    category_NH: np.ndarray
+    learn: Questions
+    asked: dict[str, Questions]
+
+
+def vectors(folder: Path, space: str, products: pa.Table, pairs: pa.Table, encoder: str | None) -> tuple:
+    """float32 N×D, float32 Q×D and the query_ids of its rows."""
+    if not (folder / "products.npy").exists():
+        model = HuggingFaceEncoder(encoder, batch=64, tokens=64)
+        queries = pairs.group_by(["query_id", "query"]).aggregate([]).sort_by("query_id")
+        pq.write_table(queries, folder / "queries.parquet")
+        np.save(folder / "queries.npy", model.encode(queries["query"].to_pylist()))
+        np.save(folder / "products.npy", model.encode(products["title"].to_pylist()))
+    before = "adapted_" if space == "adapted" else ""
+    arrays = [np.load(folder / f"{before}{name}.npy").astype(np.float32) for name in ("products", "queries")]
+    return *arrays, pq.read_table(folder / "queries.parquet", columns=["query_id"])["query_id"].to_pylist()
+
+
+def shop(root: Path, folder: Path, space: str, encoder: str | None) -> Shop:
+    products, pairs = pq.read_table(root / "products.parquet"), pq.read_table(root / "pairs.parquet")
+    vector_ND, query_QD, query_ids = vectors(folder, space, products, pairs, encoder)
+    ids = products["product_id"].combine_chunks()
+    paths = {tuple(path) for path in products["category_path"].to_pylist() if path}
+    taxonomy = Taxonomy.build(sorted(paths), depth=3)
+    query_of = pa.array(query_ids)
+    pairs = pairs.filter(pc.is_in(pairs["product_id"], ids))
+    train_ids = sorted(pairs.filter(pc.field("split") == "train")["query_id"].unique().to_pylist())
+    held = set(np.random.default_rng(17).permutation(train_ids)[:HELD_OUT].tolist())
+
+    def questions(chosen: pa.Table) -> Questions:
+        chosen = chosen.group_by(["query_id", "product_id"]).aggregate([])
+        row_P = pc.index_in(chosen["query_id"].combine_chunks(), query_of).to_numpy()
+        query_Q, place_P = np.unique(row_P, return_inverse=True)
+        product_P = pc.index_in(chosen["product_id"].combine_chunks(), ids).to_numpy().astype(np.int64)
+        return Questions(query_QD[query_Q], place_P, product_P)
+
+    is_held = pc.is_in(pairs["query_id"], pa.array(sorted(held)))
+    relevant = pc.greater_equal(pairs["relevance"], RELEVANT)
+    teaches = pc.and_(pc.equal(pairs["split"], "train"), pc.greater_equal(pairs["relevance"], LEARN_FROM))
+    pooled = pc.and_(relevant, pc.or_(is_held, pc.equal(pairs["split"], "validation")))
+    asked = {
+        "pooled": questions(pairs.filter(pooled)),
+        "test": questions(pairs.filter(pc.and_(relevant, pc.equal(pairs["split"], "test")))),
+    }
+    learn = questions(pairs.filter(pc.and_(teaches, pc.invert(is_held))))
+    return Shop(ids.to_pylist(), vector_ND, taxonomy.category_ids(products["category_path"]), learn, asked)
+
+
+def known_item_shop(root: Path, folder: Path, encoder: str | None) -> Shop:
+    """Titles alone are indexed; a query is a seeded sentence of a product's description without its title's words, and that
+    product the one to find. Sentences of 70 % of the products teach, those of the others are asked; categories are gold."""
+    products = pq.read_table(root / "products.parquet")
+    rng, chosen, sentences, seen = np.random.default_rng(11), [], [], set()
+    texts = zip(products["title"].to_pylist(), products["description"].to_pylist())
+    for row, (title, description) in enumerate(texts):
+        words = set(re.findall(r"\w+", title.lower()))
+        kept = [
+            [word for word in re.findall(r"\w+", sentence.lower()) if word not in words]
+            for sentence in re.split(r"[.!?;\n]+\s|\|", description or "")
+        ]
+        kept = [sentence[:30] for sentence in kept if len(sentence) >= 8]
+        if kept and title.lower() not in seen:
+            seen.add(title.lower())
+            chosen.append(row)
+            sentences.append(" ".join(kept[rng.integers(len(kept))]))
+    products, cached = products.take(pa.array(chosen)), folder / f"known_item_{root.name}.npz"
+    if not cached.exists():
+        model = HuggingFaceEncoder(encoder, batch=64, tokens=48)
+        np.savez(cached, products=model.encode(products["title"].to_pylist()), queries=model.encode(sentences))
+    arrays = np.load(cached)
+    order = rng.permutation(len(products))
+    taught, asked = np.sort(order[: int(0.7 * len(order))]), np.sort(order[int(0.7 * len(order)) :])
+    learn, ask = (Questions(arrays["queries"][rows], np.arange(len(rows)), rows) for rows in (taught, asked))
+    taxonomy = Taxonomy.build(sorted({tuple(path) for path in products["category_path"].to_pylist() if path}), depth=3)
+    category_NH = taxonomy.category_ids(products["category_path"])
+    return Shop(products["product_id"].to_pylist(), arrays["products"], category_NH, learn, {"pooled": ask})
+
+
+def model_of(recipe: QuantizerRecipe, data: Shop, seed: int) -> ResidualQuantizer:
+    """The kind's quantizer, fitted with `seed`."""
+    vector_ND, width = torch.from_numpy(data.vector_ND), data.vector_ND.shape[1]
+    torch.manual_seed(seed)
+    if recipe.coder == "kmeans":
+        model = ResidualQuantizer(width=width, hidden=None, latent=width, codes_per_level=recipe.codes_per_level)
+        order = epoch_order(len(vector_ND), seed=seed, epoch=-1 % 2**32)
+        model.initialise_codebooks(vector_ND[order[:SAMPLE_ROWS]], seed=seed)
+        return model
+    category_NH = data.category_NH
+    if recipe.category_noise:
+        category_NH = exchange_paths(category_NH, share=recipe.category_noise, seed=seed)
+    model = ResidualQuantizer(
+        width=width, hidden=recipe.hidden, latent=recipe.latent_of(width), codes_per_level=recipe.codes_per_level,
+        latent_radius=recipe.latent_radius, encoder=recipe.encoder, projection=recipe.category_on == "projection",
+    )  # fmt: skip
+    names = LossWeights.__dataclass_fields__
+    weights = LossWeights(**{name: getattr(recipe, name) for name in names if name != "category_depth"})
+    fit(
+        vector_ND, torch.from_numpy(category_NH).long(), model=model, weights=weights, seed=seed, epochs=recipe.epochs,
+        batch=recipe.batch, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay, refit=recipe.refit,
+        revive=bool(recipe.revive_every_epochs),
+    )  # fmt: skip
+    return model.eval()
+
+
+def run(data: Shop, kind: str, seed: int, codes: int) -> dict:
+    recipe = QuantizerRecipe(kind=kind, codes_per_level=(codes,) * 4, **KINDS[kind])
+    start = time.process_time()
+    # Trainings multiply in bfloat16 where the processor can: half of the time. IDs and search are in float32.
+    torch.set_float32_matmul_precision("medium")
+    model = model_of(recipe, data, seed)
+    torch.set_float32_matmul_precision("highest")
+    encoded = model.encode_padded(torch.from_numpy(data.vector_ND), rows=1024)
+    raw_NL, books = encoded.codes_BL.numpy(), [book.detach().numpy() for book in model.codebooks]
+    ids = assign_unique(raw_NL, encoded.residual_BZ.numpy(), books, data.product_ids, method="exact")
+    made = time.process_time()
+    torch.set_float32_matmul_precision("medium")
+    proxy = train(data.vector_ND, ids.codes_NL, recipe.codes_per_level, data.learn, seed=seed)
+    torch.set_float32_matmul_precision("highest")
+    trie = Trie.build(ids.codes_NL, codes_per_level=recipe.codes_per_level)
+    recalls = {
+        name: recall_of(ranked(proxy, trie, asked.query_QD), asked, KS).round(5).tolist()
+        for name, asked in data.asked.items()
+    }
+    scored = time.process_time()
+    quality = id_quality(ids.codes_NL[::4], data.category_NH[::4], recipe.codes_per_level)
+    near = neighbour_agreement(ids.codes_NL, data.vector_ND, sample=1_000, seed=0)
+    return {
+        "collisions": 1 - len(np.unique(recipe.space.pack(raw_NL))) / len(raw_NL), "neighbours": near["share"][:2],
+        "ami": quality["ami"], "seconds": [round(made - start, 1), round(scored - made, 1)], "recall": recalls,
+    }  # fmt: skip
+
+
+def page(runs: dict[str, dict], *, test: bool) -> str:
+    """Tables of all runs that are there, per space of vectors."""
+    lines = [
+        "# Which IDs find most on Home Depot\n",
+        "Written by `benchmarks/ids.py`. 54,667 titles by all-MiniLM-L6-v2 (`raw`), the same moved by linear adapters "
+        f"(`adapted`); K 256, L 4, unique IDs. The proxy generator learns from training pairs and titles and is searched with a "
+        f"beam of 100. Machine: {machine()}; seconds are of one core, other work ran beside.\n",
+    ]
+    for split in ["pooled", *(["test"] if test else [])]:
+        for space in ("adapted", "raw"):
+            of_space = {key.split(":", 1)[1]: value for key, value in runs.items() if key.startswith(space)}
+            if of_space:
+                lines.append(_split_table(of_space, split, f"{split} queries, {space} vectors"))
+    return "\n".join(lines)
+
+
+def _split_table(of_space: dict[str, dict], split: str, title: str) -> str:
+    kinds = list(dict.fromkeys(key.split(":")[0] for key in of_space))
+    seeds = {kind: sorted(key.split(":")[1] for key in of_space if key.split(":")[0] == kind) for kind in kinds}
+    rows = []
+    for kind in kinds:
+        mine = [of_space[f"{kind}:{seed}"] for seed in seeds[kind]]
+        recall_SK = np.array([np.mean(one["recall"][split], 0) for one in mine])
+        shared = [seed for seed in seeds[kind] if seed in seeds.get(BASE, [])]
+        gains = ["–", "–"]
+        if kind != BASE and shared:
+            differ_QK = np.mean(
+                [
+                    np.subtract(
+                        of_space[f"{kind}:{seed}"]["recall"][split], of_space[f"{BASE}:{seed}"]["recall"][split]
+                    )
+                    for seed in shared
+                ],
+                0,
+            )
+            gains = [f"{i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}]" for i in bootstrap_means(differ_QK)[:2]]
+        spread = [f" ± {np.ptp(recall_SK[:, 1]) / 2:.3f}" if len(mine) > 1 else ""]
+        mean_K = recall_SK.mean(0)
+        rows.append([
+            kind, len(mine), " ".join(f"{value:.3f}".lstrip("0") for value in mean_K), spread[0].strip() or "–", *gains,
+            *(" ".join(f"{value:.2f}" for value in np.mean([one[name] for one in mine], 0)) for name in ("neighbours", "ami")),
+            f"{np.mean([one['collisions'] for one in mine]):.1%}",
+            " + ".join(f"{value:.0f}" for value in np.mean([one["seconds"] for one in mine], 0)),
+        ])  # fmt: skip
+    names = [
+        "kind", "seeds", "recall@10, 50, 100", "seeds @50", f"@10 − {BASE}", f"@50 − {BASE}", "neighbours c1, c1c2",
+        "AMI by depth", "collisions", "seconds: IDs + proxy",
+    ]  # fmt: skip
+    return table(names, rows, title=title)
+
+
+def main() -> None:
+    parser = parser_of(__doc__, page=RESULTS / "ids.md")
+    parser.add_argument("--root", type=Path, help="folder with products.parquet and pairs.parquet")
+    parser.add_argument("--vectors", type=Path)
+    parser.add_argument("--encoder", help="sentence encoder, by id or folder, where the vectors are missing")
+    parser.add_argument("--work", type=Path, help="folder with a JSON a run; default: VECTORS/ids")
+    parser.add_argument("--runs", help=f"SPACE:KIND:SEED,… ; default: {len(PLAN)} of them; none = only write the page")
+    parser.add_argument("--test", action="store_true", help="show the test split, too")
+    options = parser.parse_args()
+    if not options.root or not options.vectors:
+        print(json.dumps({"skipped": "no data: give --root FOLDER --vectors FOLDER"}))
+        return
+    torch.set_num_threads(1)
+    work, shops = options.work or options.vectors / "ids", {}
+    work.mkdir(parents=True, exist_ok=True)
+    for key in PLAN if options.runs is None else [key for key in options.runs.split(",") if key != "none"]:
+        path = work / f"{key.replace(':', '-')}.json"
+        if path.exists():
+            continue
+        space, kind, seed = key.split(":")
+        if space not in shops and space in ("raw", "adapted"):
+            shops = {space: shop(options.root, options.vectors, space, options.encoder)}
+        elif space not in shops:
+            shops = {space: known_item_shop(options.root.parent / space, options.vectors, options.encoder)}
+        figures = run(shops[space], kind, int(seed), CODES.get(space, 256))
+        path.write_text(json.dumps(figures))
+        print(key, figures["seconds"], np.mean(figures["recall"]["pooled"], 0).round(3).tolist(), flush=True)
+    runs = {path.stem.replace("-", ":"): json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
+    order = {kind: place for place, kind in enumerate(KINDS)}
+    runs = dict(sorted(runs.items(), key=lambda one: (order.get(one[0].split(":")[1], 99), one[0])))
+    summary = {key: {**value, "recall": {split: np.mean(rows, 0).tolist() for split, rows in value["recall"].items()}}
+               for key, value in runs.items()}  # fmt: skip
+    finish(summary, lambda _: page(runs, test=options.test), options)
+
+
+if __name__ == "__main__":
+    main()
