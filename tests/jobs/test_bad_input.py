@@ -1,4 +1,7 @@
-"""Every mistake a user can make with a recipe, a table or a store: a clear message, an exit code, and nothing committed."""
+"""Every mistake a user can make with a recipe, a table or a store: a clear message, an exit code, and nothing committed.
+
+Jobs in this process; what Ray does with such errors on their way: test_through_ray.py.
+"""
 
 import pyarrow as pa
 import pytest
@@ -19,7 +22,7 @@ from catid2_ray.errors import (
 from catid2_ray.on_ray.commands import publish, reindex, run_verb
 
 MADE = generate(products=60, queries=40, seed=1)
-pytestmark = pytest.mark.usefixtures("shared_ray")
+pytestmark = pytest.mark.usefixtures("no_ray")
 
 
 @pytest.fixture
@@ -144,7 +147,7 @@ def test_codes_that_collapse_stop_the_job_with_the_numbers(job, capfd):
     with pytest.raises(CollapseError, match=r"stayed so for 2 epochs.*the last being 2 of 6.*per level \[1, 1, 1, 1\]"):
         reindex(job(products=MADE.products.append_column("embedding", alike), quantizer=settings,
                     embedding={"width": None}))  # fmt: skip
-    assert capfd.readouterr().err.count("epochs_done=2") == 1, "a collapse is not tried again"
+    assert capfd.readouterr().err.count("event=epoch epoch=2 ") == 1, "a collapse is not tried again"
 
 
 def test_no_training_pair(job):
