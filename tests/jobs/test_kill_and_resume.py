@@ -1,13 +1,14 @@
 """A job that is killed in either training and run again ends in the same IDs and the same release content, and so does one whose
 training workers die.
 
-Workers that die while IDs are assigned: tests/on_ray/test_assign.py.
+Workers that die while IDs are assigned: tests/on_ray/test_assign_workers.py.
 """
 
 import threading
 import time
 
 import psutil
+import pytest
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
@@ -45,6 +46,7 @@ class WorkerKiller(threading.Thread):
         self.killed = worker.pid
 
 
+@pytest.mark.faults
 def test_killed_jobs_end_in_the_same_digests(shared_ray, tiny, tmp_path):
     tiny["quantizer"] |= TWO_WORKERS
     tiny["generator"] |= TWO_WORKERS | {"checkpoint_every_steps": 3, "validate_queries": 20, "epochs": 6}

@@ -23,6 +23,7 @@ from tests.command import ROOT, kill_tree, write_recipe
 from tests.text_models import save_qwen
 
 BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.cluster
 
 
 def free_ports(count: int) -> list[int]:
