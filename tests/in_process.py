@@ -1,12 +1,15 @@
 """Jobs in this process: what Ray does for a job, done here, one thing after the other.
 
 A pass over parts costs Ray half a second and a training ten; here they cost their work alone. Stages, training loop,
-checkpoints and store are those of a real job, and what a worker gets is pickled, as for another process: see
-tests/end_to_end/test_s3_to_http.py, where a release made so has the digests of the one that Ray made. One worker trains, and
-nothing dies.
+checkpoints and store are those of a real job, and what a worker gets is pickled, as for another process: a release made so has
+the digests of the one that Ray made (tests/end_to_end/test_s3_to_http.py; by two workers: tests/jobs/test_kill_and_resume.py).
+One worker trains in this process, more of them in processes of their own.
 """
 
+import atexit
 import contextlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +21,10 @@ import torch.distributed as dist
 from catid2_ray.config import ClusterRecipe
 from catid2_ray.on_ray.machine import cluster, parts, progress
 from catid2_ray.on_ray.training import shards, worker
+from catid2_ray.on_ray.training.engine import share_objects
 from catid2_ray.on_ray.training.loop import Seat, run_training
 from catid2_ray.on_ray.training.task import Run
+from tests.ranks import run_ranks
 
 
 def _shipped(value):
@@ -67,35 +72,54 @@ class TrainingFailed(ray.train.TrainingFailedError):
 
 
 class Trainer:
-    """One worker, which is this process."""
+    """Stands in for the trainer that `worker._fit` makes and calls."""
 
     def __init__(self, run: Run, recipe: ClusterRecipe):
-        assert run.settings.workers == 1, "a training in this process has one worker"
         self.run = run
 
     def fit(self) -> None:
-        if not dist.is_initialized():
+        world = self.run.settings.workers
+        if world > 1:
+            with tempfile.TemporaryDirectory() as folder:
+                run_ranks(_sit, (world, (ray.cloudpickle.dumps(self.run), world, f"file://{folder}/meet")))
+            return
+        if not dist.is_initialized():  # until the process ends, since DeepSpeed goes on with the first group that it saw
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        run = _shipped(self.run)
-
-        def hand_in(figures: dict, folder: Path, name: str) -> None:
-            run.store.upload(folder, f"{run.folder}/{name}")
-
-        rows = worker._spans(run)[0].dataset(run.store, run.task.reader)
+            atexit.register(dist.destroy_process_group)
         try:
-            run_training(run, Seat(rank=0, world=1, rows=rows, hand_in=hand_in))
+            _train(_shipped(self.run), 0, 1)
         except Exception as error:
             raise TrainingFailed(error) from error
+
+
+def _sit(rank: int, run: bytes, world: int, meet: str) -> None:
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+    with without_ray():
+        _train(ray.cloudpickle.loads(run), rank, world)
+    dist.destroy_process_group()
+
+
+def _train(run: Run, rank: int, world: int) -> None:
+    def hand_in(figures: dict, folder: Path, name: str) -> None:
+        """All ranks lay their files into the folder that rank 0 names, as Ray Train does."""
+        (name,) = share_objects([name], world, run.device)
+        run.store.upload(folder, f"{run.folder}/{name}")
+        if world > 1:
+            dist.barrier()
+
+    spans = worker._spans(run)
+    rows = spans[rank % len(spans)].dataset(run.store, run.task.reader)
+    run_training(run, Seat(rank=rank, world=world, rows=rows, hand_in=hand_in))
 
 
 @contextlib.contextmanager
 def without_ray() -> Iterator[None]:
     """Jobs that this process runs inside the block start no Ray, whether one is running or not."""
     data = SimpleNamespace(data=SimpleNamespace(from_items=Dataset.from_items, Dataset=Dataset))
-    environment = cluster.worker_environment(ClusterRecipe()) | {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    environment = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"} | cluster.worker_environment(ClusterRecipe())
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
-            patch.setenv(name, value)
+            patch.setenv(name, os.environ.get(name, value))
         patch.setattr(cluster, "connect", lambda *_, **__: None)
         patch.setattr(cluster, "disconnect", lambda: None)
         patch.setattr(parts, "ray", data)

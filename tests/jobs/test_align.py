@@ -1,5 +1,5 @@
-"""CQ-SID's whole way from a recipe: behaviour logs in, IDs that products may share, a generator of them aligned, and a release of
-it; by one worker in this process, and (`make test-all`) by two on Ray."""
+"""CQ-SID's whole way from a recipe: behaviour logs in, IDs that products may share, a generator of them aligned by two workers,
+and a release of it."""
 
 import json
 
@@ -18,10 +18,9 @@ from catid2_ray.on_ray.commands import reindex, run_verb
 from catid2_ray.retrieval.retriever import Retriever
 from tests.command import write_recipe
 from tests.conftest import TINY
-from tests.in_process import without_ray
 
 ALIGNMENT = {
-    "enabled": True, "steps": 4, "report_every": 2, "updates": 2, "batch": 16, "group": 4, "injected": 2,
+    "enabled": True, "steps": 4, "report_every": 2, "updates": 2, "batch": 16, "group": 4, "injected": 2, "workers": 2,
     "validation_queries": 8, "judged_max": 16, "max_failures": 0, "learning_rate": 1e-3,
 }  # fmt: skip
 
@@ -31,17 +30,7 @@ def ranked(query: str, product_ids: list[str]) -> list[float]:
     return [float(product_id.strip("pP") or 0) if product_id[-1].isdigit() else 0.0 for product_id in product_ids]
 
 
-def test_a_recipe_with_behaviour_is_aligned_and_published(tmp_path):
-    with without_ray():
-        align_and_publish(tmp_path, workers=1)
-
-
-@pytest.mark.slow
-def test_two_workers_of_ray_align_it_too(shared_ray, tmp_path):
-    align_and_publish(tmp_path, workers=2)
-
-
-def align_and_publish(tmp_path, workers: int) -> None:
+def test_a_recipe_with_behaviour_is_aligned_and_published(no_ray, tmp_path):
     made = generate(products=200, queries=80, seed=3)
     behaviour = np.array(["paid", "clicked", "exposed", None], object)[np.arange(made.pairs.num_rows) % 4]
     (tmp_path / "shop").mkdir()
@@ -52,7 +41,7 @@ def align_and_publish(tmp_path, workers: int) -> None:
     values["quantizer"] |= {"kind": "cq_sid", "codes_per_level": [64, 8, 8], "leaf": 20, "epochs": 2}
     values["evaluation"]["beam_width"] = 8
     values["generator"] |= {"epochs": 1, "mix": {"query": 1.0, "title": 0.1}}
-    values["alignment"] = ALIGNMENT | {"ranker": "tests.jobs.test_align:ranked", "workers": workers}
+    values["alignment"] = ALIGNMENT | {"ranker": "tests.jobs.test_align:ranked"}
     outcome = reindex(Recipe.build(values))
     assert {"generator", "prompts", "aligned"} <= set(outcome.made)
     assert outcome.parts["ids"].metrics["duplicates_after"] > 0, "cq_sid lets products share an ID"

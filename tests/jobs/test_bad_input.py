@@ -164,6 +164,7 @@ def test_a_stage_alone_names_the_job_to_run_first(job):
         publish(job())
 
 
+@pytest.mark.faults
 def test_a_half_written_artefact_of_a_killed_job_is_not_a_result(job, tmp_path):
     recipe = job()
     store, catalog = run_verb(recipe, "embed_catalog")
@@ -175,6 +176,7 @@ def test_a_half_written_artefact_of_a_killed_job_is_not_a_result(job, tmp_path):
     assert again.folder != catalog.folder and again.digest == catalog.digest
 
 
+@pytest.mark.faults
 def test_a_damaged_artefact_is_refused_by_name(job):
     recipe = job()
     store, embeddings = run_verb(recipe, "embed_catalog")
@@ -184,6 +186,7 @@ def test_a_damaged_artefact_is_refused_by_name(job):
         run_verb(recipe, "train_quantizer")
 
 
+@pytest.mark.faults
 def test_unreachable_bucket_is_named_within_a_minute(job, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")

@@ -78,6 +78,8 @@ def test_a_failed_disk_is_tried_again_and_a_loss_of_nan_ends_the_job_at_once(rec
     monkeypatch.setattr(train_quantizer, "QuantizerTask", failing_once(tmp_path / "builds"))
     with pytest.raises(TrainingError, match="the loss is (nan|inf) in epoch .* lower this stage's learning_rate"):
         run_verb(recipe, "train_quantizer")
-    assert (tmp_path / "builds").read_text().count("built") == 2, "one attempt for each failure, though two more were left"
+    assert (tmp_path / "builds").read_text().count("built") == 2, (
+        "one attempt for each failure, though two more were left"
+    )
     log = capfd.readouterr().err
     assert log.count("event=retry") == 1 and "failure=1 of=2" in log and "no space left" in log

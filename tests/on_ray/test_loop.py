@@ -31,6 +31,7 @@ from catid2_ray.schedule import Phase
 from tests.ranks import run_ranks
 from tests.s3_server import new_bucket, s3_server
 
+pytestmark = pytest.mark.faults
 SPACE, ROWS, TOKENS = DocidSpace((4, 4)), 60, 10
 TEXTS = [
     f"{a} {b} {c}" for a in ("steel", "copper", "oak") for b in ("hinge", "pipe") for c in ("small", "wide", "10 ft")
