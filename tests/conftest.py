@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import copy
+import sys
 
 import pytest
 
@@ -72,6 +73,19 @@ def shared_ray(_one_ray):
 
 # Of files that start Ray two run at a time (Makefile): the longest come first, beside one with many small tests.
 _FIRST = ("test_kill_and_resume.py", "test_s3_to_http.py", "test_through_ray.py", "test_submit.py")
+
+
+def _refuse(**_):
+    pytest.fail("this test starts Ray: ask for no_ray, for shared_ray, or mark it `cluster`")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Ray is started by tests that are marked for it: a job that starts one by the way costs ten seconds unseen."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "ray" in sys.modules and not item.get_closest_marker("cluster"):
+            patch.setattr(sys.modules["ray"], "init", _refuse)
+        return (yield)
 
 
 def pytest_collection_modifyitems(items):
