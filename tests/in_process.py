@@ -118,7 +118,7 @@ def without_ray() -> Iterator[None]:
     data = SimpleNamespace(data=SimpleNamespace(from_items=Dataset.from_items, Dataset=Dataset))
     environment = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"} | cluster.worker_environment(ClusterRecipe())
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
+        for name, value in environment.items():  # what is set already stays: a rank knows which one it is
             patch.setenv(name, os.environ.get(name, value))
         patch.setattr(cluster, "connect", lambda *_, **__: None)
         patch.setattr(cluster, "disconnect", lambda: None)
