@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -56,7 +57,8 @@ def _captured(call, arguments) -> subprocess.CompletedProcess:
 
 
 def run_until(line: str, *arguments, env: dict | None = None, timeout: float = TIMEOUT_S) -> list[str]:
-    """Start a job, SIGKILL it and every process it started at the first output that contains `line`; returns the output.
+    """Start a job, SIGKILL it and every process it started at the first output that matches `line`, an expression; returns the
+    output.
 
     Raises AssertionError when the job ends, or the time passes, without that line.
     """
@@ -69,7 +71,7 @@ def run_until(line: str, *arguments, env: dict | None = None, timeout: float = T
     try:
         for text in process.stdout:
             seen.append(text)
-            if line in text:
+            if re.search(line, text):
                 return seen
             if time.monotonic() > deadline:
                 break
