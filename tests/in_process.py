@@ -83,9 +83,8 @@ class Trainer:
             with tempfile.TemporaryDirectory() as folder:
                 run_ranks(_sit, (world, (ray.cloudpickle.dumps(self.run), world, f"file://{folder}/meet")))
             return
-        if (
-            not dist.is_initialized()
-        ):  # until the process ends, since DeepSpeed goes on with the first group that it saw
+        # Until the process ends: DeepSpeed goes on with the first group that it saw.
+        if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
             atexit.register(dist.destroy_process_group)
         try:
