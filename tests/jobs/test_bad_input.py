@@ -143,7 +143,7 @@ def test_a_training_that_diverges_says_where(job):
 
 def test_codes_that_collapse_stop_the_job_with_the_numbers(job, capfd):
     alike = pa.array([[1.0, 2.0, 3.0, 4.0]] * MADE.products.num_rows, pa.list_(pa.float32()))
-    settings = {"collapse_patience": 2, "max_failures": 3, "checkpoint_every_epochs": 50}
+    settings = {"latent": 4, "collapse_patience": 2, "max_failures": 3, "checkpoint_every_epochs": 50}
     with pytest.raises(CollapseError, match=r"stayed so for 2 epochs.*the last being 2 of 6.*per level \[1, 1, 1, 1\]"):
         reindex(job(products=MADE.products.append_column("embedding", alike), quantizer=settings,
                     embedding={"width": None}))  # fmt: skip
