@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: quickstart test lint format bench clean
+.PHONY: quickstart test test-all test-faults lint format bench clean
 .DEFAULT_GOAL := quickstart
 
 $(BIN)/python:
@@ -21,10 +21,21 @@ $(VENV)/.installed $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BI
 quickstart: $(VENV)/.installed
 	$(BIN)/catid2 reindex --recipe jobs/recipes/quickstart.yaml
 
-# Tests that start Ray wait for processes to start a third of the time: two files at once fill the machine.
+# What a change must pass, in minutes. Two processes; those that start Ray come second, the longest file first.
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster" -n 2 --dist loadfile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -n 2 --dist loadfile --no-loadscope-reorder
+	$(TESTS) -m "not cluster and not slow"
+	$(TESTS) -m "cluster and not slow" --no-loadscope-reorder
+
+# Everything. Besides `test`: three jobs stopped by signals (jobs/test_stopped.py), a second replica under load
+# (end_to_end/test_s3_to_http.py), the compiled beam.
+test-all: $(VENV)/.installed-dev
+	$(TESTS) -m "not cluster"
+	$(TESTS) -m cluster --no-loadscope-reorder
+
+# Kills, disks and networks that fail: those of `test`, and those of `test-all`.
+test-faults: $(VENV)/.installed-dev
+	$(TESTS) -m faults
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -3,12 +3,15 @@
 import contextlib
 import io
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -33,17 +36,29 @@ def run_here(*arguments) -> subprocess.CompletedProcess:
     """`run_here("search", …)`: a command of `catid2` in this process, which has imported already what it needs."""
     from catid2_ray import cli
 
+    return _captured(lambda: cli.guarded(lambda: cli.app(list(map(str, arguments)), standalone_mode=False)), arguments)
+
+
+def job_here(name: str, *arguments) -> subprocess.CompletedProcess:
+    """`job_here("append_items", "--recipe", …)`: `python -m jobs.append_items` in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return _captured(lambda: runpy.run_module(f"jobs.{name}", run_name="__main__"), arguments)
+
+
+def _captured(call, arguments) -> subprocess.CompletedProcess:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.guarded(lambda: cli.app(list(map(str, arguments)), standalone_mode=False))
+            call()
         except SystemExit as error:
-            code = error.code
+            code = error.code or 0
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def run_until(line: str, *arguments, env: dict | None = None, timeout: float = TIMEOUT_S) -> list[str]:
-    """Start a job, SIGKILL it and every process it started at the first output that contains `line`; returns the output.
+    """Start a job, SIGKILL it and every process it started at the first output that matches `line`, an expression; returns the
+    output.
 
     Raises AssertionError when the job ends, or the time passes, without that line.
     """
@@ -56,7 +71,7 @@ def run_until(line: str, *arguments, env: dict | None = None, timeout: float = T
     try:
         for text in process.stdout:
             seen.append(text)
-            if line in text:
+            if re.search(line, text):
                 return seen
             if time.monotonic() > deadline:
                 break

@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import copy
+import sys
 
 import pytest
 
@@ -40,6 +41,15 @@ def _own_cache(tmp_path_factory):
     del os.environ["CATID2_CACHE"]
 
 
+@pytest.fixture(scope="module")
+def no_ray():
+    """Jobs run in this process, without Ray: what most tests of jobs want, since Ray is what costs the time."""
+    from tests.in_process import without_ray
+
+    with without_ray():
+        yield
+
+
 @pytest.fixture(scope="session")
 def _one_ray(_own_cache):
     """One Ray for all tests that run jobs in this process: starting it and its workers costs more than most of them."""
@@ -61,13 +71,25 @@ def shared_ray(_one_ray):
         yield
 
 
-_STARTS_RAY = ("tests/jobs/", "tests/end_to_end/", "tests/on_ray/test_assign.py", "tests/on_ray/test_esci_recipes.py")
 # Of files that start Ray two run at a time (Makefile): the longest come first, beside one with many small tests.
-_FIRST = ("test_kill_and_resume.py", "test_s3_to_http.py", "test_bad_input.py", "test_compare_ids.py", "test_submit.py")
+_FIRST = ("test_kill_and_resume.py", "test_s3_to_http.py", "test_through_ray.py", "test_submit.py")
 
 
-def pytest_collection_modifyitems(config, items):
+def _refuse(**_):
+    pytest.fail("this test starts Ray: ask for no_ray, for shared_ray, or mark it `cluster`")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Ray is started by tests that are marked for it: a job that starts one by the way costs ten seconds unseen."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "ray" in sys.modules and not item.get_closest_marker("cluster"):
+            patch.setattr(sys.modules["ray"], "init", _refuse)
+        return (yield)
+
+
+def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.relative_to(config.rootpath).as_posix().startswith(_STARTS_RAY):
+        if "shared_ray" in item.fixturenames:
             item.add_marker(pytest.mark.cluster)
     items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))

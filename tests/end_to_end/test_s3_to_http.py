@@ -18,10 +18,14 @@ from transformers import T5ForConditionalGeneration
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
+from catid2_ray.config import Recipe
+from catid2_ray.on_ray.commands import reindex
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica
-from tests.command import ROOT, kill_tree, run, run_here
+from tests.command import ROOT, job_here, kill_tree, run, run_here
+from tests.in_process import without_ray
 
+pytestmark = pytest.mark.cluster
 FAST = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1, "metrics_interval_s": 0.5,
         "look_back_period_s": 2}  # fmt: skip
 
@@ -75,19 +79,31 @@ def test_the_generator_is_a_plain_t5_checkpoint(released, tmp_path):
     assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0]
 
 
-def test_a_rerun_with_nothing_changed_says_so_and_starts_no_ray(released):
-    started = time.monotonic()
-    again = run("jobs.reindex", "--recipe", released["recipe"], env=released["env"])
+@pytest.fixture
+def no_start_of_ray(monkeypatch):
+    monkeypatch.setattr(cluster, "connect", lambda *_, **__: pytest.fail("Ray was started"))
+
+
+def test_a_rerun_with_nothing_changed_says_so_and_starts_no_ray(released, no_start_of_ray):
+    again = job_here("reindex", "--recipe", released["recipe"])
     assert again.returncode == 0, again.stderr[-2000:]
     assert "Nothing changed" in again.stdout and released["figures"]["release"] in again.stdout
     assert "event=start" not in again.stderr
-    assert time.monotonic() - started < 120
+
+
+def test_one_process_without_ray_makes_the_same_release(released, tmp_path):
+    """What most tests of jobs run is what Ray runs: every part has the same digest, in another store."""
+    with without_ray():
+        here = reindex(Recipe.load(released["recipe"], [f"store={tmp_path / 'store'}"]))
+    store = Store(released["store"])
+    on_ray = releases.current(store).manifests(store)
+    assert {name: part.digest for name, part in here.parts.items() if name in on_ray} == {
+        name: part.digest for name, part in on_ray.items()
+    }
 
 
 def test_search_answers_and_refuses(released):
-    found = run(
-        "catid2_ray.cli", "search", "stainless steel hinge", "--store", released["store"], "--k", 3, env=released["env"]
-    )
+    found = run_here("search", "stainless steel hinge", "--store", released["store"], "--k", 3)
     assert found.returncode == 0 and found.stdout.count("<a_") == 3, found.stderr
     empty = run_here("search", "  ", "--store", released["store"])
     assert empty.returncode == 3 and "at least one letter or digit" in empty.stderr
@@ -95,17 +111,22 @@ def test_search_answers_and_refuses(released):
     assert nothing.returncode == 5 and "nothing was published" in nothing.stderr
 
 
-def test_evaluate_scores_another_table_of_pairs(released, monkeypatch):
+def test_evaluate_scores_another_table_of_pairs(released):
     pairs = released["folder"] / "pairs.parquet"
     pq.write_table(released["pairs"], pairs)
     target = released["folder"] / "validation.json"
-    result = run("catid2_ray.cli", "evaluate", "--store", released["store"], "--pairs", pairs, "--split", "validation",
-                 "--min-relevance", 2, "--methods", "beam,served", "--json", target, env=released["env"])  # fmt: skip
+    with without_ray():
+        result = run_here("evaluate", "--store", released["store"], "--pairs", pairs, "--split", "validation",
+                          "--min-relevance", 2, "--methods", "beam,served", "--json", target)  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     figures = json.loads(target.read_text())
     assert figures["release"] == released["figures"]["release"]
     assert set(figures["recall"]) == {"beam", "served"} and "recall_seen" in figures and "recall_unseen" in figures
-    monkeypatch.setattr(cluster, "connect", lambda *_: pytest.fail("refused only after Ray was started"))
+
+
+def test_evaluate_refuses_a_split_that_is_not_there_before_it_starts_ray(released, no_start_of_ray):
+    pairs = released["folder"] / "pairs.parquet"
+    pq.write_table(released["pairs"], pairs)
     wrong = run_here("evaluate", "--store", released["store"], "--pairs", pairs, "--split", "nightly")
     assert wrong.returncode == 3 and "no pair of split 'nightly'" in wrong.stderr
 
@@ -231,6 +252,7 @@ def replicas() -> int:
     return sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
 
 
+@pytest.mark.slow
 def test_replicas_go_from_one_to_two(released, shared_ray):
     """Every answer stays an answer."""
     with socket.socket() as free:

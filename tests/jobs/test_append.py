@@ -19,7 +19,7 @@ from catid2_ray.on_ray.commands import GateFailed, append_items, publish, reinde
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.pipeline import APPENDED, append
 from catid2_ray.retrieval.retriever import Retriever
-from tests.command import run, write_recipe
+from tests.command import job_here, write_recipe
 from tests.conftest import TINY
 from tests.text_models import save_bert
 
@@ -57,7 +57,7 @@ def ids_of(store: Store, manifest) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory, shared_ray):
+def published(tmp_path_factory, no_ray):
     """A folder with shop/ and store/, in which one release is current."""
     folder = tmp_path_factory.mktemp("append")
     ENCODER["folder"] = save_bert(folder / "bert")
@@ -110,7 +110,7 @@ def test_appended_products_are_served_by_the_old_generator(copied):
     # does it, with a job.
     write_shop(folder / "shop", first=0, end=300)
     path = write_recipe(folder, recipe.model_dump(mode="json"))
-    ended = run("jobs.append_items", "--recipe", path, "--json", folder / "append.json")
+    ended = job_here("append_items", "--recipe", path, "--json", folder / "append.json")
     assert ended.returncode == 0, ended.stderr
     figures = json.loads((folder / "append.json").read_text())
     assert figures["number"] == 3 and figures["ledger"]["retired"] == 0 and figures["release"] in ended.stdout

@@ -1,4 +1,7 @@
-"""Every mistake a user can make with a recipe, a table or a store: a clear message, an exit code, and nothing committed."""
+"""Every mistake a user can make with a recipe, a table or a store: a clear message, an exit code, and nothing committed.
+
+Jobs in this process; what Ray does with such errors on their way: test_through_ray.py.
+"""
 
 import pyarrow as pa
 import pytest
@@ -19,7 +22,7 @@ from catid2_ray.errors import (
 from catid2_ray.on_ray.commands import publish, reindex, run_verb
 
 MADE = generate(products=60, queries=40, seed=1)
-pytestmark = pytest.mark.usefixtures("shared_ray")
+pytestmark = pytest.mark.usefixtures("no_ray")
 
 
 @pytest.fixture
@@ -140,11 +143,11 @@ def test_a_training_that_diverges_says_where(job):
 
 def test_codes_that_collapse_stop_the_job_with_the_numbers(job, capfd):
     alike = pa.array([[1.0, 2.0, 3.0, 4.0]] * MADE.products.num_rows, pa.list_(pa.float32()))
-    settings = {"collapse_patience": 2, "max_failures": 3, "checkpoint_every_epochs": 50}
+    settings = {"latent": 4, "collapse_patience": 2, "max_failures": 3, "checkpoint_every_epochs": 50}
     with pytest.raises(CollapseError, match=r"stayed so for 2 epochs.*the last being 2 of 6.*per level \[1, 1, 1, 1\]"):
         reindex(job(products=MADE.products.append_column("embedding", alike), quantizer=settings,
                     embedding={"width": None}))  # fmt: skip
-    assert capfd.readouterr().err.count("epochs_done=2") == 1, "a collapse is not tried again"
+    assert capfd.readouterr().err.count("event=epoch epoch=2 ") == 1, "a collapse is not tried again"
 
 
 def test_no_training_pair(job):
@@ -161,6 +164,7 @@ def test_a_stage_alone_names_the_job_to_run_first(job):
         publish(job())
 
 
+@pytest.mark.faults
 def test_a_half_written_artefact_of_a_killed_job_is_not_a_result(job, tmp_path):
     recipe = job()
     store, catalog = run_verb(recipe, "embed_catalog")
@@ -172,6 +176,7 @@ def test_a_half_written_artefact_of_a_killed_job_is_not_a_result(job, tmp_path):
     assert again.folder != catalog.folder and again.digest == catalog.digest
 
 
+@pytest.mark.faults
 def test_a_damaged_artefact_is_refused_by_name(job):
     recipe = job()
     store, embeddings = run_verb(recipe, "embed_catalog")
@@ -181,6 +186,7 @@ def test_a_damaged_artefact_is_refused_by_name(job):
         run_verb(recipe, "train_quantizer")
 
 
+@pytest.mark.faults
 def test_unreachable_bucket_is_named_within_a_minute(job, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")

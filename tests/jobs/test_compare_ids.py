@@ -17,7 +17,7 @@ from catid2_ray.config import Recipe
 from catid2_ray.errors import RecipeError
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.reports import compare_ids
-from tests.command import run, write_recipe
+from tests.command import job_here, run_here, write_recipe
 
 KEYS = {
     "kind", "seed", "collision_rate", "shared_rate", "largest_shared", "codes_used", "perplexity", "purity", "ami",
@@ -27,7 +27,7 @@ KINDS = ["tiger", "cq_sid", "rq_kmeans_balanced", "dsi_semantic", "dsi_naive", "
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+def compared(tmp_path_factory, no_ray):
     """`catid2 compare-ids` on products alone, with a business value each; and the same command again."""
     from tests.conftest import TINY
 
@@ -40,11 +40,11 @@ def compared(tmp_path_factory):
         **TINY, "catalog": {"root": str(folder / "source"), "rows_per_part": 100}, "store": str(folder / "store"),
         "quantizer": quantizer, "ids": {**TINY["ids"], "cluster_max": 3},
     }  # fmt: skip
-    command = ["catid2_ray.cli", "compare-ids", "--recipe", write_recipe(folder, recipe), "--kinds", ",".join(KINDS),
+    command = ["compare-ids", "--recipe", write_recipe(folder, recipe), "--kinds", ",".join(KINDS),
                "--json", folder / "runs.json", "--html", folder / "runs.html"]  # fmt: skip
-    first = run(*command)
+    first = run_here(*command)
     assert first.returncode == 0, first.stderr[-3000:]
-    return {"folder": folder, "recipe": recipe, "result": first, "again": run("jobs.compare_ids", *command[2:]),
+    return {"folder": folder, "recipe": recipe, "result": first, "again": job_here("compare_ids", *command[1:]),
             "rows": {row["kind"]: row for row in json.loads((folder / "runs.json").read_text())}}  # fmt: skip
 
 

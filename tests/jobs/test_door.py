@@ -26,7 +26,7 @@ from catid2_ray.on_ray.stages import door
 MADE = generate(products=60, queries=40, seed=1)
 PRODUCTS, PAIRS = MADE.products, MADE.pairs
 VECTORS = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
-pytestmark = pytest.mark.usefixtures("shared_ray")
+pytestmark = pytest.mark.usefixtures("no_ray")
 
 
 def replaced(table, **columns):

@@ -1,10 +1,10 @@
-"""What a training's failures lead to: what is the same on a rerun ends the job at once, the rest goes on from a checkpoint."""
+"""What a training's failures lead to: what is the same on a rerun ends the job at once, the rest goes on from a checkpoint.
 
-from pathlib import Path
+The same in a job: test_through_ray.py.
+"""
 
 import pytest
 
-from catid2_ray.config import Recipe
 from catid2_ray.errors import (
     ArtifactError,
     CollapseError,
@@ -16,8 +16,6 @@ from catid2_ray.errors import (
     TrainingError,
     WorkerDied,
 )
-from catid2_ray.on_ray.commands import run_verb
-from catid2_ray.on_ray.stages import train_quantizer
 from catid2_ray.on_ray.training.worker import _cause, tried_again
 
 
@@ -54,34 +52,3 @@ def test_the_cause_is_the_error_that_decides(failures, kind):
     cause = _cause(Failed(*failures), "training")
     assert type(cause) is kind
     assert kind is not WorkerDied or "training failed: the last words" in str(cause)
-
-
-def counting(builds: Path, error: str = ""):
-    """The quantizer's task; each worker that starts leaves a line, and the first raises an OSError where one is given."""
-
-    class Counting(train_quantizer.QuantizerTask):
-        def build(self):
-            with open(builds, "a") as file:
-                file.write("built\n")
-            if error and len(builds.read_text().splitlines()) == 1:
-                raise OSError(error)
-            return super().build()
-
-    return Counting
-
-
-def test_a_loss_of_nan_ends_the_job_at_once_and_a_failed_disk_does_not(shared_ray, tiny, tmp_path, monkeypatch, capfd):
-    tiny["store"] = str(tmp_path / "store")
-    tiny["quantizer"] |= {"max_failures": 2, "warmup_share": 0}
-    run_verb(Recipe.build(tiny), "embed_catalog")
-    monkeypatch.setattr(train_quantizer, "QuantizerTask", counting(tmp_path / "nan"))
-    with pytest.raises(TrainingError, match="the loss is (nan|inf) in epoch .* lower this stage's learning_rate"):
-        run_verb(Recipe.build(tiny | {"quantizer": tiny["quantizer"] | {"learning_rate": 1e30}}), "train_quantizer")
-    assert (tmp_path / "nan").read_text().count("built") == 1
-    assert "event=retry" not in capfd.readouterr().err
-
-    monkeypatch.setattr(train_quantizer, "QuantizerTask", counting(tmp_path / "disk", "no space left"))
-    run_verb(Recipe.build(tiny), "train_quantizer")
-    assert (tmp_path / "disk").read_text().count("built") == 2
-    log = capfd.readouterr().err
-    assert log.count("event=retry") == 1 and "failure=1 of=2" in log and "no space left" in log

@@ -12,7 +12,7 @@ from tests.text_models import save_bert
 MADE = generate(products=260, queries=100, seed=3)
 
 
-def test_one_changed_title_encodes_one_text_and_an_append_its_new_products(tmp_path, shared_ray):
+def test_one_changed_title_encodes_one_text_and_an_append_its_new_products(tmp_path, no_ray):
     shop = tmp_path / "shop"
     shop.mkdir()
     pq.write_table(MADE.pairs, shop / "pairs.parquet")

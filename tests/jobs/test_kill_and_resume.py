@@ -1,20 +1,23 @@
 """A job that is killed in either training and run again ends in the same IDs and the same release content, and so does one whose
-training workers die.
+training workers die. The job that nobody disturbs, and the last one, run without Ray.
 
-Workers that die while IDs are assigned: tests/on_ray/test_assign.py.
+Workers that die while IDs are assigned: tests/on_ray/test_assign_workers.py.
 """
 
 import threading
 import time
 
 import psutil
+import pytest
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.on_ray.commands import reindex
 from tests.command import run_until, write_recipe
+from tests.in_process import without_ray
 
+pytestmark = pytest.mark.cluster
 # Two training workers: resuming then has to put ZeRO's partitions of both ranks back.
 TWO_WORKERS = {"workers": 2, "zero_stage": 1}
 
@@ -25,7 +28,7 @@ def digests(uri) -> dict[str, str]:
 
 
 class WorkerKiller(threading.Thread):
-    """SIGKILLs one training worker of this process's Ray as soon as the generator's run has handed in a checkpoint more."""
+    """SIGKILLs one training worker of this process's jobs as soon as the generator's run has handed in a checkpoint."""
 
     def __init__(self, store: Store):
         super().__init__(daemon=True)
@@ -45,22 +48,27 @@ class WorkerKiller(threading.Thread):
         self.killed = worker.pid
 
 
-def test_killed_jobs_end_in_the_same_digests(shared_ray, tiny, tmp_path):
+@pytest.mark.faults
+@pytest.mark.timeout(1200)
+def test_killed_jobs_end_in_the_same_digests(tiny, tmp_path):
     tiny["quantizer"] |= TWO_WORKERS
-    tiny["generator"] |= TWO_WORKERS | {"checkpoint_every_steps": 3, "validate_queries": 20, "epochs": 6}
+    tiny["generator"] |= TWO_WORKERS | {"checkpoint_every_steps": 3, "validate_queries": 20, "epochs": 10}
     undisturbed = write_recipe(tmp_path, tiny)
-    reindex(Recipe.load(undisturbed, [f"store={tmp_path}/a"]))
+    with without_ray():
+        reindex(Recipe.load(undisturbed, [f"store={tmp_path}/a"]))
 
     # Other numbers of actors, too: what they make does not depend on them.
-    others = [f"store={tmp_path}/b", "ids.workers=2", "embedding.workers=2"]
+    others = [f"store={tmp_path}/b", "ids.workers=2", "embedding.workers=2", "generator.max_failures=1"]
     job = ["jobs.reindex", "--recipe", undisturbed, *(word for change in others for word in ("--set", change))]
-    run_until("stage=training_the_quantizer_(cat_id2) epochs_done=3", *job)
-    seen = run_until("stage=training_the_generator epochs_done=2", *job)
-    assert not any("stage=training_the_quantizer_(cat_id2) epochs_done=1" in line for line in seen), "it went on"
+    run_until(r"event=checkpoint stage=training_the_quantizer_\(cat_id2\) epochs_done=[345]", *job)
     killer = WorkerKiller(Store(tmp_path / "b"))
     killer.start()
-    last = reindex(Recipe.load(undisturbed, [*others, "generator.max_failures=1"]))
-    assert "ids" not in last.made and "generator" in last.made and killer.killed
+    seen = run_until("event=checkpoint stage=training_the_generator epochs_done=[5-9]", *job)
+    assert not any("stage=training_the_quantizer_(cat_id2) epochs_done=1" in line for line in seen), "it went on"
+    assert killer.killed and sum("event=retry stage=training_the_generator" in line for line in seen) == 1
+    with without_ray():
+        last = reindex(Recipe.load(undisturbed, others))
+    assert "ids" not in last.made and "generator" in last.made
     assert last.parts["generator"].metrics["best_score"] > 0
     before, after = digests(f"{tmp_path}/a"), digests(f"{tmp_path}/b")
     assert before["ids"] == after["ids"]

@@ -1,6 +1,5 @@
 """A person stops a job: one Ctrl-C, or SIGTERM, in a stage after a training and in a training; the same command goes on."""
 
-import os
 import re
 import signal
 
@@ -9,10 +8,11 @@ import pytest
 from catid2_ray.artifacts.store import Store
 from tests.command import run_and_signal, run_until, write_recipe
 
+# Three jobs: part of `make test-all` and `make test-faults`.
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.faults]
 WITHIN_S = 20  # 10 s are promised; tests share the machine with others
 
 
-@pytest.mark.skipif(not os.environ.get("CATID2_TEST_STOPPED"), reason="three jobs: CATID2_TEST_STOPPED=1 asks for it")
 def test_one_signal_ends_a_job_in_every_stage_and_the_same_command_goes_on(tiny, tmp_path):
     tiny["generator"] |= {"epochs": 40}
     job = ["catid2_ray.cli", "reindex", "--recipe", write_recipe(tmp_path, tiny | {"store": str(tmp_path / "store")})]

@@ -19,10 +19,11 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.generator.vocabulary import train_tokenizer
 from catid2_ray.retrieval.retriever import Retriever
-from tests.command import ROOT, kill_tree, write_recipe
+from tests.command import ROOT, job_here, kill_tree, write_recipe
 from tests.text_models import save_qwen
 
 BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.cluster
 
 
 def free_ports(count: int) -> list[int]:
@@ -69,7 +70,7 @@ def submit(head, *entry: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_reindex_is_submitted_and_a_stage_after_it(head, tiny, tmp_path):
+def test_reindex_is_submitted_and_a_stage_that_cannot_run(head, tiny, tmp_path):
     tiny["quantizer"] |= {"kind": "hi_gen", "codes_per_level": [64, 8, 8], "leaf": 20}
     tiny["evaluation"]["beam_width"] = 8
     tokenizer = train_tokenizer(generate(products=240, queries=120, seed=3).products["title"].to_pylist(), size=300)
@@ -89,7 +90,7 @@ def test_reindex_is_submitted_and_a_stage_after_it(head, tiny, tmp_path):
     assert len(retriever.retrieve(["stainless steel hinge"], k=5)[0]) == 5
     cli.report_ids(str(recipe), html_file=str(tmp_path / "ids.html"))
     assert "data:image/png;base64," in (tmp_path / "ids.html").read_text()
-    again = submit(head, "python", "-m", "jobs.assign_ids", "--recipe", str(recipe))
+    again = job_here("assign_ids", "--recipe", recipe)
     assert again.returncode == 0 and "artifacts/ids/" in again.stdout, (again.stdout + again.stderr)[-3000:]
     wrong = submit(head, "python", "-m", "jobs.train_quantizer", "--recipe", str(recipe), "--set", "seed=1",
                    "--set", "catalog.rows_per_part=60")  # fmt: skip

@@ -26,7 +26,7 @@ def later_versions(monkeypatch):
         monkeypatch.setitem(stages.STAGES, name, stage._replace(version=stage.version + 2))
 
 
-def test_a_stored_release_is_appended_to_served_and_re_ided(shared_ray, tmp_path, later_versions):
+def test_a_stored_release_is_appended_to_served_and_re_ided(no_ray, tmp_path, later_versions):
     stored = unpack(tmp_path)
     store = Store(stored.store)
     first = releases.current(store)

@@ -1,4 +1,5 @@
-"""Stage 2 over parts and buckets equals one call on the whole catalogue, whatever is cut, killed or appended.
+"""Stage 2 over parts and buckets equals one call on the whole catalogue, whatever is cut or appended. Workers of Ray, and their
+deaths: test_assign_workers.py.
 
 Codes come from residual k-means on given embeddings, so nothing is trained; families of near-equal products overflow their
 prefixes.
@@ -6,11 +7,8 @@ prefixes.
 
 import dataclasses
 import shutil
-import threading
-import time
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -109,7 +107,7 @@ def coded(recipe: Recipe, parts: dict):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, shared_ray):
+def world(tmp_path_factory, no_ray):
     """3,000 products with codes."""
     folder = tmp_path_factory.mktemp("assign")
     write_catalogue(folder, products(3000))
@@ -139,10 +137,10 @@ def test_parts_and_buckets_give_what_one_call_gives(world):
     assert set(ledger["status"].to_pylist()) == {"new"} and set(ledger["since"].to_pylist()) == {1}
 
 
-@pytest.mark.parametrize("ids", [{"bucket_rows": 1_000_000}, {"bucket_rows": 1_500, "workers": 4}])
-def test_buckets_and_workers_change_no_byte(world, ids):
+@pytest.mark.parametrize("bucket_rows", [1_000_000, 1_500])
+def test_buckets_change_no_byte(world, bucket_rows):
     _, recipe, parts = world
-    other = recipe.model_copy(update={"ids": recipe.ids.model_copy(update=ids)})
+    other = recipe.model_copy(update={"ids": recipe.ids.model_copy(update={"bucket_rows": bucket_rows})})
     assert assigned(other, parts).digest == assigned(recipe, parts).digest
 
 
@@ -156,34 +154,6 @@ def test_other_parts_give_the_same_ids(world, tmp_path):
     found = parts_of(other, "embeddings") | {"quantizer": parts["quantizer"]}
     shutil.copytree(f"{recipe.store}/artifacts/quantizer", f"{other.store}/artifacts/quantizer")
     assert ids_of(other, assigned(other, found)) == ids_of(recipe, assigned(recipe, parts))
-
-
-@pytest.mark.parametrize("written", ["codes", "moves"])
-def test_a_worker_killed_in_the_middle_changes_no_byte(world, written):
-    """Killed while rows are brought to their buckets, and while what was decided is brought back."""
-    _, recipe, parts = world
-    undisturbed = assigned(recipe, parts).digest
-    killed, done = [], threading.Event()
-
-    def kill_at_the_first_files():
-        while not done.is_set() and len(killed) < 2:
-            found = list(Store(recipe.store).fs.glob(f"{recipe.store}/artifacts/ids/*/*/exchange/{written}-*.arrow"))
-            if len(found) > len(killed):
-                for process in psutil.Process().children(recursive=True):
-                    if "ray::MapBatches" in " ".join(process.cmdline()):
-                        process.kill()
-                        killed.append(process.pid)
-                        break
-            time.sleep(0.002)
-
-    watch = threading.Thread(target=kill_at_the_first_files)
-    watch.start()
-    try:
-        assert assigned(recipe, parts).digest == undisturbed
-    finally:
-        done.set()
-        watch.join()
-    assert killed
 
 
 def test_a_region_larger_than_a_worker_may_hold_is_refused_with_the_numbers(world, tmp_path):

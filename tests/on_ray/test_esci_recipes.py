@@ -1,10 +1,7 @@
 """The ESCI recipes from the published files to a release, on the sample; widths, epochs and models cut down, the rest as it is.
 
-The generators are random: an mT5 as it is published, and small T5s made here. Japanese runs always; CATID2_TEST_ESCI=1 runs all
-three (about half a minute each).
+The generators are random: an mT5 as it is published, and small T5s made here.
 """
-
-import os
 
 import pyarrow.parquet as pq
 import pytest
@@ -34,9 +31,7 @@ QUERY = {"us": "black water bottle", "es": "sartén antiadherente negro", "jp": 
 
 
 @pytest.mark.parametrize("locale", ["jp", "us", "es"])
-def test_a_recipe_runs_from_the_published_files_to_a_release(locale, shared_ray, tmp_path):
-    if locale != "jp" and not os.environ.get("CATID2_TEST_ESCI"):
-        pytest.skip("set CATID2_TEST_ESCI=1 to run every locale")
+def test_a_recipe_runs_from_the_published_files_to_a_release(locale, no_ray, tmp_path):
     sample = write_sample(tmp_path / "source", products=72)
     done = prepare_esci(
         str(sample.folder), str(sample.categories), str(tmp_path / "data"), locale=locale, validation=0.25

@@ -4,7 +4,6 @@ Unusual: one process and two gloo ranks run side by side, each all of its cases;
 store. A worker's death is an exception in a step, and what a checkpoint loses then is a file taken away.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from catid2_ray.artifacts.manifest import Manifest
@@ -30,8 +28,10 @@ from catid2_ray.on_ray.training.engine import share_objects, start_engine
 from catid2_ray.on_ray.training.loop import Seat, run_training
 from catid2_ray.on_ray.training.task import Run
 from catid2_ray.schedule import Phase
+from tests.ranks import run_ranks
 from tests.s3_server import new_bucket, s3_server
 
+pytestmark = pytest.mark.faults
 SPACE, ROWS, TOKENS = DocidSpace((4, 4)), 60, 10
 TEXTS = [
     f"{a} {b} {c}" for a in ("steel", "copper", "oak") for b in ("hinge", "pipe") for c in ("small", "wide", "10 ft")
@@ -123,8 +123,6 @@ def found(run: Run) -> dict:
 
 
 def all_cases(rank: int, folder: str, world: int, bucket: str) -> None:
-    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
     results = {}
 
@@ -179,15 +177,7 @@ def trained(tmp_path_factory) -> dict[int, dict]:
         for name, value in environment.items():
             patch.setenv(name, value)
         bucket = new_bucket(environment)
-        groups = [mp.spawn(all_cases, args=(folder, world, bucket), nprocs=world, join=False) for world in (1, 2)]
-        deadline = time.monotonic() + 400
-        try:
-            for group in groups:
-                while not group.join(timeout=1):
-                    assert time.monotonic() < deadline, "the ranks wait for each other"
-        finally:
-            for process in (process for group in groups for process in group.processes):
-                process.kill()
+        run_ranks(all_cases, *((world, (folder, world, bucket)) for world in (1, 2)), within_s=400)
     return {world: torch.load(f"{folder}/{world}.pt", weights_only=False) for world in (1, 2)}
 
 

@@ -5,9 +5,7 @@ seconds; a collective that lacks a partner fails after a minute instead of waiti
 """
 
 import datetime
-import os
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
@@ -28,6 +25,7 @@ from catid2_ray.on_ray.training.shards import RankRange, ShardRows
 from catid2_ray.on_ray.training.task import Run
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.quantizer.step import Extras, LossWeights, parameter_groups, training_loss
+from tests.ranks import run_ranks
 
 WORLD, BATCH, STEPS, WIDTH = 2, 64, 20, 12
 WEIGHTS = {"dispersion": 0.5, "hierarchical": 0.3, "cluster_scale": 0.5, "temperature": 0.2}
@@ -174,8 +172,6 @@ def train_unequal_shards(rank: int, world: int, sampler: str) -> dict:
 
 
 def run_rank(rank: int, folder: str, world: int) -> None:
-    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
-    torch.set_num_threads(1)
     patience = datetime.timedelta(seconds=60)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world, timeout=patience
@@ -192,15 +188,7 @@ def run_rank(rank: int, folder: str, world: int) -> None:
 def trained(tmp_path_factory) -> dict[str, list[dict]]:
     """What one process found, and what each of two ranks found, per case."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    groups = [mp.spawn(run_rank, args=(folder, world), nprocs=world, join=False) for world in (1, WORLD)]
-    deadline = time.monotonic() + 100
-    try:
-        for group in groups:
-            while not group.join(timeout=1):
-                assert time.monotonic() < deadline, "the ranks wait for each other"
-    finally:
-        for process in (process for group in groups for process in group.processes if process.is_alive()):
-            process.kill()
+    run_ranks(run_rank, *((world, (folder, world)) for world in (1, WORLD)))
     names = ["1-0", *(f"{WORLD}-{rank}" for rank in range(WORLD))]
     return dict(zip(("one", "first", "second"), [torch.load(f"{folder}/{name}.pt") for name in names], strict=True))
 

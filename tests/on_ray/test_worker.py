@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
@@ -20,6 +19,7 @@ from catid2_ray.on_ray.training import checkpoints
 from catid2_ray.on_ray.training.checkpoints import State
 from catid2_ray.on_ray.training.engine import Gather, start_engine
 from catid2_ray.on_ray.training.task import Run
+from tests.ranks import run_ranks
 
 WORLD, SWITCH = 2, "TORCHDYNAMO_DISABLE"
 
@@ -118,8 +118,6 @@ CASES = [(0, None), (1, None), (2, None), (1, 0.9)]
 
 
 def run_rank(rank: int, folder: str) -> None:
-    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(WORLD), "DS_ACCELERATOR": "cpu"}
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
     found = {"gather": gather_rows(rank), "beside": gather_beside_another_user(rank)}
     found |= {case: continue_training(rank, f"{folder}/{number}", *case) for number, case in enumerate(CASES)}
@@ -132,7 +130,7 @@ def run_rank(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two gloo processes found; one pair for all cases, since starting one costs seconds."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(str(folder),), nprocs=WORLD)
+    run_ranks(run_rank, (WORLD, (str(folder),)))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

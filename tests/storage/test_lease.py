@@ -134,6 +134,7 @@ def test_a_heart_that_beats_keeps_it(store):
             assert not lease.look(store).is_free
 
 
+@pytest.mark.faults
 def test_a_killed_process_of_this_machine_holds_nothing(store):
     process = subprocess.Popen([sys.executable, "-c", HOLD, store.uri], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout.readline() == "held\n"
@@ -163,6 +164,7 @@ def test_wait_begins_when_the_holder_ends(store):
     assert said == ["lease_wait"]
 
 
+@pytest.mark.faults
 def test_a_store_that_is_away_for_a_while_costs_nothing(local_store, monkeypatch):
     failures = []
 

@@ -130,6 +130,7 @@ def test_verify_names_a_truncated_file(store, make):
         verify(store, made)
 
 
+@pytest.mark.faults
 def test_verify_tells_a_damaged_artefact_from_an_unreachable_store(s3_store, make, monkeypatch):
     made = make(s3_store, "ids", {"a": b"1"})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")

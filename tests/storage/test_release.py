@@ -267,6 +267,7 @@ def test_four_processes_of_a_node_download_once(local_store, chain, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == [Path(folder)], "neither a lock nor half a copy is left"
 
 
+@pytest.mark.faults
 def test_a_killed_downloader_frees_the_next_one(local_store, chain, tmp_path):
     chain(local_store, "one")
     stuck, waiting = fetching(local_store, tmp_path, "stuck"), fetching(local_store, tmp_path)

@@ -431,6 +431,7 @@ def test_a_failed_local_write_leaves_no_litter(local_store, monkeypatch):
     assert os.listdir(f"{local_store.root}/a") == []
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("action", ["check", "create", "exists", "read", "read_table", "open", "download"])
 def test_an_unreachable_endpoint_fails_soon_and_names_the_store(s3_environment, monkeypatch, action, tmp_path):
     with socket.socket() as probe:

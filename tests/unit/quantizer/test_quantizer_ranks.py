@@ -14,6 +14,7 @@ import torch.distributed as dist
 from catid2_ray.quantizer import losses
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.quantizer.step import LossWeights, training_loss
+from tests.ranks import run_ranks
 
 WEIGHTS = LossWeights(dispersion=0.7, hierarchical=0.3, cluster_scale=0.5, reconstruction=0.2)
 SPLIT = 7
@@ -67,7 +68,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def test_two_gloo_processes_equal_one(tmp_path):
-    torch.multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    run_ranks(run_rank, (2, (str(tmp_path),)))
     model, embedding_BD, category_BH = problem()
     whole = training_loss(model, embedding_BD, category_BH, weights=WEIGHTS)
     whole.total.backward()
