@@ -86,9 +86,8 @@ def _scored(block: _Block, decoder: Decoder, trie: Trie, memory, normalize: str)
     prefix_BML = of_all(trie.prefixes(level, block.node_M))
     hidden_BMD, cache = decoder.decode_step(level, memory, block.cache, of_all(block.parent_M), of_all(block.code_M))
     logits_BMK = decoder.level_logits(level, hidden_BMD, prefix_BML).float()
-    if normalize == "level":
-        total_BM = logits_BMK.logsumexp(-1)
-    else:
+    total_BM = logits_BMK.logsumexp(-1)
+    if normalize == "vocabulary":
         total_BM = decoder.log_partition(level, hidden_BMD, prefix_BML).float()
     if not total_BM.isfinite().all() or logits_BMK.isnan().any():
         raise InputError("the model gives NaN or infinite logits; export it again, or serve it in float32")
