@@ -45,10 +45,20 @@ class Diagnosis:
                 into[search] = np.concatenate([getattr(part, name)[search] for part in parts])
         return cls(parts[0].served, *columns)
 
+    def as_json(self) -> dict:
+        shares = {
+            name: {search: value.tolist() for search, value in getattr(self, name).items()}
+            for name in ("recall", "mixture", "kept")
+        }
+        return {"served": self.served, **shares}
 
-def affordable(rows: int, trie_rows_per_query: int, *, most: int = 100) -> int:
-    """How many queries `rows` decoder rows pay for, at most `most`."""
-    return min(most, rows // trie_rows_per_query)
+    @classmethod
+    def from_json(cls, values: dict) -> "Diagnosis":
+        shares = (
+            {search: np.array(value) for search, value in values[name].items()}
+            for name in ("recall", "mixture", "kept")
+        )
+        return cls(values["served"], *shares)
 
 
 def rows_per_query(retriever: Retriever) -> int:
