@@ -27,9 +27,10 @@ _QUERIES, _SCORES = 16, 2**24  # of a batch, at most
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Per query. `recall`: search → float64 Q×K, products in the order of their IDs' scores; `mixture`: the same, re-scored
-    (empty where the release does not re-score); `kept`: search → float64 Q×L, share of the relevant products whose first
-    1 … L codes are in the beam. Searches: "beam 10", …, the served one among them, and "exact"."""
+    """Per query. `recall`: search → float64 Q×K, products in the order of their IDs' scores; `mixture`: the same, re-scored,
+    of "exact" and the served search alone (empty where the release does not re-score); `kept`: search → float64 Q×L, share
+    of the relevant products whose first 1 … L codes are in the beam. Searches: "beam 10", …, the served one among them, and
+    "exact"."""
 
     served: str
     recall: dict[str, np.ndarray]
@@ -75,33 +76,35 @@ def diagnose(
     published is searched. Cost: `rows_per_query` decoder rows a query. Raises InputError where a query has no relevant
     product in the release.
     """
-    searches, parts = _searches(retriever, widths), []
+    served, searches = _searches(retriever, widths)
+    parts = []
     nodes = sum(retriever.trie.nodes(level + 1) for level in range(retriever.levels))
     size = max(1, min(_QUERIES, _SCORES // nodes))
     for start in range(0, len(queries), size):
         part = slice(start, start + size)
-        parts.append(_batch(retriever, list(queries[part]), list(relevant[part]), searches))
+        parts.append(_batch(retriever, list(queries[part]), list(relevant[part]), served, searches))
     return Diagnosis.joined(parts)
 
 
-def _searches(retriever: Retriever, widths: Sequence[int]) -> dict[str, list[int]]:
-    """Name → width per level; the served search is the last but for "exact"."""
+def _searches(retriever: Retriever, widths: Sequence[int]) -> tuple[str, dict[str, list[int]]]:
+    """The served search's name; and of all searches name → width per level, narrow ones first, "exact" last."""
     own = retriever.widths[: retriever.levels]
     served = _name(own)
-    searches = {_name([width]): [width] * retriever.levels for width in sorted(widths)}
-    searches.pop(served, None)
-    everything = [retriever.trie.nodes(level + 1) for level in range(retriever.levels)]
-    return searches | {served: own, EXACT: everything}
+    searches = {_name([width]): [width] * retriever.levels for width in widths} | {served: own}
+    searches = dict(sorted(searches.items(), key=lambda search: search[1][-1]))
+    return served, searches | {EXACT: [retriever.trie.nodes(level + 1) for level in range(retriever.levels)]}
 
 
 def _name(widths: Sequence[int]) -> str:
     return "beam " + "/".join(map(str, widths[:1] if len(set(widths)) == 1 else widths))
 
 
-def _batch(retriever: Retriever, queries: list[str], relevant: list, searches: Mapping[str, list[int]]) -> Diagnosis:
+def _batch(
+    retriever: Retriever, queries: list[str], relevant: list, served: str, searches: Mapping[str, list[int]]
+) -> Diagnosis:
     score_L, trie = retriever.exact(queries), retriever.trie
     rows = [_rows(retriever, query, wanted) for query, wanted in zip(queries, relevant)]
-    served, recall, mixture, kept = list(searches)[-2], {}, {}, {}
+    recall, mixture, kept = {}, {}, {}
     for name, widths in searches.items():
         mixes = retriever.expansion is not None and name in (served, EXACT)
         replay = replayed(trie, score_L, widths, top_k=widths[-1] if mixes else max(KS))
@@ -132,7 +135,7 @@ def _kept(replay: Replay, trie: Trie, rows: Sequence[np.ndarray]) -> np.ndarray:
     )
 
 
-def figures_of(diagnosis: Diagnosis, *, split: str, rows_per_query: int) -> dict:
+def diagnosis_figures(diagnosis: Diagnosis, *, split: str, rows_per_query: int) -> dict:
     """Means over the queries, ready for JSON; `search_error`: exact less served recall with its paired 95 % interval, alone
     and of the mixture."""
     shares = {"recall": diagnosis.recall, "mixture": diagnosis.mixture}

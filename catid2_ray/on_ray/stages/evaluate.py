@@ -21,7 +21,7 @@ from catid2_ray.catalog.text import join_text
 from catid2_ray.config import EvaluationRecipe, Recipe
 from catid2_ray.errors import InputError
 from catid2_ray.evaluation.baselines.bm25 import Bm25
-from catid2_ray.evaluation.diagnosis import Diagnosis, diagnose, figures_of, rows_per_query
+from catid2_ray.evaluation.diagnosis import Diagnosis, diagnose, diagnosis_figures, rows_per_query
 from catid2_ray.evaluation.protocol import Judgements, evaluate
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
@@ -215,7 +215,7 @@ def _results(
 def _joined(results: list[dict]) -> dict:
     """The figures of a diagnosis, from those of its slices."""
     diagnosis = Diagnosis.joined([Diagnosis.from_json(result["diagnosis"]) for result in results])
-    return figures_of(diagnosis, split=DIAGNOSED_SPLIT, rows_per_query=results[0]["rows_per_query"])
+    return diagnosis_figures(diagnosis, split=DIAGNOSED_SPLIT, rows_per_query=results[0]["rows_per_query"])
 
 
 def judge(store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: str, min_relevance: float) -> Judgements:

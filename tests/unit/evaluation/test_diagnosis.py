@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from catid2_ray.errors import InputError
-from catid2_ray.evaluation.diagnosis import Diagnosis, diagnose, figures_of, rows_per_query
+from catid2_ray.evaluation.diagnosis import Diagnosis, diagnose, diagnosis_figures, rows_per_query
 from catid2_ray.retrieval.products import ProductNames
 from catid2_ray.retrieval.rescoring import Expansion, Hit
 from catid2_ray.retrieval.trie import Trie
@@ -37,14 +37,14 @@ def given_scores(expansion=None):
 
 def test_what_a_narrow_beam_prunes_and_what_the_model_ranks_low_are_told_apart():
     found = diagnose(given_scores(), ["one", "two"], [{"f"}, {"a", "c", "d", "zz"}], widths=(2, 10))
-    assert list(found.recall) == ["beam 2", "beam 10", "beam 1/2", "exact"] and found.served == "beam 1/2"
+    assert list(found.recall) == ["beam 2", "beam 1/2", "beam 10", "exact"] and found.served == "beam 1/2"
     # Beam 1/2 follows code 0 alone; beam 2 follows 0 and 1 and keeps the IDs of c and a.
     assert found.kept["beam 1/2"].tolist() == [[0, 0], [1 / 3, 1 / 3]]
     assert found.kept["beam 2"].tolist() == [[0, 0], [1, 2 / 3]]
     assert found.kept["beam 10"].tolist() == [[1, 1], [1, 1]]
     assert found.recall["beam 2"][:, 0].tolist() == [0, 2 / 3] and found.recall["exact"][:, 0].tolist() == [1, 1]
     assert not found.mixture
-    figures = figures_of(found, split="validation", rows_per_query=rows_per_query(given_scores()))
+    figures = diagnosis_figures(found, split="validation", rows_per_query=rows_per_query(given_scores()))
     assert figures["decoder_rows"] == 2 * 4 and figures["queries"] == 2
     assert figures["recall"]["beam 1/2"]["10"] == pytest.approx(1 / 6) and figures["recall"]["exact"]["10"] == 1
     assert figures["kept"]["beam 2"] == pytest.approx([0.5, 1 / 3]) and "exact" not in figures["kept"]
@@ -56,7 +56,7 @@ def test_the_exact_mixture_is_over_all_products_and_without_bounds():
     assert {search: values[0, 0] for search, values in found.mixture.items()} == {"beam 1/2": 0, "exact": 1}
     both = Diagnosis.joined([Diagnosis.from_json(json.loads(json.dumps(found.as_json()))), found])
     assert both.mixture["exact"].shape == (2, 3) and both.served == "beam 1/2"
-    assert figures_of(both, split="test", rows_per_query=4)["search_error"]["mixture"]["50"] == [1, 1, 1]
+    assert diagnosis_figures(both, split="test", rows_per_query=4)["search_error"]["mixture"]["50"] == [1, 1, 1]
 
 
 def test_a_query_without_a_product_of_the_release_is_refused():
