@@ -6,10 +6,12 @@ Trie: a beam over node vectors, `widths` per depth, then all products below the 
 √(1 − ‖v_n‖²): v_n is the mean of unit vectors, so the root is how far the products below lie from it (0 for one product), and a
 wide node's best product is further above its mean than a narrow one's.
 
+"No spread": the same widths by ⟨q, v_n⟩ alone.
+
 For each budget every method uses the setting that finds most on the queries that choose; figures are of the test queries.
-Synthetic: seeded nested clusters; relevant are the ten nearest products. Home Depot: --home-depot FOLDER with products.npy (order
-of DATA/products.parquet), queries.npy, queries.parquet (query_id, split) and, where adapters were learned, adapted_products.npy
-and adapted_queries.npy; DATA/pairs.parquet says what is relevant (from relevance 2.67 on).
+Synthetic: seeded nested clusters; relevant are the ten nearest products. Home Depot: --home-depot FOLDER with products.npy
+(order of DATA/products.parquet), queries.npy, queries.parquet (query_id, split) and, where adapters were learned,
+adapted_products.npy and adapted_queries.npy; DATA/pairs.parquet says what is relevant (from relevance 2.67 on).
 
     python benchmarks/search.py --home-depot /data/vectors --data /data/home_depot --out benchmarks/results/search.md
 """
@@ -18,6 +20,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,10 +35,10 @@ from catid2_ray.retrieval.trie import Trie
 
 BUDGETS = (0.1, 0.3, 1, 2, 3, 5, 10, 20, 30)  # per cent of the products
 CODES, SAMPLE, BLOCK = (256, 256, 256, 256), 20_000, 16_384
-BEAMS = ((1, 2, 4, 8, 16, 32, 64, 128), (25, 50, 100, 200, 400, 800, 1600, 3200), (100, 400))
-SPREADS = (0.0, 0.2)
+BEAMS = ((1, 2, 4, 8, 16, 32, 64, 128), (25, 50, 100, 200, 400, 800, 1600), (100, 400))
+SPREAD = 0.2
 LISTS, PROBES = {10**5: (256, 1024, 4096), 10**7: (1024, 4096)}, (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-CHOOSING = 300  # queries at most
+CHOOSING = 150  # queries at most
 EFS, LINKS = (4, 8, 16, 32, 64, 100, 200, 400, 800, 1600), 32
 
 
@@ -133,7 +136,7 @@ class Tree:
             self.mean.append(np.add.reduceat(self.product_ND, self.row[depth][:-1], axis=0) / size_n1)
             self.reach.append(np.sqrt(np.maximum(0, 1 - (self.mean[-1] ** 2).sum(1))))
 
-    def search(self, query_D: np.ndarray, *, widths: tuple[int, ...], spread: float, k: int) -> Answer:
+    def search(self, query_D: np.ndarray, *, widths: tuple[int, ...], k: int, spread: float = SPREAD) -> Answer:
         node_M, others = np.zeros(1, np.int64), 0
         for depth, width in enumerate(widths):
             start = self.child[depth]
@@ -148,15 +151,12 @@ class Tree:
         return Answer(self.order_N[best(row_C, self.product_ND[row_C] @ query_D, k)], len(row_C), others)
 
 
-def of_tree(shelf: Shelf, spread: float, tree: Tree) -> Iterator[tuple[str, Search]]:
+def of_tree(shelf: Shelf, tree: Tree) -> Iterator[tuple[str, Search]]:
     for depth in (1, 2, 3):
         for widths in itertools.product(*BEAMS[:depth]):
-            # A beam that is narrower than the one before it by far, or keeps all, is never on the front.
-            if all(before * 2 <= after <= before * 64 for before, after in zip(widths[:2], widths[1:2])):
-                yield (
-                    "/".join(map(str, widths)),
-                    lambda query_D, widths=widths: tree.search(query_D, widths=widths, spread=spread, k=shelf.k),
-                )
+            # A beam much wider or narrower than the one before it is never on the front.
+            if depth == 1 or widths[0] * 4 <= widths[1] <= widths[0] * 32:
+                yield "/".join(map(str, widths)), partial(tree.search, widths=widths, k=shelf.k)
 
 
 def of_ivf(shelf: Shelf) -> Iterator[tuple[str, Search]]:
@@ -189,7 +189,6 @@ def of_hnsw(shelf: Shelf) -> Iterator[tuple[str, Search]]:
 
     stats = faiss.cvar.hnsw_stats
     index = faiss.IndexHNSWFlat(shelf.product_ND.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction = 100
     index.add(shelf.product_ND)
 
     def search(query_D: np.ndarray, ef: int) -> Answer:
@@ -219,25 +218,25 @@ def measured(search: Search, queries: Queries) -> dict:
 
 
 def compared(shelf: Shelf) -> dict:
-    """Budget by budget and by both counts, every method at the setting that was best on the choosing queries."""
+    """Budget by budget and by both counts, every method at the setting that was best on the choosing queries; the trie also
+    without spread, at the trie's own settings."""
     tree, products = Tree(shelf.product_ND), len(shelf.product_ND)
-    methods = {
-        "trie": of_tree(shelf, SPREADS[1], tree), "trie, spread 0": of_tree(shelf, SPREADS[0], tree),
-        "IVF-Flat": of_ivf(shelf), "HNSW": of_hnsw(shelf),
-    }  # fmt: skip
+    methods = {"trie": of_tree(shelf, tree), "IVF-Flat": of_ivf(shelf), "HNSW": of_hnsw(shelf)}
     budgets = {count: {share: {} for share in BUDGETS} for count in ("products", "work")}
     for method, settings in methods.items():
         tried = [(setting, search, measured(search, shelf.choosing)) for setting, search in settings]
         tested = {}
-        for count, shares in budgets.items():
-            for share in shares:
-                fits = [one for one in tried if one[2][count] <= share / 100 * products]
-                if not fits:
-                    continue
-                setting, search, _ = max(fits, key=lambda one: one[2]["recall_Q"].mean())
-                if setting not in tested:
-                    tested[setting] = {"setting": setting, **measured(search, shelf.test)}
-                shares[share][method] = tested[setting]
+        for count, share in itertools.product(budgets, BUDGETS):
+            fits = [one for one in tried if one[2][count] <= share / 100 * products]
+            if not fits:
+                continue
+            setting, search, _ = max(fits, key=lambda one: one[2]["recall_Q"].mean())
+            if setting not in tested:
+                tested[setting] = {"setting": setting, **measured(search, shelf.test)}
+                if method == "trie":
+                    flat = measured(partial(search, spread=0.0), shelf.test)
+                    tested[setting]["without_spread"] = {name: flat[name] for name in ("recall_Q", "work")}
+            budgets[count][share][method] = tested[setting]
         print(f"{shelf.name}: {method}, {len(tried)} settings", flush=True)
     dense = [Answer(best(np.arange(products), shelf.product_ND @ q, shelf.k), 0, 0) for q in shelf.test.vector_QD]
     return {
@@ -293,7 +292,7 @@ def rendered(report: dict) -> str:
 _HEADINGS = (
     "at most",
     "trie",
-    "trie, spread 0",
+    "no spread",
     "IVF-Flat",
     "HNSW",
     "trie − IVF",
@@ -308,18 +307,17 @@ def _rows(case: dict, count: str) -> list[list]:
     rows = []
     for share, by_method in case["budgets"][count].items():
         differences = case["differences"][count].get(share, {})
-        cells = [
-            f"{one['recall']:.3f} ({one['setting']})" if (one := by_method.get(method)) else None
-            for method in ("trie", "trie, spread 0", "IVF-Flat", "HNSW")
-        ]
-        cells += [
+        cells = {
+            method: f"{one['recall']:.3f} ({one['setting']})" if (one := by_method.get(method)) else None
+            for method in ("trie", "IVF-Flat", "HNSW")
+        }
+        flat = by_method["trie"]["without_spread"]["recall"] if "trie" in by_method else None
+        row = [f"{share} %", cells["trie"], flat, cells["IVF-Flat"], cells["HNSW"]]
+        row += [
             "{:+.3f} [{:+.3f}, {:+.3f}]".format(*differences[peer]) if peer in differences else None
             for peer in ("IVF-Flat", "HNSW")
         ]
-        cells += [
-            f"{by_method[method]['ms']:.2f}" if method in by_method else None for method in ("trie", "IVF-Flat", "HNSW")
-        ]
-        rows.append([f"{share} %", *cells])
+        rows.append(row + [f"{by_method[name]['ms']:.2f}" if name in by_method else None for name in cells])
     return rows
 
 
@@ -343,7 +341,7 @@ def main() -> None:
     faiss.omp_set_num_threads(1)
     shelves = []
     if options.home_depot:
-        prefixes = [prefix for prefix in ("", "adapted_") if (options.home_depot / f"{prefix}products.npy").exists()]
+        prefixes = [prefix for prefix in ("adapted_", "") if (options.home_depot / f"{prefix}products.npy").exists()]
         shelves += [lambda prefix=prefix: home_depot(options.home_depot, options.data, prefix) for prefix in prefixes]
     if options.products:
         shelves.append(lambda: synthetic(options.products, options.width, options.queries))
