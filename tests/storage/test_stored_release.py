@@ -85,6 +85,14 @@ def test_its_evaluation_keeps_its_key_and_it_can_be_diagnosed(stored):
     )
     evaluate.run(job, parts)
     assert asked == [parts["evaluation"].settings]
+
+    def chosen(rows: int):
+        evaluation = stored.evaluation.model_copy(update={"diagnose_rows": rows})
+        recipe = stored.model_copy(update={"evaluation": evaluation})
+        return evaluate.to_diagnose(SimpleNamespace(recipe=recipe, store=store), parts)
+
+    assert chosen(0) is None and chosen(98).startswith("a query costs 99 decoder rows")
+    assert [len(chosen(rows).queries) for rows in (300, 594, 5_000_000)] == [3, 6, 6]
     figures = diagnose_release(stored.store, release=None, queries=2, split="validation")["diagnosis"]
     assert figures["queries"] == 2 and set(figures["mixture"]) == {"beam 16", "exact"}
     assert all(len(shares) == 4 and shares == sorted(shares, reverse=True) for shares in figures["kept"].values())

@@ -31,8 +31,7 @@ from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.machine.query_encoder import query_encoder as open_encoder
 from catid2_ray.on_ray.machine.vectors import ProductVectors, adapted_queries, open_adapter
 from catid2_ray.on_ray.stages.catalog import PAIR_FILES, part_specs, read_sample
-from catid2_ray.retrieval.exact import decoder_rows
-from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.arrays import HEADER
 
 KS = (5, 10, 20, 50, 100)
 METHODS = ("beam", "bm25", "dense", "served")
@@ -62,7 +61,7 @@ def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifes
         figures = _nothing(job, parts)
     else:
         pairs = pairs_of_split(job.store, parts["pairs"], recipe.split)
-        diagnosed = _to_diagnose(job, parts)
+        diagnosed = to_diagnose(job, parts)
         figures = score(
             job.store,
             parts,
@@ -85,13 +84,13 @@ def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifes
 DIAGNOSED_SPLIT, _MOST_DIAGNOSED = "validation", 100
 
 
-def _to_diagnose(job: Job, parts: dict[str, Manifest]) -> Judgements | str | None:
+def to_diagnose(job: Job, parts: dict[str, Manifest]) -> Judgements | str | None:
     """The validation queries that the recipe pays for, seeded; or why there are none; or None where none are asked for."""
     recipe, ids = job.recipe.evaluation, parts["ids"]
     if not recipe.diagnose_rows:
         return None
-    trie = Trie.open(fetch(job.store, ids, default_cache(), below=("trie/", "products.arrow")) / "trie")
-    cost = decoder_rows(trie, _retriever_settings(parts, recipe).get("stop_level"))
+    nodes = json.loads(job.store.read(ids.file(f"trie/{HEADER}")))["nodes"]
+    cost = sum(nodes[: _retriever_settings(parts, recipe).get("stop_level") or len(nodes) - 1])
     queries = min(_MOST_DIAGNOSED, recipe.diagnose_rows // cost)
     if not queries:
         return f"a query costs {cost:,} decoder rows, evaluation.diagnose_rows is {recipe.diagnose_rows:,}"
