@@ -14,6 +14,7 @@ MEANT: dict[str, object] = {
     "quantizer.category_on": "residual",
     "quantizer.category_temperature": None,
     "quantizer.category_decay": 0.0,
+    "evaluation.diagnose_rows": 0,  # nothing was diagnosed
 }
 # Settings that are gone: nothing depends on them any more.
 GONE: frozenset[str] = frozenset()

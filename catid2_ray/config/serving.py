@@ -117,6 +117,12 @@ class EvaluationRecipe(Section):
         0.9, "where BM25 is not scored: FAILED when recall@50 is under this share of the current release's", unit="ratio",
         operational=True, ge=0,
     )  # fmt: skip
+    diagnose_rows: int = setting(
+        5_000_000,
+        "decoder rows spent on exact scores of all IDs for up to 100 validation queries, which say where relevant products are "
+        "lost (a query costs a row for every prefix that an ID has); 0 = none",
+        unit="decoder rows", ge=0,
+    )  # fmt: skip
     workers: int = setting(2, "actors that search", unit="actors", operational=True, ge=1)
     bm25_max_products: int = setting(
         5_000_000, "BM25 is left out above this: its index is in memory", unit="products", ge=1, le=5_000_000

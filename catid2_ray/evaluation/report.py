@@ -17,12 +17,12 @@ def closing_tables(figures: Mapping) -> list[Table]:
 
     `figures`: the job's JSON; keys release, documents, number, base, ledger, churn, collision_rate_before (0 to 1),
     duplicates_after, adapter (metrics of its manifest), codes_used, codes_per_level, recall, recall_seen, recall_unseen,
-    not_evaluated (why), set_aside (table → rows, of, reasons, first, at), seconds (stage → s), peak_memory_bytes; all
-    optional.
+    not_evaluated (why), set_aside (table → rows, of, reasons, first, at), diagnosis (`diagnosis.diagnosis_figures`, or queries 0
+    and a reason), seconds (stage → s), peak_memory_bytes; all optional.
     """
     tables = [
-        _catalogue(figures), _churn(figures), _adapter(figures), _codes(figures), _recall(figures), _set_aside(figures),
-        _cost(figures),
+        _catalogue(figures), _churn(figures), _adapter(figures), _codes(figures), _recall(figures),
+        *diagnosis_tables(figures.get("diagnosis")), _set_aside(figures), _cost(figures),
     ]  # fmt: skip
     return [table for table in tables if table.rows]
 
@@ -137,6 +137,40 @@ def _recall(figures: Mapping) -> Table:
         return Table("Nothing was evaluated", columns_of("", "figure"), [[figures["not_evaluated"], DASH]])
     title = "Recall at product level" + (f" (queries: {asked})" if asked else "")
     return Table(title, columns_of("products: method", *(f"@{k}" for k in ks)), rows)
+
+
+def diagnosis_tables(diagnosis: Mapping | None) -> list[Table]:
+    """Recall of exact scores beside the beams', alone and re-scored; and how deep relevant products stay in each beam."""
+    if diagnosis is None:
+        return []
+    if not diagnosis["queries"]:
+        return [Table("Nothing was diagnosed", columns_of("", "figure"), [[diagnosis["reason"], DASH]])]
+    served, rows = diagnosis["served"], []
+    parts = {"recall": "", "mixture": "re-scored: "}
+    for part, label in parts.items():
+        for search, recall in diagnosis[part].items():
+            name = "all products" if (part, search) == ("mixture", "exact") else search
+            marked = f"{label}{name}" + (" *" if search == served else "")
+            rows.append([marked, *(shown(value, ".3f") for value in recall.values())])
+    ks = list(next(iter(diagnosis["recall"].values())))
+    errors = [
+        f"{label}{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        for part, label in parts.items()
+        if part in diagnosis["search_error"]
+        for mean, low, high in [diagnosis["search_error"][part]["50"]]
+    ]
+    about = f"{diagnosis['queries']:,} {diagnosis['split']} queries, {diagnosis['decoder_rows']:,} decoder rows"
+    recall = Table(
+        f"Recall by exact scores and by beams ({about})", columns_of("search (* served)", *(f"@{k}" for k in ks)), rows,
+        f"Lost by the search, exact less served @50: {'; '.join(errors)}. What exact misses too, the model ranks low.",
+    )  # fmt: skip
+    levels = len(diagnosis["kept"][served])
+    kept = [
+        [search + (" *" if search == served else ""), *(shown(share, ".3f") for share in shares)]
+        for search, shares in diagnosis["kept"].items()
+    ]
+    headings = [LEVEL_LETTERS[level] for level in range(levels)]
+    return [recall, Table("Relevant products still in the beam after each level", columns_of("", *headings), kept)]
 
 
 def _set_aside(figures: Mapping) -> Table:

@@ -11,9 +11,11 @@ from catid2_ray.artifacts.stages import STAGES, of_job
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import check_pairs
 from catid2_ray.config import ClusterRecipe, EvaluationRecipe, Recipe
-from catid2_ray.errors import QualityGateError, RecipeError
+from catid2_ray.errors import InputError, QualityGateError, RecipeError
+from catid2_ray.evaluation.diagnosis import diagnose, diagnosis_figures, rows_per_query
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import cluster, progress
+from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.pipeline import APPENDED, append, chain
 from catid2_ray.on_ray.stages import door, evaluate
 
@@ -83,8 +85,8 @@ def figures_of(parts: dict[str, Manifest], store: Store) -> dict:
         "codes_per_level": ids["codes_per_level"],
         **{name: ids[name] for name in ("number", "base", "ledger", "churn")},
         **{name: scores[name] for name in ("recall", "recall_seen", "recall_unseen", "queries")},
-        **{name: scores[name] for name in ("not_evaluated",) if name in scores},
         **({"adapter": parts["adapter"].metrics} if "adapter" in parts else {}),
+        **{name: scores[name] for name in ("not_evaluated", "diagnosis") if name in scores},
         "set_aside": door.set_aside(store, parts),
         "seconds": {
             stage.timed: _seconds(parts[stage.role]) for stage in STAGES.values() if stage.timed and stage.role in parts
@@ -169,6 +171,26 @@ def evaluate_release(
         cluster.disconnect()
     figures.pop("sample_queries")
     return {"release": release.name, **figures}
+
+
+def diagnose_release(store_uri: str, *, release: str | None, queries: int, split: str) -> dict:
+    """Where relevant products of a release's own pairs are lost, as it was published, in this process; at most `queries`."""
+    store = Store(store_uri)
+    store.check()
+    chosen = releases.current(store) if release is None else releases.load(store, release)
+    parts = chosen.manifests(store)
+    if not parts["pairs"].metrics["pairs_table"]:
+        raise InputError(f"release {chosen.name} has no pairs, so nothing says which products are relevant")
+    judged = evaluate.judge(
+        store, parts, evaluate.pairs_of_split(store, parts["pairs"], split), split=split,
+        min_relevance=parts["evaluation"].settings["min_relevance"],
+    )  # fmt: skip
+    judged = evaluate.sampled(judged, queries, seed=parts["evaluation"].settings["seed"])
+    retriever = open_retriever(releases.release_folder(store, chosen, releases.default_cache()))
+    cost = rows_per_query(retriever)
+    progress.event("diagnose", queries=len(judged.queries), decoder_rows=cost * len(judged.queries))
+    diagnosis = diagnose(retriever, judged.queries, judged.relevant)
+    return {"release": chosen.name, "diagnosis": diagnosis_figures(diagnosis, split=split, rows_per_query=cost)}
 
 
 def write_json(path: str, figures: dict | list) -> None:

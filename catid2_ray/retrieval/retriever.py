@@ -17,8 +17,9 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, QueryError
 from catid2_ray.generator.vocabulary import tokenize
 from catid2_ray.retrieval import folder as folders
-from catid2_ray.retrieval.beam import constrained_beam_search
+from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
+from catid2_ray.retrieval.exact import exact_scores
 from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
 from catid2_ray.retrieval.live import LiveTrie, LiveView, filters_for
 from catid2_ray.retrieval.products import Newcomer, ProductNames, Products, arrow_strings
@@ -175,6 +176,23 @@ class Retriever:
             query_BD = self._vectors(queries, getattr(memory, "dense_BE", None))
         return expanded_hits(
             result, view, products, self.expansion, queries=queries, query_BD=query_BD, k=k, allowed=allowed
+        )
+
+    def exact(self, queries: Sequence[str]) -> list[np.ndarray]:
+        """Per depth searched, float32 B×n_l: the score by which the search would choose each node of the release, had it
+        pruned none (`exact.exact_scores`). Products inserted since are left out."""
+        ids_BT, mask_BT, memory = self._encoded(list(queries))
+        return exact_scores(
+            self.decoder, self.trie, ids_BT, mask_BT, levels=self.levels, normalize=self.normalize, memory=memory
+        )
+
+    def rescored(self, result: BeamResult, queries: Sequence[str], *, k: int, expansion: Expansion) -> list[list[Hit]]:
+        """The products of any search's result over the release, re-scored with these settings, at most `k` per query."""
+        query_BD = None
+        if expansion.dense != "none":
+            query_BD = self._vectors(list(queries), getattr(self._encoded(list(queries))[2], "dense_BE", None))
+        return expanded_hits(
+            result, self.trie, self.products, expansion, queries=queries, query_BD=query_BD, k=k, allowed=None
         )
 
     def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor, object]:

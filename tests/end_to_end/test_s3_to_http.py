@@ -38,13 +38,15 @@ def test_figures_have_the_promised_keys_and_ids_are_unique(released):
     assert set(figures["recall"]) == {"beam", "bm25", "dense", "served"} and {"5", "10", "20", "50", "100"} == set(
         figures["recall"]["beam"]
     )
+    diagnosis = figures["diagnosis"]
+    assert diagnosis["split"] == "validation" and 0 < diagnosis["queries"] <= 100 and "exact" in diagnosis["recall"]
     assert figures["seconds"]["embed"] > 0 and figures["peak_memory_bytes"] > 100e6
 
 
 def test_closing_table_and_samples_are_printed(released):
     shown = released["result"].stdout
     for text in ("collision rate before resolution", "duplicate IDs after", "Codes in use", "all: beam", "all: bm25",
-                 "peak memory", "Try next", released["figures"]["release"], "<a_"):  # fmt: skip
+                 "by exact scores", "peak memory", "Try next", released["figures"]["release"], "<a_"):  # fmt: skip
         assert text in shown
 
 

@@ -1,6 +1,7 @@
 """What earlier code published is found, served and named as it was: the same keys, the same digests, the same answers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,11 +11,11 @@ from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.errors import FormatError, ReleaseError
-from catid2_ray.on_ray.commands import reindex
+from catid2_ray.on_ray.commands import diagnose_release, reindex
 from catid2_ray.on_ray.job import open_previous
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
-from catid2_ray.on_ray.stages import train_quantizer
+from catid2_ray.on_ray.stages import evaluate, train_quantizer
 from tests.stored import unpack
 
 
@@ -81,3 +82,27 @@ def test_it_is_served_by_versions_to_come(stored, tmp_path, monkeypatch, later):
     for name, stage in list(STAGES.items()):
         monkeypatch.setitem(STAGES, name, stage._replace(version=stage.version + later))
     test_it_is_served(stored, tmp_path)
+
+
+def test_its_evaluation_keeps_its_key_and_it_can_be_diagnosed(stored):
+    store = Store(stored.store)
+    parts = releases.current(store).manifests(store)
+    asked = []
+    job = SimpleNamespace(
+        recipe=Recipe.stored(parts["evaluation"].recipe), produce=lambda kind, settings, *_: asked.append(settings)
+    )
+    evaluate.run(job, parts)
+    assert asked == [parts["evaluation"].settings]
+
+    def chosen(rows: int):
+        evaluation = stored.evaluation.model_copy(update={"diagnose_rows": rows})
+        recipe = stored.model_copy(update={"evaluation": evaluation})
+        return evaluate.to_diagnose(SimpleNamespace(recipe=recipe, store=store), parts)
+
+    assert chosen(0) is None and chosen(98).startswith("a query costs 99 decoder rows")
+    assert [len(chosen(rows).queries) for rows in (300, 594, 5_000_000)] == [3, 6, 6]
+    figures = diagnose_release(stored.store, release=None, queries=2, split="validation")["diagnosis"]
+    assert figures["queries"] == 2 and set(figures["mixture"]) == {"beam 16", "exact"}
+    assert all(len(shares) == 4 and shares == sorted(shares, reverse=True) for shares in figures["kept"].values())
+    with pytest.raises(ReleaseError, match="no release 'r-1'"):
+        diagnose_release(stored.store, release="r-1", queries=2, split="validation")

@@ -1,7 +1,8 @@
 """Stage 5b: recall of the beam search, and of what is served, beside BM25 and dense search: all, seen, unseen products.
 
 Searching is spread over actors that map the trie into memory; judgements are small and stay in the driver. BM25 and dense
-search are in-memory baselines of one actor, left out above `evaluation.bm25_max_products`.
+search are in-memory baselines of one actor, left out above `evaluation.bm25_max_products`. As many validation queries as
+`evaluation.diagnose_rows` pays for are searched without pruning too, to say where relevant products are lost.
 """
 
 import json
@@ -17,9 +18,10 @@ from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.text import join_text
-from catid2_ray.config import Recipe
+from catid2_ray.config import EvaluationRecipe, Recipe
 from catid2_ray.errors import InputError
 from catid2_ray.evaluation.baselines.bm25 import Bm25
+from catid2_ray.evaluation.diagnosis import Diagnosis, diagnose, diagnosis_figures, rows_per_query
 from catid2_ray.evaluation.protocol import Judgements, evaluate
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
@@ -29,17 +31,20 @@ from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.machine.query_encoder import query_encoder as open_encoder
 from catid2_ray.on_ray.machine.vectors import ProductVectors, adapted_queries, open_adapter
 from catid2_ray.on_ray.stages.catalog import PAIR_FILES, part_specs, read_sample
+from catid2_ray.retrieval.arrays import HEADER
 
 KS = (5, 10, 20, 50, 100)
 METHODS = ("beam", "bm25", "dense", "served")
 IN_MEMORY = ("bm25", "dense")  # one process holds the catalogue
-_QUERIES_PER_SPEC = 64
+_QUERIES_PER_SPEC, _DIAGNOSED_PER_SPEC = 64, 16
 _SAMPLES, _SAMPLE_CHARACTERS = 3, 200
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The evaluation artefact: figures.json."""
     settings = {**job.recipe.evaluation.identity(), "seed": job.recipe.seed}
+    if not settings["diagnose_rows"]:
+        del settings["diagnose_rows"]  # evaluations of before there was a diagnosis keep their keys
     sometimes = []
     if "dense" in job.recipe.evaluation.methods:
         sometimes += ["embeddings", *(["adapter"] if "adapter" in parts else [])]
@@ -55,7 +60,8 @@ def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifes
     if not recipe.methods or not parts["pairs"].metrics["pairs_table"]:
         figures = _nothing(job, parts)
     else:
-        pairs = _pairs_of_split(job.store, parts["pairs"], recipe.split)
+        pairs = pairs_of_split(job.store, parts["pairs"], recipe.split)
+        diagnosed = to_diagnose(job, parts)
         figures = score(
             job.store,
             parts,
@@ -67,9 +73,53 @@ def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifes
             seed=job.recipe.seed,
             bm25_max=recipe.bm25_max_products,
             query_encoder=job.recipe.serving.query_encoder,
+            diagnosed=diagnosed if isinstance(diagnosed, Judgements) else None,
         )
+        if isinstance(diagnosed, str):
+            figures["diagnosis"] = {"queries": 0, "reason": diagnosed}
     entry = job.store.write_file(attempt.name("figures.json"), json.dumps(figures, indent=1).encode())
     return attempt.commit([entry], metrics=figures)
+
+
+DIAGNOSED_SPLIT, _MOST_DIAGNOSED = "validation", 100
+
+
+def to_diagnose(job: Job, parts: dict[str, Manifest]) -> Judgements | str | None:
+    """The validation queries that the recipe pays for, seeded; or why there are none; or None where none are asked for."""
+    recipe, ids = job.recipe.evaluation, parts["ids"]
+    if not recipe.diagnose_rows:
+        return None
+    nodes = json.loads(job.store.read(ids.file(f"trie/{HEADER}")))["nodes"]
+    cost = sum(nodes[: _retriever_settings(parts, recipe).get("stop_level") or len(nodes) - 1])
+    queries = min(_MOST_DIAGNOSED, recipe.diagnose_rows // cost)
+    if not queries:
+        return f"a query costs {cost:,} decoder rows, evaluation.diagnose_rows is {recipe.diagnose_rows:,}"
+    pairs = pairs_of_split(job.store, parts["pairs"], DIAGNOSED_SPLIT)
+    if not pairs.num_rows:
+        return f"the pairs have no {DIAGNOSED_SPLIT} split"
+    try:
+        judged = judge(job.store, parts, pairs, split=DIAGNOSED_SPLIT, min_relevance=recipe.min_relevance)
+    except InputError as error:
+        return str(error)
+    return sampled(judged, queries, seed=job.recipe.seed)
+
+
+def _retriever_settings(parts: dict[str, Manifest], recipe: EvaluationRecipe) -> dict:
+    """What is served, where the recipe evaluates that; else the beam alone."""
+    alone = None if "served" in recipe.methods else recipe.beam_width
+    return retriever_settings(parts, release="candidate", beam_width=alone)
+
+
+def sampled(judgements: Judgements, queries: int, *, seed: int) -> Judgements:
+    """At most so many of the queries, seeded, in their order."""
+    if queries >= len(judgements.queries):
+        return judgements
+    chosen = np.sort(np.random.default_rng([seed, 3]).permutation(len(judgements.queries))[:queries])
+    columns = ("query_ids", "queries", "relevant", "seen", "unseen")
+    return Judgements(
+        **{name: [getattr(judgements, name)[i] for i in chosen] for name in columns},
+        dropped_pairs=judgements.dropped_pairs,
+    )
 
 
 def _nothing(job: Job, parts: dict[str, Manifest]) -> dict:
@@ -85,7 +135,7 @@ def _nothing(job: Job, parts: dict[str, Manifest]) -> dict:
     return {**nothing, "dropped_pairs": 0, "not_evaluated": reason, "sample_queries": queries}
 
 
-def _pairs_of_split(store: Store, pairs: Manifest, split: str) -> pa.Table:
+def pairs_of_split(store: Store, pairs: Manifest, split: str) -> pa.Table:
     tables = [store.read_table(pairs.file(entry["name"])) for entry in pairs.named(PAIR_FILES)]
     return pa.concat_tables([table.filter(pc.field("split") == split) for table in tables])
 
@@ -93,53 +143,78 @@ def _pairs_of_split(store: Store, pairs: Manifest, split: str) -> pa.Table:
 def score(
     store: Store, parts: dict[str, Manifest], judgements: Judgements, *, methods: tuple[str, ...], beam_width: int, workers: int,
     seed: int, max_queries: int | None = None, bm25_max: int = 5_000_000, query_encoder: str | None = None,
+    diagnosed: Judgements | None = None,
 ) -> dict:  # fmt: skip
-    """Figures of `evaluation.protocol.evaluate` plus `sample_queries`, for the judgements of any table of pairs.
+    """Figures of `evaluation.protocol.evaluate` plus `sample_queries`, for the judgements of any table of pairs; with
+    `diagnosis` of the queries `diagnosed`, where they are given.
 
     `query_encoder`: for "dense" where the products' vectors are given by the catalogue.
     """
-    if max_queries and max_queries < len(judgements.queries):
-        chosen = np.sort(np.random.default_rng([seed, 3]).permutation(len(judgements.queries))[:max_queries])
-        judgements = _only(judgements, chosen)
+    if max_queries:
+        judgements = sampled(judgements, max_queries, seed=seed)
     handlers = {
         "beam": (_Search, {"parts": parts, "beam_width": beam_width}),
         "served": (_Search, {"parts": parts, "beam_width": None}),
         "bm25": (_Bm25Search, {"catalog": parts["catalog"]}),
         "dense": (DenseSearch, {"parts": parts, "query_encoder": query_encoder, "k": max(KS)}),
+        "diagnosis": (_Diagnose, {"parts": parts, "beam_width": None if "served" in methods else beam_width}),
     }
+    asked = {method: _slices(judgements, _QUERIES_PER_SPEC) for method in methods}
+    if diagnosed is not None:
+        asked["diagnosis"] = _slices(diagnosed, _DIAGNOSED_PER_SPEC, relevant=True)
     # One pool runs all of its methods, so what bounds the actors worth starting is the slices of one method.
-    workers = min(workers, -(-len(judgements.queries) // _QUERIES_PER_SPEC))
+    workers = min(workers, max(map(len, asked.values())))
     pools: dict[int, dict] = {}  # by number of actors, the methods that they run
-    for method in methods:
+    for method, slices in asked.items():
         if method in IN_MEMORY and parts["catalog"].rows > bm25_max:
             progress.event("skip", method=method, products=parts["catalog"].rows, limit=bm25_max)
             continue
-        pools.setdefault(1 if method in IN_MEMORY else workers, {})[method] = handlers[method]
-    ranked = {}
+        pools.setdefault(1 if method in IN_MEMORY else workers, {})[method] = slices
+    results = {}
     for size, together in pools.items():
-        ranked |= _ranked(store, judgements.queries, together, workers=size)
-    ranked = {method: ranked[method] for method in methods if method in ranked}
-    return evaluate(judgements, ranked, KS) | {
+        results |= _results(store, {name: handlers[name] for name in together}, together, workers=size)
+    ranked = {
+        method: [row for one in results[method] for row in one["ranked"]] for method in methods if method in results
+    }
+    figures = evaluate(judgements, ranked, KS) | {
         "sample_queries": judgements.queries[:: max(1, len(judgements.queries) // _SAMPLES)][:_SAMPLES]
     }
+    if "diagnosis" in results:
+        figures["diagnosis"] = _joined(results["diagnosis"])
+    return figures
 
 
-def _ranked(
-    store: Store, queries: list[str], handlers: dict[str, tuple], *, workers: int
-) -> dict[str, list[list[str]]]:
-    """By method, the product ids that it returns for each query, best first; all in one pass over one pool, since a process
-    that only starts costs more than most of the searching."""
-    starts = range(0, len(queries), _QUERIES_PER_SPEC)
-    slices = [queries[start : start + _QUERIES_PER_SPEC] for start in starts]
-    specs = [{"method": method, "queries": part, "rows": len(part)} for method in handlers for part in slices]
-    results = map_parts(
+def _slices(judgements: Judgements, size: int, *, relevant: bool = False) -> list[dict]:
+    """The queries, with what is relevant if asked for, as specs of at most `size` of them."""
+    specs = []
+    for start in range(0, len(judgements.queries), size):
+        part = slice(start, start + size)
+        specs.append({"queries": judgements.queries[part], "rows": len(judgements.queries[part])})
+        if relevant:
+            specs[-1]["relevant"] = [sorted(wanted) for wanted in judgements.relevant[part]]
+    return specs
+
+
+def _results(
+    store: Store, handlers: dict[str, tuple], slices: dict[str, list[dict]], *, workers: int
+) -> dict[str, list[dict]]:
+    """By method, what its handler gave for each slice; all in one pass over one pool, since a process that only starts costs
+    more than most of the searching."""
+    specs = [{"method": method, **part} for method in handlers for part in slices[method]]
+    found = map_parts(
         _Rank, {"store": store, "handlers": handlers}, specs, workers=workers,
         label=f"searching with {', '.join(handlers)}", unit="queries", actors=True,
     )  # fmt: skip
-    ranked = {method: [] for method in handlers}
-    for spec, result in zip(specs, results):
-        ranked[spec["method"]] += result["ranked"]
-    return ranked
+    results = {method: [] for method in handlers}
+    for spec, result in zip(specs, found):
+        results[spec["method"]].append(result)
+    return results
+
+
+def _joined(results: list[dict]) -> dict:
+    """The figures of a diagnosis, from those of its slices."""
+    diagnosis = Diagnosis.joined([Diagnosis.from_json(result["diagnosis"]) for result in results])
+    return diagnosis_figures(diagnosis, split=DIAGNOSED_SPLIT, rows_per_query=results[0]["rows_per_query"])
 
 
 def judge(store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: str, min_relevance: float) -> Judgements:
@@ -189,14 +264,6 @@ def _known_to_the_generator(store: Store, parts: dict[str, Manifest], seen: pa.A
     )
 
 
-def _only(judgements: Judgements, chosen: np.ndarray) -> Judgements:
-    columns = ("query_ids", "queries", "relevant", "seen", "unseen")
-    return Judgements(
-        **{name: [getattr(judgements, name)[i] for i in chosen] for name in columns},
-        dropped_pairs=judgements.dropped_pairs,
-    )
-
-
 class _Rank:
     """Actor: the specs of one method after the other; it holds what one method needs."""
 
@@ -223,6 +290,22 @@ class _Search:
         # A larger k would widen the beam beyond what is served.
         hits = self.retriever.retrieve(texts, k=min(max(KS), self.retriever.beam_width))
         return {"position": spec["position"], "ranked": [[hit.product_id for hit in row] for row in hits]}
+
+
+class _Diagnose:
+    """A retriever over the candidate release, searched without pruning."""
+
+    def __init__(self, *, store: Store, parts: dict[str, Manifest], beam_width: int | None):
+        settings = retriever_settings(parts, release="candidate", beam_width=beam_width)
+        self.retriever = open_retriever(parts_folder(store, parts, default_cache(), settings))
+
+    def __call__(self, spec: dict) -> dict:
+        diagnosis = diagnose(self.retriever, spec["queries"], spec["relevant"])
+        return {
+            "position": spec["position"],
+            "diagnosis": diagnosis.as_json(),
+            "rows_per_query": rows_per_query(self.retriever),
+        }
 
 
 class _Bm25Search:

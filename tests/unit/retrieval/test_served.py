@@ -7,6 +7,8 @@ import pyarrow as pa
 import pytest
 
 from catid2_ray.errors import ArtifactError, InputError, QueryError, ReleaseError
+from catid2_ray.evaluation.diagnosis import diagnose
+from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.lexical import Block, LexicalIndex, count_words
 from catid2_ray.retrieval.products import Newcomer, Products
 from catid2_ray.retrieval.retriever import Retriever
@@ -214,3 +216,21 @@ def test_a_release_that_lacks_what_it_asks_for(served, folder, tmp_path):
 def _fresh(tmp_path):
     (into := tmp_path / "again").mkdir()
     return into
+
+
+def test_a_retriever_is_diagnosed_as_it_searches(served):
+    retriever = Retriever.open(served, encode_query=encode)
+    relevant = [{f"p{number}"} for number in range(len(TITLES))]
+    found = diagnose(retriever, TITLES, relevant, widths=(1, 100))
+    assert found.served == "beam 4" and list(found.mixture) == ["beam 4", "exact"]
+    hits = retriever.retrieve(TITLES, k=6)
+    assert found.mixture["beam 4"][:, 0].tolist() == [
+        float(name.pop() in {hit.product_id for hit in row}) for name, row in zip(relevant, hits)
+    ]
+    ids_BT, mask_BT, memory = retriever._encoded(TITLES)
+    narrow = constrained_beam_search(
+        retriever.decoder, retriever.trie, ids_BT, mask_BT, beam_width=1, top_k=1, levels=1, memory=memory
+    )
+    row_of = retriever.live.names.rows([f"p{number}" for number in range(6)])
+    inside = [start <= row < end for row, (start, end) in zip(row_of.tolist(), narrow.row_range_BK2[:, 0].tolist())]
+    assert found.kept["beam 1"][:, 0].tolist() == inside
