@@ -1,0 +1,80 @@
+"""Commands that look and change nothing: at a catalogue, a recipe, a product, an answer."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.store import Store
+from catid2_ray.cli.options import DEFAULT_STORE, RecipeOption, SetOption, StoreOption, console
+from catid2_ray.errors import InputError
+
+OPEN: dict[str, object] = {}  # retrievers of this process, by the release's name
+JsonFlag = Annotated[bool, typer.Option("--json", help="write JSON to standard output instead of tables")]
+
+
+def current_retriever(store: Store):
+    """Of the current release, with its query encoder and the changes made to it since."""
+    from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
+    from catid2_ray.on_ray.machine.query_encoder import open_retriever
+
+    release = releases.current(store)
+    if release.name not in OPEN:
+        opened = open_retriever(releases.release_folder(store, release, releases.default_cache()))
+        LiveUpdates(opened, LiveLog(store, release.name)).catch_up()
+        OPEN[release.name] = opened
+    return OPEN[release.name]
+
+
+def _checked(uri: str) -> Store:
+    store = Store(uri)
+    store.check()
+    return store
+
+
+def _show(figures: dict, tables, as_json: bool) -> None:
+    from catid2_ray.evaluation.tables import terminal
+
+    if as_json:
+        print(json.dumps(figures, indent=1, ensure_ascii=False))
+    else:
+        console().print(terminal(tables))
+
+
+def inspect(
+    product_id: str,
+    store: StoreOption = DEFAULT_STORE,
+    neighbours: Annotated[
+        int, typer.Option(min=0, help="products shown beside it; 0 = none, which reads no vectors")
+    ] = 5,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what a store knows of a product: its text, ID, neighbours by ID and by vector, and its history in the ledger."""
+    from catid2_ray.evaluation.look_tables import product_tables
+    from catid2_ray.on_ray.look.product import inspect as run
+
+    card = run(_checked(store), product_id, neighbours=neighbours)
+    _show(card, product_tables(card), as_json)
+
+
+def why(
+    query: str,
+    product_id: str,
+    store: StoreOption = DEFAULT_STORE,
+    k: Annotated[int, typer.Option(help="a product counts as found among so many answers")] = 10,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="also its rank among all IDs, for which the generator reads the whole trie")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say why a query finds a product, or does not: its path through the search level by level, and what its score is made of."""
+    from catid2_ray.evaluation.look_tables import why_tables
+    from catid2_ray.evaluation.why import why as run
+
+    found = run(current_retriever(_checked(store)), query, product_id, k=k, exact=exact)
+    _show(found.figures(), why_tables(found), as_json)
+
+
+COMMANDS = (inspect, why)
