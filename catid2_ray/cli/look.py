@@ -1,7 +1,6 @@
 """Commands that look and change nothing: at a catalogue, a recipe, a product, an answer."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +8,7 @@ import typer
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.cli.options import DEFAULT_STORE, RecipeOption, SetOption, StoreOption, console
-from catid2_ray.errors import InputError
+from catid2_ray.config import Recipe
 
 OPEN: dict[str, object] = {}  # retrievers of this process, by the release's name
 JsonFlag = Annotated[bool, typer.Option("--json", help="write JSON to standard output instead of tables")]
@@ -41,6 +40,15 @@ def _show(figures: dict, tables, as_json: bool) -> None:
         print(json.dumps(figures, indent=1, ensure_ascii=False))
     else:
         console().print(terminal(tables))
+
+
+def check(recipe: RecipeOption, overrides: SetOption = None, as_json: JsonFlag = False) -> None:
+    """Read a recipe's tables as `reindex` would, refuse what it would refuse, and say what it would train. Changes nothing."""
+    from catid2_ray.evaluation.look_tables import check_tables
+    from catid2_ray.on_ray.look.check import check as run
+
+    figures = run(Recipe.load(recipe, overrides or []))
+    _show(figures, check_tables(figures), as_json)
 
 
 def inspect(
@@ -77,4 +85,4 @@ def why(
     _show(found.figures(), why_tables(found), as_json)
 
 
-COMMANDS = (inspect, why)
+COMMANDS = (check, inspect, why)

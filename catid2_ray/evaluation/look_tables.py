@@ -1,4 +1,4 @@
-"""The terminal's tables of one product: what is known of it, and why a query finds it or not."""
+"""The terminal's tables of a look: a recipe before its job, what is known of a product, why a query finds it or not."""
 
 from collections.abc import Mapping
 
@@ -74,6 +74,44 @@ def product_tables(card: Mapping) -> list[Table]:
         ),
     ]
     return [table for table in tables if table.rows]
+
+
+def check_tables(figures: Mapping) -> list[Table]:
+    """`on_ray.look.check.check` as tables."""
+    rows = []
+    for name in ("products", "pairs"):
+        table = figures[name]
+        kept = f"{table['of'] - table['rows_aside']:,} of {table['of']:,} rows are good"
+        rows.append([name, kept if table["of"] else "none"])
+        rows += [["", f"set aside, {reason}: {count:,}"] for reason, count in sorted(table["reasons"].items())]
+        rows += [["", f"  such as {_cut(first, 120)}"] for first in table["first"][:3]]
+    categories = ", ".join(f"{count:,}" for count in figures["products"]["categories"])
+    rows.append(["categories", f"{categories or 'none'} (by depth)"])
+    for split, found in figures["splits"].items():
+        rows.append([split, f"{found['queries']:,} queries, {found['pairs']:,} pairs, relevance up to {shown(found['relevance_max'])}"])
+    rows.append(["teach", f"{figures['pairs']['teaching']:,} training pairs reach generator.min_relevance"])
+    tables = [Table(f"What {figures['recipe']} reads", _pairs(), rows), Table("What it would train", _pairs(), _training(figures))]
+    if figures["notes"]:
+        tables.append(Table("Note", _pairs(), [["•", note] for note in figures["notes"]]))
+    return tables
+
+
+def _training(figures: Mapping) -> list[list[str]]:
+    ids, quantizer = figures["ids"], figures["quantizer"]
+    rows = [["IDs", ids["kind"]]]
+    if "codes_per_level" in ids:
+        codes = " × ".join(f"{count:,}" for count in ids["codes_per_level"])
+        rows.append(["", f"{codes} codes, {ids['products_per_first_code']:,.0f} products per first code"])
+    steps = "fitted, not trained"
+    if quantizer:
+        steps = f"{quantizer['steps']:,} steps: {quantizer['epochs']:,} epochs in batches of {quantizer['batch']:,}"
+    rows.append(["quantizer", steps])
+    for stage in figures["generator"]:
+        rows.append(
+            ["generator", f"{stage['steps']:,} steps: {stage['epochs']:,} epochs of {stage['examples']:,} examples in batches of "
+             f"{stage['batch']:,}"]
+        )  # fmt: skip
+    return rows
 
 
 def _neighbours(title: str, near: list[Mapping]) -> Table:
