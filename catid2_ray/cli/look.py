@@ -1,6 +1,7 @@
 """Commands that look and change nothing: at a catalogue, a recipe, a product, an answer."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.cli.options import DEFAULT_STORE, RecipeOption, SetOption, StoreOption, console
 from catid2_ray.config import Recipe
+from catid2_ray.errors import InputError
 
 OPEN: dict[str, object] = {}  # retrievers of this process, by the release's name
 JsonFlag = Annotated[bool, typer.Option("--json", help="write JSON to standard output instead of tables")]
@@ -40,6 +42,28 @@ def _show(figures: dict, tables, as_json: bool) -> None:
         print(json.dumps(figures, indent=1, ensure_ascii=False))
     else:
         console().print(terminal(tables))
+
+
+def init(
+    folder: Annotated[str, typer.Argument(help="folder or s3:// prefix with products and, if there are any, pairs")],
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="write the recipe here, not to standard output")] = None,
+) -> None:
+    """Look at a catalogue and write a first recipe that fits it, with the reason for each setting."""
+    from catid2_ray.on_ray.look.first_recipe import first_recipe
+
+    if out and Path(out).exists():
+        raise InputError(f"{out} is there already: give --out another name, or remove it")
+    looked = first_recipe(folder)
+    if out is None:
+        print(looked.recipe, end="")
+        return
+    Path(out).write_text(looked.recipe, encoding="utf-8")
+    shown = console()
+    shown.print(looked.found)
+    shown.print(
+        f"\nThe recipe, with the reason for each setting: {out}\nTry next:\n  catid2 check --recipe {out}\n  catid2 reindex --recipe {out}",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
 
 
 def check(recipe: RecipeOption, overrides: SetOption = None, as_json: JsonFlag = False) -> None:
@@ -85,4 +109,4 @@ def why(
     _show(found.figures(), why_tables(found), as_json)
 
 
-COMMANDS = (check, inspect, why)
+COMMANDS = (init, check, inspect, why)

@@ -76,13 +76,14 @@ def blocks(source: Store, found: TableFiles, name: str, columns: Columns) -> Ite
             yield pa.Table.from_batches([batch])
         return
     yield from read_text(
-        lambda: _decompressed(source, name), format=found.format, columns=columns.all, filter_columns=columns.filters,
+        lambda: decompressed(source, name), format=found.format, columns=columns.all, filter_columns=columns.filters,
         where=source.uri_of(name),
     )  # fmt: skip
 
 
 @contextmanager
-def _decompressed(source: Store, name: str):
+def decompressed(source: Store, name: str):
+    """A binary stream of a file, from its start."""
     with source.open_stream(name) as stream:
         yield pa.CompressedInputStream(stream, "gzip") if name.lower().endswith(".gz") else stream
 
