@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 _HTML = r"<[A-Za-z/][^<>]{0,200}>|&[a-z]{2,8};|&#[0-9]+;"
 _SEPARATORS = (" > ", ">", " » ", " / ", " | ", "|", "/", ";", "\\")
-_WHOLE, _NUMBER = r"^[+-]?(0|[1-9][0-9]{0,17})$", r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+_WHOLE, _NUMBER = r"^[+-]?(0|[1-9][0-9]{0,17})$", r"^[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _LONGEST_NAME = 40  # characters that values of a filter have on average at most
 # Other names of the columns that a catalogue needs, as shops have them.
 OTHER_NAMES = {
@@ -39,7 +39,9 @@ _SCRIPTS = {
 def renaming(names: Sequence[str], missing: Sequence[str]) -> str:
     """Which columns the missing ones may be, as a sentence; "" where none looks like one."""
     plain = {name.lower(): name for name in names}
-    likely = {want: next((plain[other] for other in OTHER_NAMES.get(want, ()) if other in plain), None) for want in missing}
+    likely = {
+        want: next((plain[other] for other in OTHER_NAMES.get(want, ()) if other in plain), None) for want in missing
+    }
     said = ", ".join(f"{name} to {want}" for want, name in likely.items() if name)
     return f"Rename {said}?" if said else ""
 
@@ -54,7 +56,13 @@ def filter_type(column: pa.ChunkedArray | pa.Array) -> tuple[str | None, str]:
         return None, "empty"
     if is_.is_list(kind) or is_.is_large_list(kind):
         return ("list<string>", "") if is_.is_string(kind.value_type) else (None, f"a list of {kind.value_type}")
-    if not (is_.is_boolean(kind) or is_.is_integer(kind) or is_.is_floating(kind) or is_.is_string(kind) or is_.is_large_string(kind)):
+    if not (
+        is_.is_boolean(kind)
+        or is_.is_integer(kind)
+        or is_.is_floating(kind)
+        or is_.is_string(kind)
+        or is_.is_large_string(kind)
+    ):
         return None, str(kind)
     different = pc.count_distinct(column).as_py()
     if different < 2:
@@ -111,7 +119,9 @@ def language_of(texts: pa.ChunkedArray | pa.Array) -> str:
     texts = pc.drop_null(texts)
     if not len(texts):
         return ""
-    scripts = {name: (pc.sum(pc.match_substring_regex(texts, pattern)).as_py() or 0) for name, pattern in _SCRIPTS.items()}
+    scripts = {
+        name: (pc.sum(pc.match_substring_regex(texts, pattern)).as_py() or 0) for name, pattern in _SCRIPTS.items()
+    }
     if scripts["Japanese"] > scripts["Chinese"] / 4:
         scripts["Chinese"] = 0
     other = [f"{name} ({count / len(texts):.0%})" for name, count in scripts.items() if count > len(texts) / 20]

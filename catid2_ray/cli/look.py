@@ -46,7 +46,9 @@ def _show(figures: dict, tables, as_json: bool) -> None:
 
 def init(
     folder: Annotated[str, typer.Argument(help="folder or s3:// prefix with products and, if there are any, pairs")],
-    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="write the recipe here, not to standard output")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="FILE", help="write the recipe here, not to standard output")
+    ] = None,
 ) -> None:
     """Look at a catalogue and write a first recipe that fits it, with the reason for each setting."""
     from catid2_ray.on_ray.look.first_recipe import first_recipe
@@ -61,7 +63,8 @@ def init(
     shown = console()
     shown.print(looked.found)
     shown.print(
-        f"\nThe recipe, with the reason for each setting: {out}\nTry next:\n  catid2 check --recipe {out}\n  catid2 reindex --recipe {out}",
+        f"\nThe recipe, with the reason for each setting: {out}\nTry next:\n  catid2 check --recipe {out}\n"
+        f"  catid2 reindex --recipe {out}",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
 

@@ -100,18 +100,33 @@ class Line(NamedTuple):
 
 def suggest(facts: Facts) -> list[Line]:
     """The lines of a recipe that fits, section after section."""
-    lines = [Line("", "name", facts.name), Line("", "store", "catid2_store", "A folder or s3:// prefix; all that is made lies there.")]
-    return [*lines, *_catalog(facts), *_embedding(facts), *_quantizer(facts), *_generator(facts), *_serving(facts), *_evaluation(facts)]
+    lines = [
+        Line("", "name", facts.name),
+        Line("", "store", "catid2_store", "A folder or s3:// prefix; all that is made lies there."),
+    ]
+    return [
+        *lines,
+        *_catalog(facts),
+        *_embedding(facts),
+        *_quantizer(facts),
+        *_generator(facts),
+        *_serving(facts),
+        *_evaluation(facts),
+    ]
 
 
 def _catalog(facts: Facts) -> list[Line]:
     count = f"{'' if facts.exact else 'about '}{facts.products:,}"
     lines = [
         Line("catalog", "root", facts.root),
-        Line("catalog", "rows_per_part", rows_per_part(facts.products), f"{count} products in parts that workers share."),
+        Line(
+            "catalog", "rows_per_part", rows_per_part(facts.products), f"{count} products in parts that workers share."
+        ),
     ]
     if facts.separator:
-        lines.append(Line("catalog", "category_separator", facts.separator, "category_path is one text, cut here into names."))
+        lines.append(
+            Line("catalog", "category_separator", facts.separator, "category_path is one text, cut here into names.")
+        )
     if facts.depth:
         cut = f"; the deepest has {facts.depth}, the rest is cut" if facts.depth > 3 else ""
         lines.append(
@@ -120,10 +135,8 @@ def _catalog(facts: Facts) -> list[Line]:
         )  # fmt: skip
     if facts.filters:
         left = "; ".join(f"{name}: {why}" for name, why in facts.left_out.items())
-        lines.append(
-            Line("catalog", "filter_columns", dict(facts.filters), "Columns of few different values, and numbers: requests may filter "
-                 f"by them.{f' Left out: {left}.' if left else ''}")
-        )  # fmt: skip
+        reason = f"Numbers, and columns of few different values.{f' Left out: {left}.' if left else ''}"
+        lines.append(Line("catalog", "filter_columns", dict(facts.filters), reason))
     if facts.leaked:
         lines.append(
             Line("catalog", "allow_leak", False, f"{facts.leaked:,} queries are in train and in test, so that what is measured was "
@@ -137,11 +150,12 @@ def _embedding(facts: Facts) -> list[Line]:
         reason = f"The table's column embedding has {facts.given} numbers a product; encoder would compute others."
         return [Line("embedding", "source", "given", reason)]
     lines = [
-        Line("embedding", "encoder", "lsa", "Built in, no download. A sentence encoder, by its Hugging Face id or folder, finds more. "
-             f"{facts.language}".strip())
+        Line("embedding", "encoder", "lsa", "Built in, no download. A sentence encoder, by its Hugging Face id or folder, finds "
+             f"more; it must know the language. {facts.language}".strip())
     ]  # fmt: skip
     if facts.products < _SMALL:
-        lines.append(Line("embedding", "width", min(96, max(2, facts.products // 3)), "So few texts do not fill more dimensions."))
+        width = min(96, max(2, facts.products // 3))
+        lines.append(Line("embedding", "width", width, "So few texts do not fill more dimensions."))
     html = ", ".join(f"{share:.0%} of {column}" for column, share in facts.html.items())
     reason = f"HTML stands in {html}, and would be taken for words: strip it, then add the column here." if html else ""
     return [*lines, Line("embedding", "text", list(facts.texts), reason)]
@@ -152,7 +166,12 @@ def _quantizer(facts: Facts) -> list[Line]:
     batch, epochs = quantizer_batch(products), quantizer_epochs(products)
     steps = -(-products // batch) * epochs
     lines = [
-        Line("quantizer", "codes_per_level", [codes] * 4, f"{codes} leave {products / codes:.0f} products per first code."),
+        Line(
+            "quantizer",
+            "codes_per_level",
+            [codes] * 4,
+            f"{codes} leave {products / codes:.0f} products per first code.",
+        ),
         Line("quantizer", "hidden", [256, 128]),
         Line("quantizer", "latent", 10),
         Line("quantizer", "batch", batch, f"{-(-products // batch):,} steps an epoch, {steps:,} in all."),
@@ -175,7 +194,12 @@ def _generator(facts: Facts) -> list[Line]:
     small = products < _SMALL
     if small:
         lines += [
-            Line("generator", "vocabulary", vocabulary(products), "Subwords of the tokenizer that is trained on these texts."),
+            Line(
+                "generator",
+                "vocabulary",
+                vocabulary(products),
+                "Subwords of the tokenizer that is trained on these texts.",
+            ),
             Line("generator", "width", 128, "A small network: it learns as well from so few products, and faster."),
             Line("generator", "feed_forward", 384),
         ]
@@ -197,9 +221,10 @@ def _generator(facts: Facts) -> list[Line]:
 
 def _grades(facts: Facts) -> str:
     if len(facts.grades) > 20:
-        return f"Relevance has {len(facts.grades)} values up to {max(facts.grades):g}: every pair above 0 counts. Raise it if some are chance."
+        most = f"Relevance has {len(facts.grades)} values up to {max(facts.grades):g}"
+        return f"{most}: every pair above 0 counts. Raise it if some of them are chance."
     said = ", ".join(f"{grade:g}: {count:,}" for grade, count in sorted(facts.grades.items()))
-    return f"Pairs by relevance: {said}. From the middle of the scale on a product counts as an answer; raise it if that is too low."
+    return f"Pairs by relevance: {said}. From the middle of the scale on a product is an answer; raise it if that is too low."
 
 
 def _serving(facts: Facts) -> list[Line]:
@@ -209,10 +234,14 @@ def _serving(facts: Facts) -> list[Line]:
 
 def _evaluation(facts: Facts) -> list[Line]:
     if not facts.grades:
-        return [Line("evaluation", "methods", [], "There is no table of pairs: nothing can be measured, and no gate holds.")]
+        return [
+            Line("evaluation", "methods", [], "There is no table of pairs: nothing can be measured, and no gate holds.")
+        ]
     lines = [Line("evaluation", "min_relevance", relevant_from(facts.grades), "As for the training.")]
     split = next((name for name in ("test", "validation", "train") if facts.splits.get(name)), "test")
-    counts = ", ".join(f"{name} {facts.splits[name]:,}" for name in ("train", "validation", "test") if facts.splits.get(name))
+    counts = ", ".join(
+        f"{name} {facts.splits[name]:,}" for name in ("train", "validation", "test") if facts.splits.get(name)
+    )
     reason = f"Pairs by split: {counts}."
     if split == "train":
         reason += " What is measured was learned: keep some queries back as split test."
@@ -235,7 +264,9 @@ def as_yaml(lines: list[Line], title: str) -> str:
 def _value(value) -> str:
     """In one line of YAML; whole numbers without a point."""
     value = int(value) if isinstance(value, float) and value.is_integer() else value
-    return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6, sort_keys=False).strip()[1:-1]
+    return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6, sort_keys=False).strip()[
+        1:-1
+    ]
 
 
 def _comment(text: str, indent: int) -> str:

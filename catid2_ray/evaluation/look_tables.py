@@ -10,7 +10,12 @@ _TEXT = 300  # characters of a text that are shown
 
 def why_tables(found: Why) -> list[Table]:
     """What was asked and the verdict, the path level by level, and the final scores beside the first and the last answer's."""
-    about = [["product", found.product_id], ["title", found.title or DASH], ["ID", found.docid], ["verdict", found.verdict]]
+    about = [
+        ["product", found.product_id],
+        ["title", found.title or DASH],
+        ["ID", found.docid],
+        ["verdict", found.verdict],
+    ]
     tables = [Table(f"“{found.query}”  ({found.release})", _pairs(), about)]
     if found.steps:
         tables.append(_path(found))
@@ -31,21 +36,33 @@ def _path(found: Why) -> Table:
         columns_of("level", *headings, *(["of all IDs"] if placed else [])),
         rows,
         "log P: of the prefix; here: what this level adds. rank: among the prefixes that go on from those kept; "
-        "best, last kept: their log P." + (" of all IDs: its rank by log P, had nothing been pruned." if placed else ""),
+        "best, last kept: their log P."
+        + (" of all IDs: its rank by log P, had nothing been pruned." if placed else ""),
     )
 
 
 def _level(step: Step, placed: bool) -> list[str]:
     mark = "" if step.kept else "  out"
     row = [f"{step.level}{mark}", step.token, shown(step.logp, ".2f"), shown(step.step, ".2f"), shown(step.rank, ",d")]
-    row += [f"{step.candidates:,}", f"{min(step.width, step.candidates):,}", shown(step.best, ".2f"), shown(step.last, ".2f")]
+    row += [
+        f"{step.candidates:,}",
+        f"{min(step.width, step.candidates):,}",
+        shown(step.best, ".2f"),
+        shown(step.last, ".2f"),
+    ]
     return row + ([shown(step.of_all, ",d")] if placed else [])
 
 
 def _scores(found: Why) -> Table:
     names = list(found.standings[0].terms)
     rows = [
-        [one.who, shown(one.rank, ",d"), *(f"{one.terms[name]:.3f}" for name in names), f"{one.score:.3f}", _cut(one.title or "", 60)]
+        [
+            one.who,
+            shown(one.rank, ",d"),
+            *(f"{one.terms[name]:.3f}" for name in names),
+            f"{one.score:.3f}",
+            _cut(one.title or "", 60),
+        ]
         for one in found.standings
     ]
     columns = [*columns_of("", "rank", *names, "final" if names else "log P"), Column("title", number=False)]
@@ -88,9 +105,17 @@ def check_tables(figures: Mapping) -> list[Table]:
     categories = ", ".join(f"{count:,}" for count in figures["products"]["categories"])
     rows.append(["categories", f"{categories or 'none'} (by depth)"])
     for split, found in figures["splits"].items():
-        rows.append([split, f"{found['queries']:,} queries, {found['pairs']:,} pairs, relevance up to {shown(found['relevance_max'])}"])
+        rows.append(
+            [
+                split,
+                f"{found['queries']:,} queries, {found['pairs']:,} pairs, relevance up to {shown(found['relevance_max'])}",
+            ]
+        )
     rows.append(["teach", f"{figures['pairs']['teaching']:,} training pairs reach generator.min_relevance"])
-    tables = [Table(f"What {figures['recipe']} reads", _pairs(), rows), Table("What it would train", _pairs(), _training(figures))]
+    tables = [
+        Table(f"What {figures['recipe']} reads", _pairs(), rows),
+        Table("What it would train", _pairs(), _training(figures)),
+    ]
     if figures["notes"]:
         tables.append(Table("Note", _pairs(), [["•", note] for note in figures["notes"]]))
     return tables

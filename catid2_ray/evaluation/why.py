@@ -94,25 +94,29 @@ def why(retriever: Retriever, query: str, product_id: str, *, k: int = 10, exact
     alone = np.zeros(view.rows, bool)
     alone[row] = True
     own = LiveFilter.of(alone, view.base.rows)
-    steps = _steps(retriever, query, codes_L, own)
+    widths = retriever.widths_for(k)
+    steps = _steps(retriever, query, codes_L, own, widths)
     if exact:
         steps = _placed(retriever, query, codes_L, steps)
     fell_out = next((step.level for step in steps if not step.kept), None)
-    widths = retriever.widths[: retriever.levels]
     found = retriever.searched([query], widths=widths, top_k=widths[-1])
     hits = _hits(retriever, found, query, bounded=True)
     rank = next((place for place, hit in enumerate(hits, 1) if hit.product_id == product_id), None)
     with_own = found if fell_out is None else _joined(found, _alone(retriever, query, own, retriever.levels))
     mine = next(hit for hit in _hits(retriever, with_own, query, bounded=False) if hit.product_id == product_id)
     standings = [_standing(retriever, "this product", rank, mine)]
-    standings += [_standing(retriever, f"answer {place}", place, hits[place - 1]) for place in sorted({1, min(k, len(hits))})]
+    standings += [
+        _standing(retriever, f"answer {place}", place, hits[place - 1]) for place in sorted({1, min(k, len(hits))})
+    ]
     verdict = _verdict(retriever, steps, standings, fell_out, k)
     return Why(**about, verdict=verdict, fell_out=fell_out, reached=len(hits), steps=steps, standings=tuple(standings))
 
 
-def _steps(retriever: Retriever, query: str, codes_L: np.ndarray, own: LiveFilter) -> tuple[Step, ...]:
+def _steps(
+    retriever: Retriever, query: str, codes_L: np.ndarray, own: LiveFilter, widths: list[int]
+) -> tuple[Step, ...]:
     codes_per_level, rows = retriever.trie.codes_per_level, retriever.live.view.rows
-    steps, widths, kept, before = [], retriever.widths[: retriever.levels], 1, 0.0
+    steps, kept, before = [], 1, 0.0
     tokens = [f"{part}>" for part in retriever.space.text(codes_L).split(">")[:-1]]
     for level, width in enumerate(widths, 1):
         most = min(kept * codes_per_level[level - 1], rows)
@@ -161,9 +165,12 @@ def _hits(retriever: Retriever, result: BeamResult, query: str, *, bounded: bool
 def _joined(found: BeamResult, own: BeamResult) -> BeamResult:
     """The results of a search and one more, in one."""
     count = int(found.count_B[0])
-    columns = [None if one is None else torch.cat((one[:, :count], two[:, :1]), 1) for one, two in zip(found, own)]
-    columns[found._fields.index("count_B")] = torch.tensor([count + 1])
-    return BeamResult(*columns)
+    columns = {
+        name: torch.cat((mine[:, :count], more[:, :1]), 1)
+        for name, mine, more in zip(found._fields, found, own)
+        if mine is not None and name != "count_B"
+    }
+    return BeamResult(**columns, count_B=torch.tensor([count + 1]))
 
 
 def _standing(retriever: Retriever, who: str, rank: int | None, hit: Hit) -> Standing:
@@ -177,8 +184,8 @@ def _verdict(retriever: Retriever, steps, standings: list[Standing], fell_out: i
     if fell_out is not None:
         step = steps[fell_out - 1]
         return (
-            f"Not found: the search lost its path at level {fell_out}, where its prefix ranked {step.rank:,} of {step.candidates:,} "
-            f"and {step.width:,} are kept."
+            f"Not found: the search lost its path at level {fell_out}, where its prefix ranked {step.rank:,} of "
+            f"{step.candidates:,} and {step.width:,} are kept."
         )
     if mine.rank is None:
         return (

@@ -55,7 +55,6 @@ class Expansion:
                 f"re-scoring needs {' and '.join(lacks)}, which the release lacks; make its serving part again"
             )
 
-
     def terms(self, hit: Hit) -> dict[str, float]:
         """What each part adds to a hit's score; they sum up to it. A part that is not used is left out."""
         terms = {}

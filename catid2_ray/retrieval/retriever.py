@@ -162,9 +162,13 @@ class Retriever:
     def _needed(self, k: int) -> int:
         return k if self.expansion is None else 1
 
+    def widths_for(self, k: int) -> list[int]:
+        """Beams at each level that is searched, for `k` products."""
+        return [max(width, self._needed(k)) for width in self.widths[: self.levels]]
+
     def _answers(self, queries: list[str], view: LiveView, products: Products, k: int, allowed) -> list[list[Hit]]:
         ids_BT, mask_BT, memory = self._encoded(queries)
-        widths = [max(width, self._needed(k)) for width in self.widths[: self.levels]]
+        widths = self.widths_for(k)
         result = constrained_beam_search(
             self.decoder, view, ids_BT, mask_BT, beam_width=widths, top_k=widths[-1] if self.expansion else k,
             allowed=allowed, normalize=self.normalize, levels=self.levels, memory=memory,

@@ -19,9 +19,9 @@ from catid2_ray.schedule import Phase, Plan
 
 
 def check(recipe: Recipe) -> dict:
-    """Ready for JSON: `products` and `pairs` (rows that were read, how many of them were set aside and why), `splits`, `quantizer`, `generator`, `ids`, `release`
-    (that it builds on) and `notes`, sentences on what a person should know. Raises what `reindex` would raise before it
-    trains, and what its serving stage would raise after."""
+    """Ready for JSON: `products` and `pairs` (rows that were read, how many of them were set aside and why), `splits`, `quantizer`,
+    `generator`, `ids`, `release` (that it builds on) and `notes`, sentences on what a person should know. Raises what `reindex`
+    would raise before it trains, and what its serving stage would raise after."""
     store = Store(recipe.store)
     store.check()
     begins = Job(recipe=recipe, store=store)

@@ -87,9 +87,7 @@ def _columns(source: Store, found: TableFiles) -> dict[str, str | None]:
     if found.format == "parquet":
         columns = dict.fromkeys(source.parquet_file(name).schema_arrow.names)
     else:
-        columns = columns_in(
-            lambda: sources.decompressed(source, name), format=found.format, where=source.uri_of(name)
-        )
+        columns = columns_in(lambda: sources.decompressed(source, name), format=found.format, where=source.uri_of(name))
     return columns | dict.fromkeys(partition_values(name), "string")
 
 
@@ -116,7 +114,9 @@ def _sample(source: Store, found: TableFiles, types: dict, *, rows: int) -> _Sam
     names = [name for name in types if name != "embedding"]
     if found.format == "parquet":
         return _of_parquet(source, found, names, rows)
-    filters = {name: kind for name, kind in types.items() if kind and name not in (*COLUMNS, *PAIRS.names)}
+    of_folders = partition_values(found.files[0])
+    names = [name for name in names if name not in of_folders]
+    filters = {name: types[name] for name in names if types[name] and name not in (*COLUMNS, *PAIRS.names)}
     columns = Columns((), tuple(name for name in names if name not in filters), filters)
     kept, count, read, generator = [], 0, 0, np.random.default_rng(0)
     for name in found.files:
@@ -158,7 +158,9 @@ def _with_partitions(table: pa.Table, file: str) -> pa.Table:
 
 def _together(parts: list[pa.Table]) -> pa.Table:
     tables = [pa.table({name: plain(part[name]) for name in part.column_names}) for part in parts if part.num_rows]
-    return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({"product_id": [], "title": []})
+    return (
+        pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({"product_id": [], "title": []})
+    )
 
 
 def _strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -215,11 +217,16 @@ def _pairs(source: Store) -> dict:
     sample = _sample(source, found, used, rows=_PAIRS)
     good = check_pairs(sample.table).good if sample.table.num_rows else PAIRS.empty_table()
     if not good.num_rows:
-        raise InputError(f"{source.uri_of(found.files[0])} holds no pair that can be used; `catid2 check` names the faults")
+        raise InputError(
+            f"{source.uri_of(found.files[0])} holds no pair that can be used; `catid2 check` names the faults"
+        )
     scale = sample.rows / max(1, sample.table.num_rows)
     train = good.filter(pc.field("split") == "train")
     texts = {
-        split: {" ".join(normalised(text).split()) for text in pc.unique(good.filter(pc.field("split") == split)["query"]).to_pylist()}
+        split: {
+            " ".join(normalised(text).split())
+            for text in pc.unique(good.filter(pc.field("split") == split)["query"]).to_pylist()
+        }
         for split in ("train", "test")
     }
 

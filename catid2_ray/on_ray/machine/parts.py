@@ -111,7 +111,10 @@ def _results(
         for one in numbered:
             yield from worker({"spec": [one["spec"]]})["result"]
         return
-    dataset, size = ray.data.from_items(numbered, override_num_blocks=len(numbered)), max(1, min(workers, len(numbered)))
+    dataset, size = (
+        ray.data.from_items(numbered, override_num_blocks=len(numbered)),
+        max(1, min(workers, len(numbered))),
+    )
     limits = {"batch_size": 1, "num_cpus": 1, "num_gpus": num_gpus or None}
     if actors or num_gpus:
         pool = ActorPoolStrategy(size=size)
