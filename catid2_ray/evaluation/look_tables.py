@@ -147,8 +147,7 @@ def _neighbours(title: str, near: list[Mapping]) -> Table:
          _cut(one["title"] or "", 60)]
         for one in near
     ]  # fmt: skip
-    caption = "shared: first codes that both IDs have." if near else ""
-    return Table(title, [*columns, Column("title", number=False)], rows, caption)
+    return Table(f"{title} (shared: first codes)", [*columns, Column("title", number=False)], rows)
 
 
 def _history(history: list[Mapping]) -> Table:

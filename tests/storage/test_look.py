@@ -16,11 +16,14 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
 from catid2_ray.errors import InputError, RecipeError, ReleaseError, StorageError
+from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.look.check import check
 from catid2_ray.on_ray.look.first_recipe import first_recipe, look
 from catid2_ray.on_ray.look.product import inspect
+from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.live_log import LiveLog
+from catid2_ray.on_ray.stages import catalog
 from tests.command import ROOT, run_here, write_recipe
 from tests.stored import unpack
 
@@ -106,6 +109,12 @@ def test_other_formats_and_what_is_missing(tmp_path):
     facts = look(str(tmp_path))
     assert (facts.products, facts.exact, facts.separator) == (60, True, None)
     assert facts.filters == {"stock": "int", "market": "string"} and not facts.grades
+    recipe = Recipe.from_yaml(first_recipe(str(tmp_path)).recipe, where="it")
+    with cluster.without_ray():
+        job = Job(recipe=recipe, store=Store(tmp_path / "store"), peak=cluster.PeakMemory())
+        manifest = catalog.run(job, {})
+    tables = [job.store.read_table(manifest.file(entry["name"])) for entry in manifest.parts()]
+    assert sorted(pa.concat_tables(tables)["market"].to_pylist()) == ["de"] * 30 + ["fr"] * 30
     (tmp_path / "pairs.csv").write_text("search_term,sku\noak,1\n")
     missing = "missing column query_id, query, product_id, relevance, split; found search_term, sku"
     with pytest.raises(InputError, match=f"{missing}. Rename search_term to query, sku to product_id?"):

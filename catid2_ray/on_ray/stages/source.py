@@ -165,6 +165,10 @@ class _Convert:
         for number, block in enumerate(blocks(self.source, self.found, spec["file"], self.columns)):
             there = [name for name in block.column_names if _is_there(block[name], self.found.format)]
             present += [name for name in there if name not in present]
+            # A key that only the folder's name says would else be read as one that no row has.
+            block = block.drop_columns(
+                [name for name in partition_values(spec["file"]) if name not in there and name in block.column_names]
+            )
             if block.num_rows:
                 name = f"{self.exchange}-{spec['position']:05d}-{number:05d}.parquet"
                 entry = self.store.write_table(name, block)
