@@ -13,7 +13,10 @@ from catid2_ray.config import Recipe
 from catid2_ray.errors import InputError
 
 OPEN: dict[str, object] = {}  # retrievers of this process, by the release's name
-JsonFlag = Annotated[bool, typer.Option("--json", help="write JSON to standard output instead of tables")]
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="write all of it to this file; - = standard output, without tables"),
+]
 
 
 def current_retriever(store: Store):
@@ -35,13 +38,16 @@ def _checked(uri: str) -> Store:
     return store
 
 
-def _show(figures: dict, tables, as_json: bool) -> None:
+def _show(figures: dict, tables: list, json_file: str | None) -> None:
     from catid2_ray.evaluation.tables import terminal
 
-    if as_json:
-        print(json.dumps(figures, indent=1, ensure_ascii=False))
-    else:
-        console().print(terminal(tables))
+    text = json.dumps(figures, indent=1, ensure_ascii=False)
+    if json_file == "-":
+        print(text)
+        return
+    if json_file:
+        Path(json_file).write_text(text + "\n", encoding="utf-8")
+    console().print(terminal(tables))
 
 
 def init(
@@ -69,13 +75,13 @@ def init(
     )  # fmt: skip
 
 
-def check(recipe: RecipeOption, overrides: SetOption = None, as_json: JsonFlag = False) -> None:
+def check(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOption = None) -> None:
     """Read a recipe's tables as `reindex` would, refuse what it would refuse, and say what it would train. Changes nothing."""
     from catid2_ray.evaluation.look_tables import check_tables
     from catid2_ray.on_ray.look.check import check as run
 
     figures = run(Recipe.load(recipe, overrides or []))
-    _show(figures, check_tables(figures), as_json)
+    _show(figures, check_tables(figures), json_file)
 
 
 def inspect(
@@ -84,14 +90,14 @@ def inspect(
     neighbours: Annotated[
         int, typer.Option(min=0, help="products shown beside it; 0 = none, which reads no vectors")
     ] = 5,
-    as_json: JsonFlag = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Show what a store knows of a product: its text, ID, neighbours by ID and by vector, and its history in the ledger."""
     from catid2_ray.evaluation.look_tables import product_tables
     from catid2_ray.on_ray.look.product import inspect as run
 
     card = run(_checked(store), product_id, neighbours=neighbours)
-    _show(card, product_tables(card), as_json)
+    _show(card, product_tables(card), json_file)
 
 
 def why(
@@ -102,14 +108,14 @@ def why(
     exact: Annotated[
         bool, typer.Option("--exact", help="also its rank among all IDs, for which the generator reads the whole trie")
     ] = False,
-    as_json: JsonFlag = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Say why a query finds a product, or does not: its path through the search level by level, and what its score is made of."""
     from catid2_ray.evaluation.look_tables import why_tables
     from catid2_ray.evaluation.why import why as run
 
     found = run(current_retriever(_checked(store)), query, product_id, k=k, exact=exact)
-    _show(found.figures(), why_tables(found), as_json)
+    _show(found.figures(), why_tables(found), json_file)
 
 
 COMMANDS = (init, check, inspect, why)

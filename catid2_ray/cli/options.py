@@ -1,8 +1,6 @@
 """What commands have in common: their options, the console that they write results to, and log lines."""
 
-import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,10 +19,6 @@ DEFAULT_STORE = "catid2_store"
 def console(least_width: int = 0) -> Console:
     """For results: titles, ids, queries and paths are data, in which neither [markup] nor :emoji: means anything."""
     return Console(markup=False, emoji=False, width=max(least_width, Console().width) if least_width else None)
-
-
-def write_json(path: str, figures: dict | list) -> None:
-    Path(path).write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def event(name: str, **values) -> None:

@@ -221,13 +221,13 @@ def test_live_changes_and_commands_in_the_terminal(tmp_path):
     assert (
         shown.returncode == 0 and "was published without it" in in_80_columns(shown.stdout) and "<a_7>" in shown.stdout
     )
-    card = json.loads(run_here("inspect", "p0000001", "--store", recipe.store, "--json", "--neighbours", 2).stdout)
+    card = json.loads(run_here("inspect", "p0000001", "--store", recipe.store, "--json", "-", "--neighbours", 2).stdout)
     assert card["changes"] == [{"number": 2, "kind": "withdraw", "docid": None}] and len(card["near_vector"]) == 2
     assert "p0000001" in in_80_columns(run_here("inspect", "p0000001", "--store", recipe.store).stdout)
     lost = run_here("why", "minimalist toys drape", "p0000001", "--store", recipe.store)
     assert "it was withdrawn from the release" in " ".join(in_80_columns(lost.stdout).split())
     said = json.loads(
-        run_here("why", "brass door knob", "p0000082", "--store", recipe.store, "--k", 3, "--json").stdout
+        run_here("why", "brass door knob", "p0000082", "--store", recipe.store, "--k", 3, "--json", "-").stdout
     )
     assert len(said["steps"]) == 4 and said["standings"][0]["product_id"] == "p0000082"
     shown = run_here("why", "brass door knob", "p0000082", "--store", recipe.store, "--exact")
