@@ -60,12 +60,6 @@ def quantizer_batch(products: int) -> int:
     return min(1_024, max(32, products // 12 // 2 * 2), max(2, products // 2 * 2))
 
 
-def quantizer_epochs(products: int) -> int:
-    """240 steps at 6,000 products and with the root of their number more, in at least 5 epochs."""
-    steps = -(-products // quantizer_batch(products))
-    return max(5, round(240 * max(1.0, products / 6_000) ** 0.5 / steps))
-
-
 def generator_batch(examples: int) -> int:
     """256; of few examples smaller, so that an epoch is more than a few steps."""
     return 256 if examples >= 10_000 else 128 if examples >= 5_000 else 64
@@ -162,9 +156,7 @@ def _embedding(facts: Facts) -> list[Line]:
 
 
 def _quantizer(facts: Facts) -> list[Line]:
-    products, codes = facts.products, codes_per_level(facts.products)
-    batch, epochs = quantizer_batch(products), quantizer_epochs(products)
-    steps = -(-products // batch) * epochs
+    products, codes, batch = facts.products, codes_per_level(facts.products), quantizer_batch(facts.products)
     lines = [
         Line(
             "quantizer",
@@ -172,11 +164,7 @@ def _quantizer(facts: Facts) -> list[Line]:
             [codes] * 4,
             f"{codes} leave {products / codes:.0f} products per first code.",
         ),
-        Line("quantizer", "hidden", [256, 128]),
-        Line("quantizer", "latent", 10),
-        Line("quantizer", "batch", batch, f"{-(-products // batch):,} steps an epoch, {steps:,} in all."),
-        Line("quantizer", "learning_rate", 0.002),
-        Line("quantizer", "epochs", epochs),
+        Line("quantizer", "batch", batch, f"{-(-products // batch):,} steps an epoch."),
     ]
     return lines + _workers("quantizer", facts)
 

@@ -122,15 +122,15 @@ def check_tables(figures: Mapping) -> list[Table]:
 
 
 def _training(figures: Mapping) -> list[list[str]]:
-    ids, quantizer = figures["ids"], figures["quantizer"]
+    ids = figures["ids"]
     rows = [["IDs", ids["kind"]]]
     if "codes_per_level" in ids:
         codes = " × ".join(f"{count:,}" for count in ids["codes_per_level"])
         rows.append(["", f"{codes} codes, {ids['products_per_first_code']:,.0f} products per first code"])
-    steps = "fitted, not trained"
-    if quantizer:
-        steps = f"{quantizer['steps']:,} steps: {quantizer['epochs']:,} epochs in batches of {quantizer['batch']:,}"
-    rows.append(["quantizer", steps])
+    for stage in ("adapter", "quantizer"):
+        said, none = figures[stage], "none" if stage == "adapter" else "fitted, not trained"
+        steps = said and f"{said['steps']:,} steps: {said['epochs']:,} epochs in batches of {said['batch']:,}"
+        rows.append([stage, steps or none])
     for stage in figures["generator"]:
         rows.append(
             ["generator", f"{stage['steps']:,} steps: {stage['epochs']:,} epochs of {stage['examples']:,} examples in batches of "

@@ -13,15 +13,17 @@ from catid2_ray.config import Recipe
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.pipeline import begin, check_codes
-from catid2_ray.on_ray.stages import catalog, door, lay_out
+from catid2_ray.on_ray.stages import adapter, catalog, door, lay_out
 from catid2_ray.on_ray.stages.catalog import PAIR_FILES
 from catid2_ray.schedule import Phase, Plan
 
 
 def check(recipe: Recipe) -> dict:
-    """Ready for JSON: `products` and `pairs` (rows that were read, how many of them were set aside and why), `splits`, `quantizer`,
-    `generator`, `ids`, `release` (that it builds on) and `notes`, sentences on what a person should know. Raises what `reindex`
-    would raise before it trains, and what its serving stage would raise after."""
+    """Ready for JSON: `products` and `pairs` (rows that were read, how many of them were set aside and why), `splits`, `adapter`,
+    `quantizer`, `generator`, `ids`, `release` (that it builds on) and `notes`, sentences on what a person should know.
+
+    Raises what `reindex` would raise before it trains, and what its serving stage would raise after.
+    """
     store = Store(recipe.store)
     store.check()
     begins = Job(recipe=recipe, store=store)
@@ -32,6 +34,7 @@ def check(recipe: Recipe) -> dict:
         check_codes(recipe, parts["catalog"])
         parts["pairs"] = catalog.run_pairs(job, parts)
         door.refuse_unfit(recipe, parts["pairs"])
+        learns = adapter.is_wanted(recipe, parts)
         lay_out.settings_of(recipe, parts)
         teaching = _teaching(job, parts["pairs"])
     products, pairs = parts["catalog"].metrics, parts["pairs"].metrics
@@ -42,6 +45,7 @@ def check(recipe: Recipe) -> dict:
         "pairs": {"teaching": teaching, **_aside(pairs["set_aside"]["pairs"])},
         "splits": pairs["splits"] if pairs["pairs_table"] else {},
         "ids": _ids(recipe, parts["catalog"].rows),
+        "adapter": _adapter(recipe, teaching) if learns else None,
         "quantizer": _quantizer(recipe, parts["catalog"].rows),
         "generator": _generator(recipe, parts["catalog"].rows, teaching),
     }
@@ -74,6 +78,12 @@ def _ids(recipe: Recipe, products: int) -> dict:
         "kind": quantizer.kind, "codes_per_level": codes, "capacity": quantizer.space.capacity,
         "products_per_first_code": products / codes[0],
     }  # fmt: skip
+
+
+def _adapter(recipe: Recipe, teaching: int) -> dict:
+    settings = recipe.adapter
+    plan = Plan((Phase(settings.epochs, min(teaching, settings.pairs), settings.learning_rate),), settings.batch)
+    return {"batch": settings.batch, "epochs": settings.epochs, "steps": plan.steps}
 
 
 def _quantizer(recipe: Recipe, products: int) -> dict | None:

@@ -19,6 +19,7 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, InputError
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.live_log import LiveLog
+from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.stages.catalog import part_of
 from catid2_ray.retrieval.trie import Trie
 
@@ -112,12 +113,12 @@ def _near_id(store: Store, ids: Manifest, product_id: str, docid: str, count: in
 
 
 def _near_vector(store: Store, parts: dict[str, Manifest], product_id: str, docid: str, count: int) -> list[dict]:
-    """Those of the highest cosine of their embeddings."""
-    embeddings, own = parts["embeddings"], f"part-{_part(parts['catalog'], product_id):05d}.parquet"
-    vector = _named(store, embeddings, own, product_id, ["product_id", "embedding"])["embedding"]
-    own_D, best = np.array(vector, np.float32), []
-    for entry in embeddings.parts():
-        table = store.read_table(embeddings.file(entry["name"]), columns=["product_id", "embedding"])
+    """Those of the highest cosine of their vectors, adapted where the release has an adapter."""
+    vectors, columns, best = ProductVectors.of(store, parts), ["product_id", "embedding"], []
+    table = vectors.read(f"part-{_part(parts['catalog'], product_id):05d}.parquet", columns)
+    own_D = matrix(table["embedding"])[pc.index(table["product_id"], product_id).as_py()]
+    for entry in parts["embeddings"].parts():
+        table = vectors.read(entry["name"], columns)
         vector_ND = matrix(table["embedding"])
         cosine_N = vector_ND @ own_D / (np.linalg.norm(vector_ND, axis=1) * np.linalg.norm(own_D))
         first_C = np.argsort(-cosine_N, kind="stable")[: count + 1]

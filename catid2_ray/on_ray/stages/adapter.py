@@ -42,9 +42,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest | None:
     Its metrics say whether it was `adopted`, and `recall` of dense search on queries kept back, `before` and `after`.
     """
     recipe = job.recipe
-    if why_not := reason_against(recipe, parts):
-        if recipe.embedding.adapter == "linear":
-            raise RecipeError(f"embedding.adapter is linear, but {why_not}; or set embedding.adapter=none")
+    if not is_wanted(recipe, parts):
         return None
     settings = {**recipe.adapter.identity(), **_query_encoder(recipe, parts), "seed": recipe.seed}
     if kept := _kept(job, parts, settings):
@@ -53,6 +51,14 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest | None:
     return job.produce(
         "adapter", settings, parents, lambda attempt: _train(job, attempt, parents["matched"]), anew=job.refresh_adapter
     )
+
+
+def is_wanted(recipe: Recipe, parts: dict[str, Manifest]) -> bool:
+    """Whether an adapter is learned. Raises RecipeError where the recipe asks for one that cannot be."""
+    why_not = reason_against(recipe, parts)
+    if why_not and recipe.embedding.adapter == "linear":
+        raise RecipeError(f"embedding.adapter is linear, but {why_not}; or set embedding.adapter=none")
+    return why_not is None
 
 
 def reason_against(recipe: Recipe, parts: dict[str, Manifest]) -> str | None:
