@@ -1,4 +1,4 @@
-"""init, check and inspect as a user calls them: on a stored release and a catalogue of text files, without Ray."""
+"""init, check, inspect and why as a user calls them: on a stored release and on catalogues of all kinds, without Ray."""
 
 import csv
 import json
@@ -234,3 +234,15 @@ def test_live_changes_and_commands_in_the_terminal(tmp_path):
     assert said["verdict"][:20] in in_80_columns(shown.stdout) and "of all IDs" in shown.stdout
     unknown = run_here("why", "oak", "nobody", "--store", recipe.store)
     assert unknown.returncode == 3 and "no product 'nobody'" in unknown.stderr
+
+
+def test_a_catalogue_behind_a_prefix(s3_store):
+    made = generate(products=60, queries=30, seed=3)
+    for name in ("products", "pairs"):
+        s3_store.write_table(f"shop/{name}.parquet", getattr(made, name))
+    looked = first_recipe(f"{s3_store.uri}/shop")
+    recipe = Recipe.from_yaml(looked.recipe, where="it")
+    assert recipe.catalog.root == f"{s3_store.uri}/shop" and recipe.name == "shop"
+    figures = check(recipe.model_copy(update={"store": f"{s3_store.uri}/store"}))
+    assert figures["products"]["of"] == 60 and figures["splits"]["train"]["queries"] > 0
+    assert s3_store.names("store") == []
