@@ -386,25 +386,6 @@ def evaluate(
     _console().print(terminal(closing_tables(figures)))
 
 
-@app.command()
-def diagnose(
-    store: StoreOption = _DEFAULT_STORE,
-    release: Annotated[str | None, typer.Option(help="its name; left out: the current one")] = None,
-    queries: Annotated[int, typer.Option(min=1, help="how many at most; each costs a decoder row per prefix")] = 20,
-    split: Annotated[str, typer.Option(help="queries of this split of the release's pairs")] = "validation",
-    json_file: JsonOption = None,
-) -> None:
-    """Say where relevant products are lost: score all IDs exactly, in this process, and compare with beams of several widths."""
-    from catid2_ray.evaluation.report import diagnosis_tables
-    from catid2_ray.evaluation.tables import terminal
-    from catid2_ray.on_ray.commands import diagnose_release, write_json
-
-    figures = diagnose_release(store, release=release, queries=queries, split=split)
-    if json_file:
-        write_json(json_file, figures)
-    _console().print(terminal(diagnosis_tables(figures["diagnosis"])))
-
-
 @app.command("prepare-esci")
 def prepare_esci(
     source: Annotated[str, typer.Option(help="folder or s3:// prefix with the two published parquet files")],

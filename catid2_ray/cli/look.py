@@ -118,4 +118,19 @@ def why(
     _show(found.figures(), why_tables(found), json_file)
 
 
-COMMANDS = (init, check, inspect, why)
+def diagnose(
+    store: StoreOption = DEFAULT_STORE,
+    release: Annotated[str | None, typer.Option(help="its name; left out: the current one")] = None,
+    queries: Annotated[int, typer.Option(min=1, help="how many at most; each costs a decoder row per prefix")] = 20,
+    split: Annotated[str, typer.Option(help="queries of this split of the release's pairs")] = "validation",
+    json_file: JsonOption = None,
+) -> None:
+    """Say where relevant products are lost: score all IDs exactly, in this process, and compare with beams of several widths."""
+    from catid2_ray.evaluation.report import diagnosis_tables
+    from catid2_ray.on_ray.commands import diagnose_release
+
+    figures = diagnose_release(store, release=release, queries=queries, split=split)
+    _show(figures, diagnosis_tables(figures["diagnosis"]), json_file)
+
+
+COMMANDS = (init, check, inspect, why, diagnose)
