@@ -19,6 +19,11 @@ _BLOCK = 16 << 20  # bytes read at a time
 _NUMBERS = ("value", "relevance")
 _LISTS = {"embedding": pa.float64(), "user": pa.string(), "recent": pa.string()}
 _FILTERS = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+# Types of a key's values in JSON, and what they are as a column for filters.
+_FROM_JSON = {
+    frozenset({bool}): "bool", frozenset({int}): "int", frozenset({float}): "float", frozenset({int, float}): "float",
+    frozenset({list}): "list<string>", frozenset({str}): "string",
+}  # fmt: skip
 
 
 def read_text(
@@ -32,6 +37,27 @@ def read_text(
     if format == "jsonl":
         return _json_lines(opened, columns, filter_columns, where)
     return _separated(opened, "\t" if format == "tsv" else ",", columns, filter_columns, where)
+
+
+def columns_in(opened: Callable, *, format: str, where: str) -> dict[str, str | None]:
+    """The columns of a file and their types as `catalog.filter_columns` names them: of JSON lines by the first 1,000 objects (keys
+    of other or mixed values are texts), None in CSV, where all are texts. Raises InputError for what cannot be read."""
+    try:
+        with opened() as stream:
+            if format != "jsonl":
+                reading = pa.csv.ReadOptions(block_size=_BLOCK, use_threads=False)
+                parsing = pa.csv.ParseOptions(delimiter="\t" if format == "tsv" else ",", newlines_in_values=True)
+                names = pa.csv.open_csv(stream, reading, parsing, pa.csv.ConvertOptions(check_utf8=False)).schema.names
+                refuse_repeated(names, what=where)
+                return dict.fromkeys(names)
+            lines = stream.read(_BLOCK).splitlines()[:1000]
+        objects = [json.loads(line) for line in lines[: max(1, len(lines) - 1)] if line.strip()]
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise InputError(f"{where} cannot be read as {format}: {error}") from None
+    kinds: dict[str, set[type]] = {}
+    for name, value in (item for one in objects for item in one.items() if item[1] is not None):
+        kinds.setdefault(name, set()).add(type(value))
+    return {name: _FROM_JSON.get(frozenset(types), "string") for name, types in kinds.items()}
 
 
 def _separated(opened, delimiter: str, columns, filter_columns, where) -> Iterator[pa.Table]:

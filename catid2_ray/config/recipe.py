@@ -161,13 +161,22 @@ class Recipe(Section):
         Raises RecipeError for a missing file, bad YAML, a malformed override, or an invalid recipe.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
+        except UnicodeDecodeError as error:
             raise RecipeError(f"{path} is not YAML: {error}") from None
+        return cls.from_yaml(text, overrides, where=str(path))
+
+    @classmethod
+    def from_yaml(cls, text: str, overrides: tuple[str, ...] | list[str] = (), *, where: str) -> "Recipe":
+        """As `load`, of text; `where`: what messages call it."""
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{where} is not YAML: {error}") from None
         if not isinstance(values, dict):
-            raise RecipeError(f"{path} must be a mapping of recipe fields, found {type(values).__name__}")
+            raise RecipeError(f"{where} must be a mapping of recipe fields, found {type(values).__name__}")
         for override in overrides:
             _apply(values, override)
         return cls.build(values)

@@ -71,7 +71,7 @@ class Job:
     are there, made or found. `previous`: the release that is built on; `pointer`: how often something had been published when
     the work began. `new_ledger`: a ledger may be begun anew where that of the previous release cannot be continued.
     `refit_encoder`: a fitted text encoder is fitted anew; `refresh_adapter`: so is the adapter. `lease`: that of the store;
-    None for a job that only reads or compares.
+    None for a job that only reads or compares. `say`: where the lines of the log go.
     """
 
     recipe: Recipe
@@ -86,6 +86,7 @@ class Job:
     refit_encoder: bool = False
     refresh_adapter: bool = False
     lease: leases.Lease | None = None
+    say: Callable[..., None] = progress.event
 
     @classmethod
     @contextlib.contextmanager
@@ -149,7 +150,7 @@ class Job:
         if committed:
             artifact.verify(self.store, committed)
             self.committed[stage] = committed.key
-            progress.event("reuse", stage=stage, key=committed.key)
+            self.say("reuse", stage=stage, key=committed.key)
             return committed
         if stage not in self.only:
             raise ArtifactError(
@@ -162,7 +163,7 @@ class Job:
         )
         attempt.measure, attempt.guard = lambda: {"peak_memory_bytes": self.peak.lap()}, self.check_lease
         self.peak.lap()
-        progress.event("start", stage=stage, key=attempt.key)
+        self.say("start", stage=stage, key=attempt.key)
         recipe = self.recipe
         cluster.connect(recipe.cluster, workers=recipe.most_workers)
         try:
@@ -172,7 +173,7 @@ class Job:
             raise
         self.made.append(stage)
         self.committed[stage] = manifest.key
-        progress.event(
+        self.say(
             "commit", stage=stage, key=manifest.key, digest=manifest.digest[:12], seconds=manifest.metrics["seconds"]
         )
         return manifest

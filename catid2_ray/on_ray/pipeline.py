@@ -29,9 +29,7 @@ from catid2_ray.on_ray.stages.assign import stage as assign
 
 def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
     """Run or find every stage up to `last`; returns their manifests by name. Sets `previous` and `pointer` of the job."""
-    job.pointer, current = releases.pointer(job.store)
-    job.previous = open_previous(job.store, current, new_ledger=job.new_ledger)
-    _refuse_new_ledger(job)
+    begin(job)
     parts = {"catalog": catalog.run(job, {})}
     if last != "catalog":
         check_codes(job.recipe, parts["catalog"])
@@ -50,6 +48,13 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
             if name == last:
                 break
     return parts
+
+
+def begin(job: Job) -> None:
+    """Set `previous` and `pointer` of the job; raises where the recipe does not go on from the release that is current."""
+    job.pointer, current = releases.pointer(job.store)
+    job.previous = open_previous(job.store, current, new_ledger=job.new_ledger)
+    _refuse_new_ledger(job)
 
 
 def _renamed_quantizer(job: Job, parts: dict[str, Manifest]) -> Manifest:

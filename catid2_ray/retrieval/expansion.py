@@ -22,7 +22,7 @@ from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
 
 # METHODS 6.6 (GDR, arXiv 2401.10487): tanh, or sigmoid; cosine is the plain product of vectors of length 1.
-_DENSE = {"tanh": np.tanh, "sigmoid": lambda x: 0.5 + 0.5 * np.tanh(0.5 * x), "dot": lambda x: x}
+DENSE = {"tanh": np.tanh, "sigmoid": lambda x: 0.5 + 0.5 * np.tanh(0.5 * x), "dot": lambda x: x}
 _PATHS = ("softmax", "logp")
 
 
@@ -129,9 +129,9 @@ def rescore(
     Fewer than `top_k` come back where there are no more. Raises InputError for unknown choices, `top_k` below 1,
     candidates of another result, and scores or weights that are not finite. (METHODS 6.6: a from 0 to 3.)
     """
-    if top_k < 1 or path not in _PATHS or dense not in _DENSE:
+    if top_k < 1 or path not in _PATHS or dense not in DENSE:
         raise InputError(
-            f"top_k must be ≥ 1, path one of {', '.join(_PATHS)} and dense one of {', '.join(_DENSE)}, found {top_k}, "
+            f"top_k must be ≥ 1, path one of {', '.join(_PATHS)} and dense one of {', '.join(DENSE)}, found {top_k}, "
             f"{path!r} and {dense!r}"
         )
     row_BC, beam_BC, dense_BC, count_B = (tensor.numpy() for tensor in candidates)
@@ -145,7 +145,7 @@ def rescore(
     beam_BC = np.where(real_BC, beam_BC, 0)
     final_BC = np.full(row_BC.shape, -np.inf)
     if row_BC.size:
-        final_BC = _DENSE[dense](np.where(real_BC, dense_BC, 0).astype(np.float64))
+        final_BC = DENSE[dense](np.where(real_BC, dense_BC, 0).astype(np.float64))
         with np.errstate(over="ignore", invalid="ignore"):
             final_BC += a * np.take_along_axis(path_BK, beam_BC, 1) + lexical_weight * lexical_BC
         if not np.isfinite(final_BC[real_BC]).all():

@@ -278,6 +278,10 @@ class LiveTrie:
             columns = {key: columns[key] for key in keys} | {name: product_ids}
         return self.filters.rows_of(columns, len(product_ids))
 
+    def row(self, product_id: str) -> int:
+        """The row that a product id means: of the products of that name the one that was live last. Raises InputError."""
+        return int(self._rows(product_id)[0])
+
     def withdraw(self, products: Sequence[str] | Sequence[int]) -> None:
         """Take products out of every answer, by product id or row; those already out stay out. Raises InputError."""
         with self._lock:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.beam import BeamResult
-from catid2_ray.retrieval.expansion import expand, rescore
+from catid2_ray.retrieval.expansion import DENSE, expand, rescore
 from catid2_ray.retrieval.live import LiveView, result_rows
 from catid2_ray.retrieval.products import Products
 
@@ -54,6 +54,15 @@ class Expansion:
             raise InputError(
                 f"re-scoring needs {' and '.join(lacks)}, which the release lacks; make its serving part again"
             )
+
+    def terms(self, hit: Hit) -> dict[str, float]:
+        """What each part adds to a hit's score; they sum up to it. A part that is not used is left out."""
+        terms = {}
+        if self.dense != "none":
+            terms["dense"] = float(DENSE[self.dense](hit.dense))
+        if self.lexical_weight:
+            terms["BM25"] = self.lexical_weight * hit.lexical
+        return {"path": hit.score - sum(terms.values()), **terms}
 
 
 def beam_hits(

@@ -162,9 +162,13 @@ class Retriever:
     def _needed(self, k: int) -> int:
         return k if self.expansion is None else 1
 
+    def widths_for(self, k: int) -> list[int]:
+        """Beams at each level that is searched, for `k` products."""
+        return [max(width, self._needed(k)) for width in self.widths[: self.levels]]
+
     def _answers(self, queries: list[str], view: LiveView, products: Products, k: int, allowed) -> list[list[Hit]]:
         ids_BT, mask_BT, memory = self._encoded(queries)
-        widths = [max(width, self._needed(k)) for width in self.widths[: self.levels]]
+        widths = self.widths_for(k)
         result = constrained_beam_search(
             self.decoder, view, ids_BT, mask_BT, beam_width=widths, top_k=widths[-1] if self.expansion else k,
             allowed=allowed, normalize=self.normalize, levels=self.levels, memory=memory,
@@ -186,13 +190,27 @@ class Retriever:
             self.decoder, self.trie, ids_BT, mask_BT, levels=self.levels, normalize=self.normalize, memory=memory
         )
 
-    def rescored(self, result: BeamResult, queries: Sequence[str], *, k: int, expansion: Expansion) -> list[list[Hit]]:
-        """The products of any search's result over the release, re-scored with these settings, at most `k` per query."""
+    def searched(
+        self, queries: Sequence[str], *, widths: Sequence[int], levels: int | None = None, top_k: int, allowed=None
+    ) -> BeamResult:
+        """What the release's search finds with other widths, one per level, before products are taken of it: IDs, or where
+        `levels` (None: as released) ends it earlier, prefixes. `allowed`: as `retrieve` takes it."""
+        ids_BT, mask_BT, memory = self._encoded(list(queries))
+        return constrained_beam_search(
+            self.decoder, self.live.view, ids_BT, mask_BT, beam_width=list(widths), top_k=top_k, allowed=allowed,
+            normalize=self.normalize, levels=levels or self.levels, memory=memory,
+        )  # fmt: skip
+
+    def rescored(
+        self, result: BeamResult, queries: Sequence[str], *, k: int, expansion: Expansion, trie=None
+    ) -> list[list[Hit]]:
+        """The products of any search's result, re-scored with these settings, at most `k` per query. `trie`: what was searched,
+        such as `live.view`; None for the release as it was published."""
         query_BD = None
         if expansion.dense != "none":
             query_BD = self._vectors(list(queries), getattr(self._encoded(list(queries))[2], "dense_BE", None))
         return expanded_hits(
-            result, self.trie, self.products, expansion, queries=queries, query_BD=query_BD, k=k, allowed=None
+            result, trie or self.trie, self.products, expansion, queries=queries, query_BD=query_BD, k=k, allowed=None
         )
 
     def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor, object]:

@@ -59,6 +59,7 @@ MACHINE = {
     "pipeline": {"machine", "job", "stages"},
     "reports": {"machine", "job", "stages", "pipeline"},
     "commands": {"machine", "job", "stages", "pipeline"},
+    "look": {"machine", "job", "stages", "pipeline"},
     "serve": {"machine"},
     "serve_app": {"serve"},
 }

@@ -21,8 +21,8 @@ def test_an_answer_shows_title_id_and_query_as_they_are(monkeypatch, capsys):
     hit = SimpleNamespace(
         product_id=ID, docid_text="A1", title=TITLE, logp=-1.0, score=-1.0, dense=None, lexical=None
     )  # fmt: skip
-    monkeypatch.setattr(cli.releases, "current", lambda store: SimpleNamespace(name="r"))
-    monkeypatch.setitem(cli._OPEN, "r", SimpleNamespace(retrieve=lambda *_, **__: [[hit]]))
+    retriever = SimpleNamespace(retrieve=lambda *_, **__: [[hit]], release="r")
+    monkeypatch.setattr(cli.look, "current_retriever", lambda store: retriever)
     cli._answer(cli._console(150), None, QUERY, k=1)
     shown = capsys.readouterr().out
     assert TITLE in shown and ID in shown and f"“{QUERY}”" in shown

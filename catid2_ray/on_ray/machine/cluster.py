@@ -4,10 +4,12 @@ A job started by `ray job submit` (or with RAY_ADDRESS set) joins that cluster. 
 ends with it, and never joins one that happens to run on the host.
 """
 
+import contextlib
 import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 
 import psutil
 import ray
@@ -47,6 +49,24 @@ def worker_environment(cluster: ClusterRecipe) -> dict[str, str]:
     return environment
 
 
+_WITHOUT_RAY = False
+
+
+@contextlib.contextmanager
+def without_ray() -> Iterator[None]:
+    """Inside, no Ray is started and `map_parts` works in this process, part after part: for a look at small tables."""
+    global _WITHOUT_RAY
+    before, _WITHOUT_RAY = _WITHOUT_RAY, True
+    try:
+        yield
+    finally:
+        _WITHOUT_RAY = before
+
+
+def is_without_ray() -> bool:
+    return _WITHOUT_RAY
+
+
 def connect(cluster: ClusterRecipe, *, workers: int = 0, dashboard: bool = False) -> None:
     """Idempotent. Logs of workers stay in Ray's files; what they have to say reaches the terminal as progress. The handlers of
     SIGINT and SIGTERM stay as they are.
@@ -54,7 +74,7 @@ def connect(cluster: ClusterRecipe, *, workers: int = 0, dashboard: bool = False
     `workers`: the largest training. A Ray started here offers two CPUs more, or the data tasks that feed the workers would
     wait for CPUs that the workers hold, for ever.
     """
-    if ray.is_initialized():
+    if ray.is_initialized() or _WITHOUT_RAY:
         return
     for name in ("ray", "ray.data", "ray.train", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)

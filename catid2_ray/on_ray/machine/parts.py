@@ -7,7 +7,7 @@ their order, or on retries: a part that is done twice is written twice with the 
 import contextlib
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ray
@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from catid2_ray import errors
 from catid2_ray.errors import CatidError
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import cluster, progress
 
 
 def our_error(error: BaseException | None) -> CatidError | None:
@@ -91,7 +91,30 @@ def map_parts(
     progress bar. Each result gains "peak_bytes", the most memory that its worker held so far.
     """
     numbered = [{"spec": json.dumps({**spec, "position": position})} for position, spec in enumerate(specs)]
-    dataset, size = ray.data.from_items(numbered, override_num_blocks=len(numbered)), max(1, min(workers, len(specs)))
+    results = []
+    with progress.bar(label, sum(spec["rows"] for spec in specs), unit) as shown:
+        for text in _results(handler_class, arguments, numbered, workers=workers, num_gpus=num_gpus, actors=actors):
+            results.append(json.loads(text))
+            if "error" in results[-1]:
+                kind, message = results[-1]["error"]
+                raise getattr(errors, kind)(message)
+            shown.advance(specs[results[-1]["position"]]["rows"])
+    return sorted(results, key=lambda result: result["position"])
+
+
+def _results(
+    handler_class: type[Callable], arguments: dict, numbered: list[dict], *, workers: int, num_gpus, actors: bool
+) -> Iterator[str]:
+    """The results of `numbered` specs as JSON, in any order."""
+    if cluster.is_without_ray():
+        worker = _Worker(handler_class, arguments)
+        for one in numbered:
+            yield from worker({"spec": [one["spec"]]})["result"]
+        return
+    dataset, size = (
+        ray.data.from_items(numbered, override_num_blocks=len(numbered)),
+        max(1, min(workers, len(numbered))),
+    )
     limits = {"batch_size": 1, "num_cpus": 1, "num_gpus": num_gpus or None}
     if actors or num_gpus:
         pool = ActorPoolStrategy(size=size)
@@ -99,12 +122,5 @@ def map_parts(
     else:
         given = {"token": uuid.uuid4().hex, "handler_class": handler_class, "arguments": arguments}
         dataset = dataset.map_batches(_work, fn_kwargs=given, compute=TaskPoolStrategy(size=size), **limits)
-    results = []
-    with progress.bar(label, sum(spec["rows"] for spec in specs), unit) as shown:
-        for row in dataset.iter_rows():
-            results.append(json.loads(row["result"]))
-            if "error" in results[-1]:
-                kind, message = results[-1]["error"]
-                raise getattr(errors, kind)(message)
-            shown.advance(specs[results[-1]["position"]]["rows"])
-    return sorted(results, key=lambda result: result["position"])
+    for row in dataset.iter_rows():
+        yield row["result"]

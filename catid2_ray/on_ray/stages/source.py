@@ -76,13 +76,14 @@ def blocks(source: Store, found: TableFiles, name: str, columns: Columns) -> Ite
             yield pa.Table.from_batches([batch])
         return
     yield from read_text(
-        lambda: _decompressed(source, name), format=found.format, columns=columns.all, filter_columns=columns.filters,
+        lambda: decompressed(source, name), format=found.format, columns=columns.all, filter_columns=columns.filters,
         where=source.uri_of(name),
     )  # fmt: skip
 
 
 @contextmanager
-def _decompressed(source: Store, name: str):
+def decompressed(source: Store, name: str):
+    """A binary stream of a file, from its start."""
     with source.open_stream(name) as stream:
         yield pa.CompressedInputStream(stream, "gzip") if name.lower().endswith(".gz") else stream
 
@@ -164,6 +165,10 @@ class _Convert:
         for number, block in enumerate(blocks(self.source, self.found, spec["file"], self.columns)):
             there = [name for name in block.column_names if _is_there(block[name], self.found.format)]
             present += [name for name in there if name not in present]
+            # A key that only the folder's name says would else be read as one that no row has.
+            block = block.drop_columns(
+                [name for name in partition_values(spec["file"]) if name not in there and name in block.column_names]
+            )
             if block.num_rows:
                 name = f"{self.exchange}-{spec['position']:05d}-{number:05d}.parquet"
                 entry = self.store.write_table(name, block)

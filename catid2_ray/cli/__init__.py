@@ -17,6 +17,10 @@ from rich.console import Console
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
+from catid2_ray.cli import look
+from catid2_ray.cli.options import DEFAULT_STORE, JsonOption, RecipeOption, SetOption, StoreOption, WaitOption
+from catid2_ray.cli.options import console as _console
+from catid2_ray.cli.options import event as _event
 from catid2_ray.config import KINDS, Recipe, schema
 from catid2_ray.errors import CatidError, InputError, Interrupted
 
@@ -24,15 +28,6 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Semantic IDs for a catalogue, a generator that learns them, and the search that serves them.",
 )  # fmt: skip
-
-RecipeOption = Annotated[str, typer.Option("--recipe", help="YAML recipe, such as jobs/recipes/quickstart.yaml")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a recipe field; repeatable")
-]
-JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the figures to this file")]
-WaitOption = Annotated[bool, typer.Option("--wait", help="wait while another job works on the store, not exit 9")]
-StoreOption = Annotated[str, typer.Option("--store", envvar="CATID2_STORE", help="folder or s3:// prefix of the store")]
-_DEFAULT_STORE = "catid2_store"
 
 
 def guarded(call: Callable[[], None]) -> None:
@@ -148,25 +143,11 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
     )  # fmt: skip
 
 
-def _console(least_width: int = 0) -> Console:
-    """For results: titles, ids, queries and paths are data, in which neither [markup] nor :emoji: means anything."""
-    return Console(markup=False, emoji=False, width=max(least_width, Console().width) if least_width else None)
-
-
-_OPEN: dict[str, object] = {}
-
-
 def _answer(console: Console, store: Store, query: str, *, k: int, expression: dict | None = None) -> None:
     from catid2_ray.evaluation.tables import Column, Table, terminal
-    from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
-    from catid2_ray.on_ray.machine.query_encoder import open_retriever
 
-    release = releases.current(store)
-    if release.name not in _OPEN:
-        opened = open_retriever(releases.release_folder(store, release, releases.default_cache()))
-        LiveUpdates(opened, LiveLog(store, release.name)).catch_up()
-        _OPEN[release.name] = opened
-    hits = _OPEN[release.name].retrieve([query], k=k, filters=[expression])[0]
+    retriever = look.current_retriever(store)
+    hits = retriever.retrieve([query], k=k, filters=[expression])[0]
     # Scores that the release does not use get no column.
     scores = {"log P": "logp", "dense": "dense", "BM25": "lexical", "final": "score"}
     if all(hit.score == hit.logp for hit in hits):
@@ -179,7 +160,7 @@ def _answer(console: Console, store: Store, query: str, *, k: int, expression: d
         for hit in hits
     ]
     console.print()
-    console.print(terminal([Table(f"“{query}”  ({release.name})", columns, rows)]))
+    console.print(terminal([Table(f"“{query}”  ({retriever.release})", columns, rows)]))
 
 
 KindsOption = Annotated[
@@ -275,7 +256,7 @@ def align(
 
 
 @app.command("releases")
-def list_releases(store: StoreOption = _DEFAULT_STORE, json_file: JsonOption = None) -> None:
+def list_releases(store: StoreOption = DEFAULT_STORE, json_file: JsonOption = None) -> None:
     """List the releases of a store, newest first: age, documents, recall@50, churn, size, and which is current or in use."""
     from catid2_ray.artifacts.history import overview
     from catid2_ray.evaluation.report import releases_table
@@ -298,7 +279,7 @@ def list_releases(store: StoreOption = _DEFAULT_STORE, json_file: JsonOption = N
 @app.command()
 def rollback(
     release: Annotated[str | None, typer.Argument(help="its name; left out: the one before the current one")] = None,
-    store: StoreOption = _DEFAULT_STORE,
+    store: StoreOption = DEFAULT_STORE,
     wait: WaitOption = False,
 ) -> None:
     """Make an earlier release current again, after a look whether all of its parts are there."""
@@ -319,7 +300,7 @@ def rollback(
 
 @app.command()
 def gc(
-    store: StoreOption = _DEFAULT_STORE,
+    store: StoreOption = DEFAULT_STORE,
     keep: Annotated[
         int, typer.Option(help="releases that stay: the last that were current; those in use stay anyway")
     ] = ...,
@@ -351,17 +332,10 @@ def gc(
     print(f"{'Would free' if dry_run else 'Freed'} {size_text(freed.bytes)}. Releases kept: {', '.join(freed.kept)}")
 
 
-def _event(name: str, **values) -> None:
-    """`progress.event`, without the second that importing Ray takes."""
-    print(
-        " ".join([f"event={name}", *(f"{key}={value}" for key, value in values.items())]), file=sys.stderr, flush=True
-    )
-
-
 @app.command()
 def search(
     query: str,
-    store: StoreOption = _DEFAULT_STORE,
+    store: StoreOption = DEFAULT_STORE,
     k: Annotated[int, typer.Option(help="products to return")] = 10,
     filter_json: Annotated[
         str | None, typer.Option("--filter", metavar="JSON", help='such as \'{"column": "price", "to": 20}\'')
@@ -381,7 +355,7 @@ def search(
 
 @app.command()
 def serve(
-    store: StoreOption = _DEFAULT_STORE,
+    store: StoreOption = DEFAULT_STORE,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
 ) -> None:
@@ -394,7 +368,7 @@ def serve(
 @app.command()
 def evaluate(
     pairs: Annotated[str, typer.Option(help="parquet file of pairs: query_id, query, product_id, relevance, split")],
-    store: StoreOption = _DEFAULT_STORE,
+    store: StoreOption = DEFAULT_STORE,
     split: Annotated[str, typer.Option(help="rows of this split are scored")] = "test",
     min_relevance: Annotated[float, typer.Option(help="from here on a product counts as relevant")] = 2.67,
     methods: Annotated[
@@ -416,25 +390,6 @@ def evaluate(
     if json_file:
         write_json(json_file, figures)
     _console().print(terminal(closing_tables(figures)))
-
-
-@app.command()
-def diagnose(
-    store: StoreOption = _DEFAULT_STORE,
-    release: Annotated[str | None, typer.Option(help="its name; left out: the current one")] = None,
-    queries: Annotated[int, typer.Option(min=1, help="how many at most; each costs a decoder row per prefix")] = 20,
-    split: Annotated[str, typer.Option(help="queries of this split of the release's pairs")] = "validation",
-    json_file: JsonOption = None,
-) -> None:
-    """Say where relevant products are lost: score all IDs exactly, in this process, and compare with beams of several widths."""
-    from catid2_ray.evaluation.report import diagnosis_tables
-    from catid2_ray.evaluation.tables import terminal
-    from catid2_ray.on_ray.commands import diagnose_release, write_json
-
-    figures = diagnose_release(store, release=release, queries=queries, split=split)
-    if json_file:
-        write_json(json_file, figures)
-    _console().print(terminal(diagnosis_tables(figures["diagnosis"])))
 
 
 @app.command("prepare-esci")
@@ -491,6 +446,10 @@ def recipe(
         print(schema())
 
 
+for command in look.COMMANDS:
+    app.command()(command)
+
+
 def main() -> None:
     guarded(app)
 
@@ -498,7 +457,3 @@ def main() -> None:
 def run_alone(command: Callable) -> None:
     """Entry point of `python -m jobs.…`: one command, its options at once."""
     guarded(lambda: typer.run(command))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,28 @@
+"""What commands have in common: their options, the console that they write results to, and log lines."""
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+RecipeOption = Annotated[str, typer.Option("--recipe", help="YAML recipe, such as jobs/recipes/quickstart.yaml")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a recipe field; repeatable")
+]
+JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the figures to this file")]
+WaitOption = Annotated[bool, typer.Option("--wait", help="wait while another job works on the store, not exit 9")]
+StoreOption = Annotated[str, typer.Option("--store", envvar="CATID2_STORE", help="folder or s3:// prefix of the store")]
+DEFAULT_STORE = "catid2_store"
+
+
+def console(least_width: int = 0) -> Console:
+    """For results: titles, ids, queries and paths are data, in which neither [markup] nor :emoji: means anything."""
+    return Console(markup=False, emoji=False, width=max(least_width, Console().width) if least_width else None)
+
+
+def event(name: str, **values) -> None:
+    """`progress.event`, without the second that importing Ray takes."""
+    print(
+        " ".join([f"event={name}", *(f"{key}={value}" for key, value in values.items())]), file=sys.stderr, flush=True
+    )
