@@ -102,7 +102,7 @@ def _values(schema: Mapping, field: Mapping) -> str:
         inner = _values(schema, field["additionalProperties"])
         return f"mapping to {inner}" if inner else "mapping"
     bounds = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
-    return " ".join(f"{sign} {field[key]:,}" for key, sign in bounds if key in field)
+    return ", ".join(f"{sign} {field[key]:,}" for key, sign in bounds if key in field)
 
 
 def _plain(text: str) -> str:
