@@ -10,7 +10,7 @@ import pytest
 import yaml
 from fastapi.testclient import TestClient
 
-from catid2_ray.config import Recipe, Section
+from catid2_ray.config import KINDS, Recipe, Section
 from catid2_ray.on_ray.serve import app as serve_app
 from tests.command import run_here
 from tests.documents.blocks import DOCUMENTS, LANGUAGES, REASONS, ROOT, Block, blocks_of
@@ -58,6 +58,9 @@ def _pages(documents: list[Path]):
 
 
 @_pages([path for path in DOCUMENTS if any(block.language != "text" for block in blocks_of(path))])
+@pytest.mark.filterwarnings(
+    "ignore:.*found in sys.modules:RuntimeWarning"
+)  # a module that a page runs, and that is imported here
 def test_what_a_page_shows_works(path, shop, client, tmp_path, monkeypatch):
     with Reader(shutil.copytree(shop, tmp_path / "reader"), monkeypatch, client) as reader:
         for block in blocks_of(path):
@@ -150,6 +153,12 @@ def test_the_references_name_every_setting_command_and_endpoint():
         and "| `--keep` |" in hooks().commands()
         and "| `QUERY` |" in hooks().commands()
     )
+
+
+def test_the_table_of_kinds_names_every_kind():
+    text = (ROOT / "docs" / "ids.md").read_text()
+    table = text[text.index("## The kinds") : text.index("## From codes to IDs")]
+    assert [kind for kind in KINDS if f"`{kind}`" not in table] == []
 
 
 def _sections(model, path=""):
