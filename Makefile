@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: quickstart test test-all test-faults lint format bench clean
+.PHONY: quickstart test test-all test-faults lint format bench docs clean
 .DEFAULT_GOAL := quickstart
 
 $(BIN)/python:
@@ -13,7 +13,8 @@ $(BIN)/python:
 
 $(VENV)/.installed: WHAT = .
 $(VENV)/.installed-dev: WHAT = '.[dev]'
-$(VENV)/.installed $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-docs: WHAT = '.[docs]'
+$(VENV)/.installed $(VENV)/.installed-dev $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e $(WHAT)
 	touch $(VENV)/.installed $@
@@ -48,5 +49,9 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	for file in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
 
+# The manual, into site/. A dead link or a page that the menu does not name fails.
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) catid2_store
+	rm -rf $(VENV) catid2_store site

@@ -15,7 +15,7 @@ class Stage(NamedTuple):
     reads where there are any, `sometimes` those that some recipes make it read. `part`: its name in a release, None where a
     release does without. `carried`: an append takes it over from the release before. `timed`: its name among the seconds of
     a job's figures. `version`: raise it when what the stage writes changes; its artefacts and those made of them are then
-    made anew, and those of before are still read (upgrade policy in the README)."""
+    made anew, and those of before are still read (docs/upgrades.md)."""
 
     name: str
     job: str

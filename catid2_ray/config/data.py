@@ -36,6 +36,8 @@ _TAKEN = {"product_id", "title", "description", "category_path", "value", "embed
 
 
 class CatalogRecipe(Section):
+    """Which products and pairs the job reads, and what it refuses."""
+
     root: str | None = setting(
         None, "folder or s3:// prefix with products and, for queries to learn from and to measure, pairs: each a .parquet, .csv, "
         ".tsv or .jsonl file, or a folder of such", unit="URI",
@@ -96,6 +98,8 @@ class CatalogRecipe(Section):
 
 
 class EmbeddingRecipe(Section):
+    """How a product becomes a vector."""
+
     source: Literal["auto", "given", "encoder"] = setting(
         "auto", "given = the table's embedding column; encoder = compute; auto = given where the column exists",
         unit="choice",

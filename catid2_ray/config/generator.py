@@ -251,6 +251,8 @@ class ModelRecipe(Section):
 
 
 class GeneratorRecipe(ExamplesRecipe, ModelRecipe, TrainingRecipe):
+    """The model that turns a query into IDs: its examples, its network, its training."""
+
     # How the work is spread, not what is trained: a rerun with other numbers finds the run's checkpoints and goes on.
     workers: int = setting(
         1, "training workers; the batches, and without dropout the losses, are the same on any number",

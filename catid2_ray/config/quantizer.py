@@ -10,6 +10,8 @@ from catid2_ray.docid import DocidSpace
 
 
 class QuantizerRecipe(TrainingRecipe):
+    """How vectors become codes; `kind` selects a preset, which settings given here override."""
+
     kind: Literal[KINDS] = setting(
         "cat_id2", "how IDs are learned; fills the fields that define the kind where the recipe does not set them",
         unit="choice", paper="3, 4.1.3, tables 3 and 5",
@@ -213,6 +215,8 @@ class QuantizerRecipe(TrainingRecipe):
 
 
 class IdsRecipe(Section):
+    """How codes become IDs, and how long an ID is kept for a product."""
+
     method: Literal["sinkhorn", "exact", "greedy"] = setting(
         "exact",
         "how products of a colliding prefix get distinct last codes: the optimum by Sinkhorn (proved) or by linear "

@@ -102,6 +102,8 @@ class ServingRecipe(Section):
 
 
 class EvaluationRecipe(Section):
+    """What is measured before a release is published, and what it must reach."""
+
     split: Literal["train", "validation", "test"] = setting("test", "pairs that are scored", unit="choice", paper="4.1")
     min_relevance: float = setting(2.67, "from here on a product counts as relevant", unit="grade", paper="4.1", ge=0)
     beam_width: int = setting(100, "beams per query", unit="beams", ge=1, le=4096)

@@ -116,10 +116,12 @@ class RetrieverReplica:
 
     @api.get("/healthz")
     async def healthz(self) -> dict:
+        """Say which release this replica serves, and how many changes to products it has applied."""
         return {"status": "ok", "release": self.release, "changes": self.updates.applied}
 
     @api.post("/v1/retrieve")
     async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
+        """Find the `k` best products for a query, among those that the filter allows."""
         self.retriever.check(request.query, k=request.k)
         if request.filter is not None:
             # Refused here, it cannot spoil a batch; it is kept for the search.
@@ -129,6 +131,7 @@ class RetrieverReplica:
 
     @api.post("/v1/products")
     async def insert(self, request: InsertRequest) -> InsertResponse:
+        """Add products to the release that is served. All replicas find them within seconds."""
         self._check_updates()
         asked = [product.model_dump() for product in request.products]
 
@@ -143,10 +146,12 @@ class RetrieverReplica:
 
     @api.post("/v1/withdraw")
     async def withdraw(self, request: NamesRequest) -> ChangeResponse:
+        """Hide products from all answers until they are restored."""
         return await self._change("withdraw", request.product_ids)
 
     @api.post("/v1/restore")
     async def restore(self, request: NamesRequest) -> ChangeResponse:
+        """Show withdrawn products again."""
         return await self._change("restore", request.product_ids)
 
     async def _change(self, kind: str, product_ids: list[str]) -> ChangeResponse:

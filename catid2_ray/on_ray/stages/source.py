@@ -129,7 +129,7 @@ def inspect(
         if missing:
             raise InputError(
                 f"{source.uri_of(name)}: missing column {', '.join(missing)}; found {', '.join(present)}. "
-                "Rename your columns to the house schema (see the README, 'your own data'), or correct catalog.filter_columns"
+                "Rename your columns to the house schema (docs/your-data.md), or correct catalog.filter_columns"
             )
         used = [column for column in columns.all if column in present]
         if shared is not None and used != shared:

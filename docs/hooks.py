@@ -1,0 +1,174 @@
+"""What the manual takes from the code while it is built, so that it cannot be stale: the references, and pages of the repository.
+
+A page that holds `<!-- generated: recipe -->` (or commands, http) gets there what catid2_ray says of itself. The pages of the
+repository's root and of benchmarks/results are copied into the site, and links to them led there; in the repository the same links
+lead to the files.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+_MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+_LINK = re.compile(r"\]\((?!\w+:|#)([^)\s]+)\)")
+
+
+def on_files(files, config):
+    """mkdocs calls it with the pages that it found; adds those of the repository."""
+    from mkdocs.structure.files import File, InclusionLevel
+
+    figures = [path for path in (ROOT / "benchmarks" / "results").iterdir() if path.suffix in (".md", ".png", ".json")]
+    for path in [*(ROOT / name for name in PAGES), *sorted(figures)]:
+        in_menu = path.name in PAGES
+        name = path.name if in_menu else f"results/{path.name}"
+        level = InclusionLevel.INCLUDED if in_menu else InclusionLevel.NOT_IN_NAV
+        files.append(File.generated(config, name, abs_src_path=str(path), inclusion=level))
+    return files
+
+
+def on_page_markdown(markdown: str, page, config, files) -> str:
+    """mkdocs calls it with the text of each page."""
+    place = page.file.src_uri
+    if not place.startswith("results/"):
+        markdown = _LINK.sub(lambda link: f"]({_led(link[1], place)})", markdown)
+    return _MARK.sub(lambda mark: GENERATED[mark[1]](), markdown)
+
+
+def _led(target: str, place: str) -> str:
+    """Where a link of a page leads in the site: what lies outside docs/ in the repository is copied into it."""
+    depth = place.count("/")
+    outside = "../" * (depth + 1)
+    if place not in PAGES and not target.startswith(outside):
+        return target
+    target = target.removeprefix(outside).removeprefix("docs/")
+    return "../" * depth + target.replace("benchmarks/results/", "results/")
+
+
+def recipe() -> str:
+    """Every setting of a recipe, one table a section, in the order of the schema."""
+    from catid2_ray.config import Recipe
+
+    schema = Recipe.model_json_schema()
+    return "\n".join(_sections(schema, schema, ""))
+
+
+def _sections(schema: Mapping, section: Mapping, path: str) -> Iterator[str]:
+    """The table of a section's own settings, then its sections."""
+    own, below = {}, {}
+    for name, field in section["properties"].items():
+        (below if _section_of(schema, field) else own)[name] = field
+    title = f"`{path}`" if path else "The recipe itself"
+    yield f"## {title}\n\n{_plain(section.get('description', ''))}\n"
+    yield "| setting | default | values | what it is | source |\n|---|---|---|---|---|"
+    for name, field in own.items():
+        yield _row(schema, f"{path}.{name}" if path else name, field, required=name in section.get("required", ()))
+    yield ""
+    for name, field in below.items():
+        yield from _sections(schema, _section_of(schema, field), f"{path}.{name}" if path else name)
+
+
+def _section_of(schema: Mapping, field: Mapping) -> Mapping | None:
+    """The model that a field holds, if it holds one; a list of models (`generator.stages`) is a section of its own, too."""
+    for one in (field, field.get("items", {}), *field.get("anyOf", ())):
+        if "$ref" in one and "properties" in (model := schema["$defs"][one["$ref"].rsplit("/", 1)[1]]):
+            return model
+    return None
+
+
+def _row(schema: Mapping, path: str, field: Mapping, *, required: bool) -> str:
+    default = "required" if required else f"`{json.dumps(field.get('default'), ensure_ascii=False)}`"
+    source = "operational" if field.get("operational") else field.get("paper", "")
+    values = ", ".join(text for text in (_values(schema, field), field["unit"]) if text)
+    return f"| `{path.rsplit('.', 1)[-1]}` | {default} | {values} | {_plain(field.get('description', ''))} | {_plain(source)} |"
+
+
+def _values(schema: Mapping, field: Mapping) -> str:
+    """What a field may hold, as a person reads it: choices, or bounds, or those of its items."""
+    if "$ref" in field:
+        return _values(schema, schema["$defs"][field["$ref"].rsplit("/", 1)[1]])
+    if "anyOf" in field:
+        return " or ".join(filter(None, (_values(schema, one) for one in field["anyOf"])))
+    if "enum" in field:
+        return " · ".join(f"`{json.dumps(value).strip(chr(34))}`" for value in field["enum"])
+    if field.get("type") == "null":
+        return "none"
+    if field.get("type") == "array" and "items" in field:
+        inner = _values(schema, field["items"])
+        return f"list of {inner}" if inner else "list"
+    if field.get("type") == "object" and isinstance(field.get("additionalProperties"), Mapping):
+        inner = _values(schema, field["additionalProperties"])
+        return f"mapping to {inner}" if inner else "mapping"
+    bounds = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
+    return ", ".join(f"{sign} {field[key]:,}" for key, sign in bounds if key in field)
+
+
+def _plain(text: str) -> str:
+    """Text for a cell of a table: no bar ends it, and <a_1> is no HTML."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def commands() -> str:
+    """Every command of `catid2` with its arguments and options, as `--help` has them."""
+    import typer
+
+    from catid2_ray.cli import app
+
+    lines = []
+    for name, command in typer.main.get_command(app).commands.items():
+        lines += [f"## `catid2 {name}`\n", f"{_plain(command.help)}\n"]
+        lines.append("| argument or option | what it is | default |\n|---|---|---|")
+        for option in command.params:
+            flags = ", ".join(f"`{flag if flag.startswith('-') else flag.upper()}`" for flag in option.opts)
+            shown = "" if option.default in (None, False) or callable(option.default) else f"`{option.default}`"
+            default = "required" if option.required else shown
+            lines.append(f"| {flags} | {_plain(option.help or '')} | {default} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def http() -> str:
+    """Every endpoint with what it takes and gives, from the application's own OpenAPI."""
+    from catid2_ray.on_ray.serve.app import api
+
+    described = api.openapi()
+    schemas, lines = described["components"]["schemas"], []
+    for path, methods in described["paths"].items():
+        for method, about in methods.items():
+            lines.append(f"## `{method.upper()} {path}`\n\n{about.get('description', '')}\n")
+            body = about.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
+            answer = about["responses"]["200"]["content"]["application/json"]["schema"]
+            for what, schema in (("It takes", body), ("It answers with", answer)):
+                if schema and "$ref" in schema:
+                    lines.append(f"{what} {_link(schema)}.\n")
+                elif schema:
+                    lines.append(f"{what} a JSON object.\n")
+    for name, schema in schemas.items():
+        if name in ("HTTPValidationError", "ValidationError"):
+            continue
+        lines.append(f"## {name}\n\n| field | type | default | what it is |\n|---|---|---|---|")
+        for field, about in schema["properties"].items():
+            default = "required" if field in schema.get("required", ()) else f"`{json.dumps(about.get('default'))}`"
+            lines.append(f"| `{field}` | {_type(about)} | {default} | {_plain(about.get('description', ''))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _link(schema: Mapping) -> str:
+    name = schema["$ref"].rsplit("/", 1)[1]
+    return f"[{name}](#{name.lower()})"
+
+
+def _type(about: Mapping) -> str:
+    if "$ref" in about:
+        return _link(about)
+    if "anyOf" in about:
+        return " or ".join(_type(one) for one in about["anyOf"])
+    if about.get("type") == "array":
+        return f"list of {_type(about.get('items', {}))}"
+    return about.get("type", "any")
+
+
+GENERATED = {"recipe": recipe, "commands": commands, "http": http}
