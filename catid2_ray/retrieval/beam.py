@@ -17,6 +17,7 @@ from torch import Tensor
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.decoders import checked_queries, decoder_for
 from catid2_ray.retrieval.live import LiveView, filters_for
+from catid2_ray.retrieval.lookahead import Ahead
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.trie_tensors import LiveTensors, TrieTensors, filter_tensors, tensors
 
@@ -24,12 +25,13 @@ _DEAD = torch.iinfo(torch.int64).min
 
 
 class BeamResult(NamedTuple):
-    """CPU tensors, best first. Beyond `count_B`: docid −1, range (0, 0), logp −inf.
+    """CPU tensors, best first. Beyond `count_B`: docid −1, range (0, 0), logp and score −inf.
 
     `docid_BKL` int64 codes 0…K_l−1, as many as levels were searched; `row_range_BK2` int64, trie rows start … end−1 that
     carry the ID (or begin with it); `logp_BK` float32, natural log of P(ID | query); `count_B` int64, number of
     results. Of a live view with inserted products also `inserted_range_BK2` int64: N + j, for the j-th inserted product
-    in the view's ID order; (0, 0) for both ranges where that part has none. `live.result_rows` lists the products.
+    in the view's ID order; (0, 0) for both ranges where that part has none. `live.result_rows` lists the products. Of a
+    search that looks ahead `score_BK` float32, S, which orders them; `logp_BK` is 0 where it did not ask the generator.
     """
 
     docid_BKL: Tensor
@@ -37,6 +39,7 @@ class BeamResult(NamedTuple):
     logp_BK: Tensor
     count_B: Tensor
     inserted_range_BK2: Tensor | None = None
+    score_BK: Tensor | None = None
 
 
 def _sort_key(score: Tensor, rank: Tensor, live: Tensor) -> Tensor:
@@ -47,32 +50,55 @@ def _sort_key(score: Tensor, rank: Tensor, live: Tensor) -> Tensor:
 
 
 class _Beams(NamedTuple):
-    """After a step: each beam's place in the trie, score, the beam it extends, its codes; dead beams at −inf."""
+    """After a step: each beam's place in the trie, the score that chose it (dead beams: −inf), log P, ⟨q, v⟩ of its node
+    where the search looks ahead (None where not), the beam it extends, its codes."""
 
     place: tuple[Tensor, ...]
+    score_BM: Tensor
     logp_BM: Tensor
+    near_BM: Tensor | None
     parent_BM: Tensor
     prefix_BML: Tensor
 
 
-def _extend(beams: _Beams, step_logp_BMK: Tensor, arrays: TrieTensors | LiveTensors, width: int, filters) -> _Beams:
-    """The `width` best children of all beams of each query; `filters` as `filter_tensors` gives them."""
+def _extend(
+    beams: _Beams,
+    step_logp_BMK: Tensor | None,
+    arrays: TrieTensors | LiveTensors,
+    width: int,
+    filters,
+    ahead: Ahead | None,
+) -> _Beams:
+    """The `width` best children of all beams of each query; `filters` as `filter_tensors` gives them. `step_logp_BMK`: None
+    where the generator is not asked."""
     level = beams.prefix_BML.shape[-1]
-    children = arrays.children(level, beams.place, beams.logp_BM > -torch.inf, beams.prefix_BML, filters)
-    score_BMC = beams.logp_BM[..., None] + step_logp_BMK.gather(-1, children.code_BMC)
+    children = arrays.children(level, beams.place, beams.score_BM > -torch.inf, beams.prefix_BML, filters)
+    logp_BMC = near_BMC = None
+    if step_logp_BMK is not None:
+        logp_BMC = beams.logp_BM[..., None] + step_logp_BMK.gather(-1, children.code_BMC)
+    score_BMC = logp_BMC
+    if ahead is not None:
+        score_BMC, near_BMC = ahead.scores(level + 1, arrays, children, beams.near_BM, logp_BMC)
     live_BMC = children.live_BMC & (score_BMC > -torch.inf)
     key_BC = _sort_key(score_BMC, children.rank_BMC, live_BMC).flatten(1)
     best = key_BC.topk(min(width, key_BC.shape[1]), dim=1)
     parent_BM = best.indices // children.widest
-    code_BM, logp_BM = (x.flatten(1).gather(1, best.indices) for x in (children.code_BMC, score_BMC))
+
+    def taken(values_BMC: Tensor) -> Tensor:
+        return values_BMC.flatten(1).gather(1, best.indices)
+
+    code_BM, score_BM = taken(children.code_BMC), taken(score_BMC).masked_fill(best.values == _DEAD, -torch.inf)
     kept_BML = beams.prefix_BML.gather(1, parent_BM[..., None].expand(-1, -1, level))
     prefix_BML = torch.cat((kept_BML, code_BM[..., None]), 2)
     place = arrays.kept(level, children, best.indices, code_BM)
-    return _Beams(place, logp_BM.masked_fill(best.values == _DEAD, -torch.inf), parent_BM, prefix_BML)
+    if ahead is None:
+        return _Beams(place, score_BM, score_BM, None, parent_BM, prefix_BML)
+    logp_BM = torch.zeros_like(score_BM) if logp_BMC is None else taken(logp_BMC)
+    return _Beams(place, score_BM, logp_BM, taken(near_BMC), parent_BM, prefix_BML)
 
 
-def _result(beams: _Beams, arrays: TrieTensors | LiveTensors, top_k: int) -> BeamResult:
-    real_BM = beams.logp_BM > -torch.inf
+def _result(beams: _Beams, arrays: TrieTensors | LiveTensors, top_k: int, ahead: Ahead | None) -> BeamResult:
+    real_BM = beams.score_BM > -torch.inf
     docid_BML = beams.prefix_BML.masked_fill(~real_BM[..., None], -1)
     missing = max(0, top_k - real_BM.shape[1])
 
@@ -85,7 +111,9 @@ def _result(beams: _Beams, arrays: TrieTensors | LiveTensors, top_k: int) -> Bea
         for range_BM2 in arrays.ranges(docid_BML.shape[-1], beams.place)
     )
     count_B = real_BM.sum(1).clamp(max=top_k).cpu()
-    return BeamResult(cut(docid_BML, -1), base_BM2, cut(beams.logp_BM, -torch.inf), count_B, inserted_BM2)
+    logp_BM = cut(beams.logp_BM.masked_fill(~real_BM, -torch.inf), -torch.inf)
+    score_BM = None if ahead is None else cut(beams.score_BM, -torch.inf)
+    return BeamResult(cut(docid_BML, -1), base_BM2, logp_BM, count_B, inserted_BM2, score_BM)
 
 
 def _is_whole(value) -> bool:
@@ -111,6 +139,35 @@ def _checked_levels(levels: int | None, trie: Trie | LiveView) -> int:
     return int(levels)
 
 
+class _Steps:
+    """What the generator says of each step's codes."""
+
+    def __init__(self, model, trie: Trie | LiveView, input_ids, attention_mask, normalize: str, memory):
+        self.decoder, self.normalize = decoder_for(model, codes_per_level=trie.codes_per_level), normalize
+        ids_BT, mask_BT = checked_queries(input_ids, attention_mask, self.decoder)
+        self.batch = len(ids_BT)
+        self.memory, self.cache = self.decoder.encode(ids_BT, mask_BT) if memory is None else memory, None
+        self.finite = torch.ones((), dtype=torch.bool, device=self.decoder.device)
+
+    def logp(self, level: int, beams: _Beams) -> Tensor:
+        """B×M×K, log p of every next code of every beam."""
+        prefix_BML = beams.prefix_BML
+        code_BM = prefix_BML[..., -1] if level else beams.parent_BM
+        hidden_BMD, self.cache = self.decoder.decode_step(level, self.memory, self.cache, beams.parent_BM, code_BM)
+        logits_BMK = self.decoder.level_logits(level, hidden_BMD, prefix_BML).float()
+        if self.normalize == "level":
+            total_BM = logits_BMK.logsumexp(-1)
+        else:
+            total_BM = self.decoder.log_partition(level, hidden_BMD, prefix_BML).float()
+            self.finite = self.finite & ~logits_BMK.isnan().any()
+        self.finite = self.finite & total_BM.isfinite().all()
+        return logits_BMK - total_BM[..., None]
+
+    def check(self) -> None:
+        if not self.finite:
+            raise InputError("the model gives NaN or infinite logits; export it again, or serve it in float32")
+
+
 @torch.inference_mode()
 def constrained_beam_search(
     model,
@@ -124,6 +181,7 @@ def constrained_beam_search(
     allowed=None,
     normalize: str = "level",
     memory=None,
+    ahead: Ahead | None = None,
 ) -> BeamResult:
     """The `top_k` most likely IDs of each query that a beam of `beam_width` (one number, or one per level) finds.
 
@@ -135,12 +193,14 @@ def constrained_beam_search(
     bool over base rows and inserted products), or a list of B of these or None; IDs without an allowed row are never
     returned (a range may still hold rows that are not allowed). `normalize`: scores are log-probabilities over the
     "level"'s codes, as in training, or over the whole "vocabulary", as in `generate` with length_penalty 0; never over
-    the survivors.
+    the survivors. `ahead`: what chooses and orders beams in place of log P alone (`lookahead.py`); where its weight of log P
+    is 0, `model` and the queries' tokens are not looked at and may be None.
 
     With `beam_width` ≥ number of IDs this is the exact ranking. Fewer results than `top_k` come back when the trie,
     the filter or the last beam has no more. Raises InputError for a width, `top_k` or `levels` that is no whole number
     or out of range, no query or one without tokens, tokens beyond the vocabulary, a model or a filter that does not fit
-    the trie, or logits that are not finite. (METHODS: softmax first, then the constraint.)
+    the trie, another number of query vectors than of queries, or logits that are not finite. (METHODS: softmax first,
+    then the constraint.)
     """
     levels = _checked_levels(levels, trie)
     widths = _checked_widths(beam_width, levels)
@@ -148,26 +208,21 @@ def constrained_beam_search(
         raise InputError(
             f"top_k must be a whole number ≥ 1 and normalize 'level' or 'vocabulary', found {top_k!r} and {normalize!r}"
         )
-    decoder = decoder_for(model, codes_per_level=trie.codes_per_level)
-    device = decoder.device
-    ids_BT, mask_BT = checked_queries(input_ids, attention_mask, decoder)
-    filters = filter_tensors(filters_for(allowed, trie, len(ids_BT)), trie, device)
+    if ahead is not None and not ahead.asks_the_generator:
+        steps, batch, device = None, len(ahead.query_BD), ahead.device
+    else:
+        steps = _Steps(model, trie, input_ids, attention_mask, normalize, memory)
+        batch, device = steps.batch, steps.decoder.device
+    if ahead is not None and len(ahead.query_BD) != batch:
+        raise InputError(f"{len(ahead.query_BD)} query vectors for {batch} queries; give one for each")
+    filters = filter_tensors(filters_for(allowed, trie, batch), trie, device)
     arrays = tensors(trie, device)
-    memory, cache = decoder.encode(ids_BT, mask_BT) if memory is None else memory, None
-    root_B1 = torch.zeros(len(ids_BT), 1, dtype=torch.long, device=device)
-    beams = _Beams(arrays.root(len(ids_BT)), root_B1.float(), root_B1, root_B1[..., None][..., :0])
-    code_BM, finite = root_B1, torch.ones((), dtype=torch.bool, device=device)
+    root_B1 = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    nothing_B1 = root_B1.float()
+    beams = _Beams(arrays.root(batch), nothing_B1, nothing_B1, nothing_B1, root_B1, root_B1[..., None][..., :0])
     for level in range(levels):
-        hidden_BMD, cache = decoder.decode_step(level, memory, cache, beams.parent_BM, code_BM)
-        logits_BMK = decoder.level_logits(level, hidden_BMD, beams.prefix_BML).float()
-        if normalize == "level":
-            total_BM = logits_BMK.logsumexp(-1)
-        else:
-            total_BM = decoder.log_partition(level, hidden_BMD, beams.prefix_BML).float()
-            finite = finite & ~logits_BMK.isnan().any()
-        finite = finite & total_BM.isfinite().all()
-        beams = _extend(beams, logits_BMK - total_BM[..., None], arrays, widths[level], filters)
-        code_BM = beams.prefix_BML[..., -1]
-    if not finite:
-        raise InputError("the model gives NaN or infinite logits; export it again, or serve it in float32")
-    return _result(beams, arrays, top_k)
+        step_logp_BMK = None if steps is None else steps.logp(level, beams)
+        beams = _extend(beams, step_logp_BMK, arrays, widths[level], filters, ahead)
+    if steps is not None:
+        steps.check()
+    return _result(beams, arrays, top_k, ahead)

@@ -3,6 +3,7 @@
     retriever.json    settings        generator/      a saved model with its tokenizer
     trie/             all IDs         products.arrow  product_id and title, rows in trie order, memory-mapped
 and as the release has them
+    node_vectors/ (for a search that looks ahead)
     product_names.npy  vectors/  value.npy  columns.arrow (for filters)  lexical/
     encoder/  adapter/ (read by who makes the query encoder)
 """
@@ -18,6 +19,8 @@ from catid2_ray.errors import ArtifactError, InputError, ReleaseError
 from catid2_ray.generator.saved import load_generator
 from catid2_ray.retrieval.filters import FilterIndex
 from catid2_ray.retrieval.lexical import LexicalIndex
+from catid2_ray.retrieval.lookahead import Lookahead
+from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import ProductNames, Products
 from catid2_ray.retrieval.rescoring import Expansion
 from catid2_ray.retrieval.trie import Trie
@@ -64,6 +67,8 @@ def opened(
         products = _products(folder)
         expansion = settings.get("expansion")
         expansion = None if expansion is None else Expansion(**expansion)
+        ahead = settings["lookahead"] if settings.get("search") == "lookahead" else None
+        ahead = None if ahead is None else Lookahead(**ahead)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, (ArtifactError, InputError)):
             raise
@@ -84,6 +89,8 @@ def opened(
         "beam_width": settings.get("beam_width", 100),
         "stop_level": settings.get("stop_level"),
         "expansion": expansion,
+        "lookahead": ahead,
+        "nodes": NodeVectors.open(folder / "node_vectors") if ahead and (folder / "node_vectors").exists() else None,
         "encode_query": encode_query,
         "adapter": adapter,
         "query_tokens": settings.get("query_tokens", 32),

@@ -107,6 +107,11 @@ class Products:
             score_BC += self._more_words.scores(queries, np.where(new_BC, row_BC - self.base_lexical.rows, -1))
         return score_BC
 
+    def all_lexical_scores(self, queries: Sequence[str]) -> np.ndarray:
+        """float32 B×(N + D), BM25 of every product, as `LexicalIndex.everywhere`."""
+        score_BN = self.base_lexical.everywhere(queries)
+        return np.hstack((score_BN, self._more_words.everywhere(queries))) if self.newcomers else score_BN
+
 
 class ProductNames:
     """Which row a product id names: rows sorted by their id, 4 bytes a product, saved with a release and memory-mapped.

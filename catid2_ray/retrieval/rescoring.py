@@ -13,8 +13,9 @@ from catid2_ray.retrieval.products import Products
 
 @dataclass(frozen=True)
 class Hit:
-    """One product. `score` is what ranks it: `logp`, natural log of P(ID, or the cluster's prefix | query), or where the
-    release re-scores, the sum of dense, path and lexical terms. `dense`: q · d, `lexical`: BM25; None where not used.
+    """One product. `score` is what ranks it: `logp`, natural log of P(ID, or the cluster's prefix | query), where the release
+    looks ahead S of the ID, and where it re-scores, the sum of dense, path and lexical terms. `logp` is None where the search
+    did not ask the generator. `dense`: q · d, `lexical`: BM25; None where not used.
     `title` is None where the retriever has no titles."""
 
     product_id: str
@@ -66,15 +67,19 @@ class Expansion:
 
 
 def beam_hits(
-    result: BeamResult, view: LiveView, products: Products, *, k: int, allowed: list | None
+    result: BeamResult, view: LiveView, products: Products, *, k: int, allowed: list | None, asked: bool = True
 ) -> list[list[Hit]]:
-    """At most `k` products per query in the order of their IDs' log P; products of one ID in row order."""
+    """At most `k` products per query in the order of their IDs' score; products of one ID in row order. `asked`: whether the
+    search asked the generator."""
     space, answers = DocidSpace(view.codes_per_level), []
     logps, docids = result.logp_BK.tolist(), result.docid_BKL.tolist()
+    scores = logps if result.score_BK is None else result.score_BK.tolist()
     for b, (row_M, result_M) in enumerate(result_rows(result, view, allowed=allowed, most=k)):
         answers.append(
             [
-                _hit(products, row, space.text(docids[b][at]), score=logps[b][at], logp=logps[b][at])
+                _hit(
+                    products, row, space.text(docids[b][at]), score=scores[b][at], logp=logps[b][at] if asked else None
+                )
                 for row, at in zip(row_M.tolist(), result_M.tolist())
             ]
         )
@@ -83,9 +88,10 @@ def beam_hits(
 
 def expanded_hits(
     result: BeamResult, view: LiveView, products: Products, settings: Expansion, *, queries: Sequence[str], query_BD,
-    k: int, allowed: list | None,
+    k: int, allowed: list | None, asked: bool = True,
 ) -> list[list[Hit]]:  # fmt: skip
-    """At most `k` products per query by their final score (METHODS 6.6), from all products of the beams."""
+    """At most `k` products per query by their final score (METHODS 6.6), from all products of the beams. `asked`: whether
+    the search asked the generator; where not, the path score is the same for all."""
     dense = settings.dense != "none"
     candidates = expand(
         result, view, vectors=products.vectors if dense else None, query_BD=query_BD if dense else None,
@@ -104,7 +110,8 @@ def expanded_hits(
         answers.append(
             [
                 _hit(
-                    products, row, space.text(docid), score=final, logp=logp, dense=similar if dense else None,
+                    products, row, space.text(docid), score=final, logp=logp if asked else None,
+                    dense=similar if dense else None,
                     lexical=shared if settings.lexical_weight else None,
                 )
                 for row, docid, logp, similar, shared, final in zip(*(column[b][:count] for column in columns))

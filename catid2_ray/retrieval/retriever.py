@@ -1,7 +1,8 @@
 """From query text to products: tokenizer, constrained beam search over a live trie, and the products of what it found.
 
 Reads a plain folder (no store), see `folder.py`. What a release says of beams, precision, early stop and re-scoring is
-done here, so what is evaluated is what is served. Products may be inserted, withdrawn and restored while queries run.
+done here, so what is evaluated is what is served. Where it looks ahead, a product that no query ever named is found because
+its node is near. Products may be inserted, withdrawn and restored while queries run.
 A k wider than the beam widens the beam, but where products are re-scored: there k is a cut of the candidates.
 """
 
@@ -22,12 +23,15 @@ from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.exact import exact_scores
 from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
 from catid2_ray.retrieval.live import LiveTrie, LiveView, filters_for
+from catid2_ray.retrieval.lookahead import Ahead, LiveNodes, Lookahead, best_words
+from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import Newcomer, ProductNames, Products, arrow_strings
 from catid2_ray.retrieval.rescoring import Expansion, Hit, beam_hits, expanded_hits
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.scripts import says_something
 
 MAX_K = 1000
+_SCORES = 2**26  # BM25 of every product for every query of a batch: 256 MiB at most, and as much for the nodes
 
 
 class Adapter(Protocol):
@@ -43,10 +47,11 @@ class Retriever:
 
     `product_ids` and `titles`: one per trie row, in trie order (sequence or Arrow array); or `products`, all that is known
     of the rows, and `names`, their ids sorted (made here where left out). `beam_width`: a number, or one per level.
-    `stop_level`: levels to search (None: whole IDs), which needs `expansion`. `encode_query`: texts → floats B×D, for
-    re-scoring by vectors; left out, the decoder's encoder gives them; either way they go through `adapter`, as the
-    products' vectors did. `index`: columns for filters; without it requests filter by product id alone. `query_tokens`: longer
-    queries are cut. `batch`: queries per search at a beam of 100; wider beams take fewer, as memory grows with both.
+    `stop_level`: levels to search (None: whole IDs), which needs `expansion`. `lookahead`: the search looks ahead by these
+    weights and the vectors of `nodes`. `encode_query`: texts → floats B×D, for re-scoring by vectors and for looking ahead;
+    left out, the decoder's encoder gives them; either way they go through `adapter`, as the products' vectors did. `index`:
+    columns for filters; without it requests filter by product id alone. `query_tokens`: longer queries are cut. `batch`: queries
+    per search at a beam of 100; wider beams take fewer, as memory grows with both.
 
     Raises ReleaseError when products and trie differ in length, InputError when the model does not fit the trie or
     re-scoring lacks what it needs.
@@ -66,6 +71,8 @@ class Retriever:
         beam_width: int | Sequence[int] = 100,
         stop_level: int | None = None,
         expansion: Expansion | None = None,
+        lookahead: Lookahead | None = None,
+        nodes: NodeVectors | None = None,
         encode_query: Callable[[list[str]], np.ndarray] | None = None,
         adapter: Adapter | None = None,
         max_query_chars: int = 2000,
@@ -100,6 +107,12 @@ class Retriever:
         if expansion is not None:
             expansion.check(self.products)
         self.expansion, self.encode_query, self.adapter = expansion, encode_query, adapter
+        self.lookahead = lookahead
+        if lookahead is not None:
+            if nodes is None or (lookahead.lexical_weight and self.products.base_lexical is None):
+                lacks = "node vectors" if nodes is None else "a lexical index"
+                raise InputError(f"looking ahead needs {lacks}, which the release lacks; make its serving part again")
+            self.nodes = LiveNodes(nodes, trie)
         self.max_query_chars, self.query_tokens = max_query_chars, query_tokens
         self.normalize, self.release, self.batch = normalize, release, batch
         self._changing = threading.Lock()
@@ -154,6 +167,8 @@ class Retriever:
             chosen = filters_for(allowed, view, len(queries))
         widest = max(*self.widths[: self.levels], self._needed(k))
         size, answers = max(1, min(self.batch, self.batch * 100 // widest)), []
+        if self.lookahead and self.lookahead.lexical_weight:
+            size = max(1, min(size, _SCORES // view.rows))
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
             answers += self._answers(list(queries[part]), view, products, k, chosen[part])
@@ -167,38 +182,77 @@ class Retriever:
         return [max(width, self._needed(k)) for width in self.widths[: self.levels]]
 
     def _answers(self, queries: list[str], view: LiveView, products: Products, k: int, allowed) -> list[list[Hit]]:
-        ids_BT, mask_BT, memory = self._encoded(queries)
+        ids_BT, mask_BT, memory, query_BD = self._asked(queries)
         widths = self.widths_for(k)
         result = constrained_beam_search(
             self.decoder, view, ids_BT, mask_BT, beam_width=widths, top_k=widths[-1] if self.expansion else k,
             allowed=allowed, normalize=self.normalize, levels=self.levels, memory=memory,
+            ahead=self._ahead(queries, query_BD, view, products, allowed),
         )  # fmt: skip
         if self.expansion is None:
-            return beam_hits(result, view, products, k=k, allowed=allowed)
-        query_BD = None
-        if self.expansion.dense != "none":
-            query_BD = self._vectors(queries, getattr(memory, "dense_BE", None))
+            return beam_hits(result, view, products, k=k, allowed=allowed, asked=self._asks)
+        if query_BD is not None and self.expansion.unit_vectors:
+            query_BD = torch.nn.functional.normalize(query_BD, dim=-1)
         return expanded_hits(
-            result, view, products, self.expansion, queries=queries, query_BD=query_BD, k=k, allowed=allowed
+            result,
+            view,
+            products,
+            self.expansion,
+            queries=queries,
+            query_BD=query_BD,
+            k=k,
+            allowed=allowed,
+            asked=self._asks,
         )
+
+    @property
+    def _asks(self) -> bool:
+        """Whether the search asks the generator."""
+        return self.lookahead is None or self.lookahead.logp_weight != 0
+
+    def _asked(self, queries: list[str]) -> tuple:
+        """(token ids, mask, what the decoder's encoder makes of them, the queries' vectors), each None where nothing needs it."""
+        ids_BT = mask_BT = memory = query_BD = None
+        if self._asks or self.encode_query is None:
+            ids_BT, mask_BT, memory = self._encoded(queries)
+        if self.lookahead or (self.expansion and self.expansion.dense != "none"):
+            query_BD = self._vectors(queries, getattr(memory, "dense_BE", None))
+        return ids_BT, mask_BT, memory, query_BD
+
+    def _ahead(self, queries: list[str], query_BD, view: LiveView, products: Products, allowed) -> Ahead | None:
+        if self.lookahead is None:
+            return None
+        words = None
+        if self.lookahead.lexical_weight:
+            # Products may have come since the view was taken.
+            words = best_words(products.all_lexical_scores(queries)[:, : view.rows], view, allowed)
+        nodes = self.nodes.at(view, products.vectors)
+        return Ahead(self.lookahead, nodes, query_BD, device=self.decoder.device, words=words)
 
     def exact(self, queries: Sequence[str]) -> list[np.ndarray]:
         """Per depth searched, float32 B×n_l: the score by which the search would choose each node of the release, had it
-        pruned none (`exact.exact_scores`). Products inserted since are left out."""
-        ids_BT, mask_BT, memory = self._encoded(list(queries))
-        return exact_scores(
-            self.decoder, self.trie, ids_BT, mask_BT, levels=self.levels, normalize=self.normalize, memory=memory
-        )
+        pruned none: log P (`exact.exact_scores`), or S where it looks ahead. Products inserted since are left out."""
+        queries, view, logp_L = list(queries), self.live.view, None
+        ids_BT, mask_BT, memory, query_BD = self._asked(queries)
+        if self._asks:
+            logp_L = exact_scores(
+                self.decoder, self.trie, ids_BT, mask_BT, levels=self.levels, normalize=self.normalize, memory=memory
+            )
+        ahead = self._ahead(queries, query_BD, view, self.products, [None] * len(queries))
+        return logp_L if ahead is None else ahead.every_node(self.trie, self.levels, logp_L)
 
     def searched(
         self, queries: Sequence[str], *, widths: Sequence[int], levels: int | None = None, top_k: int, allowed=None
     ) -> BeamResult:
         """What the release's search finds with other widths, one per level, before products are taken of it: IDs, or where
         `levels` (None: as released) ends it earlier, prefixes. `allowed`: as `retrieve` takes it."""
-        ids_BT, mask_BT, memory = self._encoded(list(queries))
+        queries, view, products = list(queries), self.live.view, self.products
+        ids_BT, mask_BT, memory, query_BD = self._asked(queries)
+        chosen = filters_for(allowed, view, len(queries))
         return constrained_beam_search(
-            self.decoder, self.live.view, ids_BT, mask_BT, beam_width=list(widths), top_k=top_k, allowed=allowed,
+            self.decoder, view, ids_BT, mask_BT, beam_width=list(widths), top_k=top_k, allowed=chosen,
             normalize=self.normalize, levels=levels or self.levels, memory=memory,
+            ahead=self._ahead(queries, query_BD, view, products, chosen),
         )  # fmt: skip
 
     def rescored(
@@ -208,10 +262,13 @@ class Retriever:
         such as `live.view`; None for the release as it was published."""
         query_BD = None
         if expansion.dense != "none":
-            query_BD = self._vectors(list(queries), getattr(self._encoded(list(queries))[2], "dense_BE", None))
+            dense_BE = None if self.encode_query else getattr(self._encoded(list(queries))[2], "dense_BE", None)
+            query_BD = self._vectors(list(queries), dense_BE)
+            query_BD = torch.nn.functional.normalize(query_BD, dim=-1) if expansion.unit_vectors else query_BD
         return expanded_hits(
-            result, trie or self.trie, self.products, expansion, queries=queries, query_BD=query_BD, k=k, allowed=None
-        )
+            result, trie or self.trie, self.products, expansion, queries=queries, query_BD=query_BD, k=k, allowed=None,
+            asked=self._asks,
+        )  # fmt: skip
 
     def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor, object]:
         """(token ids B×T, mask B×T, what the decoder's encoder makes of them)."""
@@ -223,16 +280,14 @@ class Retriever:
             return ids_BT, mask_BT, self.decoder.encode(ids_BT, mask_BT)
 
     def _vectors(self, texts: list[str], dense_BE: Tensor | None, *, of: str = "queries") -> Tensor:
-        """The vectors of queries, or `of` "products" by their titles, of length 1 where the release's are."""
+        """The vectors of queries, or `of` "products" by their titles, as encoder and adapter give them."""
         if self.encode_query is not None:
             vector_BD = torch.as_tensor(np.asarray(self.encode_query(texts), np.float32))
         elif dense_BE is not None:
             vector_BD = dense_BE.float().cpu()
         else:
             raise InputError("there is no encoder for vectors of queries and new products; give encode_query")
-        if self.adapter is not None:
-            vector_BD = torch.from_numpy(getattr(self.adapter, of)(vector_BD.numpy()))
-        return torch.nn.functional.normalize(vector_BD, dim=-1) if self.expansion.unit_vectors else vector_BD
+        return vector_BD if self.adapter is None else torch.from_numpy(getattr(self.adapter, of)(vector_BD.numpy()))
 
     def insert(self, newcomers: Sequence[Newcomer], codes_ML, columns=None) -> None:
         """New products with their IDs (integers M×L), found from the next search on, all or none of them.

@@ -111,6 +111,10 @@ class TrieTensors:
         """The places of the children at `index_BW` (0 … M·C − 1)."""
         return (children.rank_BMC.flatten(1).gather(1, index_BW),)
 
+    def nodes(self, children: Children) -> tuple[Tensor, None]:
+        """int64 B×M×C, the node of each child; None for the inserted ones."""
+        return children.rank_BMC, None
+
     def ranges(self, level: int, place: tuple[Tensor]) -> tuple[Tensor, None]:
         """int64 B×W×2, the rows of nodes of depth `level`; None for the inserted ones."""
         return torch.stack([self.row_start[level].at(place[0] + i) for i in (0, 1)], 2), None
@@ -181,6 +185,11 @@ class LiveTensors:
         at_BW1 = same_BWC.byte().argmax(2, keepdim=True)
         inner_BW = mine.child_BMC.gather(1, rows_BW1).gather(2, at_BW1)[..., 0]
         return torch.where(of_base_BW, base_BW, -1), torch.where(same_BWC.any(2), inner_BW, -1)
+
+    def nodes(self, children: Children) -> tuple[Tensor, Tensor]:
+        """int64 B×M×C twice, C of the trie's children and C of the inserted ones: their nodes in either part."""
+        base_BMC, mine = children.rest
+        return base_BMC, mine.child_BMC
 
     def ranges(self, level: int, place) -> tuple[Tensor, Tensor]:
         """int64 B×W×2 twice: rows of the trie, and rows of inserted products (N + their place in ID order)."""

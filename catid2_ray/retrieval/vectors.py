@@ -107,6 +107,11 @@ class VectorStore:
                 )
         return cls(vectors_ND, normalized)
 
+    def unit(self, row_M) -> torch.Tensor:
+        """float16 M×D, the vectors of some rows, scaled to length 1 where the store's are not."""
+        half_MD = _rows(torch.from_numpy(self.vectors_ND), np.asarray(row_M, np.int64))
+        return half_MD if self.normalized else torch.nn.functional.normalize(half_MD.float(), dim=1).half()
+
     def check_queries(self, query_BD) -> np.ndarray:
         """`query_BD` as float32. Raises InputError for another width, NaN or infinity."""
         query_BD = torch.as_tensor(query_BD)
@@ -173,6 +178,15 @@ class GrownVectors:
     @property
     def width(self) -> int:
         return self.base.width
+
+    def unit(self, row_M) -> torch.Tensor:
+        """As `VectorStore.unit`, over all rows."""
+        row_M = np.asarray(row_M, np.int64)
+        half_MD, new_M = torch.empty(len(row_M), self.width, dtype=torch.float16), row_M >= self.base.rows
+        for part, mine_M, first in ((self.base, ~new_M, 0), (self.inserted, new_M, self.base.rows)):
+            if mine_M.any():
+                half_MD[torch.from_numpy(mine_M)] = part.unit(row_M[mine_M] - first)
+        return half_MD
 
     def check_queries(self, query_BD) -> np.ndarray:
         return self.base.check_queries(query_BD)

@@ -11,8 +11,11 @@ import torch
 
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.filters import Filter
+from catid2_ray.retrieval.lookahead import Ahead, Lookahead, best_words
+from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.t5_decoder import T5Decoder
 from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.vectors import VectorStore
 from tests.unit.retrieval.test_beam import model_for, random_ids, random_queries
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -42,6 +45,27 @@ def test_both_devices_give_the_same_results(parts, normalize, filtered, beam_wid
     assert torch.equal(on_cpu.count_B, on_gpu.count_B)
     assert torch.equal(on_cpu.docid_BKL, on_gpu.docid_BKL) and torch.equal(on_cpu.row_range_BK2, on_gpu.row_range_BK2)
     torch.testing.assert_close(on_cpu.logp_BK, on_gpu.logp_BK, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("logp_weight", [1.0, 0.0])
+def test_both_devices_look_ahead_alike(parts, logp_weight, tmp_path):
+    model, trie, query, mask = parts
+    random = np.random.default_rng(0)
+    vectors = VectorStore.write(tmp_path / "vectors", [random.normal(size=(trie.rows, 8))], normalize=True)
+    nodes = NodeVectors.write(tmp_path / "nodes", trie, vectors, depth=2)
+    settings = Lookahead(logp_weight=logp_weight, vector_weight=5.0, lexical_weight=0.1)
+    words = best_words(random.random((3, trie.rows), np.float32), trie, [None] * 3)
+    query_BD = random.normal(size=(3, 8))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    on_cpu, on_gpu = (
+        constrained_beam_search(
+            chosen, trie, query, mask, beam_width=12, top_k=20,
+            ahead=Ahead(settings, nodes, query_BD, device=chosen.device, words=words),
+        )
+        for chosen in (model, copy.deepcopy(model).cuda())
+    )  # fmt: skip
+    assert torch.equal(on_cpu.docid_BKL, on_gpu.docid_BKL) and torch.equal(on_cpu.row_range_BK2, on_gpu.row_range_BK2)
+    torch.testing.assert_close(on_cpu.score_BK, on_gpu.score_BK, atol=1e-3, rtol=0)
 
 
 def test_half_precision_finds_nearly_the_same_scores(parts):

@@ -19,8 +19,14 @@ class RetrieveRequest(BaseModel):
 class Product(BaseModel):
     product_id: str
     docid: str = Field(description="semantic ID, such as <a_65><b_225><c_205><d_19>")
-    score: float = Field(description="what ranks the product: logp, or where the release re-scores, the final score")
-    logp: float = Field(description="natural log of P(ID | query); of its prefix where the search stops early")
+    score: float = Field(
+        description="what ranks the product: logp, where the search looks ahead S of its ID, where the release re-scores the final "
+        "score"
+    )
+    logp: float | None = Field(
+        description="natural log of P(ID | query); of its prefix where the search stops early; null where the search does not "
+        "ask the generator"
+    )
     dense: float | None = Field(description="product of query and product vector, where the release re-scores by it")
     lexical: float | None = Field(description="BM25, where the release re-scores by it")
     title: str | None

@@ -58,6 +58,14 @@ def test_scores_are_those_of_bm25s(tmp_path):
     assert (found_BC[:20] > 0).any() and (found_BC[21:23] == 0).all()
 
 
+def test_scores_of_every_row_are_those_of_candidates(tmp_path):
+    index = build(tmp_path, TEXTS)
+    every = np.tile(np.arange(index.rows), (len(QUERIES), 1))
+    np.testing.assert_allclose(index.everywhere(QUERIES), index.scores(QUERIES, every), rtol=1e-6)
+    more = index.more(["oak hinge", "nothing known"])
+    np.testing.assert_allclose(more.everywhere(QUERIES), more.scores(QUERIES, every[:, :2]), rtol=1e-6)
+
+
 def test_words_have_two_letters_and_are_no_stop_words():
     text = "A 3-in. drill, for the M8 x 1.25mm (x_y) İstanbul ß1"
     assert words(text) == ["drill", "m8", "25mm", "x_y", "istanbul", "ss1"]

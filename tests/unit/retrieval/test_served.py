@@ -10,8 +10,10 @@ from catid2_ray.errors import ArtifactError, InputError, QueryError, ReleaseErro
 from catid2_ray.evaluation.diagnosis import diagnose
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.lexical import Block, LexicalIndex, count_words
+from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import Newcomer, Products
 from catid2_ray.retrieval.retriever import Retriever
+from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import VectorStore
 from tests.unit.retrieval.conftest import TITLES
 
@@ -151,6 +153,35 @@ def test_queries_and_new_products_go_through_the_adapter_each_through_its_own(se
         product_1D = encode([title_of[hit.product_id]]) if hit.product_id != "new" else encode([hit.title])[:, ::-1]
         expected = float(np.roll(encode(["copper hose 10 ft"]), 1, axis=1)[0] @ product_1D[0])
         assert hit.dense == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("logp_weight", [1.0, 0.0])
+def test_a_search_that_looks_ahead_ranks_by_s_or_rescores(served, parts, tmp_path, monkeypatch, logp_weight):
+    weights = {"logp_weight": logp_weight, "vector_weight": 100.0, "lexical_weight": 0.1}
+    plain = copy(served, tmp_path, search="lookahead", lookahead=weights, expansion=None, stop_level=None, beam_width=6)
+    trie, vectors = Trie.open(plain / "trie"), VectorStore.open(plain / "vectors")
+    with pytest.raises(InputError, match="looking ahead needs node vectors, which the release lacks"):
+        Retriever.open(plain, encode_query=encode)
+    NodeVectors.write(plain / "node_vectors", trie, vectors, depth=2)
+    retriever = Retriever.open(plain, encode_query=encode)
+    if not logp_weight:
+        monkeypatch.setattr(retriever, "_encoded", lambda texts: pytest.fail("asked the generator"))
+    answers = retriever.retrieve(TITLES, k=3)
+    assert [hits[0].title for hits in answers] == TITLES and all(len(hits) == 3 for hits in answers)
+    for hits in answers:
+        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+        assert all((hit.logp is None) == (not logp_weight) and hit.score != hit.logp for hit in hits)
+    retriever.insert([Newcomer("new", "copper hose 10 ft")], [[2, 0]])
+    assert retriever.retrieve(["copper hose 10 ft"], k=2)[0][0].product_id == "new"
+    retriever.live.withdraw(["new"])
+    assert names_of(retriever.retrieve(TITLES, k=3)) == names_of(answers)
+    under = [{"column": "material", "in": ["oak"]}] * 2
+    assert names_of(retriever.retrieve(["oak table", "garden hose"], k=6, filters=under))[0] == ["p4", "p3"]
+    (again := tmp_path / "again").mkdir()
+    rescored = Retriever.open(copy(plain, again, expansion={"a": 0.0}, stop_level=1, beam_width=2), encode_query=encode)
+    (hits,) = rescored.retrieve(["oak table"], k=6)
+    assert [hit.title for hit in hits][:2] == ["oak table", "oak door"] and hits[0].dense > hits[1].dense
+    assert (hits[0].logp is None) == (not logp_weight)
 
 
 def test_a_live_beam_without_rescoring_finds_new_products_too(folder):

@@ -1,0 +1,205 @@
+"""The search that looks ahead against a slow one by its definition: all weights, filters, ties, live products."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from catid2_ray.errors import InputError
+from catid2_ray.retrieval import lookahead
+from catid2_ray.retrieval.beam import constrained_beam_search
+from catid2_ray.retrieval.filters import Filter
+from catid2_ray.retrieval.live import LiveTrie, codes_of, filters_for
+from catid2_ray.retrieval.lookahead import Ahead, LiveNodes, Lookahead, best_words
+from catid2_ray.retrieval.node_vectors import NodeVectors
+from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
+from tests.oracles.beam import Table
+from tests.oracles.lookahead import means_of, score_of, slow_lookahead, tails_of
+from tests.unit.retrieval.test_beam import listed, random_queries
+from tests.unit.retrieval.test_live import histories, tried
+from tests.unit.retrieval.test_node_vectors import catalogue, unit_vectors
+
+CODES = (3, 4, 5)
+
+
+def settings_of(weights) -> Lookahead:
+    return Lookahead(logp_weight=weights[0], vector_weight=weights[1], lexical_weight=weights[2])
+
+
+def same(found, expected):
+    assert [docid for _, docid in found] == [docid for _, docid in expected]
+    np.testing.assert_allclose([score for score, _ in found], [score for score, _ in expected], atol=1e-4)
+
+
+def scored(result, row):
+    """(S, ID) of one query's results."""
+    return listed(result._replace(logp_BK=result.score_BK), row)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 1000), depth=st.integers(1, 3), widths=st.lists(st.integers(1, 7), min_size=3, max_size=3),
+    weights=st.sampled_from([(1.0, 20.0, 0.0), (0.0, 1.0, 0.0), (0.5, 3.0, 2.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)]),
+    share=st.sampled_from([None, 0.3, 0.7]), sparse=st.booleans(),
+)  # fmt: skip
+def test_beams_are_those_of_the_definition(seed, depth, widths, weights, share, sparse, tmp_path_factory):
+    ids_NL, trie, store = catalogue(CODES, 40, seed)
+    nodes = NodeVectors.write(tmp_path_factory.mktemp("nodes"), trie, store, depth=depth)
+    table, random = Table(CODES, 2, seed), np.random.default_rng(seed)
+    query_BD = random.normal(size=(2, 5)).astype(np.float32)
+    word_BN = (random.random((2, trie.rows)) * (random.random((2, trie.rows)) < 0.3)).astype(np.float32)
+    allowed_N = np.ones(trie.rows, bool) if share is None else random.random(trie.rows) < share
+    allowed = None if share is None else allowed_N
+    words = best_words(word_BN, trie, filters_for(allowed, trie, 2))
+    ahead = Ahead(settings_of(weights), nodes, query_BD, words=words)
+    asked = (table, trie, *random_queries([3, 3], seed)) if weights[0] else (None, trie, None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        if sparse:
+            patch.setattr(lookahead, "_ROWS", 3)
+            patch.setattr(lookahead, "_reads_all", lambda tables, nodes, device: False)
+        result = constrained_beam_search(*asked, beam_width=widths, top_k=7, allowed=allowed, ahead=ahead)
+    ids = [tuple(docid) for docid in ids_NL.tolist()]
+    means, tails = means_of(ids, store.vectors_ND, depth), tails_of(ids, store.vectors_ND, depth)
+    for row in range(2):
+
+        def logp_of(prefix, row=row):
+            return sum(table.step_logp(row, prefix[:level], "level")[code] for level, code in enumerate(prefix))
+
+        best = {}
+        for docid, word, chosen in zip(ids, word_BN[row], allowed_N):
+            best[docid] = max(best.get(docid, 0.0), word if chosen else 0.0)
+
+        def score(prefix, row=row, logp_of=logp_of, best=best):
+            return score_of(
+                prefix, query_BD[row], means, tails, depth, weights=weights, logp_of=logp_of if weights[0] else None,
+                words_of=best if weights[2] else None,
+            )  # fmt: skip
+
+        expected = slow_lookahead([docid for docid, chosen in zip(ids, allowed_N) if chosen], score, widths)
+        if weights[1] or weights[0]:
+            same(scored(result, row), expected[:7])
+        for number, (_, docid) in enumerate(scored(result, row)):
+            logp = logp_of(docid) if weights[0] else 0.0
+            assert float(result.logp_BK[row, number]) == pytest.approx(logp, abs=1e-4)
+
+
+def test_a_plain_beam_is_a_look_ahead_by_log_p_alone(tmp_path):
+    _, trie, store = catalogue(CODES, 40, 7)
+    nodes, table = NodeVectors.write(tmp_path, trie, store, depth=2), Table(CODES, 2, 7)
+    ahead = Ahead(settings_of((1.0, 0.0, 0.0)), nodes, np.ones((2, 5)))
+    search = {"beam_width": 4, "top_k": 9}
+    query, mask = random_queries([3, 3], 7)
+    plain = constrained_beam_search(table, trie, query, mask, **search)
+    looking = constrained_beam_search(table, trie, query, mask, ahead=ahead, **search)
+    assert plain.score_BK is None and torch.equal(plain.docid_BKL, looking.docid_BKL)
+    assert torch.equal(plain.logp_BK, looking.logp_BK) and torch.equal(plain.logp_BK, looking.score_BK)
+
+
+def test_equal_scores_are_ordered_by_id_and_early_stops_are_searched():
+    ids_NL = np.array([[a, b, c] for a in range(3) for b in range(2) for c in range(2)])
+    trie, vector_ND = Trie.build(ids_NL, codes_per_level=(3, 2, 2)), np.tile(np.eye(2, dtype=np.float16)[:1], (12, 1))
+    nodes = NodeVectors(tuple(vector_ND[: trie.nodes(level)] for level in (1, 2, 3)), ())
+    ahead = Ahead(settings_of((0.0, 1.0, 0.0)), nodes, np.array([[1.0, 0.0]]))
+    for levels, count in ((1, 3), (2, 4), (3, 4)):
+        result = constrained_beam_search(None, trie, None, None, beam_width=4, top_k=4, levels=levels, ahead=ahead)
+        assert result.docid_BKL[0, :count].tolist() == np.unique(ids_NL[:, :levels], axis=0)[:count].tolist()
+        assert result.score_BK[0, :count].tolist() == [1.0] * count
+
+
+@settings(max_examples=40, deadline=None)
+@given(history=histories(), seed=st.integers(0, 50), depth=st.integers(1, 3), share=st.sampled_from([None, 0.5]))
+def test_after_any_live_changes_it_is_the_trie_rebuilt(history, seed, depth, share, tmp_path_factory):
+    codes_per_level, ids, shared, changes = history
+    depth, random = min(depth, len(codes_per_level)), np.random.default_rng(seed)
+    base = Trie.build(np.array(ids), codes_per_level=codes_per_level, shared=shared)
+    live = LiveTrie(base, product_ids=[f"p{row}" for row in range(len(ids))])
+    # Vectors of one 1 among zeros: sums are exact, so that many scores tie.
+    vector_ND = np.eye(4, dtype=np.float16)[random.integers(0, 4, 40)]
+    grown = GrownVectors.of(VectorStore(vector_ND[: len(ids)], True), vector_ND[len(ids) :])
+    nodes = NodeVectors.write(tmp_path_factory.mktemp("base"), base, grown.base, depth=depth)
+    followed, alive = LiveNodes(nodes, base), [True] * len(ids)
+    for what, docid, number, looked in changes:
+        if what == "insert":
+            alive += [True] * tried(live.insert, f"p{len(alive)}", docid)
+        elif tried(getattr(live, what), [number % len(alive)]):
+            alive[number % len(alive)] = what == "restore"
+        if looked:
+            followed.at(live.view, grown)
+    rows = np.flatnonzero(live.view.is_live(np.arange(live.view.rows)))
+    if not len(rows):
+        return
+    query_BD, word_BN = np.eye(4)[random.integers(0, 4, 2)], random.integers(0, 3, (2, 40)).astype(np.float32)
+    rebuilt = Trie.build(codes_of(live.view, rows), codes_per_level=codes_per_level, shared=shared)
+    of_rebuilt = rows[rebuilt.order_N]
+    store = VectorStore(vector_ND[of_rebuilt], True)
+    fresh = NodeVectors.write(tmp_path_factory.mktemp("rebuilt"), rebuilt, store, depth=depth)
+    chosen_N = np.ones(40, bool) if share is None else random.random(40) < share
+    table, (query, mask) = Table(codes_per_level, 2, seed), random_queries([3, 2], seed)
+    found = []
+    for trie, mine, row_R in (
+        (live.view, followed.at(live.view, grown), np.arange(live.view.rows)),
+        (rebuilt, NodeVectors(fresh.means, nodes.tails), of_rebuilt),
+    ):
+        allowed = None if share is None else chosen_N[row_R]
+        words = best_words(word_BN[:, row_R], trie, filters_for(allowed, trie, 2))
+        for weights, width in (((0.0, 1.0, 0.0), 3), ((0.25, 2.0, 0.5), 2), ((0.0, 1.0, 0.25), 99)):
+            ahead = Ahead(settings_of(weights), mine, query_BD, words=words)
+            found.append(
+                constrained_beam_search(
+                    table, trie, query, mask, beam_width=width, top_k=20, allowed=allowed, ahead=ahead
+                )
+            )  # fmt: skip
+    for one, other in zip(found[:3], found[3:]):
+        assert torch.equal(one.docid_BKL, other.docid_BKL) and torch.equal(one.count_B, other.count_B)
+        torch.testing.assert_close(one.score_BK, other.score_BK, atol=1e-6, rtol=0)
+
+
+def test_a_search_of_an_older_view_finds_the_older_vectors(tmp_path):
+    _, trie, store = catalogue(CODES, 40, 5, shared=False)
+    live, nodes = LiveTrie(trie), NodeVectors.write(tmp_path, trie, store, depth=2)
+    free = next(code for code in range(5) if trie.nodes_of(np.array([[1, 1, code]]))[0, 2] < 0)
+    followed, before = LiveNodes(nodes, trie), live.view
+    assert followed.at(before, None).depths == ()
+    live.insert("new", (1, 1, free))
+    vectors = GrownVectors.of(store, unit_vectors(1, 5, 9))
+    after = followed.at(live.view, vectors).depths[1]
+    (node,) = after.changed_X.tolist()
+    assert node == trie.nodes_of(np.array([[1, 1, free]]))[0, 1]
+    assert not np.array_equal(after.changed_XD[0], nodes.means[1][node])
+    np.testing.assert_array_equal(followed.at(before, vectors).depths[1].changed_XD[0], nodes.means[1][node])
+    np.testing.assert_array_equal(followed.at(live.view, vectors).depths[1].changed_XD, after.changed_XD)
+    with pytest.raises(InputError, match="products have come or gone, but the release has no vectors of products"):
+        LiveNodes(nodes, trie).at(live.view, None)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    _, trie, store = catalogue(CODES, 40, 5)
+    nodes = NodeVectors.write(tmp_path, trie, store, depth=2)
+    for query_BD in (np.ones((2, 4)), np.ones(5), np.full((1, 5), np.nan)):
+        with pytest.raises(InputError, match="looks ahead by query vectors of 5 finite numbers"):
+            Ahead(Lookahead(), nodes, query_BD)
+    with pytest.raises(InputError, match="a lexical_weight needs the best words"):
+        Ahead(Lookahead(lexical_weight=1.0), nodes, np.ones((1, 5)))
+    table, (query, mask) = Table(CODES, 2, 7), random_queries([3, 3], 7)
+    with pytest.raises(InputError, match="1 query vectors for 2 queries; give one for each"):
+        constrained_beam_search(
+            table, trie, query, mask, beam_width=2, top_k=2, ahead=Ahead(Lookahead(), nodes, np.ones((1, 5)))
+        )
+
+
+def test_each_query_of_a_batch_may_have_its_own_filter(tmp_path):
+    _, trie, store = catalogue(CODES, 40, 3)
+    nodes, random = NodeVectors.write(tmp_path, trie, store, depth=2), np.random.default_rng(3)
+    one, query_BD = Filter.of(random.random(trie.rows) < 0.3), np.repeat(random.normal(size=(1, 5)), 2, 0)
+    word_BN = np.repeat(random.random((1, trie.rows)), 2, 0).astype(np.float32)
+
+    def search(allowed, rows):
+        words = best_words(word_BN[rows], trie, filters_for(allowed, trie, len(rows)))
+        ahead = Ahead(settings_of((0.0, 1.0, 1.0)), nodes, query_BD[rows], words=words)
+        return constrained_beam_search(None, trie, None, None, beam_width=3, top_k=3, allowed=allowed, ahead=ahead)
+
+    together = search([one, None], [0, 1])
+    for row, chosen in enumerate((one, None)):
+        same(scored(together, row), scored(search(chosen, [row]), 0))
