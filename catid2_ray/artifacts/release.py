@@ -259,11 +259,11 @@ def cache_names(manifest: Manifest) -> list[str]:
 
 def serving_folder(
     store: Store, ids: Manifest, generator: Manifest, cache: Path, settings: dict, *, serving: Manifest | None = None,
-    embeddings: Manifest | None = None, adapter: Manifest | None = None,
+    embeddings: Manifest | None = None, adapter: Manifest | None = None, node_vectors: Manifest | None = None,
 ) -> Path:  # fmt: skip
     """A local folder that `retrieval.Retriever.open` reads: generator/, trie/, products.arrow and retriever.json; of
-    `serving` what it holds (product_names.npy, vectors/, value.npy, columns.arrow, lexical/), of `embeddings` the fitted
-    encoder/, if any, and adapter/ where the vectors are adapted.
+    `serving` what it holds (product_names.npy, vectors/, value.npy, columns.arrow, lexical/), node_vectors/ where the search
+    looks ahead, of `embeddings` the fitted encoder/, if any, and adapter/ where the vectors are adapted.
 
     The parts are links to what `fetch` gives, so opening a second replica on a node copies nothing. `settings` goes to
     retriever.json (`retriever_settings`).
@@ -273,11 +273,12 @@ def serving_folder(
             f"parts do not match: the generator was trained on ids {generator.parents.get('ids', 'unknown')[:12]}, not on "
             f"{ids.digest[:12]}. Rerun the job so that the generator is trained anew"
         )
-    if serving is not None and serving.parents.get("ids") != ids.digest:
-        raise ReleaseError(
-            f"parts do not match: vectors and columns were laid out for ids {serving.parents.get('ids', 'unknown')[:12]}, not "
-            f"for {ids.digest[:12]}. Rerun the job so that the serving part is made anew"
-        )
+    for part, what in ((serving, "vectors and columns were laid out"), (node_vectors, "node vectors were made")):
+        if part is not None and part.parents.get("ids") != ids.digest:
+            raise ReleaseError(
+                f"parts do not match: {what} for ids {part.parents.get('ids', 'unknown')[:12]}, not for {ids.digest[:12]}. Rerun "
+                f"the job so that the {part.kind} part is made anew"
+            )
     cache = cache.absolute()
     cache.mkdir(parents=True, exist_ok=True)
     generator_folder = fetch(store, generator, cache)
@@ -287,7 +288,10 @@ def serving_folder(
     if serving is not None and len(serving.files) > 1:
         folder = fetch(store, serving, cache)
         links |= {name: folder / name for name in _SERVED if (folder / name).exists()}
-        if "vectors" in links and embeddings is not None and embeddings.named("encoder/"):
+    if node_vectors is not None and settings.get("search") == "lookahead":
+        links["node_vectors"] = fetch(store, node_vectors, cache)
+    if links.keys() & {"vectors", "node_vectors"}:
+        if embeddings is not None and embeddings.named("encoder/"):
             links["encoder"] = fetch(store, embeddings, cache, below=("encoder/",)) / "encoder"
         if adapted(adapter):
             links["adapter"] = fetch(store, adapter, cache)
@@ -333,14 +337,17 @@ def parts_folder(store: Store, manifests: dict[str, Manifest], cache: Path, sett
     """The serving folder of these parts, published or not."""
     return serving_folder(
         store, manifests["ids"], manifests["generator"], cache, settings, serving=manifests.get("serving"),
-        embeddings=manifests.get("embeddings"), adapter=manifests.get("adapter"),
+        embeddings=manifests.get("embeddings"), adapter=manifests.get("adapter"), node_vectors=manifests.get("node_vectors"),
     )  # fmt: skip
 
 
-def retriever_settings(manifests: dict[str, Manifest], *, release: str, beam_width: int | None = None) -> dict:
+def retriever_settings(
+    manifests: dict[str, Manifest], *, release: str, beam_width: int | None = None, ahead: dict | None = None
+) -> dict:
     """What retriever.json holds: the serving part's settings, so that what was evaluated as "served" is what is served.
 
-    With `beam_width`, and for a release without a serving part, the beam alone, of whole IDs and in float32.
+    With `beam_width`, and for a release without a serving part, the beam alone, of whole IDs and in float32; it looks ahead
+    where `ahead` gives lookahead (its weights) and encoder.
     """
     settings = {
         "query_tokens": manifests["examples"].settings["query_tokens"],
@@ -350,7 +357,11 @@ def retriever_settings(manifests: dict[str, Manifest], *, release: str, beam_wid
     if beam_width is None and "serving" in manifests:
         served = manifests["serving"].asked
         return settings | served | ({"shared_encoder": True} if _same_encoder(served, manifests["generator"]) else {})
-    return settings | {"beam_width": beam_width or manifests["evaluation"].settings["beam_width"]}
+    settings["beam_width"] = beam_width or manifests["evaluation"].settings["beam_width"]
+    if ahead is None:
+        return settings
+    shared = {"shared_encoder": True} if _same_encoder(ahead, manifests["generator"]) else {}
+    return settings | {"search": "lookahead", **ahead} | shared
 
 
 def _same_encoder(served: dict, generator: Manifest) -> bool:

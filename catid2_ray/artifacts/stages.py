@@ -57,6 +57,8 @@ STAGES = {
               where_made=("adapter",)),
         Stage("ids", "assign_ids", ("catalog", "embeddings", "quantizer"), part="ids", timed="assign", version=2,
               where_made=("adapter",)),
+        Stage("node_vectors", "train_generator", ("embeddings", "ids"), part="node_vectors", timed="node vectors",
+              where_made=("adapter",)),
         Stage("examples", "train_generator", ("catalog", "pairs", "ids"), part="examples", carried=True, timed="examples",
               version=2),
         Stage("generator", "train_generator", ("ids", "examples"), ("quantizer", "pairs"), part="generator", carried=True,
@@ -65,12 +67,12 @@ STAGES = {
         Stage("aligned", "align_generator", ("trained", "ids", "examples", "prompts"), part="generator", carried=True),
         Stage("serving", "evaluate", ("catalog", "embeddings", "ids"), part="serving", timed="serving", version=2,
               where_made=("adapter",)),
-        Stage("evaluation", "evaluate", ("catalog", "pairs", "ids", "examples", "generator"), ("embeddings", "adapter", "serving"),
-              part="evaluation", carried=True, timed="evaluate", version=2),
+        Stage("evaluation", "evaluate", ("catalog", "pairs", "ids", "examples", "generator"),
+              ("embeddings", "adapter", "node_vectors", "serving"), part="evaluation", carried=True, timed="evaluate", version=2),
     )
 }  # fmt: skip
 # What a release may lack: recipes that do without, and releases of before, have none.
-OPTIONAL = ("adapter",)
+OPTIONAL = ("adapter", "node_vectors")
 PARTS = tuple(dict.fromkeys(stage.part for stage in STAGES.values() if stage.part))
 CARRIED = tuple(dict.fromkeys(stage.part for stage in STAGES.values() if stage.carried))
 

@@ -373,7 +373,9 @@ def evaluate(
     min_relevance: Annotated[float, typer.Option(help="from here on a product counts as relevant")] = 2.67,
     methods: Annotated[
         str,
-        typer.Option(help="comma-separated: beam (alone), bm25, dense (the vectors alone), served (what serving says)"),
+        typer.Option(
+            help="comma-separated: beam (alone), lookahead (node vectors too), bm25, dense (vectors), served (as serving says)"
+        ),
     ] = "beam,bm25",
     json_file: JsonOption = None,
 ) -> None:

@@ -15,6 +15,8 @@ MEANT: dict[str, object] = {
     "quantizer.category_temperature": None,
     "quantizer.category_decay": 0.0,
     "evaluation.diagnose_rows": 0,  # nothing was diagnosed
+    "serving.search": "beam",
+    "serving.node_depth": 0,
 }
 # Settings that are gone: nothing depends on them any more.
 GONE: frozenset[str] = frozenset()

@@ -57,8 +57,40 @@ class ExpansionRecipe(Section):
         return self.dense != "none"
 
 
+class LookaheadRecipe(Section):
+    """S = logp_weight · log P + vector_weight · (cosine of the query and the node's vector) + lexical_weight · (highest BM25 of
+    the products below), one quantity for all nodes of a depth."""
+
+    logp_weight: float = setting(
+        0.003, "weight of the generator's log P; 0 = the generator is not asked at all", unit="weight", ge=0
+    )
+    vector_weight: float = setting(1.0, "weight of the cosine of query and node", unit="weight", ge=0)
+    lexical_weight: float = setting(
+        0.05, "weight of the highest BM25 (title and description) of the products below a node; 0 = no index", unit="weight",
+        paper="the look-ahead of PAG (2404.14600) takes the best document below a prefix", ge=0,
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _something_chooses(self):
+        if not (self.logp_weight or self.vector_weight):
+            raise ValueError(
+                "logp_weight and vector_weight are both 0, so nothing chooses among nodes without a word: set one"
+            )
+        return self
+
+
 class ServingRecipe(Section):
     """How queries are answered."""
+
+    search: Literal["beam", "lookahead"] = setting(
+        "lookahead",
+        "what chooses beams: log P alone, or with the vectors of the nodes; without node vectors it is the beam",
+        unit="choice",
+    )
+    lookahead: LookaheadRecipe = setting(LookaheadRecipe(), "what a search that looks ahead weighs", unit="section")
+    node_depth: int = setting(
+        2, "depths of the trie whose nodes have a vector, the mean of the products below; 0 = none", unit="levels", ge=0
+    )
 
     beam_width: _Beams | tuple[_Beams, ...] | None = setting(
         None, "beams per query: one number, one per level, or none = evaluation.beam_width", unit="beams",
@@ -97,6 +129,10 @@ class ServingRecipe(Section):
         return self
 
     @property
+    def looks_ahead(self) -> bool:
+        return self.search == "lookahead" and self.node_depth > 0
+
+    @property
     def needs_vectors(self) -> bool:
         return self.expansion is not None and self.expansion.needs_vectors
 
@@ -107,9 +143,9 @@ class EvaluationRecipe(Section):
     split: Literal["train", "validation", "test"] = setting("test", "pairs that are scored", unit="choice", paper="4.1")
     min_relevance: float = setting(2.67, "from here on a product counts as relevant", unit="grade", paper="4.1", ge=0)
     beam_width: int = setting(100, "beams per query", unit="beams", ge=1, le=4096)
-    methods: tuple[Literal["beam", "bm25", "dense", "served"], ...] = setting(
-        ("beam", "bm25"), "what is scored: the beam alone, BM25, the vectors alone, or what serving says; [] = nothing",
-        unit="names",
+    methods: tuple[Literal["beam", "lookahead", "bm25", "dense", "served"], ...] = setting(
+        ("beam", "served", "bm25"), "what is scored: the beam alone, with node vectors (lookahead), BM25, the vectors "
+        "alone (dense), or what serving says (served); [] = nothing", unit="names",
     )  # fmt: skip
     max_queries: int | None = setting(None, "score a seeded sample of this many queries", unit="queries", ge=1)
     min_beam_to_bm25: float = setting(

@@ -16,9 +16,9 @@ def closing_tables(figures: Mapping) -> list[Table]:
     memory.
 
     `figures`: the job's JSON; keys release, documents, number, base, ledger, churn, collision_rate_before (0 to 1),
-    duplicates_after, adapter (metrics of its manifest), codes_used, codes_per_level, recall, recall_seen, recall_unseen,
-    not_evaluated (why), set_aside (table → rows, of, reasons, first, at), diagnosis (`diagnosis.diagnosis_figures`, or queries 0
-    and a reason), seconds (stage → s), peak_memory_bytes; all optional.
+    duplicates_after, node_vector_bytes, adapter (metrics of its manifest), codes_used, codes_per_level, recall, recall_seen,
+    recall_unseen, not_evaluated (why), set_aside (table → rows, of, reasons, first, at), diagnosis (`diagnosis.diagnosis_figures`,
+    or queries 0 and a reason), seconds (stage → s), peak_memory_bytes; all optional.
     """
     tables = [
         _catalogue(figures), _churn(figures), _adapter(figures), _codes(figures), _recall(figures),
@@ -75,6 +75,7 @@ def _catalogue(figures: Mapping) -> Table:
         ("documents", "documents", ",d"),
         ("collision rate before resolution", "collision_rate_before", ".2%"),
         ("duplicate IDs after", "duplicates_after", ",d"),
+        ("bytes of node vectors", "node_vector_bytes", ",d"),
     )
     rows = [[label, shown(figures[key], form)] for label, key, form in lines if key in figures]
     return Table("Catalogue and IDs", columns_of("", "figure"), rows)

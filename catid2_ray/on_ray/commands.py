@@ -87,6 +87,7 @@ def figures_of(parts: dict[str, Manifest], store: Store) -> dict:
         **{name: scores[name] for name in ("recall", "recall_seen", "recall_unseen", "queries")},
         **({"adapter": parts["adapter"].metrics} if "adapter" in parts else {}),
         **{name: scores[name] for name in ("not_evaluated", "diagnosis") if name in scores},
+        **({"node_vector_bytes": parts["node_vectors"].metrics["bytes"]} if "node_vectors" in parts else {}),
         "set_aside": door.set_aside(store, parts),
         "seconds": {
             stage.timed: _seconds(parts[stage.role]) for stage in STAGES.values() if stage.timed and stage.role in parts
@@ -155,6 +156,7 @@ def evaluate_release(
     if checked.bad.num_rows:
         progress.event("set_aside", pairs=checked.bad.num_rows, first=repr(checked.bad["reason"][0].as_py()))
     judgements = evaluate.judge(store, parts, checked.good, split=split, min_relevance=min_relevance)
+    made_by = Recipe.stored(parts["evaluation"].recipe)
     cluster.connect(ClusterRecipe())
     try:
         figures = evaluate.score(
@@ -165,7 +167,8 @@ def evaluate_release(
             methods=methods,
             workers=workers,
             seed=0,
-            query_encoder=Recipe.stored(parts["evaluation"].recipe).serving.query_encoder,
+            query_encoder=made_by.serving.query_encoder,
+            ahead=evaluate.ahead_of(made_by, parts) if "lookahead" in methods else None,
         )
     finally:
         cluster.disconnect()

@@ -1,7 +1,7 @@
 """The chain of stages, bound to the code that runs each, and an append to the release that is current.
 
 catalog → pairs → embeddings (→ adapter, where there are pairs) (→ queries, for kinds that learn from them) → quantizer → ids →
-examples → generator (→ prompts → generator aligned, where the recipe asks for it) → serving → evaluation → release
+node vectors → examples → generator (→ prompts → generator aligned, where the recipe asks for it) → serving → evaluation → release
 """
 
 from catid2_ray.artifacts import release as releases
@@ -20,6 +20,7 @@ from catid2_ray.on_ray.stages import (
     evaluate,
     examples,
     lay_out,
+    node_vectors,
     realign,
     train_generator,
     train_quantizer,
@@ -43,7 +44,7 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
                 continue
             if name == "examples":
                 _gate_churn(job.recipe, parts["ids"])
-            if made := run(job, parts):  # an adapter is not always made
+            if made := run(job, parts):  # an adapter and node vectors are not always made
                 parts[STAGES[name].role] = made
             if name == last:
                 break
@@ -68,6 +69,7 @@ _RUN = {
     "queries": embed.run_queries,
     "quantizer": _renamed_quantizer,
     "ids": assign.run,
+    "node_vectors": node_vectors.run,
     "examples": examples.run,
     "generator": train_generator.run,
     "aligned": align.run,
@@ -101,7 +103,7 @@ def _refuse_new_ledger(job: Job) -> None:
 
 
 # The stages that an append may run.
-APPENDED = ("catalog", "pairs", "embeddings", "ids", "serving", "evaluation")
+APPENDED = ("catalog", "pairs", "embeddings", "ids", "node_vectors", "serving", "evaluation")
 # A section of the recipe, and the part of a release that was made by it.
 _SECTIONS = {
     "catalog": "catalog", "embedding": "embeddings", "quantizer": "quantizer", "ids": "ids", "generator": "generator",
@@ -140,6 +142,9 @@ def append(job: Job) -> dict[str, Manifest]:
         door.refuse_unfit(recipe, parts["pairs"], trains=False)
         parts["embeddings"] = embed.run(job, parts, frozen=job.previous.parts)
         parts["ids"] = assign.run(job, parts, keeps=True)
+    parts.pop("node_vectors", None)
+    if (nodes := node_vectors.run(job, parts)) is not None:
+        parts["node_vectors"] = nodes
     parts["serving"] = lay_out.run(job, parts)
     if parts == job.previous.parts:
         return parts

@@ -15,7 +15,7 @@ from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, RecipeError
 from catid2_ray.on_ray.commands import reindex, run_verb
-from catid2_ray.retrieval.retriever import Retriever
+from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from tests.command import write_recipe
 from tests.conftest import TINY
 
@@ -57,7 +57,7 @@ def test_a_recipe_with_behaviour_is_aligned_and_published(no_ray, tmp_path):
     assert 0.1 <= figures["before"]["reward"] <= 1.2
     history = json.loads(store.read(generator.file("history.json")))
     assert [record["epoch"] for record in history] == [0, 1] and "before" in history[0]
-    hits = Retriever.open(releases.release_folder(store, releases.current(store), tmp_path / "cache")).retrieve(
+    hits = open_retriever(releases.release_folder(store, releases.current(store), tmp_path / "cache")).retrieve(
         [made.pairs["query"][0].as_py()], k=5
     )[0]
     assert len(hits) == 5

@@ -17,8 +17,8 @@ from catid2_ray.config import Recipe
 from catid2_ray.errors import CommitConflict, LeaseError, QualityGateError, RecipeError, ReleaseError
 from catid2_ray.on_ray.commands import GateFailed, append_items, publish, reindex
 from catid2_ray.on_ray.job import Job
+from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.pipeline import APPENDED, append
-from catid2_ray.retrieval.retriever import Retriever
 from tests.command import job_here, write_recipe
 from tests.conftest import TINY
 from tests.text_models import save_bert
@@ -99,7 +99,7 @@ def test_appended_products_are_served_by_the_old_generator(copied):
     assert release.name == outcome.release.name != first.release.name
     for part in ("adapter", "quantizer", "examples", "generator"):
         assert parts[part].digest == first.parts[part].digest
-    retriever = Retriever.open(releases.release_folder(store, release, folder / "cache"))
+    retriever = open_retriever(releases.release_folder(store, release, folder / "cache"))
     hits = retriever.retrieve([MADE.pairs["query"][0].as_py()], k=280)[0]
     assert {hit.product_id: hit.docid_text for hit in hits}.items() <= after.items() and hits
 

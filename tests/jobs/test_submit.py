@@ -18,7 +18,7 @@ from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.generator.vocabulary import train_tokenizer
-from catid2_ray.retrieval.retriever import Retriever
+from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from tests.command import ROOT, job_here, kill_tree, write_recipe
 from tests.text_models import save_qwen
 
@@ -86,7 +86,7 @@ def test_reindex_is_submitted_and_a_stage_that_cannot_run(head, tiny, tmp_path):
     assert release.name in shown
     ids = release.manifests(store)["ids"].metrics
     assert ids["codes_per_level"] != tiny["quantizer"]["codes_per_level"] and ids["duplicates_after"] == 0
-    retriever = Retriever.open(releases.release_folder(store, release, tmp_path / "cache"))
+    retriever = open_retriever(releases.release_folder(store, release, tmp_path / "cache"))
     assert len(retriever.retrieve(["stainless steel hinge"], k=5)[0]) == 5
     cli.report_ids(str(recipe), html_file=str(tmp_path / "ids.html"))
     assert "data:image/png;base64," in (tmp_path / "ids.html").read_text()

@@ -10,8 +10,8 @@ from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.on_ray.commands import reindex
+from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.stages.prepare_esci import prepare_esci
-from catid2_ray.retrieval.retriever import Retriever
 from tests.command import ROOT
 from tests.esci_sample import write_sample
 from tests.text_models import save_mt5
@@ -56,5 +56,5 @@ def test_a_recipe_runs_from_the_published_files_to_a_release(locale, no_ray, tmp
     assert outcome.figures["queries"]["unseen"] == 0 and outcome.figures["queries"]["all"] == counts["test_queries"]
     assert outcome.figures["recall"]["bm25"]["20"] > 0.5
     store = Store(tmp_path / "store")
-    retriever = Retriever.open(releases.release_folder(store, outcome.release, tmp_path / "cache"))
+    retriever = open_retriever(releases.release_folder(store, outcome.release, tmp_path / "cache"))
     assert len(retriever.retrieve([QUERY[locale]], k=5)[0]) == 5

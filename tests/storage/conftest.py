@@ -19,6 +19,7 @@ PARENTS_OF = {
     "adapter": (),
     "quantizer": ("embeddings", "adapter"),
     "ids": ("catalog", "embeddings", "adapter", "quantizer"),
+    "node_vectors": ("embeddings", "ids"),
     "examples": ("catalog", "pairs", "ids"),
     "generator": ("ids", "examples"),
     "serving": ("catalog", "embeddings", "adapter", "ids"),

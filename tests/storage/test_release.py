@@ -86,6 +86,32 @@ def test_missing_parts_are_named(local_store, chain):
         publish(local_store, parts)
 
 
+def test_a_release_may_do_without_node_vectors(local_store, chain, tmp_path):
+    parts = chain(local_store, "one")
+    with_them, _ = publish(local_store, parts)
+    del parts["node_vectors"]
+    release, moved = publish(local_store, parts)
+    assert moved and release.name != with_them.name and "node_vectors" not in release.parts
+    assert "node_vectors" not in release.manifests(local_store) and "node_vectors" in with_them.manifests(local_store)
+
+
+def test_node_vectors_are_served_where_the_search_looks_ahead(local_store, chain, tmp_path):
+    parts = chain(local_store, "one")
+    parts["adapter"].metrics["adopted"] = False
+    settings = releases.retriever_settings(parts, release="r")
+    assert not (releases.parts_folder(local_store, parts, tmp_path, settings) / "node_vectors").exists()
+    ahead = {"lookahead": {"logp_weight": 1.0}, "encoder": {"name": "lsa"}}
+    settings = releases.retriever_settings(parts, release="r", beam_width=7, ahead=ahead)
+    assert settings["search"] == "lookahead" and settings["beam_width"] == 7 and settings["encoder"] == {"name": "lsa"}
+    folder = releases.parts_folder(local_store, parts, tmp_path, settings)
+    assert (folder / "node_vectors" / "node_vectors.txt").read_text() == "one node_vectors"
+    others = chain(local_store, "two")["node_vectors"]
+    with pytest.raises(
+        ReleaseError, match="node vectors were made for ids .* so that the node_vectors part is made anew"
+    ):
+        releases.parts_folder(local_store, parts | {"node_vectors": others}, tmp_path, settings)
+
+
 def test_publish_refuses_a_damaged_part(local_store, chain):
     parts = chain(local_store, "one")
     local_store.delete_folder(parts["generator"].folder)
@@ -423,7 +449,8 @@ def test_one_pass_serves_where_the_generator_reads_with_the_products_encoder(cha
 
 def test_parts_are_the_stages_in_order():
     assert PARTS == (
-        "catalog", "pairs", "embeddings", "adapter", "quantizer", "ids", "examples", "generator", "serving", "evaluation"
+        "catalog", "pairs", "embeddings", "adapter", "quantizer", "ids", "node_vectors", "examples", "generator", "serving",
+        "evaluation",
     )  # fmt: skip
 
 
@@ -472,7 +499,9 @@ def test_ids_that_keep_earlier_ones_go_with_what_was_trained_on_those(local_stor
     grown = make(local_store, "ids", files, settings={"word": "grown"}, extends=keeps, **settings)
     laid_out = {role: (fresh | {"ids": grown})[role].digest for role in ("catalog", "embeddings", "ids")}
     serving = make(local_store, "serving", {"serving.json": b"grown"}, parents=laid_out)
-    release = publish(local_store, one | fresh | {"ids": grown, "serving": serving})[0]
+    laid_out.pop("catalog")
+    nodes = make(local_store, "node_vectors", {"node_vectors.json": b"grown"}, parents=laid_out)
+    release = publish(local_store, one | fresh | {"ids": grown, "node_vectors": nodes, "serving": serving})[0]
     assert release.manifests(local_store)["generator"] == one["generator"]
     serving_folder(local_store, grown, one["generator"], Path(local_store.path("cache")), {})
     with pytest.raises(ReleaseError, match="the generator was trained on ids"):

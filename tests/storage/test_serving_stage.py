@@ -7,15 +7,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Attempt
+from catid2_ray.artifacts.release import PARTS as PARTS_OF_A_RELEASE
 from catid2_ray.artifacts.release import fetch
 from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, RecipeError
 from catid2_ray.evaluation.baselines.bm25 import Bm25
 from catid2_ray.on_ray.machine.arrays import fixed_lists
+from catid2_ray.on_ray.stages import evaluate, node_vectors
 from catid2_ray.on_ray.stages import lay_out as serving
 from catid2_ray.retrieval.lexical import LexicalIndex
+from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import ProductNames
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import VectorStore
@@ -79,11 +83,12 @@ def parents(local_store, make):
                 {"name": attempt.name(f"trie/{name}"), "bytes": size, "sha256": name}
                 for name, size in local_store.sizes(attempt.name("trie")).items()
             ]
-        made[kind] = attempt.commit(entries, rows=ROWS, metrics={"width": None})
+        metrics = {"width": None, "codes_per_level": list(SPACE.codes_per_level)}
+        made[kind] = attempt.commit(entries, rows=ROWS, metrics=metrics)
     return made, table.take(pa.array(trie_order)), vectors[trie_order]
 
 
-def run(store, parents, monkeypatch, **sections):
+def run(store, parents, monkeypatch, stage=serving, **sections):
     monkeypatch.setattr(serving, "map_parts", one_after_the_other)
     values = {"catalog": {"root": "x", "filter_columns": {"price": "float", "market": "list<string>"}}}
     recipe = Recipe.build(values | sections)
@@ -92,7 +97,7 @@ def run(store, parents, monkeypatch, **sections):
         digests = {role: part.digest for role, part in parts.items()}
         return work(Attempt(store, kind, settings=settings, parents=digests, recipe={}))
 
-    return serving.run(SimpleNamespace(recipe=recipe, store=store, produce=produce), parents)
+    return stage.run(SimpleNamespace(recipe=recipe, store=store, produce=produce), parents)
 
 
 ALL = {"serving": {"expansion": {"lexical_weight": 1.0}, "filters": ["market", "price"]}}
@@ -165,3 +170,77 @@ def test_parts_that_name_other_products_are_refused(local_store, parents, monkey
     made["embeddings"] = swapped.commit(files, metrics={"width": 8})
     with pytest.raises(ArtifactError, match="part 0 of ids and of embeddings name different products"):
         run(local_store, made, monkeypatch, **ALL)
+
+
+def test_node_vectors_are_the_same_whatever_the_ranges(local_store, parents, monkeypatch, tmp_path):
+    made, _, vectors_ND = parents
+    digests = set()
+    for range_rows in (1000, 13):
+        monkeypatch.setattr(serving, "RANGE_ROWS", range_rows)
+        manifest = run(local_store, made, monkeypatch, node_vectors, serving={"node_depth": 2})
+        digests.add(manifest.digest)
+        folder = fetch(local_store, manifest, tmp_path)
+        opened, trie = NodeVectors.open(folder), Trie.open(fetch(local_store, made["ids"], tmp_path) / "trie")
+        opened.check(trie)
+        assert local_store.names(f"{manifest.folder}/exchange") == []
+        local_store.delete_folder(f"artifacts/node_vectors/{manifest.key}") if range_rows > 13 else None
+    assert len(digests) == 1 and manifest.settings == {"depth": 2} and set(manifest.parents) == {"ids", "embeddings"}
+    assert manifest.metrics["bytes"] == opened.nbytes and manifest.metrics["nodes"] == [trie.nodes(1), trie.nodes(2)]
+    unit_ND = (vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)).astype(np.float16)
+    start, end = trie.row_start[2][[0, 1]]
+    np.testing.assert_array_equal(opened.means[1][0], unit_ND[start:end].astype(float).mean(0).astype(np.float16))
+
+
+def test_node_vectors_are_left_out_with_a_reason(local_store, parents, monkeypatch, capsys):
+    assert run(local_store, parents[0], monkeypatch, node_vectors, serving={"node_depth": 0}) is None
+    parents[0]["catalog"].metrics["width"] = 8
+    assert run(local_store, parents[0], monkeypatch, node_vectors) is None
+    said = capsys.readouterr()
+    assert "serving.node_depth is 0" in said.out + said.err and "names no encoder for queries" in said.out + said.err
+    named = {"query_encoder": "some/model", "node_depth": 9}
+    assert run(local_store, parents[0], monkeypatch, node_vectors, serving=named).settings == {"depth": 3}
+
+
+def test_a_search_that_looks_ahead_needs_node_vectors_and_lays_out_vectors(local_store, parents, monkeypatch):
+    asked = {"search": "lookahead", "lookahead": {"lexical_weight": 0.1}}
+    made = dict(parents[0])
+    manifest = run(local_store, made, monkeypatch, serving=asked)
+    # As before there was a choice, so that what was made then keeps its key.
+    assert not {"search", "lookahead", "node_depth"} & set(manifest.settings) and manifest.settings["encoder"] is None
+    made["node_vectors"] = run(local_store, made, monkeypatch, node_vectors)
+    manifest = run(local_store, made, monkeypatch, serving=asked)
+    assert manifest.metrics["made"] == ["lexical", "vectors"] and manifest.settings["encoder"]["name"] == "lsa"
+    assert manifest.settings["lookahead"] == {"logp_weight": 0.003, "vector_weight": 1.0, "lexical_weight": 0.1}
+    settings = releases.retriever_settings(made | {"serving": manifest, **_GENERATOR}, release="r")
+    assert settings["search"] == "lookahead" and settings["lookahead"] == manifest.settings["lookahead"]
+    beam = run(local_store, made, monkeypatch, serving={"search": "beam"})
+    assert beam.metrics["made"] == [] and "lookahead" not in beam.settings
+
+
+@pytest.mark.parametrize(
+    "methods, search, read",
+    [
+        (["served"], "lookahead", {"serving", "node_vectors"}),
+        (["served"], "beam", {"serving"}),
+        (["lookahead"], "beam", {"node_vectors"}),
+        (["beam", "bm25"], "lookahead", set()),
+    ],
+)
+def test_an_evaluation_is_made_anew_where_node_vectors_matter(local_store, parents, methods, search, read):
+    recipe = Recipe.build({"catalog": {"root": "x"}, "serving": {"search": search}, "evaluation": {"methods": methods}})
+    parts = dict.fromkeys(PARTS_OF_A_RELEASE, parents[0]["embeddings"]) | parents[0]
+
+    def produce(kind, settings, parts, work):
+        return set(parts), settings
+
+    roles, settings = evaluate.run(SimpleNamespace(recipe=recipe, store=local_store, produce=produce), parts)
+    assert roles == {"catalog", "pairs", "ids", "examples", "generator"} | read
+    assert ("ahead" in settings) == ("lookahead" in methods)
+    if "ahead" in settings:
+        assert settings["ahead"]["lookahead"]["lexical_weight"] == 0, "what is served by the beam has no index of words"
+
+
+_GENERATOR = {
+    "examples": SimpleNamespace(settings={"query_tokens": 8}),
+    "generator": SimpleNamespace(settings={}),
+}

@@ -31,10 +31,11 @@ from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.machine.query_encoder import query_encoder as open_encoder
 from catid2_ray.on_ray.machine.vectors import ProductVectors, adapted_queries, open_adapter
 from catid2_ray.on_ray.stages.catalog import PAIR_FILES, part_specs, read_sample
+from catid2_ray.on_ray.stages.lay_out import encoder_of
 from catid2_ray.retrieval.arrays import HEADER
 
 KS = (5, 10, 20, 50, 100)
-METHODS = ("beam", "bm25", "dense", "served")
+METHODS = ("beam", "lookahead", "bm25", "dense", "served")
 IN_MEMORY = ("bm25", "dense")  # one process holds the catalogue
 _QUERIES_PER_SPEC, _DIAGNOSED_PER_SPEC = 64, 16
 _SAMPLES, _SAMPLE_CHARACTERS = 3, 200
@@ -49,10 +50,25 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     if "dense" in job.recipe.evaluation.methods:
         sometimes += ["embeddings", *(["adapter"] if "adapter" in parts else [])]
         settings["encoder"] = job.recipe.serving.query_encoder or job.recipe.embedding.encoder
+    nodes = ["node_vectors"] if "node_vectors" in parts else []
+    if "lookahead" in job.recipe.evaluation.methods and nodes:
+        sometimes += nodes
+        settings["ahead"] = ahead_of(job.recipe, parts)
     if "served" in job.recipe.evaluation.methods:
-        sometimes.append("serving")
+        sometimes += ["serving", *(nodes if job.recipe.serving.looks_ahead else [])]
     parents = STAGES["evaluation"].reads(parts, *sometimes)
     return job.produce("evaluation", settings, parents, lambda attempt: _evaluate(job, attempt, parts))
+
+
+def ahead_of(recipe: Recipe, parts: dict[str, Manifest]) -> dict | None:
+    """What the method lookahead searches with, beside beams: weights and encoder; None without node vectors. Words count where
+    the release is served so, and has an index of them."""
+    if "node_vectors" not in parts:
+        return None
+    weights = recipe.serving.lookahead.identity()
+    if not recipe.serving.looks_ahead:
+        weights["lexical_weight"] = 0.0
+    return {"lookahead": weights, "encoder": encoder_of(recipe, parts)}
 
 
 def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifest:
@@ -74,6 +90,7 @@ def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifes
             bm25_max=recipe.bm25_max_products,
             query_encoder=job.recipe.serving.query_encoder,
             diagnosed=diagnosed if isinstance(diagnosed, Judgements) else None,
+            ahead=ahead_of(job.recipe, parts) if "lookahead" in recipe.methods else None,
         )
         if isinstance(diagnosed, str):
             figures["diagnosis"] = {"queries": 0, "reason": diagnosed}
@@ -143,17 +160,19 @@ def pairs_of_split(store: Store, pairs: Manifest, split: str) -> pa.Table:
 def score(
     store: Store, parts: dict[str, Manifest], judgements: Judgements, *, methods: tuple[str, ...], beam_width: int, workers: int,
     seed: int, max_queries: int | None = None, bm25_max: int = 5_000_000, query_encoder: str | None = None,
-    diagnosed: Judgements | None = None,
+    diagnosed: Judgements | None = None, ahead: dict | None = None,
 ) -> dict:  # fmt: skip
     """Figures of `evaluation.protocol.evaluate` plus `sample_queries`, for the judgements of any table of pairs; with
     `diagnosis` of the queries `diagnosed`, where they are given.
 
-    `query_encoder`: for "dense" where the products' vectors are given by the catalogue.
+    `query_encoder`: for "dense" where the products' vectors are given by the catalogue. `ahead`: what `ahead_of` gives, for
+    "lookahead", which is left out without.
     """
     if max_queries:
         judgements = sampled(judgements, max_queries, seed=seed)
     handlers = {
         "beam": (_Search, {"parts": parts, "beam_width": beam_width}),
+        "lookahead": (_Search, {"parts": parts, "beam_width": beam_width, "ahead": ahead}),
         "served": (_Search, {"parts": parts, "beam_width": None}),
         "bm25": (_Bm25Search, {"catalog": parts["catalog"]}),
         "dense": (DenseSearch, {"parts": parts, "query_encoder": query_encoder, "k": max(KS)}),
@@ -168,6 +187,9 @@ def score(
     for method, slices in asked.items():
         if method in IN_MEMORY and parts["catalog"].rows > bm25_max:
             progress.event("skip", method=method, products=parts["catalog"].rows, limit=bm25_max)
+            continue
+        if method == "lookahead" and ahead is None:
+            progress.event("skip", method=method, reason="'there are no node vectors'")
             continue
         pools.setdefault(1 if method in IN_MEMORY else workers, {})[method] = slices
     results = {}
@@ -279,10 +301,10 @@ class _Rank:
 
 
 class _Search:
-    """A retriever over the candidate release, on this node's cache: the beam alone, or what is served."""
+    """A retriever over the candidate release, on this node's cache: the beam alone, looking ahead or not, or what is served."""
 
-    def __init__(self, *, store: Store, parts: dict[str, Manifest], beam_width: int | None):
-        settings = retriever_settings(parts, release="candidate", beam_width=beam_width)
+    def __init__(self, *, store: Store, parts: dict[str, Manifest], beam_width: int | None, ahead: dict | None = None):
+        settings = retriever_settings(parts, release="candidate", beam_width=beam_width, ahead=ahead)
         self.retriever = open_retriever(parts_folder(store, parts, default_cache(), settings))
 
     def __call__(self, spec: dict) -> dict:

@@ -51,12 +51,13 @@ class Needs(NamedTuple):
 
 
 def needs_of(settings: dict) -> Needs:
-    expansion = settings["expansion"] or {}
+    expansion, ahead = settings["expansion"] or {}, settings.get("lookahead", {})
     return Needs(
-        vectors=expansion.get("dense", "none") != "none",
+        # A search that looks ahead reads them when products come or go.
+        vectors=bool(ahead) or expansion.get("dense", "none") != "none",
         value=bool(expansion),
         columns=tuple(settings["filters"]),
-        lexical=expansion.get("lexical_weight", 0) > 0,
+        lexical=max(expansion.get("lexical_weight", 0), ahead.get("lexical_weight", 0)) > 0,
     )
 
 
@@ -68,25 +69,40 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
 
 
 def settings_of(recipe: Recipe, parts: dict[str, Manifest]) -> dict:
-    """The serving section with its beams and its query encoder resolved. Raises RecipeError where dense scores are asked
-    for and nothing can give queries their vectors."""
+    """The serving section with its beams, its search and its query encoder resolved. Raises RecipeError where dense scores are
+    asked for and nothing can give queries their vectors.
+
+    A search by the beam alone says nothing of looking ahead: the artefacts of before there was a choice keep their keys.
+    """
     settings = recipe.serving.identity() | {"beam_width": recipe.model_dump(mode="json")["serving"]["beam_width"]}
     if settings["beam_width"] is None:
         settings["beam_width"] = recipe.evaluation.beam_width
-    named, encoder = settings.pop("query_encoder"), None
-    if recipe.serving.needs_vectors:
-        if named is None and parts["catalog"].metrics["width"]:
-            raise RecipeError(
-                "serving.expansion scores products by their vectors, but the catalogue's embeddings are given and no encoder "
-                "is known for queries: set serving.query_encoder to the one that made them, or serving.expansion.dense=none "
-                "with order=value"
-            )
-        name = named or recipe.embedding.encoder
-        encoder = {"name": name} if name == "lsa" else {"name": name, "tokens": recipe.embedding.tokens}
-        if name == "lsa" and (parts["catalog"].metrics["width"] or recipe.embedding.encoder != "lsa"):
-            raise RecipeError("serving.query_encoder is 'lsa', but the products' vectors were made by another encoder")
-        encoder |= model_identity(name)
-    return settings | {"encoder": encoder}
+    looks_ahead = recipe.serving.looks_ahead and "node_vectors" in parts
+    for name in ("node_depth", "query_encoder", *([] if looks_ahead else ["search", "lookahead"])):
+        del settings[name]
+    if recipe.serving.needs_vectors and not has_encoder(recipe, parts):
+        raise RecipeError(
+            "serving.expansion scores products by their vectors, but the catalogue's embeddings are given and no encoder "
+            "is known for queries: set serving.query_encoder to the one that made them, or serving.expansion.dense=none "
+            "with order=value"
+        )
+    needs_vectors = recipe.serving.needs_vectors or looks_ahead
+    return settings | {"encoder": encoder_of(recipe, parts) if needs_vectors else None}
+
+
+def has_encoder(recipe: Recipe, parts: dict[str, Manifest]) -> bool:
+    """Whether something can give queries their vectors."""
+    return recipe.serving.query_encoder is not None or not parts["catalog"].metrics["width"]
+
+
+def encoder_of(recipe: Recipe, parts: dict[str, Manifest]) -> dict:
+    """What gives queries their vectors, as `machine.query_encoder` takes it. Raises RecipeError for an lsa that was never
+    fitted."""
+    name = recipe.serving.query_encoder or recipe.embedding.encoder
+    encoder = {"name": name} if name == "lsa" else {"name": name, "tokens": recipe.embedding.tokens}
+    if name == "lsa" and (parts["catalog"].metrics["width"] or recipe.embedding.encoder != "lsa"):
+        raise RecipeError("serving.query_encoder is 'lsa', but the products' vectors were made by another encoder")
+    return encoder | model_identity(name)
 
 
 def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
@@ -100,7 +116,8 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         products = pa.ipc.open_file(pa.memory_map(str(ids / "products.arrow"))).read_all()
         ProductNames(products["product_id"]).save(folder)
         if any(needs):
-            rows = _Rows.spread(job, attempt, parents, Trie.open(ids / "trie"), needs)
+            progress.event("serving", products=parents["ids"].rows, parts=" ".join(_made(needs)))
+            rows = Rows.spread(job, attempt, parents, Trie.open(ids / "trie"), needs)
             rows.write(folder, (attempt.settings["expansion"] or {}).get("unit_vectors", True))
         files += store.upload(folder, attempt.folder)
     store.delete_folder(attempt.name("exchange"))
@@ -111,22 +128,23 @@ def _made(needs: Needs) -> list[str]:
     return [name for name, needed in needs._asdict().items() if needed]
 
 
-class _Rows:
-    """All rows by range of trie rows, as `_Spread` left them; read and written range by range."""
+class Rows:
+    """All rows by range of trie rows, as `_Spread` left them; read and written range by range. Also what the node vectors
+    are made of."""
 
     def __init__(self, store: Store, folder: str, order: TrieOrder, results: list[dict], rows: int, needs: Needs):
         self.store, self.folder, self.order, self.results = store, folder, order, results
         self.rows, self.needs = rows, needs
 
     @classmethod
-    def spread(cls, job: Job, attempt: Attempt, parents: dict[str, Manifest], trie: Trie, needs: Needs) -> "_Rows":
+    def spread(cls, job: Job, attempt: Attempt, parents: dict[str, Manifest], trie: Trie, needs: Needs) -> "Rows":
         first_R = np.arange(RANGE_ROWS, trie.rows, RANGE_ROWS)
         space = DocidSpace(trie.codes_per_level)
         codes_RL = trie.prefixes(trie.levels, trie.row_start[-1].holding(first_R))
         order = TrieOrder(np.unique(space.pack(codes_RL)) if len(first_R) else np.empty(0, np.int64))
         arguments = {"store": job.store, "folder": attempt.folder, "parents": parents, "needs": needs, "space": space}
         results = map_parts(
-            _Spread, arguments | {"order": order}, part_specs(parents["catalog"]), workers=job.recipe.ids.workers,
+            _Spread, arguments | {"order": order}, part_specs(parents["ids"]), workers=job.recipe.ids.workers,
             label="bringing products to their rows", unit="products",
         )  # fmt: skip
         return cls(job.store, attempt.folder, order, results, trie.rows, needs)
@@ -137,7 +155,6 @@ class _Rows:
         return self.order.gather(self.store, names, number, columns).select(columns)
 
     def write(self, folder: Path, unit_vectors: bool) -> None:
-        progress.event("serving", products=self.rows, parts=" ".join(_made(self.needs)))
         if self.needs.vectors:
             blocks = (matrix(self.range(number, ["embedding"])["embedding"]) for number in range(self.order.ranges))
             written = VectorStore.write(folder / "vectors", blocks, normalize=unit_vectors).rows
@@ -216,13 +233,14 @@ class _Spread:
         packed_N = self.space.pack(matrix(ids["codes"]))
         columns = {"packed": pa.array(packed_N)}
         names = [name for name in ("value",) if self.needs.value and name not in self.needs.columns]
-        products = self._read("catalog", spec, ["product_id", *names, *self.needs.columns])
-        columns |= {name: products[name] for name in (*names, *self.needs.columns)}
+        if names := [*names, *self.needs.columns]:
+            products = self._read("catalog", spec, ["product_id", *names])
+            self._same(ids, products, "catalog", spec)
+            columns |= {name: products[name] for name in names}
         if self.needs.vectors:
             vectors = self.vectors.read(spec["file"], ["product_id", "embedding"])
             columns["embedding"] = fixed_lists(matrix(vectors["embedding"]), pa.float32())
             self._same(ids, vectors, "embeddings", spec)
-        self._same(ids, products, "catalog", spec)
         words = self._add_words(columns, spec) if self.needs.lexical else 0
         self.order.spread(self.store, _exchange(self.folder, spec["position"]), pa.table(columns))
         return {"position": spec["position"], "words": words}
