@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval import lookahead
 from catid2_ray.retrieval.beam import constrained_beam_search
+from catid2_ray.retrieval.exact import exact_scores, replayed
 from catid2_ray.retrieval.filters import Filter
 from catid2_ray.retrieval.live import LiveTrie, codes_of, filters_for
 from catid2_ray.retrieval.lookahead import Ahead, LiveNodes, Lookahead, best_words
@@ -83,6 +84,23 @@ def test_beams_are_those_of_the_definition(seed, depth, widths, weights, share, 
         for number, (_, docid) in enumerate(scored(result, row)):
             logp = logp_of(docid) if weights[0] else 0.0
             assert float(result.logp_BK[row, number]) == pytest.approx(logp, abs=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), depth=st.integers(1, 3), weights=st.sampled_from([(0.5, 3.0, 2.0), (0.0, 1.0, 0.0)]))
+def test_the_scores_of_every_node_are_those_that_the_search_compares(seed, depth, weights, tmp_path_factory):
+    _, trie, store = catalogue(CODES, 40, seed)
+    nodes = NodeVectors.write(tmp_path_factory.mktemp("nodes"), trie, store, depth=depth)
+    random, table, asked = np.random.default_rng(seed), Table(CODES, 2, seed), random_queries([3, 3], seed)
+    words = best_words(random.random((2, trie.rows), np.float32), trie, [None, None])
+    ahead = Ahead(settings_of(weights), nodes, random.normal(size=(2, 5)), words=words)
+    logp_L = exact_scores(table, trie, *asked) if weights[0] else None
+    score_L = ahead.every_node(trie, 3, logp_L)
+    widths = [2, 3, 5]
+    result = constrained_beam_search(table, trie, *asked, beam_width=widths, top_k=5, ahead=ahead)
+    replay = replayed(trie, score_L, widths, top_k=5).result
+    assert torch.equal(replay.docid_BKL, result.docid_BKL[:, : replay.docid_BKL.shape[1]])
+    torch.testing.assert_close(replay.logp_BK, result.score_BK[:, : replay.logp_BK.shape[1]], atol=1e-5, rtol=0)
 
 
 def test_a_plain_beam_is_a_look_ahead_by_log_p_alone(tmp_path):
