@@ -28,27 +28,27 @@ def _pairs() -> list[Column]:
 
 
 def _path(found: Why) -> Table:
-    headings = ["code", "log P", "here", "rank", "of", "kept", "best", "last kept"]
+    headings = ["code", "score", "here", "rank", "of", "kept", "best", "last kept"]
     placed = any(step.of_all is not None for step in found.steps)
     rows = [_level(step, placed) for step in found.steps]
     return Table(
         "Its path, level by level",
         columns_of("level", *headings, *(["of all IDs"] if placed else [])),
         rows,
-        "log P: of the prefix; here: what this level adds. rank: among the prefixes that go on from those kept; "
-        "best, last kept: their log P."
-        + (" of all IDs: its rank by log P, had nothing been pruned." if placed else ""),
+        f"score: {found.score_is}; here: what this level adds. rank: among the prefixes that go on from those kept; "
+        "best, last kept: their scores."
+        + (" of all IDs: its rank, had nothing been pruned." if placed else ""),
     )
 
 
 def _level(step: Step, placed: bool) -> list[str]:
     mark = "" if step.kept else "  out"
-    row = [f"{step.level}{mark}", step.token, shown(step.logp, ".2f"), shown(step.step, ".2f"), shown(step.rank, ",d")]
+    row = [f"{step.level}{mark}", step.token, shown(step.score, ".3f"), shown(step.step, ".3f"), shown(step.rank, ",d")]
     row += [
         f"{step.candidates:,}",
         f"{min(step.width, step.candidates):,}",
-        shown(step.best, ".2f"),
-        shown(step.last, ".2f"),
+        shown(step.best, ".3f"),
+        shown(step.last, ".3f"),
     ]
     return row + ([shown(step.of_all, ",d")] if placed else [])
 

@@ -22,13 +22,13 @@ from catid2_ray.retrieval.retriever import MAX_K, Retriever
 @dataclass(frozen=True)
 class Step:
     """One level of the path. `candidates`: prefixes that continue a kept one; `rank`: the product's place among them, None
-    where what it continues had fallen out before; `width`: how many are kept. `logp`: log P of its prefix, `step` what this
-    level adds to it, `best` and `last` that of the best candidate and of the last one kept. `of_all`: its place among all
-    prefixes of the level, where that was asked for."""
+    where what it continues had fallen out before; `width`: how many are kept. `score`: what its prefix is chosen by, log P or,
+    where the search looks ahead, S; `step` what this level adds to it, `best` and `last` that of the best candidate and of the
+    last one kept. `of_all`: its place among all prefixes of the level, where that was asked for."""
 
     level: int
     token: str
-    logp: float
+    score: float
     step: float
     best: float
     last: float
@@ -56,9 +56,9 @@ class Standing:
 
 @dataclass(frozen=True)
 class Why:
-    """`verdict`: one sentence. `fell_out`: the level at which the search lost the path, None where it kept it to its end.
-    `standings`: the product, as if its path had been kept where it was not, the first and the k-th answer. `reached`: products
-    that the search ranks, at most 1,000."""
+    """`verdict`: one sentence. `score_is`: what prefixes are chosen by. `fell_out`: the level at which the search lost the path,
+    None where it kept it to its end. `standings`: the product, as if its path had been kept where it was not, the first and
+    the k-th answer. `reached`: products that the search ranks, at most 1,000."""
 
     release: str
     query: str
@@ -66,6 +66,7 @@ class Why:
     title: str | None
     docid: str
     k: int
+    score_is: str
     verdict: str
     fell_out: int | None
     reached: int
@@ -87,6 +88,7 @@ def why(retriever: Retriever, query: str, product_id: str, *, k: int = 10, exact
     about = {
         "release": retriever.release, "query": query, "product_id": product_id, "title": retriever.products.title(row),
         "docid": retriever.space.text(codes_L), "k": k,
+        "score_is": "log P of the prefix" if retriever.lookahead is None else "S of the prefix, which looks ahead",
     }  # fmt: skip
     if not view.is_live([row])[0]:
         verdict = "Not found: it was withdrawn from the release since, so that no search finds it."
@@ -122,22 +124,29 @@ def _steps(
         most = min(kept * codes_per_level[level - 1], rows)
         result = retriever.searched([query], widths=[*widths[: level - 1], most], levels=level, top_k=most)
         count = int(result.count_B[0])
-        score_C = result.logp_BK[0, :count].tolist()
+        score_C = _scores(result)[:count].tolist()
         same_C = (result.docid_BKL[0, :count].numpy() == codes_L[:level]).all(1)
-        logp = float(_alone(retriever, query, own, level).logp_BK[0, 0])
+        score = float(_scores(_alone(retriever, query, own, level))[0])
         kept = min(width, count)
         steps.append(
             Step(
-                level, tokens[level - 1], logp, logp - before, score_C[0], score_C[kept - 1], count, width,
+                level, tokens[level - 1], score, score - before, score_C[0], score_C[kept - 1], count, width,
                 int(same_C.argmax()) + 1 if same_C.any() else None,
             )
         )  # fmt: skip
-        before = logp
+        before = score
     return tuple(steps)
 
 
 def _alone(retriever: Retriever, query: str, own: LiveFilter, levels: int) -> BeamResult:
-    return retriever.searched([query], widths=[1] * levels, levels=levels, top_k=1, allowed=own)
+    return retriever.searched(
+        [query], widths=[1] * levels, levels=levels, top_k=1, allowed=own, scored_as_without=True
+    )
+
+
+def _scores(result: BeamResult) -> torch.Tensor:
+    """What the results of the one query are ordered by."""
+    return (result.logp_BK if result.score_BK is None else result.score_BK)[0]
 
 
 def _placed(retriever: Retriever, query: str, codes_L: np.ndarray, steps: tuple[Step, ...]) -> tuple[Step, ...]:

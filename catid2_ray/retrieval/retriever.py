@@ -242,17 +242,19 @@ class Retriever:
         return logp_L if ahead is None else ahead.every_node(self.trie, self.levels, logp_L)
 
     def searched(
-        self, queries: Sequence[str], *, widths: Sequence[int], levels: int | None = None, top_k: int, allowed=None
-    ) -> BeamResult:
+        self, queries: Sequence[str], *, widths: Sequence[int], levels: int | None = None, top_k: int, allowed=None,
+        scored_as_without: bool = False,
+    ) -> BeamResult:  # fmt: skip
         """What the release's search finds with other widths, one per level, before products are taken of it: IDs, or where
-        `levels` (None: as released) ends it earlier, prefixes. `allowed`: as `retrieve` takes it."""
+        `levels` (None: as released) ends it earlier, prefixes. `allowed`: as `retrieve` takes it; with `scored_as_without` it
+        leaves prefixes out but changes the score of none (the best words below a node may be those of other products)."""
         queries, view, products = list(queries), self.live.view, self.products
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
         chosen = filters_for(allowed, view, len(queries))
         return constrained_beam_search(
             self.decoder, view, ids_BT, mask_BT, beam_width=list(widths), top_k=top_k, allowed=chosen,
             normalize=self.normalize, levels=levels or self.levels, memory=memory,
-            ahead=self._ahead(queries, query_BD, view, products, chosen),
+            ahead=self._ahead(queries, query_BD, view, products, [None] * len(queries) if scored_as_without else chosen),
         )  # fmt: skip
 
     def rescored(

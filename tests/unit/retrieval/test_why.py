@@ -8,8 +8,11 @@ from catid2_ray.errors import InputError, QueryError
 from catid2_ray.evaluation.look_tables import why_tables
 from catid2_ray.evaluation.tables import terminal
 from catid2_ray.evaluation.why import why
+from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import Newcomer
 from catid2_ray.retrieval.retriever import MAX_K, Retriever
+from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.vectors import VectorStore
 from tests.oracles.why import path_of
 from tests.unit.retrieval import test_served
 from tests.unit.retrieval.conftest import TITLES
@@ -20,7 +23,7 @@ PRODUCTS = [f"p{number}" for number in range(6)]
 
 
 def score_by_prefix(retriever, query) -> dict:
-    """Prefix → log P, of all IDs."""
+    """Prefix → log P, or S where the search looks ahead, of all IDs."""
     scores = {}
     for depth, score_Bn in enumerate(retriever.exact([query]), 1):
         prefixes = retriever.trie.prefixes(depth, np.arange(retriever.trie.nodes(depth))).tolist()
@@ -28,9 +31,20 @@ def score_by_prefix(retriever, query) -> dict:
     return scores
 
 
+def looking_ahead(folder) -> dict:
+    """The settings of a search that looks ahead; its node vectors are written into `folder`."""
+    NodeVectors.write(folder / "node_vectors", Trie.open(folder / "trie"), VectorStore.open(folder / "vectors"), depth=1)
+    return {"search": "lookahead", "lookahead": {"logp_weight": 0.5, "vector_weight": 3.0, "lexical_weight": 0.1}}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("widths", [[1, 1], [2, 1], [2, 3], [6, 6]])
-def test_the_path_is_that_of_plain_lists(served, tmp_path, widths):
-    retriever = Retriever.open(copy(served, tmp_path, expansion=None, stop_level=None, beam_width=widths))
+def test_the_path_is_that_of_plain_lists(served, tmp_path, widths, ahead):
+    plain = copy(served, tmp_path, expansion=None, stop_level=None, beam_width=widths)
+    if ahead:
+        (again := tmp_path / "again").mkdir()
+        plain = copy(plain, again, **looking_ahead(plain))
+    retriever = Retriever.open(plain, encode_query=encode)
     ids = [docid for docid in map(tuple, retriever.trie.prefixes(2, np.arange(retriever.trie.nodes(2))).tolist())]
     searched = [max(width, widths[-1]) for width in widths]  # for so many products
     for query in TITLES[:2]:
@@ -42,7 +56,7 @@ def test_the_path_is_that_of_plain_lists(served, tmp_path, widths):
             steps = [(step.candidates, step.rank, step.best, step.last) for step in said.steps]
             for mine, expected in zip(steps, path_of(ids, scores.__getitem__, searched, own), strict=True):
                 assert mine[:2] == expected[:2] and mine[2:] == pytest.approx(expected[2:], abs=1e-4)
-            assert [step.logp for step in said.steps] == pytest.approx(
+            assert [step.score for step in said.steps] == pytest.approx(
                 [scores[own[:depth]] for depth in (1, 2)], abs=1e-4
             )
             assert sum(step.step for step in said.steps) == pytest.approx(scores[own], abs=1e-4)
