@@ -39,13 +39,15 @@ def main() -> None:
     parser.add_argument(
         "--root", default=os.environ.get("HOME_DEPOT"), help="folder with products.parquet and pairs.parquet"
     )
-    parser.add_argument("--encoder", default="lsa", help="sentence encoder: id or folder; default the built-in lsa")
+    parser.add_argument("--encoder", help="folder of the sentence encoder, where the machine reaches no model hub")
     parser.add_argument("--store", help="default: a temporary folder")
     options = parser.parse_args()
     if not (options.root or options.render):
         print(json.dumps({"skipped": "no Home Depot data: give --root FOLDER or set HOME_DEPOT"}))
         return
-    overrides = [f"catalog.root={options.root or 'unused'}", f"embedding.encoder={options.encoder}"]
+    overrides = [f"catalog.root={options.root or 'unused'}"]
+    if options.encoder:
+        overrides += [f"embedding.encoder={options.encoder}", f"generator.encoder={options.encoder}"]
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.load(RECIPE, [*overrides, f"store={options.store or folder}"])
         if options.render:
@@ -54,7 +56,7 @@ def main() -> None:
             from catid2_ray.on_ray.commands import reindex
 
             figures = reindex(recipe).figures
-    finish(figures, lambda figures: report(figures, recipe, Path(options.encoder).name), options)
+    finish(figures, lambda figures: report(figures, recipe, Path(recipe.embedding.encoder).name), options)
 
 
 if __name__ == "__main__":
