@@ -36,8 +36,7 @@ def _path(found: Why) -> Table:
         columns_of("level", *headings, *(["of all IDs"] if placed else [])),
         rows,
         f"score: {found.score_is}; here: what this level adds. rank: among the prefixes that go on from those kept; "
-        "best, last kept: their scores."
-        + (" of all IDs: its rank, had nothing been pruned." if placed else ""),
+        "best, last kept: their scores." + (" of all IDs: its rank, had nothing been pruned." if placed else ""),
     )
 
 

@@ -33,7 +33,9 @@ def score_by_prefix(retriever, query) -> dict:
 
 def looking_ahead(folder) -> dict:
     """The settings of a search that looks ahead; its node vectors are written into `folder`."""
-    NodeVectors.write(folder / "node_vectors", Trie.open(folder / "trie"), VectorStore.open(folder / "vectors"), depth=1)
+    NodeVectors.write(
+        folder / "node_vectors", Trie.open(folder / "trie"), VectorStore.open(folder / "vectors"), depth=1
+    )
     return {"search": "lookahead", "lookahead": {"logp_weight": 0.5, "vector_weight": 3.0, "lexical_weight": 0.1}}
 
 
