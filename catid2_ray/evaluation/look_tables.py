@@ -64,7 +64,7 @@ def _scores(found: Why) -> Table:
         ]
         for one in found.standings
     ]
-    columns = [*columns_of("", "rank", *names, "final" if names else "log P"), Column("title", number=False)]
+    columns = [*columns_of("", "rank", *names, "final" if names else "score"), Column("title", number=False)]
     caption = "Each part as it enters the final score." if names else ""
     if found.fell_out:
         caption = f"The product's scores are those that it would have had, had its path been kept. {caption}".strip()

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-# README.md joins them once it is the front page.
-DOCUMENTS = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+DOCUMENTS = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY"))]
 LANGUAGES = ("sh", "python", "yaml", "json", "text")
 REASONS = ("a cluster", "a cloud", "Docker", "it waits until you end it", "minutes or more", "files that you download",
            "it installs")  # fmt: skip
