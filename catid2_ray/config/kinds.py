@@ -7,7 +7,7 @@ epochs, batch) is a budget that all kinds share, so that a comparison is on equa
 # The paper's encoder starts at random, and it names no such devices.
 _PRINTED = {"encoder": "mlp", "refit": False, "revive_every_epochs": 0}
 _TIGER = {"reconstruction": 1.0, "dispersion": 0.0, "hierarchical": 0.0, "cluster_scale": 0.0}
-# What finds, by recall: benchmarks/results/ids.md shows the runs behind each number.
+# No kind was shown to find more: benchmarks/results/ids.md.
 _OURS = {
     "reconstruction": 1.0, "cluster_scale": 0.0, "hierarchical": 0.03, "category_on": "latent", "category_temperature": 0.2,
 }  # fmt: skip
@@ -21,7 +21,7 @@ _VARIANTS: dict[str, tuple[str | None, dict]] = {
     "cat_id2_shuffled": ("cat_id2", {"category_noise": 1.0}),
     "tiger": (None, _TIGER),
     "cost": ("tiger", {"reconstruction": 0.0, "dispersion": 0.1}),
-    # Table 3, rows (1)–(6), as added to our preset's base: cat_id2 itself is row (5), for CSC finds nothing on a whole latent
+    # Table 3, rows (1)–(6), as added to our preset's base: cat_id2 itself is row (5): on unit vectors eq. 5's softmax is flat
     "hcc": ("cat_id2", {"dispersion": 0.0}),
     "csc": ("cat_id2", {"dispersion": 0.0, "hierarchical": 0.0, "cluster_scale": 1.0}),
     "hcc_csc": ("cat_id2", {"dispersion": 0.0, "cluster_scale": 1.0}),

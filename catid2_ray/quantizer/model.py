@@ -5,7 +5,7 @@ z until softmax(−‖r − e‖²) is flat and the usage term stops acting; a f
 Codes are also deterministic: `encode_padded` works in one fixed batch shape, so a row's codes and residual are the same
 bits whatever rows travel with it. Without hidden layers it is plain residual k-means on the embedding. The encoder
 "residual" begins as the identity, so that training starts from residual k-means of what the text encoder knows instead of
-from random layers; on Home Depot's titles that halves what is lost (benchmarks/results/ids.md).
+from random layers (benchmarks/results/ids.md has what queries find).
 
 Shape letters: B, N rows, D embedding, Z latent, L levels, K codes, H category depth.
 """
