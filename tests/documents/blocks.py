@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY"))]
+DOCUMENTS = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+]
 LANGUAGES = ("sh", "python", "yaml", "json", "text")
 REASONS = ("a cluster", "a cloud", "Docker", "it waits until you end it", "minutes or more", "files that you download",
            "it installs")  # fmt: skip
