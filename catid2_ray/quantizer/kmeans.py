@@ -250,7 +250,8 @@ def _balancing_prices(distance_NK: Tensor, price_K: Tensor, *, tolerance: float)
     rows, codes = distance_NK.shape
     width, even = float(distance_NK.amin(1).mean()) / 4, rows / codes
     best_K, least = price_K, torch.inf
-    for narrowed in range(14 if width > 0.0 else 0):  # width 0: every row is a codeword, and there is nothing to even out
+    # At width 0 every row is a codeword, and there is nothing to even out.
+    for narrowed in range(14 if width > 0.0 else 0):
         soft = _soft_assignment(distance_NK, price_K, width)
         # A step is bounded by the width, and the price of a clump far from all others must rise by its distance first.
         for _ in range(6 if narrowed else 100):
