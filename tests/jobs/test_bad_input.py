@@ -50,7 +50,7 @@ def job(tiny, tmp_path):
 
 
 def test_missing_column(job):
-    with pytest.raises(InputError, match="missing column title; found .*product_id.*your own data"):
+    with pytest.raises(InputError, match="missing column title; found .*product_id.*docs/your-data.md"):
         reindex(job(products=MADE.products.rename_columns(["product_id", "name", *MADE.products.column_names[2:]])))
     with pytest.raises(InputError, match="missing column split"):
         reindex(job(pairs=MADE.pairs.drop_columns(["split"])))

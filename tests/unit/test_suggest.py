@@ -63,7 +63,7 @@ def test_it_is_a_recipe_at_every_size(products, with_pairs):
     assert recipe.catalog.max_category_depth == 3 and recipe.serving.filters == ("price", "in stock", "category_path")
     assert recipe.embedding.text == ("title", "category_path") and "40% of description" in text
     assert max(map(len, text.splitlines())) <= 112
-    assert recipe.evaluation.methods == (("beam", "bm25") if with_pairs else ())
+    assert recipe.evaluation.methods == (("beam", "served", "bm25") if with_pairs else ())
     if with_pairs:
         assert recipe.generator.min_relevance == 3 and recipe.generator.mix["title"] == pytest.approx(
             products / 14, abs=0.01

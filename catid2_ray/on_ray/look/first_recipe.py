@@ -97,7 +97,7 @@ def _require(source: Store, found: TableFiles, types: dict, needed: tuple[str, .
         hint = first_look.renaming(list(types), missing)
         raise InputError(
             f"{source.uri_of(found.files[0])}: missing column {', '.join(missing)}; found {', '.join(types)}. "
-            + (hint or "Rename your columns to the house schema (see the README, 'your own data')")
+            + (hint or "Rename your columns to the house schema (docs/your-data.md)")
         )
 
 

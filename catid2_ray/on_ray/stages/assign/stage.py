@@ -142,7 +142,7 @@ def _extends(before: dict[str, Manifest]) -> dict[str, list[str]]:
     kept = before["ids"].extends
     return {
         role: [before[role].digest, *kept.get(role, [])]
-        for role in ("catalog", "pairs", "embeddings", "ids", "serving")
+        for role in ("catalog", "pairs", "embeddings", "ids", "node_vectors", "serving")
         if role in before
     }
 
