@@ -13,7 +13,6 @@ import yaml
 
 _WIDTH = 110  # columns of a comment
 _SMALL = 20_000  # products below which a smaller network learns as well, several times as fast
-_FEW = 1_000  # products below which the watch over collapsing codes cries wolf (seen at 300)
 _LEAST_STEPS = 740  # of the generator, as in the quickstart: with half of them it is well under BM25
 
 
@@ -167,9 +166,6 @@ def _quantizer(facts: Facts) -> list[Line]:
         ),
         Line("quantizer", "batch", batch, f"{-(-products // batch):,} steps an epoch."),
     ]
-    if products < _FEW:
-        reason = "So few products use the deeper levels unevenly, as near-equal ones share all but the last; that is no collapse."
-        lines.append(Line("quantizer", "collapse_patience", 0, reason))
     return lines + _workers("quantizer", facts)
 
 

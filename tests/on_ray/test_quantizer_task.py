@@ -4,7 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
 
+from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import QuantizerRecipe
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.stages.train_quantizer import QuantizerTask, _LabelledParts, _Labels, fit_coder, forced_column
@@ -52,6 +55,25 @@ def test_a_collapse_that_persists_asks_to_stop_with_the_numbers():
         assert words in stop
     patient = task(collapse_patience=0, revive_every_epochs=0, refit=False)
     assert "stop" not in patient.end_epoch(module, epoch=1, means={}, history=history)[0]
+
+
+@pytest.mark.parametrize("codes", [8, 16])
+def test_a_catalogue_of_300_products_is_not_stopped(codes):
+    """Residual k-means itself gives single outliers codes of their own: all are used, the deeper ones by few products."""
+    titles = generate(products=300, queries=10, seed=1).products["title"].to_pylist()
+    sample_ND = TruncatedSVD(64, random_state=0).fit_transform(TfidfVectorizer(sublinear_tf=True).fit_transform(titles))
+    sample_ND = (sample_ND / np.linalg.norm(sample_ND, axis=1, keepdims=True)).astype(np.float32)
+    one = QuantizerTask(
+        QuantizerRecipe(codes_per_level=(codes,) * 4), width=64, categories=(2,), sample_ND=sample_ND,
+        category_NH=np.zeros((300, 1), np.int32), seed=0,
+    )  # fmt: skip
+    module, history = one.build(), []
+    one.start(module)
+    for epoch in range(one.recipe.collapse_patience):
+        history.append(one.end_epoch(module, epoch=epoch, means={}, history=history)[0])
+    assert history[-1]["codes_used"] == [codes] * 4
+    assert min(level["normalised_entropy"] for level in history[-1]["levels"]) < 0.5
+    assert [record["verdict"] for record in history] == ["healthy"] * 3 and "stop" not in history[-1]
 
 
 def test_shared_ids_are_no_collapse():
