@@ -8,7 +8,7 @@ A k wider than the beam widens the beam, but where products are re-scored: there
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -173,6 +173,15 @@ class Retriever:
             part = slice(start, start + size)
             answers += self._answers(list(queries[part]), view, products, k, chosen[part])
         return answers
+
+    def why_fewer(self, found: int, *, k: int, expression=None) -> Literal["search", "catalogue"] | None:
+        """Why a query found fewer than `k` products; None where it found `k`. "catalogue": no more products are there, or pass the
+        filter `expression`; "search": there are more, but the beams of the release hold no more to rank."""
+        if found >= k:
+            return None
+        view = self.live.view
+        base, inserted = view.restricted(self.compile(expression))
+        return "search" if base.total + inserted.total > found else "catalogue"
 
     def _needed(self, k: int) -> int:
         return k if self.expansion is None else 1

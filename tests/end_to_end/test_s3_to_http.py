@@ -165,6 +165,7 @@ def test_http_answers_equal_the_command_line(released, server):
     assert answer.status_code == 200, answer.text
     body = answer.json()
     assert body["release"] == released["figures"]["release"] and len(body["products"]) == 3
+    assert body["fewer"] is None
     assert set(body["products"][0]) == {"product_id", "docid", "score", "logp", "dense", "lexical", "title"}
     scores = [product["score"] for product in body["products"]]
     assert scores == sorted(scores, reverse=True)

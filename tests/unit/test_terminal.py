@@ -28,6 +28,18 @@ def test_an_answer_shows_title_id_and_query_as_they_are(monkeypatch, capsys):
     assert TITLE in shown and ID in shown and f"“{QUERY}”" in shown
 
 
+@pytest.mark.parametrize(
+    "why, words", [("search", "search can rank no more"), ("catalogue", "there are no more that the filter")]
+)
+def test_an_answer_says_that_fewer_products_were_found_than_asked_for(why, words, monkeypatch, capsys):
+    hit = SimpleNamespace(product_id="p", docid_text="A1", title="oak", logp=-1.0, score=-1.0, dense=None, lexical=None)
+    retriever = SimpleNamespace(retrieve=lambda *_, **__: [[hit]], release="r", why_fewer=lambda *_, **__: why)
+    monkeypatch.setattr(cli.look, "current_retriever", lambda store: retriever)
+    for k in (1, 3):
+        cli._answer(cli._console(100), None, QUERY, k=k, expression={"column": "price", "to": 3})
+        assert ("1 of the 3 products asked for: " in (shown := capsys.readouterr().out) and words in shown) == (k == 3)
+
+
 def test_a_closing_table_shows_names_as_they_are(capsys):
     figures = {"release": "[oak]", "documents": 3, "seconds": {"[/x]": 1.0}}
     cli._console(150).print(terminal(closing_tables(figures)))

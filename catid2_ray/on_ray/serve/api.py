@@ -1,5 +1,7 @@
 """Requests and responses of the HTTP interface: queries, and the changes that a serving release takes."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from catid2_ray.retrieval.rescoring import Hit
@@ -40,6 +42,10 @@ class Product(BaseModel):
 class RetrieveResponse(BaseModel):
     release: str
     products: list[Product] = Field(description="best first")
+    fewer: Literal["search", "catalogue"] | None = Field(
+        description="why there are fewer than k: the search of this release can rank no more (its beams hold no more), or "
+        "the catalogue has no more that the filter allows; null where there are k"
+    )
 
 
 class NewProduct(BaseModel):

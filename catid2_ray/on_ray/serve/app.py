@@ -127,7 +127,10 @@ class RetrieverReplica:
             # Refused here, it cannot spoil a batch; it is kept for the search.
             await asyncio.to_thread(self.retriever.compile, request.filter)
         hits = await self._answer(request)
-        return RetrieveResponse(release=self.release, products=[Product.of(hit) for hit in hits])
+        fewer = None
+        if len(hits) < request.k:
+            fewer = await asyncio.to_thread(self.retriever.why_fewer, len(hits), k=request.k, expression=request.filter)
+        return RetrieveResponse(release=self.release, products=[Product.of(hit) for hit in hits], fewer=fewer)
 
     @api.post("/v1/products")
     async def insert(self, request: InsertRequest) -> InsertResponse:

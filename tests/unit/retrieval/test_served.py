@@ -113,6 +113,23 @@ def test_each_query_has_its_own_filter(served, tmp_path):
         retriever.retrieve(["oak"], k=1, filters=[None, None])
 
 
+def test_an_answer_of_fewer_products_says_why(served, tmp_path):
+    whole = Retriever.open(copy(served, tmp_path, stop_level=None, beam_width=2), encode_query=encode)
+    oak = {"column": "material", "in": ["oak"]}
+    for expression, k, found, why in [
+        (None, 2, 2, None), (None, 6, 2, "search"), (oak, 2, 2, None), (oak, 3, 2, "catalogue"),
+        ({"column": "material", "in": ["gold"]}, 3, 0, "catalogue"),
+    ]:  # fmt: skip
+        hits = whole.retrieve(["oak table"], k=k, filters=[expression])[0]
+        assert (len(hits), whole.why_fewer(len(hits), k=k, expression=expression)) == (found, why)
+    clusters = Retriever.open(served, encode_query=encode)
+    clusters.insert([Newcomer("new", "oak hose")], [[2, 0]], {"material": ["oak"], "price": [5.0]})
+    assert clusters.why_fewer(3, k=4, expression=oak) == "catalogue"
+    assert clusters.why_fewer(6, k=8) == "search" and clusters.why_fewer(7, k=8) == "catalogue"
+    clusters.live.withdraw(["new"])
+    assert clusters.why_fewer(6, k=8) == clusters.why_fewer(2, k=4, expression=oak) == "catalogue"
+
+
 def test_a_release_without_columns_filters_by_product(folder):
     retriever = Retriever.open(folder)
     assert names_of(retriever.retrieve(["oak"], k=6, filters=[{"products": ["p4", "nobody"]}])) == [["p4"]]
