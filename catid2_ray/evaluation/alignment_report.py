@@ -14,7 +14,7 @@ from torch import Tensor
 
 from catid2_ray.errors import InputError
 from catid2_ray.evaluation.figures import training_curves
-from catid2_ray.evaluation.page import Picture, page
+from catid2_ray.evaluation.page import Headline, Picture, page
 from catid2_ray.evaluation.tables import Column, Quantity, Table, columns_of, shown
 from catid2_ray.generator.eg_grpo import Groups, group_advantages, group_logps, pack
 from catid2_ray.generator.vocabulary import pad_of
@@ -132,4 +132,15 @@ def alignment_page(history: Sequence[Mapping], *, title: str, about: Mapping) ->
     settings = Table("Settings", columns_of("", ""), [[name, str(value)] for name, value in about.items()])
     curves = [{heading: record[key] for key, heading in _CURVES.items()} for record in history]
     picture = Picture("Training, block by block", training_curves(curves, unit="block of steps"))
-    return page(title, [table, settings, picture])
+    return page(title, [table, settings, picture], headline=_headline(history[-1]["before"], history[-1]["after"]))
+
+
+def _headline(before: Mapping, after: Mapping) -> Headline:
+    """Whether recall rose, and where the rollouts went; no interval is known."""
+    old, new = before["recall@10"], after["recall@10"]
+    did = "raised" if new > old else "lowered" if new < old else "did not move"
+    sentence = (
+        f"Alignment {did} recall@10 ({old:.3f} before, {new:.3f} after, {after['queries']:,} queries); "
+        f"{after['top_1_percent']:.1%} of the rollouts fall on 1 % of the IDs, {before['top_1_percent']:.1%} before."
+    )
+    return Headline("good" if new > old else "look", sentence)

@@ -23,7 +23,8 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#0
 OTHERS = "#C4C4C4"
 MARKERS = "osD^vPX*"
 MAP_POINTS = 2_000  # t-SNE of so many points takes some 10 s on one core
-VERDICT_COLOURS = {"narrowing": ("yellow", "#FBE9B7"), "collapsed": ("red", "#F6C6B8")}
+# Name, colour and hatching of epochs that are not healthy: hatched, a collapse is told from narrowing without colours.
+VERDICT_COLOURS = {"narrowing": ("orange", "#FBE3B5", None), "collapsed": ("red and hatched", "#F0BFA0", "//")}
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _TEXT = {"fontsize": 9, "color": "#222222"}
 
@@ -261,7 +262,10 @@ def _curve(axes, title, epochs, lines, verdicts) -> None:
         )
     for epoch, verdict in zip(epochs, verdicts):
         if verdict in VERDICT_COLOURS:
-            axes.axvspan(epoch - 0.5, epoch + 0.5, color=VERDICT_COLOURS[verdict][1], linewidth=0, zorder=0)
+            _, colour, hatch = VERDICT_COLOURS[verdict]
+            axes.axvspan(
+                epoch - 0.5, epoch + 0.5, facecolor=colour, edgecolor="#E0935F", hatch=hatch, linewidth=0, zorder=0
+            )
     positive = [value for values in lines.values() for value in values if value > 0]
     if title == "gradient norm" and positive and max(positive) > 30 * min(positive):
         axes.set_yscale("log")

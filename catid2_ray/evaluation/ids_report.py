@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from catid2_ray.evaluation.figures import comparison
-from catid2_ray.evaluation.page import Marked, Picture, Prose, page
+from catid2_ray.evaluation.page import Headline, Marked, Picture, Prose, page
 from catid2_ray.evaluation.tables import Cell, Column, Quantity, Table, shown, widest
+from catid2_ray.quantizer.health import LevelHealth, Verdict, verdict
 
 COMPARED = (
     Quantity(
@@ -151,7 +152,32 @@ def compare_page(rows: Sequence[Mapping], *, title: str, about: Mapping[str, str
     columns += [Column(heading) for heading in readings]
     picture = [Picture("", comparison(rows), "AMI, collision rate and codes used, by kind")] if rows else []
     parts = [table, *picture, Prose("How to read this", HOW_TO_READ, readings), Table("Every run", columns, runs)]
-    return page(title, parts, about=about)
+    return page(title, parts, about=about, headline=_compared(rows))
+
+
+def _compared(rows: Sequence[Mapping]) -> Headline | None:
+    """Which kind finds most, where recall was scored, and which kinds are not healthy."""
+    if not rows:
+        return None
+    runs, kinds = _runs_by_kind(rows), "kind" if len({row["kind"] for row in rows}) == 1 else "kinds"
+    states = {
+        kind: {run.get("verdict") or "healthy" for run in of_kind} - {"healthy"} for kind, of_kind in runs.items()
+    }
+    ill = [f"{kind} is {' and '.join(sorted(found))}" for kind, found in states.items() if found]
+    health = f"{len(runs) - len(ill)} of {len(runs)} {kinds} healthy" + (f" ({'; '.join(ill)})" if ill else "")
+    state = "bad" if any("collapsed" in found for found in states.values()) else "look" if ill else "good"
+    gains = {kind: gain for kind, of_kind in runs.items() for run in of_kind if (gain := run.get("recall_gain_50"))}
+    first = next(iter(runs))
+    if not gains:
+        return Headline(state, f"{health}.")
+    better = [kind for kind, (_, low, _) in gains.items() if low > 0]
+    if better:
+        best = max(better, key=lambda kind: gains[kind][0])
+        mean, low, high = gains[best]
+        found = f"{best} finds most at 50, {mean:+.3f} beside {first} (95 %: {low:+.3f} to {high:+.3f})"
+    else:
+        found = f"No kind was shown to find more at 50 than {first}"
+    return Headline(state, f"{found}; {health}.")
 
 
 # Groups of the ID quality report: (heading, rows of (path of keys, format, one line of explanation)).
@@ -229,9 +255,41 @@ GROUPS = (
 )
 
 
-def ids_page(figures: Mapping, images: Mapping[str, Figure], examples: Sequence[Mapping], *, title: str) -> str:
+def judged(figures: Mapping, *, forced: bool = False, shared: bool = False) -> Verdict:
+    """The verdict on the codes that `id_quality` describes. `forced`: the first is the category; `shared`: by design
+    several products have one ID, so collisions do not count."""
+    columns = (
+        figures[key] for key in ("codes_used", "codes_used_share", "perplexity", "normalised_entropy", "top_share")
+    )
+    levels = [
+        LevelHealth(
+            codes_used=used, perplexity=perplexity, normalised_entropy=entropy, top_share=top,
+            dead=round(used / share) - used, rows=figures["products"], forced=forced and level == 0,
+        )
+        for level, (used, share, perplexity, entropy, top) in enumerate(zip(*columns))
+    ]  # fmt: skip
+    return verdict(levels, None if shared else figures["collision_rate"])
+
+
+_STATES = {"healthy": "good", "narrowing": "look", "collapsed": "bad"}
+
+
+def _headline(judgement: Verdict, figures: Mapping) -> Headline:
+    sentence = f"IDs are {judgement.state}: {judgement.reason}"
+    if "collide" not in judgement.reason:
+        sentence += (
+            f"; {figures['collision_rate']:.1%} of the {figures['products']:,} products collide before any ID is moved"
+        )
+    return Headline(_STATES[judgement.state], sentence + ".")
+
+
+def ids_page(
+    figures: Mapping, images: Mapping[str, Figure], examples: Sequence[Mapping], *, title: str,
+    judgement: Verdict | None = None,
+) -> str:  # fmt: skip
     """The ID quality report (the paper's Figures 3, 4, 6 and Table 8) as one HTML page.
 
+    `judgement`: what `judged` says of them, which stands on top; None for IDs that no rule judges, such as a tree's.
     `figures`: `id_quality`, and optionally under `floor`, `hourglass`, `prefix_agreement`, `neighbour_agreement`,
     `reconstruction`, `displacement` what the functions of `identifiers.quality` return; what the report has no line
     for stands at its end. `images`: caption → Figure. `examples`: dicts `title`, `category`, `docid` and optionally
@@ -253,7 +311,8 @@ def ids_page(figures: Mapping, images: Mapping[str, Figure], examples: Sequence[
         ]  # fmt: skip
         tables += [Table(heading, columns, rows)] if rows else []
     pictures = [Picture(caption, figure) for caption, figure in images.items()]
-    return page(title, [*tables, *pictures, *([_examples_table(examples)] if examples else [])])
+    headline = None if judgement is None else _headline(judgement, figures)
+    return page(title, [*tables, *pictures, *([_examples_table(examples)] if examples else [])], headline=headline)
 
 
 def _levels(value, form: str | None) -> Cell:

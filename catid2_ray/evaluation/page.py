@@ -1,4 +1,4 @@
-"""Reports as one HTML file: tables, pictures inside it as PNG, text; there is no script and nothing to fetch.
+"""Reports as one HTML file: a verdict, tables, pictures inside it as PNG, text; there is no script and nothing to fetch.
 
 Every text from outside is escaped by the template.
 """
@@ -6,7 +6,7 @@ Every text from outside is escaped by the template.
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 from matplotlib.figure import Figure
@@ -47,9 +47,26 @@ class Prose(NamedTuple):
     terms: Mapping[str, str]
 
 
-def page(title: str, parts: Sequence[Table | Picture | Prose], *, about: Mapping[str, str] | None = None) -> str:
-    """The parts below each other. `about`: what was run, name → text."""
-    return _TEMPLATES.get_template("page").render(title=title, about=about or {}, parts=parts)
+class Headline(NamedTuple):
+    """What the page found, in one sentence; a sign stands before it, so that colour is not all that tells states apart."""
+
+    state: Literal["good", "look", "bad"]
+    sentence: str
+
+    @property
+    def sign(self) -> str:
+        return {"good": "✓", "look": "!", "bad": "✗"}[self.state]
+
+
+def page(
+    title: str,
+    parts: Sequence[Table | Picture | Prose],
+    *,
+    about: Mapping[str, str] | None = None,
+    headline: Headline | None = None,
+) -> str:
+    """The headline, then the parts below each other. `about`: what was run, name → text."""
+    return _TEMPLATES.get_template("page").render(title=title, about=about or {}, parts=parts, headline=headline)
 
 
 _PAGE = """{% macro cell_of(cell) %}{% if cell is string %}{{ cell }}{% elif cell.beginning is defined %}
@@ -84,8 +101,15 @@ thead th { border-bottom: 2px solid #888; white-space: nowrap } .n { text-align:
 .n span { display: inline-block; margin-left: .5em } small { color: #595959 } img { max-width: 100%; height: auto }
 figure { margin: 1rem 0; break-inside: avoid } code { font-size: .8125rem; white-space: nowrap }
 mark { background: #cfe3f3; color: inherit } mark.other { background: #fbe3b5 } .warn { color: #8a3200 }
-@media print { body { max-width: none; font-size: 11px } .scroll { overflow: visible } tr { break-inside: avoid } }
+.verdict { font-size: 1.125rem; padding: .5rem .8rem; border-left: .4rem solid; background: #f6f6f6; max-width: 44rem }
+.verdict.good { border-color: #009e73 } .verdict.look { border-color: #e69f00 } .verdict.bad { border-color: #d55e00 }
+@media (max-width: 40rem) { figure { overflow-x: auto } img { max-width: none; width: 44rem } dl { display: block }
+dd { margin-bottom: .4rem } }
+@media print { body { max-width: none; font-size: 11px } .scroll { overflow: visible } tr { break-inside: avoid }
+h2 { break-after: avoid } .verdict, mark { print-color-adjust: exact } }
 </style></head><body><h1>{{ title }}</h1>
+{% if headline %}<p class="verdict {{ headline.state }}"><b>{{ headline.sign }}</b> {{ headline.sentence }}</p>{% endif %}
+
 {{ terms_of(about) }}
 {% for part in parts %}
 {% if part.rows is defined %}{% if part.title %}<h2>{{ part.title }}</h2>{% endif %}{{ table_of(part) }}

@@ -21,7 +21,7 @@ from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.config import KINDS, Recipe
 from catid2_ray.errors import ArtifactError, RecipeError
 from catid2_ray.evaluation import figures
-from catid2_ray.evaluation.ids_report import ids_page
+from catid2_ray.evaluation.ids_report import ids_page, judged
 from catid2_ray.evaluation.metrics import bootstrap_means
 from catid2_ray.on_ray.job import Job, open_previous
 from catid2_ray.on_ray.machine import progress
@@ -167,11 +167,16 @@ def ids_report(recipe: Recipe, *, beside: str | None = None) -> str:
         if beside:
             of_kind = dataclasses.replace(job, recipe=variant(recipe, beside, recipe.seed), previous=None)
             other = _docids(of_kind, parts_of_kind(of_kind, parts))
+        settings = recipe.quantizer
+        judgement = None
+        if settings.coder != "tree":
+            judgement = judged(quality["raw"], forced=settings.force_category, shared=settings.ids != "unique")
         return ids_page(
             numbers,
             _images(job, parts, sample),
             _examples(sample, other),
-            title=f"IDs of {recipe.name}: {recipe.quantizer.kind}",
+            title=f"IDs of {recipe.name}: {settings.kind}",
+            judgement=judgement,
         )
 
 

@@ -80,3 +80,4 @@ def test_the_table_and_the_page_show_before_and_after(capsys):
     assert "measured on 5 queries" in shown and "+0.1000" in shown and "flat groups" in shown
     page = alignment_page(history, title="Alignment <of> a shop", about={"group": 8, "ranker": None})
     assert "data:image/png;base64," in page and "Alignment &lt;of&gt; a shop" in page and "+0.5000" in page
+    assert '<p class="verdict look"><b>!</b> Alignment did not move recall@10 (' in page

@@ -112,7 +112,7 @@ def test_training_curves_leave_out_what_is_absent():
         "loss", "gradient norm", "anchors", "hcc", "codes used", "perplexity (codes)", "dead codes",
     ]  # fmt: skip
     assert [line.get_label() for line in panels["anchors"].lines] == ["depth 1", "depth 2"]
-    assert panels["gradient norm"].get_yscale() == "log" and "red: collapsed" in figure.get_supxlabel()
+    assert panels["gradient norm"].get_yscale() == "log" and "red and hatched: collapsed" in figure.get_supxlabel()
     assert drawn(figures.training_curves([])) == []
 
 

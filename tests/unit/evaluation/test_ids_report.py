@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from catid2_ray.evaluation.ids_report import compare_page, compare_table, ids_page
+from catid2_ray.evaluation.ids_report import compare_page, compare_table, ids_page, judged
 from catid2_ray.evaluation.tables import markdown, terminal
 from catid2_ray.identifiers import quality
 
@@ -185,3 +185,42 @@ def test_the_report_of_ids_shows_what_the_numbers_are(depths):
 def test_a_report_without_pictures_and_examples():
     found = Balanced(ids_page({"collision_rate": 0.5}, {}, [], title="short"))
     assert "50.00%" in found.text and found.addresses == [] and found.tags.count("table") == 1
+
+
+def verdict_of(page) -> str:
+    """The sentence on top, and the class that gives it its colour."""
+    return page.split('<p class="verdict ')[1].split("</p>")[0]
+
+
+@pytest.mark.parametrize(
+    "used, word, state", [(16, "healthy", "good"), (5, "narrowing", "look"), (1, "collapsed", "bad")]
+)
+def test_the_page_of_ids_begins_with_a_verdict(used, word, state):
+    rng = np.random.default_rng(0)
+    codes_NL = np.stack((rng.integers(0, 16, 3000), rng.integers(0, used, 3000)), 1)
+    figures = quality.id_quality(codes_NL, np.zeros((3000, 0), int), (16, 16))
+    page = ids_page(figures, {}, [], title="t", judgement=judged(figures, shared=True))
+    Balanced(page)
+    sentence = verdict_of(page)
+    assert sentence.startswith(f'{state}"><b>') and f"IDs are {word}: " in sentence
+    assert f"{figures['collision_rate']:.1%} of the 3,000 products collide before any ID is moved." in sentence
+
+
+def test_a_forced_first_level_is_not_judged_and_collisions_are():
+    codes_NL = np.stack((np.zeros(3000, int), np.arange(3000) % 16), 1)
+    figures = quality.id_quality(codes_NL, np.zeros((3000, 0), int), (16, 16))
+    assert judged(figures, shared=True).state == "collapsed" and judged(figures, forced=True).state == "healthy"
+    one_ID = quality.id_quality(np.zeros((3000, 2), int), np.zeros((3000, 0), int), (16, 16))
+    assert judged(one_ID, forced=True).state == "collapsed"
+
+
+def test_the_comparison_begins_with_what_was_shown():
+    assert verdict_of(compare_page(ROWS, title="t", about={})) == (
+        'look"><b>!</b> 2 of 3 kinds healthy (cat_id2 is narrowing).'
+    )
+    rows = [run("tiger", 0), run("dis", 0, recall_gain_50=[0.02, 0.01, 0.03])]
+    found = verdict_of(compare_page(rows, title="t", about={}))
+    assert "dis finds most at 50, +0.020 beside tiger (95 %: +0.010 to +0.030); 2 of 2 kinds healthy." in found
+    rows[1]["recall_gain_50"] = [0.02, -0.01, 0.05]
+    found = verdict_of(compare_page(rows, title="t", about={}))
+    assert found.startswith('good"') and "No kind was shown to find more at 50 than tiger" in found
