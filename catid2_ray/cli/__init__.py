@@ -163,7 +163,7 @@ def _answer(console: Console, store: Store, query: str, *, k: int, expression: d
     console.print(terminal([Table(f"“{query}”  ({retriever.release})", columns, rows)]))
     if len(hits) < k:
         why = {
-            "search": "this release's search can rank no more, as its beams hold no more (serving.beam_width, serving.expansion)",
+            "search": "the beams of this release hold no more (serving.beam_width, serving.expansion)",
             "catalogue": "there are no more" + (" that the filter allows" if expression else ""),
         }[retriever.why_fewer(len(hits), k=k, expression=expression)]
         console.print(f"{len(hits)} of the {k} products asked for: {why}.", soft_wrap=True, highlight=False)

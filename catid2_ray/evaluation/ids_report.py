@@ -156,20 +156,20 @@ def compare_page(rows: Sequence[Mapping], *, title: str, about: Mapping[str, str
 
 
 def _compared(rows: Sequence[Mapping]) -> Headline | None:
-    """Which kind finds most, where recall was scored, and which kinds are not healthy."""
+    """Which kind finds most, where recall was scored, and whose codes are not healthy."""
     if not rows:
         return None
-    runs, kinds = _runs_by_kind(rows), "kind" if len({row["kind"] for row in rows}) == 1 else "kinds"
+    runs = _runs_by_kind(rows)
     states = {
         kind: {run.get("verdict") or "healthy" for run in of_kind} - {"healthy"} for kind, of_kind in runs.items()
     }
     ill = [f"{kind} is {' and '.join(sorted(found))}" for kind, found in states.items() if found]
-    health = f"{len(runs) - len(ill)} of {len(runs)} {kinds} healthy" + (f" ({'; '.join(ill)})" if ill else "")
+    health = ", ".join(ill) or "no kind's codes narrowed or collapsed"
     state = "bad" if any("collapsed" in found for found in states.values()) else "look" if ill else "good"
     gains = {kind: gain for kind, of_kind in runs.items() for run in of_kind if (gain := run.get("recall_gain_50"))}
     first = next(iter(runs))
     if not gains:
-        return Headline(state, f"{health}.")
+        return Headline(state, f"Of the kinds, {health}." if ill else "No kind's codes narrowed or collapsed.")
     better = [kind for kind, (_, low, _) in gains.items() if low > 0]
     if better:
         best = max(better, key=lambda kind: gains[kind][0])
@@ -263,6 +263,7 @@ def judged(figures: Mapping, *, forced: bool = False, shared: bool = False) -> V
     )
     levels = [
         LevelHealth(
+            # `top_share` is of one code here; no verdict reads it.
             codes_used=used, perplexity=perplexity, normalised_entropy=entropy, top_share=top,
             dead=round(used / share) - used, rows=figures["products"], forced=forced and level == 0,
         )

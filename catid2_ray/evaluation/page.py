@@ -103,7 +103,7 @@ figure { margin: 1rem 0; break-inside: avoid } code { font-size: .8125rem; white
 mark { background: #cfe3f3; color: inherit } mark.other { background: #fbe3b5 } .warn { color: #8a3200 }
 .verdict { font-size: 1.125rem; padding: .5rem .8rem; border-left: .4rem solid; background: #f6f6f6; max-width: 44rem }
 .verdict.good { border-color: #009e73 } .verdict.look { border-color: #e69f00 } .verdict.bad { border-color: #d55e00 }
-@media (max-width: 40rem) { figure { overflow-x: auto } img { max-width: none; width: 44rem } dl { display: block }
+@media screen and (max-width: 40rem) { figure { overflow-x: auto } img { max-width: none; width: 44rem } dl { display: block }
 dd { margin-bottom: .4rem } }
 @media print { body { max-width: none; font-size: 11px } .scroll { overflow: visible } tr { break-inside: avoid }
 h2 { break-after: avoid } .verdict, mark { print-color-adjust: exact } }

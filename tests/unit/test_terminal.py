@@ -29,7 +29,7 @@ def test_an_answer_shows_title_id_and_query_as_they_are(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "why, words", [("search", "search can rank no more"), ("catalogue", "there are no more that the filter")]
+    "why, words", [("search", "beams of this release hold no more"), ("catalogue", "there are no more that the filter")]
 )
 def test_an_answer_says_that_fewer_products_were_found_than_asked_for(why, words, monkeypatch, capsys):
     hit = SimpleNamespace(product_id="p", docid_text="A1", title="oak", logp=-1.0, score=-1.0, dense=None, lexical=None)

@@ -43,8 +43,8 @@ class RetrieveResponse(BaseModel):
     release: str
     products: list[Product] = Field(description="best first")
     fewer: Literal["search", "catalogue"] | None = Field(
-        description="why there are fewer than k: the search of this release can rank no more (its beams hold no more), or "
-        "the catalogue has no more that the filter allows; null where there are k"
+        description="why there are fewer than k: search = the beams of this release hold no more; catalogue = no more products are "
+        "there or pass the filter; null where there are k"
     )
 
 

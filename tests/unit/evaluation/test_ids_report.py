@@ -215,12 +215,13 @@ def test_a_forced_first_level_is_not_judged_and_collisions_are():
 
 
 def test_the_comparison_begins_with_what_was_shown():
-    assert verdict_of(compare_page(ROWS, title="t", about={})) == (
-        'look"><b>!</b> 2 of 3 kinds healthy (cat_id2 is narrowing).'
-    )
+    assert verdict_of(compare_page(ROWS, title="t", about={})) == ('look"><b>!</b> Of the kinds, cat_id2 is narrowing.')
     rows = [run("tiger", 0), run("dis", 0, recall_gain_50=[0.02, 0.01, 0.03])]
     found = verdict_of(compare_page(rows, title="t", about={}))
-    assert "dis finds most at 50, +0.020 beside tiger (95 %: +0.010 to +0.030); 2 of 2 kinds healthy." in found
+    assert (
+        "dis finds most at 50, +0.020 beside tiger (95 %: +0.010 to +0.030); no kind&#39;s codes narrowed or collapsed."
+        in found
+    )
     rows[1]["recall_gain_50"] = [0.02, -0.01, 0.05]
     found = verdict_of(compare_page(rows, title="t", about={}))
     assert found.startswith('good"') and "No kind was shown to find more at 50 than tiger" in found
