@@ -1,6 +1,7 @@
 """What a person sees of long work at several widths, and what a log gets of it."""
 
 import io
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from rich.console import Console
 
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.config import Recipe
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import cluster, progress
 from catid2_ray.on_ray.pipeline import planned
 
 NOTE = "epoch 3 loss 1.500 lr 1.0e-03 200/s score 0.2500"
@@ -95,6 +96,17 @@ def test_where_no_person_looks_on_there_is_no_bar_and_no_colour(monkeypatch, cap
             bar.advance(3)
         assert not bar.is_terminal
     assert capsys.readouterr() == ("", "")
+
+
+def test_one_notice_of_ray_is_dropped_and_what_else_is_said_is_not(capfd):
+    with pytest.raises(ValueError, match="no Ray"), cluster.without_notice():
+        os.write(
+            2, b"logging.cc: Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL to 3\nanother line\n"
+        )
+        os.write(2, b"the last\n")
+        raise ValueError("no Ray")
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "another line\nthe last\nafter\n"
 
 
 def test_the_stages_of_a_recipe_are_counted():
