@@ -66,7 +66,8 @@ class Job:
     """One run of a recipe against its store.
 
     `produce` is how every stage makes its artefact. `only` limits what may be made: a stage outside it must be committed
-    already, else an ArtifactError names the job to run first. A stage has the name of the kind that it makes, but for
+    already, else an ArtifactError names the job to run first. `plan`: the stages that the recipe asks for, in their order, by
+    which bars and log lines count them; empty where they are not counted. A stage has the name of the kind that it makes, but for
     "aligned", which makes a generator of a generator. `made` tells which stages ran, `committed` the keys of those that
     are there, made or found. `previous`: the release that is built on; `pointer`: how often something had been published when
     the work began. `new_ledger`: a ledger may be begun anew where that of the previous release cannot be continued.
@@ -77,6 +78,7 @@ class Job:
     recipe: Recipe
     store: Store
     only: frozenset[str] = frozenset(STAGES)
+    plan: tuple[str, ...] = ()
     made: list[str] = field(default_factory=list)
     committed: dict[str, str] = field(default_factory=dict)
     peak: cluster.PeakMemory | None = None
@@ -163,11 +165,13 @@ class Job:
         )
         attempt.measure, attempt.guard = lambda: {"peak_memory_bytes": self.peak.lap()}, self.check_lease
         self.peak.lap()
-        self.say("start", stage=stage, key=attempt.key)
+        position = f"{self.plan.index(stage) + 1}/{len(self.plan)}" if stage in self.plan else ""
+        self.say("start", stage=stage, key=attempt.key, **({"position": position} if position else {}))
         recipe = self.recipe
         cluster.connect(recipe.cluster, workers=recipe.most_workers)
         try:
-            manifest = work(attempt)
+            with progress.at_position(position):
+                manifest = work(attempt)
         except BaseException:
             self.store.delete_folder(attempt.name("exchange"))
             raise

@@ -31,6 +31,7 @@ from catid2_ray.on_ray.stages.assign import stage as assign
 def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
     """Run or find every stage up to `last`; returns their manifests by name. Sets `previous` and `pointer` of the job."""
     begin(job)
+    job.plan = planned(job.recipe, last)
     parts = {"catalog": catalog.run(job, {})}
     if last != "catalog":
         check_codes(job.recipe, parts["catalog"])
@@ -49,6 +50,20 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
             if name == last:
                 break
     return parts
+
+
+def planned(recipe: Recipe, last: str) -> tuple[str, ...]:
+    """The stages that a recipe asks for, up to `last`. A stage that the catalogue then turns out not to need, such as an adapter
+    where there are no pairs, is among them: the count skips its number."""
+    without = set()
+    if not recipe.quantizer.query_item:
+        without.add("queries")
+    if recipe.embedding.adapter == "none":
+        without |= {"matched", "adapter"}
+    if not recipe.alignment.enabled:
+        without |= {"prompts", "aligned"}
+    names = list(STAGES)
+    return tuple(name for name in names[: names.index(last) + 1] if name not in without or name == last)
 
 
 def begin(job: Job) -> None:
@@ -126,6 +141,7 @@ def append(job: Job) -> dict[str, Manifest]:
             f"nothing was published to {job.store.uri} yet, so there is nothing to append to: run `catid2 reindex` first"
         )
     job.previous = open_previous(job.store, name)
+    job.plan = APPENDED
     _refuse_another_adapter(job.recipe, job.previous)
     recipe = job.recipe = job.recipe.continued(
         {section: job.previous.parts[part].recipe for section, part in _SECTIONS.items()}

@@ -48,7 +48,8 @@ def test_a_closing_table_shows_names_as_they_are(capsys):
 
 
 def test_a_bar_shows_its_label_and_note_as_they_are(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(force_terminal=True, width=150, file=sys.stdout))
+    terminal_ = {"force_terminal": True, "force_interactive": True, "width": 150}
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=sys.stdout, **terminal_))
     with progress.bar("making [oak]", 3, "rows") as bar:
         bar.advance(1, "of [/x]")
     shown = capsys.readouterr().out

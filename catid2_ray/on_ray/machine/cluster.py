@@ -7,6 +7,8 @@ ends with it, and never joins one that happens to run on the host.
 import contextlib
 import logging
 import os
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -79,24 +81,45 @@ def connect(cluster: ClusterRecipe, *, workers: int = 0, dashboard: bool = False
     for name in ("ray", "ray.data", "ray.train", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    environment = worker_environment(cluster)
+    environment, quietly = worker_environment(cluster), contextlib.nullcontext()
     if os.environ.get("RAY_ADDRESS"):
         address = {"address": "auto", "runtime_env": {"env_vars": environment}}
     else:
         os.environ.update(environment)
         for name, value in _PRIVATE_RAY.items():
             os.environ.setdefault(name, value)
+        quietly = without_notice()
         address = {
             "address": "local",
             "num_cpus": max(cluster.logical_cpus, (os.cpu_count() or 1) + 2, workers + 2),
             "object_store_memory": cluster.object_store_mb * 1_000_000,
             "include_dashboard": dashboard,
         }
-    with signals.kept():
+    with signals.kept(), quietly:
         ray.init(**address, **quiet)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+
+
+@contextlib.contextmanager
+def without_notice() -> Iterator[None]:
+    """Drop the line in which Ray's C++ side tells that it heeds RAY_BACKEND_LOG_LEVEL, which no setting silences. What else is
+    written to standard error in this block, by whatever thread, comes at its end."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
+            caught.seek(0)
+            for line in caught:
+                if b"RAY_BACKEND_LOG_LEVEL" not in line:
+                    os.write(2, line)
 
 
 def disconnect() -> None:

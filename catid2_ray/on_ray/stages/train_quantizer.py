@@ -309,8 +309,9 @@ class QuantizerTask:
 
     def _sample(self, module: ResidualQuantizer) -> tuple[torch.Tensor, torch.Tensor]:
         parameter = next(module.parameters())
-        sample_ND = torch.from_numpy(self.sample_ND).to(parameter.device, parameter.dtype)
-        return sample_ND, torch.from_numpy(self.category_NH).to(parameter.device).long()
+        # Copies: what a worker was sent may be read-only, and torch warns of tensors that share such memory.
+        sample_ND = torch.tensor(self.sample_ND, device=parameter.device, dtype=parameter.dtype)
+        return sample_ND, torch.tensor(self.category_NH, device=parameter.device, dtype=torch.long)
 
 
 def _figures_of(levels) -> dict:
