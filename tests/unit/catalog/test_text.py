@@ -4,11 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from sklearn.feature_extraction.text import TfidfVectorizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5Model
 
-from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, _tfidf_settings, join_text
+from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.errors import EncoderError, InputError
 
 TEXTS = [
@@ -53,21 +52,6 @@ def test_lsa_rows_are_unit_vectors_and_survive_saving_bit_by_bit(tmp_path):
     assert np.array_equal(np.concatenate([loaded.encode([q]) for q in queries]), vectors)
     assert np.array_equal(LsaEncoder.fit(TEXTS, width=4, vocabulary=50, seed=1).encode(queries), vectors)
     assert encoder.encode([]).shape == (0, 4)
-
-
-@pytest.mark.parametrize("rules", [1, 2])
-def test_lsa_weighs_terms_as_scikit_learn_does_bit_by_bit(rules):
-    rng = np.random.default_rng(3)
-    words = [*"abc", "2", "steel", "Hinge", "ドア", "шкаф", "door's"]
-    texts = [" ".join(rng.choice(words, rng.integers(0, 40))) for _ in range(300)]
-    fitted = LsaEncoder.fit(texts, width=4, vocabulary=60, seed=1)
-    encoder = LsaEncoder(fitted.terms, fitted.idf_V, fitted.components_DV, fitted.mean_D, rules=rules)
-    theirs = TfidfVectorizer(vocabulary=encoder.terms, **_tfidf_settings(rules))
-    theirs.idf_ = encoder.idf_V
-    expected, found = theirs.transform(texts), encoder._weights(texts)
-    assert found.dtype == expected.dtype == np.float32 and found.shape == expected.shape
-    for name in ("data", "indices", "indptr"):
-        assert np.array_equal(getattr(found, name), getattr(expected, name))
 
 
 def test_lsa_puts_like_with_like():
