@@ -70,7 +70,7 @@ def init(
     shown.print(looked.found)
     shown.print(
         f"\nThe recipe, with the reason for each setting: {out}\nTry next:\n  catid2 check --recipe {out}\n"
-        f"  catid2 reindex --recipe {out}",
+        f"  catid2 reindex --recipe {out}\n  catid2 search \"YOUR QUERY\" --store {looked.store}",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
 

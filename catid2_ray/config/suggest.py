@@ -4,6 +4,7 @@ The arithmetic is the table of small functions below, made to meet two recipes t
 products, 13,032 training pairs) and Home Depot (54,667 and 34,781). Between and beyond them it is a beginning, not a result.
 """
 
+import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -92,11 +93,21 @@ class Line(NamedTuple):
     reason: str = ""
 
 
+def store_of(name: str) -> str:
+    """The folder of a catalogue's store: no other catalogue's, for a job builds on the release that it finds in its store."""
+    return re.sub(r"[^\w.-]+", "_", name) + "_store"
+
+
 def suggest(facts: Facts) -> list[Line]:
     """The lines of a recipe that fits, section after section."""
     lines = [
         Line("", "name", facts.name),
-        Line("", "store", "catid2_store", "A folder or s3:// prefix; all that is made lies there."),
+        Line(
+            "",
+            "store",
+            store_of(facts.name),
+            "A folder or s3:// prefix of this catalogue alone; all that is made lies there.",
+        ),
     ]
     return [
         *lines,
@@ -195,7 +206,7 @@ def _generator(facts: Facts) -> list[Line]:
     titles = products / pairs if pairs else 1.0
     if pairs:
         reason = f"{pairs:,} training pairs reach min_relevance, and every one of {products:,} titles is seen about once an epoch."
-        lines.append(Line("generator", "mix", {"query": 1, "title": round(titles, 2)}, reason))
+        lines.append(Line("generator", "mix", {"query": 1, "title": float(f"{titles:.2g}")}, reason))
     examples = round((pairs or products) * (1 + titles if pairs else 1))
     batch, epochs = generator_batch(examples), generator_epochs(examples)
     steps = max(1, examples // batch)

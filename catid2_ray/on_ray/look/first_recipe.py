@@ -32,10 +32,11 @@ _HTML = 0.05  # share of texts with HTML from which a column is left out
 
 
 class Looked(NamedTuple):
-    """`recipe`: YAML with comments; `found`: what there is, in a sentence or two."""
+    """`recipe`: YAML with comments; `found`: what there is, in a sentence or two; `store`: where the recipe's job would write."""
 
     recipe: str
     found: str
+    store: str
 
 
 def first_recipe(root: str) -> Looked:
@@ -52,8 +53,8 @@ def first_recipe(root: str) -> Looked:
     found = f"{root} holds {about}{facts.products:,} products and {queries}. {facts.language}".strip()
     title = f"Written by `catid2 init`: {found} What the numbers come to, `catid2 check --recipe FILE` says."
     text = suggest.as_yaml(suggest.suggest(facts), title)
-    Recipe.from_yaml(text, where="the recipe that was made")
-    return Looked(text, found)
+    recipe = Recipe.from_yaml(text, where="the recipe that was made")
+    return Looked(text, found, recipe.store)
 
 
 def look(root: str) -> suggest.Facts:
