@@ -16,7 +16,9 @@ NEEDED = ["catid2_ray.on_ray.stages.train_quantizer", "catid2_ray.on_ray.stages.
 def run_ranks(function, *groups: tuple, within_s: float = 300) -> None:
     """Run groups of ranks side by side to their ends: `function(rank, *arguments)` for each rank of (world, arguments).
 
-    The ranks see the environment as it is now. AssertionError where they have not ended after `within_s`.
+    The ranks see the environment as it is now. Raises AssertionError where they have not ended after `within_s`, and
+    torch.multiprocessing's ProcessRaisedException, which quotes the traceback, where one raises: no error of ours comes out of
+    ranks as itself.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(NEEDED)

@@ -149,8 +149,9 @@ class EvaluationRecipe(Section):
     )  # fmt: skip
     max_queries: int | None = setting(None, "score a seeded sample of this many queries", unit="queries", ge=1)
     min_beam_to_bm25: float = setting(
-        0.5, "FAILED when the beam's recall@50 is under this share of BM25's", unit="ratio", operational=True, ge=0
-    )
+        0.5, "FAILED when recall@50 of what is served (of the beam where that is not scored) is under this share of BM25's",
+        unit="ratio", operational=True, ge=0,
+    )  # fmt: skip
     min_to_release: float = setting(
         0.9, "where BM25 is not scored: FAILED when recall@50 is under this share of the current release's", unit="ratio",
         operational=True, ge=0,

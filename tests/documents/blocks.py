@@ -2,7 +2,6 @@
 
 A block runs unless the line before it is an HTML comment, which readers do not see:
     <!-- names only: REASON -->   commands are checked for their names and options; REASON is one of REASONS
-    <!-- writes: FILE -->         the block is what a reader would save under this name
     <!-- part of another file --> YAML that is no recipe
 `python -m tests.documents.blocks` lists the commands that are not run, and why.
 """
@@ -14,7 +13,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
-    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
 ]
 LANGUAGES = ("sh", "python", "yaml", "json", "text")
 REASONS = ("a cluster", "a cloud", "Docker", "it waits until you end it", "minutes or more", "files that you download",

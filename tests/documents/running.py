@@ -12,6 +12,7 @@ import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 from typing import NoReturn
 
@@ -25,7 +26,7 @@ from catid2_ray.config import Recipe
 from catid2_ray.on_ray.serve import app as serve_app
 from tests.command import run_here
 from tests.documents.blocks import ROOT, Block
-from tests.documents.shop import reduced
+from tests.documents.shop import reduced, write_recipe
 
 # Programs of others: that they are called at all is all that is known of them here.
 _OTHERS = ("aws", "docker", "git", "kubectl", "pip", "sbatch")
@@ -57,9 +58,7 @@ class Reader:
 
     def follow(self, block: Block) -> None:
         """Do what the block shows; AssertionError, or what it raises, where that does not work."""
-        if block.mark.startswith("writes: "):
-            self._write(block)
-        elif block.language == "sh":
+        if block.language == "sh":
             for command in block.commands:
                 (self._check if block.reason else self._run)(shlex.split(command))
         elif block.language == "python":
@@ -69,19 +68,11 @@ class Reader:
         elif block.language == "yaml" and block.mark != "part of another file":
             Recipe.build(_completed(yaml.safe_load(block.text)))
 
-    def _write(self, block: Block) -> None:
-        """Save the block as its file, a recipe in the sizes of tests."""
-        text, path = block.text, self.folder / block.mark.removeprefix("writes: ")
-        if block.language == "yaml":
-            recipe = yaml.safe_load(text)
-            Recipe.build(recipe)
-            text = yaml.safe_dump(reduced(recipe), sort_keys=False)
-        path.write_text(text)
-
     def _run(self, words: list[str]) -> None:
-        if words[0] == "catid2":
-            done = run_here(*words[1:])
-            assert done.returncode == 0, f"it ended with {done.returncode}: {done.stderr[-2000:]}"
+        if words[:2] == ["catid2", "init"]:
+            self._init(words)
+        elif words[0] == "catid2":
+            _ended_well(run_here(*words[1:]))
         elif words[:2] == ["python", "-m"]:
             self.patch.setattr(sys, "argv", words[2:])
             try:
@@ -95,6 +86,13 @@ class Reader:
         else:
             assert words[0] == "make", f"nothing is known of {words[0]}: run it by hand and mark the block `names only`"
             _check_target(words[1:])
+
+    def _init(self, words: list[str]) -> None:
+        """`catid2 init … --out FILE`, and the file in the sizes of tests. A file that an earlier page's reader made makes way."""
+        path = self.folder / words[words.index("--out") + 1]
+        path.unlink(missing_ok=True)
+        _ended_well(run_here(*words[1:]))
+        write_recipe(path, reduced(yaml.safe_load(path.read_text(encoding="utf-8"))))
 
     def _request(self, words: list[str]) -> None:
         """What curl would ask the server for, asked of the application in this process."""
@@ -130,6 +128,8 @@ class Reader:
             _check_job(words[2], words[3:])
         elif name == "python" and words[2] == "pytest":
             assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests/")), "a file is missing"
+        elif name == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).exists(), f"there is no {words[1]}"
         elif name in ("ray", "serve"):
             own, _, job = _split(words[1:], "--")
             module = import_module("ray.scripts.scripts" if name == "ray" else "ray.serve.scripts")
@@ -143,6 +143,10 @@ class Reader:
         for word in words:
             if word.endswith((".yaml", ".txt")) and "/" not in word.lstrip("./") and not (self.folder / word).exists():
                 assert (ROOT / word).exists(), f"there is no {word}"
+
+
+def _ended_well(done: CompletedProcess) -> None:
+    assert done.returncode == 0, f"it ended with {done.returncode}: {done.stderr[-2000:]}"
 
 
 def _split(words: list[str], at: str) -> tuple[list[str], str, list[str]]:

@@ -29,7 +29,7 @@ def write_tables(folder: Path) -> None:
     paths = pa.array([" > ".join(path or []) for path in products["category_path"].to_pylist()])
     products = products.set_column(products.column_names.index("category_path"), "category_path", paths)
     products = products.append_column("brand", pa.array([["Oakline", "Ferro", "Nordic"][row % 3] for row in rows]))
-    products = products.append_column("price", pa.array([float(10 + row % 90) for row in rows]))
+    products = products.append_column("price", pa.array([10.5 + row % 90 for row in rows]))
     products = products.append_column("in_stock", pa.array([row % 5 > 0 for row in rows]))
     shop.mkdir()
     pa.csv.write_csv(products, shop / "products.csv")
@@ -45,6 +45,9 @@ def reduced(recipe: dict) -> dict:
             small[section] |= {"workers": 1}
     small["catalog"] = (small.get("catalog") or {}) | {"rows_per_part": TINY["catalog"]["rows_per_part"]}
     if "synthetic" in small["catalog"]:
+        small["quantizer"] |= {
+            "codes_per_level": [16, 8, 8, 8]
+        }  # unlike the shop's: in one store the two would be refused
         small["catalog"] |= {"synthetic": TINY["catalog"]["synthetic"]}
     small["alignment"] = (small.get("alignment") or {}) | ALIGNMENT
     return small

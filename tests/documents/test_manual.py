@@ -1,6 +1,8 @@
 """Commands, requests, recipes and Python that the manual shows work, on a shop of 240 products; its links lead somewhere."""
 
+import html
 import importlib.util
+import json
 import re
 import shutil
 from functools import cache
@@ -12,6 +14,7 @@ from fastapi.testclient import TestClient
 
 from catid2_ray.config import KINDS, Recipe, Section
 from catid2_ray.on_ray.serve import app as serve_app
+from catid2_ray.on_ray.serve.api import Product, RetrieveResponse
 from tests.command import run_here
 from tests.documents.blocks import DOCUMENTS, LANGUAGES, REASONS, ROOT, Block, blocks_of
 from tests.documents.running import Reader
@@ -37,9 +40,9 @@ def quickstart(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shop(quickstart):
-    """The recipe that most pages go on from, and the release that it makes in the same store."""
+    """The recipe that most pages go on from, and the release that it makes in a store of its own."""
     page = ROOT / "docs" / "your-data.md"
-    written = next(block for block in blocks_of(page) if block.mark == "writes: shop.yaml")
+    written = next(block for block in blocks_of(page) if block.text.startswith("catid2 init"))
     with pytest.MonkeyPatch.context() as patch:
         Reader(quickstart, patch).follow(written)
         done = run_here("reindex", "--recipe", "shop.yaml")
@@ -97,8 +100,31 @@ def test_every_block_says_what_it_is():
     blocks = [block for path in DOCUMENTS for block in blocks_of(path)]
     assert [block.place for block in blocks if block.language not in LANGUAGES] == []
     marks = {block.mark.partition(": ")[0] for block in blocks}
-    assert marks <= {"", "names only", "writes", "part of another file"}
+    assert marks <= {"", "names only", "part of another file"}
     assert {block.reason for block in blocks} - {None} <= set(REASONS)
+
+
+def _picture(svg: str) -> list[str]:
+    """The lines that a picture of a terminal shows, its title first, with one space between any two words."""
+    lines = {}
+    for place, text in re.findall(r'<text[^>]* y="([^"]*)"[^>]*>(.*?)</text>', svg):
+        lines.setdefault(place, []).append(html.unescape(text))
+    return [line for parts in lines.values() if (line := " ".join(" ".join(parts).split()))]
+
+
+def test_picture_and_json_of_the_readme_are_one_answer_and_what_a_search_shows(quickstart):
+    shown = _picture(picture().FILE.read_text(encoding="utf-8"))
+    readme = ROOT / "README.md"
+    answer = next(json.loads(block.text) for block in blocks_of(readme) if block.language == "json")
+    best, commands = answer["products"][0], [line for block in blocks_of(readme) for line in block.commands]
+    assert shown[1].removeprefix("$ ") in commands
+    assert shown[2] == f"“{picture().QUERY}” ({answer['release']})"
+    row, rest = shown[5:7]
+    assert row.startswith(f"{best['product_id']} {best['docid']} {best['logp']:.2f} {best['score']:.2f} ")
+    assert f"{row} {rest}".endswith(best["title"])
+    assert answer.keys() == RetrieveResponse.model_fields.keys() and best.keys() == Product.model_fields.keys()
+    today = _picture(picture().draw(str(quickstart / "catid2_store")))
+    assert [today[1], today[3]] == [shown[1], shown[3]]
 
 
 def _anchors(path: Path) -> set[str]:
@@ -123,12 +149,20 @@ def test_links_lead_somewhere(path):
 
 
 @cache
-def hooks():
-    """docs/hooks.py, which is no module of a package."""
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+def _loaded(name: str):
+    """A file of docs/, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def hooks():
+    return _loaded("hooks")
+
+
+def picture():
+    return _loaded("picture")
 
 
 def test_the_menu_names_every_page():

@@ -1,10 +1,13 @@
 """What a training's failures lead to: what is the same on a rerun ends the job at once, the rest goes on from a checkpoint.
 
-The same in a job: test_through_ray.py.
+The same through Ray: test_through_ray.py.
 """
+
+from pathlib import Path
 
 import pytest
 
+from catid2_ray.config import Recipe
 from catid2_ray.errors import (
     ArtifactError,
     CollapseError,
@@ -16,6 +19,8 @@ from catid2_ray.errors import (
     TrainingError,
     WorkerDied,
 )
+from catid2_ray.on_ray.commands import run_verb
+from catid2_ray.on_ray.stages import train_quantizer
 from catid2_ray.on_ray.training.worker import _cause, tried_again
 
 
@@ -52,3 +57,30 @@ def test_the_cause_is_the_error_that_decides(failures, kind):
     cause = _cause(Failed(*failures), "training")
     assert type(cause) is kind
     assert kind is not WorkerDied or "training failed: the last words" in str(cause)
+
+
+def failing_once(builds: Path):
+    """The quantizer's task; each worker that starts leaves a line, and the first finds a full disk."""
+
+    class FailingOnce(train_quantizer.QuantizerTask):
+        def build(self):
+            with open(builds, "a") as file:
+                file.write("built\n")
+            if len(builds.read_text().splitlines()) == 1:
+                raise OSError("no space left")
+            return super().build()
+
+    return FailingOnce
+
+
+@pytest.mark.faults
+def test_a_disk_that_fails_once_is_tried_again_and_the_training_succeeds(no_ray, tiny, tmp_path, monkeypatch, capfd):
+    tiny["store"] = str(tmp_path / "store")
+    tiny["quantizer"] |= {"max_failures": 2, "epochs": 2}
+    run_verb(Recipe.build(tiny), "embed_catalog")
+    monkeypatch.setattr(train_quantizer, "QuantizerTask", failing_once(tmp_path / "builds"))
+    _, manifest = run_verb(Recipe.build(tiny), "train_quantizer")
+    assert manifest.kind == "quantizer" and manifest.metrics["epochs_done"] == 2
+    assert (tmp_path / "builds").read_text().count("built") == 2, "one more attempt, though two were left"
+    log = capfd.readouterr().err
+    assert log.count("event=retry") == 1 and "failure=1 of=2" in log and "no space left" in log

@@ -20,6 +20,8 @@ LOSSES = {
     "quantizer": [2.242, 2.241, 2.238, 2.233, 2.229, 2.227, 2.223, 2.220, 2.218, 2.217, 2.215, 2.217],
     "generator": [12.397, 8.629, 6.998, 6.184, 5.718, 5.403, 5.192, 5.159],
 }
+# Kernels for AVX2 and for AVX-512 differ by .05 %. The quantizer's whole curve falls by 1.2 %.
+TOLERANCE = {"quantizer": 0.003, "generator": 0.02}
 RECALL_AT_50 = {"served": 0.839, "beam": 0.694, "bm25": 0.754}
 
 
@@ -29,13 +31,13 @@ def outcome(tmp_path_factory, no_ray):
     return reindex(Recipe.load(ROOT / "jobs" / "recipes" / "quickstart.yaml", [f"store={store}", *REDUCED]))
 
 
-@pytest.mark.parametrize("part", ["quantizer", "generator"])
+@pytest.mark.parametrize("part", TOLERANCE)
 def test_losses_follow_the_curve_on_record(outcome, part):
-    """To 2 %; kernels for AVX2 and for AVX-512 differ by 0.05 %."""
     manifest = outcome.parts[part]
     store = Store(manifest.recipe["store"])
     losses = [round(record["loss"], 3) for record in json.loads(store.read(manifest.file("history.json")))]
-    assert losses == pytest.approx(LOSSES[part], rel=0.02), f"{part}: {losses}"
+    assert losses == pytest.approx(LOSSES[part], rel=TOLERANCE[part]), f"{part}: {losses}"
+    assert losses[-1] < losses[0] - 0.015, f"{part} learned nothing: {losses}"
 
 
 @pytest.mark.parametrize("method", RECALL_AT_50)

@@ -285,6 +285,15 @@ def test_tries_of_every_integer_type_and_sparse_ones_are_read(codes_per_level):
         assert_same(listed(result, 0), expected)
 
 
+def other_decoders(codes_per_level, query_BT, mask_BT, *, seed: int, normalize: str) -> dict:
+    """Decoders that are no T5, and of each its oracle: `step(row, prefix)`, log P of every next code for one of two queries."""
+    table, recurrent = Table(codes_per_level, 2, seed), Recurrent(codes_per_level, WORDS, seed)
+    return {
+        table: lambda row, prefix: table.step_logp(row, prefix, normalize),
+        recurrent: lambda row, prefix: recurrent.step_logp(query_BT[row][mask_BT[row]].tolist(), prefix),
+    }
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 1000),
@@ -296,12 +305,7 @@ def test_other_models_work_behind_the_protocol(seed, widths, normalize):
     ids = random_ids(codes_per_level, 30, seed)
     trie = Trie.build(ids, codes_per_level=codes_per_level)
     query, mask = random_queries([5, 3], seed)
-    table, recurrent = Table(codes_per_level, 2, seed), Recurrent(codes_per_level, WORDS, seed)
-    steps = {
-        table: lambda row, prefix: table.step_logp(row, prefix, normalize),
-        recurrent: lambda row, prefix: recurrent.step_logp(query[row][mask[row]].tolist(), prefix),
-    }
-    for decoder, step in steps.items():
+    for decoder, step in other_decoders(codes_per_level, query, mask, seed=seed, normalize=normalize).items():
         result = constrained_beam_search(decoder, trie, query, mask, beam_width=widths, top_k=9, normalize=normalize)
         for row in range(2):
             expected = beam_of_lists(lambda prefix, row=row, step=step: step(row, prefix), ids, widths)[:9]

@@ -10,10 +10,10 @@ from catid2_ray.errors import InputError
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.exact import decoder_rows, exact_scores, replayed
 from catid2_ray.retrieval.trie import Trie
-from tests.oracles.beam import Recurrent, Table, beam_of_lists, step_logp
+from tests.oracles.beam import Table, beam_of_lists, step_logp
 from tests.oracles.exact import prefix_scores
 from tests.oracles.generators import causal_next_logits
-from tests.unit.retrieval.test_beam import WORDS, model_for, random_ids, random_queries
+from tests.unit.retrieval.test_beam import model_for, other_decoders, random_ids, random_queries
 from tests.unit.retrieval.test_environment import SPACE, kinds
 
 CODES = (4, 6, 3)
@@ -30,12 +30,7 @@ def test_one_pass_in_blocks_is_one_step_at_a_time_and_gives_every_beam(seed, row
     ids = random_ids(CODES, 30, seed)
     trie = Trie.build(ids, codes_per_level=CODES)
     query, mask = random_queries([5, 3], seed)
-    table, recurrent = Table(CODES, 2, seed), Recurrent(CODES, WORDS, seed)
-    steps = {
-        table: lambda row, prefix: table.step_logp(row, prefix, normalize),
-        recurrent: lambda row, prefix: recurrent.step_logp(query[row][mask[row]].tolist(), prefix),
-    }
-    for decoder, step in steps.items():
+    for decoder, step in other_decoders(CODES, query, mask, seed=seed, normalize=normalize).items():
         score_L = exact_scores(decoder, trie, query, mask, rows=rows, normalize=normalize)
         replay = replayed(trie, score_L, widths, top_k=9)
         found = constrained_beam_search(decoder, trie, query, mask, beam_width=widths, top_k=9, normalize=normalize)
