@@ -1,4 +1,4 @@
-"""The shop that the manual's examples are about: CSV tables with prices and stock, and a release of them in `catid2_store`."""
+"""The shop that the manual's examples are about: CSV tables with prices and stock, and recipes in the sizes of tests."""
 
 import json
 from pathlib import Path
