@@ -3,10 +3,12 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from catid2_ray.artifacts.stages import STAGES
+from catid2_ray.config.serving import EvaluationRecipe
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("harness", ROOT / "benchmarks" / "harness.py")
@@ -20,6 +22,12 @@ def test_the_manual_names_the_jobs_in_the_order_of_the_stages():
     jobs = list(dict.fromkeys(stage.job for stage in STAGES.values()))
     assert re.findall(r"`jobs\.(\w+)`", sentence) == [*jobs, "publish"]
     assert all((ROOT / "jobs" / f"{job}.py").exists() for job in jobs)
+
+
+def test_the_manual_explains_every_method_of_the_evaluation():
+    page = (ROOT / "docs" / "reports.md").read_text(encoding="utf-8")
+    methods = get_args(get_args(EvaluationRecipe.model_fields["methods"].annotation)[0])
+    assert methods and [name for name in methods if f"\n- `{name}`: " not in page] == []
 
 
 def test_rendering_a_page_keeps_what_people_wrote(tmp_path):
