@@ -8,15 +8,34 @@ NOT_STATED = "not stated in the paper"
 
 
 def setting(
-    default: Any = ..., description: str = "", *, unit: str, paper: str = NOT_STATED, operational=False, **limits
+    default: Any = ...,
+    description: str = "",
+    *,
+    unit: str,
+    paper: str = NOT_STATED,
+    operational=False,
+    sized=False,
+    **limits,
 ) -> Any:
-    """A recipe field: what it is, unit, source (unless operational or a section), range (pydantic's ge, le, min_length …)."""
+    """A recipe field: what it is, unit, source (unless operational or a section), range (pydantic's ge, le, min_length …).
+
+    `sized`: where the recipe leaves it out, or says `auto`, a job takes the number that fits the catalogue (`config.sizes`); the
+    default only stands in for it until then."""
     extra = {"unit": unit} | ({"operational": True} if operational else {} if unit == "section" else {"paper": paper})
+    extra |= {"sized": True} if sized else {}
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_left_out(cls, values):
+        if not isinstance(values, dict):
+            return values
+        sized = {name for name, field in cls.model_fields.items() if (field.json_schema_extra or {}).get("sized")}
+        return {name: value for name, value in values.items() if name not in sized or value != "auto"}
 
     def identity(self) -> dict:
         """The settings that decide the result, as JSON values: all but the operational ones."""
