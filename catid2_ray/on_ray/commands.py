@@ -129,8 +129,8 @@ def gate(recipe: Recipe, figures: dict, before: dict | None) -> str | None:
         raise GateFailed(
             f"recall@50 of {'what is served' if judged == 'served' else 'the beam'} is {reached:.3f}, under {share} × {whose} "
             f"{other['50']:.3f} (evaluation.{name}). Nothing was published. Train the generator twice as long "
-            f"({_twice(recipe)}); if that does not help, look for collapsed codes with `catid2 report-ids`. To publish it as it is, "
-            f"set evaluation.{name}={math.floor(100 * reached / other['50']) / 100:g}",
+            f"({_twice(recipe)}); if that does not help, look for collapsed codes with `catid2 report-ids`. To publish it all the "
+            f"same, set evaluation.{name}={math.floor(100 * reached / other['50']) / 100:g}",
             figures,
         )
     return None
