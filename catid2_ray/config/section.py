@@ -96,6 +96,17 @@ class TrainingRecipe(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self):
+        field = type(self).model_fields["batch"]
+        chosen_later = field.json_schema_extra.get("sized") and "batch" not in self.model_fields_set
+        if not chosen_later:
+            self._whole_shares()
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision bf16 needs zero_stage 1 or 2, which keep float32 master weights; found zero_stage 0"
+            )
+        return self
+
+    def _whole_shares(self) -> None:
         if self.batch % self.workers:
             raise ValueError(f"batch {self.batch} does not divide by workers {self.workers}: choose a multiple")
         if self.micro_batch and self.batch % (self.micro_batch * self.workers):
@@ -107,8 +118,3 @@ class TrainingRecipe(Section):
                 f"accumulation ({self.batch / self.micro_batch / self.workers:.4g}): a worker's share of the batch is {share} "
                 f"rows, choose a micro_batch that divides it, such as {' or '.join(map(str, sorted(near)))}"
             )
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError(
-                "precision bf16 needs zero_stage 1 or 2, which keep float32 master weights; found zero_stage 0"
-            )
-        return self

@@ -128,9 +128,9 @@ class _Block(nn.Module):
 
 
 class _Stack(nn.Module):
-    def __init__(self, config: SimpleNamespace, words: nn.Embedding, blocks: int, *, decodes: bool):
+    def __init__(self, config: SimpleNamespace, blocks: int, *, decodes: bool):
         super().__init__()
-        self.embed_tokens = words
+        self.embed_tokens = _Embedding(config.vocab_size, config.d_model)
         self.block = nn.ModuleList(_Block(config, first=not number, decodes=decodes) for number in range(blocks))
         self.final_layer_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
 
@@ -154,8 +154,8 @@ class PlainT5(nn.Module):
         super().__init__()
         self.config, self.shared = config, _Embedding(config.vocab_size, config.d_model)
         config.is_gated_act = _ACTIVATIONS[config.feed_forward_proj][0]
-        self.encoder = _Stack(config, self.shared, config.num_layers, decodes=False)
-        self.decoder = _Stack(config, self.shared, config.num_decoder_layers or config.num_layers, decodes=True)
+        self.encoder = _Stack(config, config.num_layers, decodes=False)
+        self.decoder = _Stack(config, config.num_decoder_layers or config.num_layers, decodes=True)
         self.lm_head = _Linear(config.d_model, config.vocab_size)
 
 
@@ -175,9 +175,10 @@ def read_plain_t5(folder: Path) -> PlainT5:
     defaults = {"num_decoder_layers": None, "feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6, "tie_word_embeddings": True,
                 "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}  # fmt: skip
     weights = {name: weight.float() for name, weight in load_file(folder / WEIGHTS).items()}
+    # A table that the file leaves out is the shared one.
     words = weights.setdefault("shared.weight", weights.get("encoder.embed_tokens.weight"))
-    weights |= {f"{stack}.embed_tokens.weight": words for stack in ("encoder", "decoder")}
-    weights.setdefault("lm_head.weight", words)
+    for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+        weights.setdefault(f"{name}.weight", words)
     model = PlainT5(SimpleNamespace(**defaults | values))
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()

@@ -132,7 +132,8 @@ def _refuse_new_ledger(job: Job) -> None:
             f"release {release} has unique IDs, whose ledger is continued from release to release, but quantizer.kind "
             f"{quantizer.kind!r} makes IDs of kind {quantizer.ids!r}, which are not followed. {way_out}"
         )
-    if list(quantizer.codes_per_level) != before["codes_per_level"]:
+    stated = "codes_per_level" in quantizer.model_fields_set  # else they are the release's (`size`)
+    if stated and list(quantizer.codes_per_level) != before["codes_per_level"]:
         raise ReleaseError(
             f"release {release} has IDs of {before['codes_per_level']} codes per level, the recipe asks for "
             f"{list(quantizer.codes_per_level)} (quantizer.codes_per_level), and a ledger holds IDs of one form. {way_out}"
