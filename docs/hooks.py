@@ -79,8 +79,7 @@ def _section_of(schema: Mapping, field: Mapping) -> Mapping | None:
 
 
 def _row(schema: Mapping, path: str, field: Mapping, *, required: bool) -> str:
-    default = "auto" if field.get("sized") else field.get("default")
-    default = "required" if required else f"`{json.dumps(default, ensure_ascii=False).strip(chr(34))}`"
+    default = "required" if required else f"`{json.dumps(field.get('default'), ensure_ascii=False)}`"
     source = "operational" if field.get("operational") else field.get("paper", "")
     values = ", ".join(text for text in (_values(schema, field), field["unit"]) if text)
     return f"| `{path.rsplit('.', 1)[-1]}` | {default} | {values} | {_plain(field.get('description', ''))} | {_plain(source)} |"

@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 NOT_STATED = "not stated in the paper"
+_LIMITS = {"type", "minimum", "items", "minItems", "maxItems"}  # what a JSON schema says of a number or a list
 
 
 def setting(
@@ -29,13 +30,34 @@ def setting(
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
+    @classmethod
+    def sized(cls) -> list[str]:
+        """The settings that follow the catalogue's size where they are left out."""
+        return [name for name, field in cls.model_fields.items() if (field.json_schema_extra or {}).get("sized")]
+
     @model_validator(mode="before")
     @classmethod
     def _auto_is_left_out(cls, values):
         if not isinstance(values, dict):
             return values
-        sized = {name for name, field in cls.model_fields.items() if (field.json_schema_extra or {}).get("sized")}
-        return {name: value for name, value in values.items() if name not in sized or value != "auto"}
+        auto = {name for name in cls.sized() if values.get(name) == "auto"}
+        return {name: value for name, value in values.items() if name not in auto}
+
+    @model_serializer(mode="wrap")
+    def _left_out_is_auto(self, dump):
+        """A recipe that is written and read again leaves out what it left out."""
+        auto = dict.fromkeys(set(self.sized()) - self.model_fields_set, "auto")
+        values = dump(self)
+        return {name: auto.get(name, value) for name, value in values.items()}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema, handler) -> dict:
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema)["properties"]
+        for name in cls.sized():
+            limits = {key: properties[name].pop(key) for key in _LIMITS & properties[name].keys()}
+            properties[name] |= {"anyOf": [limits, {"enum": ["auto"], "type": "string"}], "default": "auto"}
+        return schema
 
     def identity(self) -> dict:
         """The settings that decide the result, as JSON values: all but the operational ones."""
@@ -96,9 +118,7 @@ class TrainingRecipe(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self):
-        field = type(self).model_fields["batch"]
-        chosen_later = field.json_schema_extra.get("sized") and "batch" not in self.model_fields_set
-        if not chosen_later:
+        if "batch" in self.model_fields_set or "batch" not in self.sized():  # else it is chosen to fit them
             self._whole_shares()
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError(

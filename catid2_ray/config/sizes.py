@@ -45,10 +45,8 @@ def left_out(recipe: Recipe) -> list[tuple[str, str]]:
     return [
         (section, name)
         for section, part in parts
-        for name, field in type(part).model_fields.items()
-        if field.json_schema_extra.get("sized")
-        and name not in part.model_fields_set
-        and not (name == "epochs" and part.stages)
+        for name in part.sized()
+        if name not in part.model_fields_set and not (name == "epochs" and part.stages)
     ]
 
 

@@ -1,6 +1,7 @@
 """Settings that a recipe leaves to the catalogue's size: what they come to, who wins over them, and what a release keeps."""
 
 import pytest
+import yaml
 
 from catid2_ray.config import Recipe
 from catid2_ray.config.sizes import Before, examples_an_epoch, left_out, sized
@@ -48,6 +49,21 @@ def test_what_the_recipe_states_wins_and_auto_is_left_out():
     assert numbers(found.recipe) == (4, 5, 250, 256, 3) and set(found.chosen) == {"quantizer.batch", "generator.batch"}
     with pytest.raises(RecipeError, match="generator.dropout.*found 'auto'"):
         recipe(generator={"dropout": "auto"})
+
+
+def test_a_recipe_that_is_written_and_read_again_leaves_out_what_it_left_out():
+    stated = recipe(generator={"epochs": 3})
+    written = yaml.safe_load(stated.to_yaml())
+    assert (written["quantizer"]["batch"], written["generator"]["batch"], written["generator"]["epochs"]) == (
+        "auto",
+        "auto",
+        3,
+    )
+    assert left_out(Recipe.build(written)) == left_out(stated)
+    chosen = sized(stated, products=300, teaching=450).recipe
+    assert (
+        Recipe.build(yaml.safe_load(chosen.to_yaml())) == chosen and "auto" not in chosen.quantizer.identity().values()
+    )
 
 
 def test_stages_have_epochs_of_their_own():
