@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from catid2_ray.config import Recipe
+from catid2_ray.config import KINDS, QuantizerRecipe, Recipe
+from catid2_ray.config.kinds import preset
 from catid2_ray.config.sizes import Before, examples_an_epoch, left_out, sized
 from catid2_ray.errors import RecipeError
 
@@ -102,3 +103,9 @@ def test_beyond_that_batches_and_epochs_follow_and_codes_stay_with_the_ledger():
 def test_numbers_that_a_release_of_an_earlier_version_has_are_kept_and_said():
     found = sized(recipe(), products=60_000, teaching=60_000, before=before(60_000, epochs=30))
     assert found.recipe.generator.epochs == 30 and found.kept == {"generator.epochs": 10}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_preset_says_a_size(kind):
+    """It would lose to the catalogue's size, as what a preset fills counts as left out."""
+    assert not preset(kind).keys() & set(QuantizerRecipe.sized())
