@@ -204,7 +204,7 @@ def compare_ids(
         "catalogue": f"{comparison.catalog.rows:,} products, categories by depth {comparison.catalog.metrics['categories']}",
         "embedding": f"{loaded.embedding.encoder} of {', '.join(loaded.embedding.text)}",
         "budget": ", ".join(
-            f"{name} {value}" for name in _BUDGET if (value := getattr(loaded.quantizer, name)) is not None
+            f"{name} {value}" for name in _BUDGET if (value := getattr(comparison.recipe.quantizer, name)) is not None
         ),
     }
     page = compare_page(comparison.rows, title=f"IDs compared: {loaded.name}", about=about)

@@ -274,8 +274,17 @@ class GeneratorRecipe(ExamplesRecipe, ModelRecipe, TrainingRecipe):
         None, "validations without a better score after which the training stops; none = all epochs. The best epoch is "
         "exported either way", unit="validations", ge=1,
     )  # fmt: skip
-    epochs: int = setting(30, "passes over the query→ID examples, where `stages` is empty", unit="epochs", ge=1)
-    batch: int = setting(256, "global batch", unit="examples", ge=1)
+    epochs: int = setting(
+        30, "passes over the query→ID examples, where `stages` is empty; auto = 10 and more, for at least 740 steps", unit="epochs",
+        ge=1, sized=True,
+    )  # fmt: skip
+    batch: int = setting(
+        256,
+        "global batch; auto = 64 below 5,000 examples an epoch, 128 below 10,000, else 256",
+        unit="examples",
+        ge=1,
+        sized=True,
+    )
     learning_rate: float = setting(1e-3, "AdamW's peak, after which it follows `decay`", unit="1/step", gt=0)
     validate_queries: int = setting(
         0, "queries of the validation split, without users, whose recall@50 in the real search is measured while training; "

@@ -25,8 +25,8 @@ class QuantizerRecipe(TrainingRecipe):
         "cluster = products share IDs", unit="choice", paper="3.4: unique",
     )  # fmt: skip
     codes_per_level: tuple[Annotated[int, Field(ge=2, le=65535)], ...] = setting(
-        (256, 256, 256, 256), "K of each level; their number is L", unit="codes",
-        paper="4.1: L = 4, K in {256, 512}", min_length=1, max_length=15,
+        (256, 256, 256, 256), "K of each level; their number is L; auto = four alike, with 64 to 128 products for each first code, "
+        "8 to 256", unit="codes", paper="4.1: L = 4, K in {256, 512}", min_length=1, max_length=15, sized=True,
     )  # fmt: skip
     hidden: tuple[Annotated[int, Field(ge=2)], ...] = setting(
         (512, 256, 128), "widths of the encoder; the decoder mirrors it", unit="numbers", min_length=1
@@ -95,7 +95,14 @@ class QuantizerRecipe(TrainingRecipe):
         6, "passes over the catalogue; encoder mlp, which begins at random, needs many more", unit="epochs",
         paper="4.1: 300", ge=1,
     )  # fmt: skip
-    batch: int = setting(1024, "global batch", unit="products", paper="4.1: 4096", ge=2)
+    batch: int = setting(
+        1024,
+        "global batch; auto = a twelfth of the products, 32 to 1,024",
+        unit="products",
+        paper="4.1: 4096",
+        ge=2,
+        sized=True,
+    )
     learning_rate: float = setting(5e-4, "AdamW's peak, then cosine to zero", unit="1/step", gt=0)
     input: Literal["shard", "stream"] = setting(
         "shard", "shard = stream once to a memory-mapped file on the node; stream = anew in every pass, where disks are small",

@@ -2,21 +2,62 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 NOT_STATED = "not stated in the paper"
+_LIMITS = {"type", "minimum", "items", "minItems", "maxItems"}  # what a JSON schema says of a number or a list
 
 
 def setting(
-    default: Any = ..., description: str = "", *, unit: str, paper: str = NOT_STATED, operational=False, **limits
+    default: Any = ...,
+    description: str = "",
+    *,
+    unit: str,
+    paper: str = NOT_STATED,
+    operational=False,
+    sized=False,
+    **limits,
 ) -> Any:
-    """A recipe field: what it is, unit, source (unless operational or a section), range (pydantic's ge, le, min_length …)."""
+    """A recipe field: what it is, unit, source (unless operational or a section), range (pydantic's ge, le, min_length …).
+
+    `sized`: where the recipe leaves it out, or says `auto`, a job takes the number that fits the catalogue (`config.sizes`); the
+    default only stands in for it until then."""
     extra = {"unit": unit} | ({"operational": True} if operational else {} if unit == "section" else {"paper": paper})
+    extra |= {"sized": True} if sized else {}
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @classmethod
+    def sized(cls) -> list[str]:
+        """The settings that follow the catalogue's size where they are left out."""
+        return [name for name, field in cls.model_fields.items() if (field.json_schema_extra or {}).get("sized")]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_left_out(cls, values):
+        if not isinstance(values, dict):
+            return values
+        auto = {name for name in cls.sized() if values.get(name) == "auto"}
+        return {name: value for name, value in values.items() if name not in auto}
+
+    @model_serializer(mode="wrap")
+    def _left_out_is_auto(self, dump):
+        """A recipe that is written and read again leaves out what it left out."""
+        auto = dict.fromkeys(set(self.sized()) - self.model_fields_set, "auto")
+        values = dump(self)
+        return {name: auto.get(name, value) for name, value in values.items()}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema, handler) -> dict:
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema)["properties"]
+        for name in cls.sized():
+            limits = {key: properties[name].pop(key) for key in _LIMITS & properties[name].keys()}
+            properties[name] |= {"anyOf": [limits, {"enum": ["auto"], "type": "string"}], "default": "auto"}
+        return schema
 
     def identity(self) -> dict:
         """The settings that decide the result, as JSON values: all but the operational ones."""
@@ -77,6 +118,15 @@ class TrainingRecipe(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self):
+        if "batch" in self.model_fields_set or "batch" not in self.sized():  # else it is chosen to fit them
+            self._whole_shares()
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision bf16 needs zero_stage 1 or 2, which keep float32 master weights; found zero_stage 0"
+            )
+        return self
+
+    def _whole_shares(self) -> None:
         if self.batch % self.workers:
             raise ValueError(f"batch {self.batch} does not divide by workers {self.workers}: choose a multiple")
         if self.micro_batch and self.batch % (self.micro_batch * self.workers):
@@ -88,8 +138,3 @@ class TrainingRecipe(Section):
                 f"accumulation ({self.batch / self.micro_batch / self.workers:.4g}): a worker's share of the batch is {share} "
                 f"rows, choose a micro_batch that divides it, such as {' or '.join(map(str, sorted(near)))}"
             )
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError(
-                "precision bf16 needs zero_stage 1 or 2, which keep float32 master weights; found zero_stage 0"
-            )
-        return self

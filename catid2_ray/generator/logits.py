@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError
+from catid2_ray.generator.plain_t5 import T5Norm
 from catid2_ray.generator.states import TokenStates
 from catid2_ray.generator.vocabulary import PAD, pad_of
 
@@ -106,7 +106,7 @@ class PawaHead(nn.Module):
     def __init__(self, *, width: int, levels: int, rank: int):
         super().__init__()
         self.level_embed = nn.Embedding(levels, width)
-        self.norm = T5LayerNorm(width)
+        self.norm = T5Norm(width)
         self.inner, self.gates = nn.Linear(width, width), nn.Linear(width, rank)
         self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
         nn.init.zeros_(self.up.weight)

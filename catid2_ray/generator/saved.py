@@ -4,33 +4,32 @@
 it, and T5s and causal models stay readable by transformers itself.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError
 from catid2_ray.generator.causal import CausalGenerator
-from catid2_ray.generator.encoder_decoder import EncoderDecoder, without_pooler
 from catid2_ray.generator.logits import with_head
+from catid2_ray.generator.plain_t5 import PlainTokenizer, is_plain_t5, read_plain_t5
+
+if TYPE_CHECKING:  # `load_to_search` does without transformers, which takes two seconds to import
+    from transformers import PreTrainedTokenizerFast
 
 _HEAD = "head.safetensors"
 
 
-def save_generator(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> None:
+def save_generator(model: nn.Module, tokenizer: "PreTrainedTokenizerFast", folder: str | os.PathLike) -> None:
     """Write model and tokenizer into `folder`, in the precision that the weights have."""
+    from catid2_ray.generator.encoder_decoder import EncoderDecoder
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = {}
@@ -60,33 +59,64 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in module.state_dict().items() if name not in tied}
 
 
-def load_generator(folder: str | os.PathLike) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+def load_generator(folder: str | os.PathLike) -> tuple[nn.Module, "PreTrainedTokenizerFast"]:
     """(model in evaluation mode on CPU, tokenizer). Raises ArtifactError for a folder that holds no generator."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     folder = Path(folder)
-    try:
-        path = folder / "generator.json"
-        about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"kind": "t5"}
+    with _readable(folder):
+        about = _about(folder)
         model = _LOADERS[about["kind"]](folder, about)
         # AutoTokenizer would rebuild some tokenizers by the model's type and not as they were saved.
         saved = (folder / "tokenizer.json").exists()
         tokenizer = (PreTrainedTokenizerFast if saved else AutoTokenizer).from_pretrained(folder)
+    return model.eval(), tokenizer
+
+
+def load_to_search(folder: str | os.PathLike) -> tuple[nn.Module, "PreTrainedTokenizerFast | PlainTokenizer"]:
+    """As `load_generator`, in float32, for one who only searches: a T5 comes without transformers, as a PlainT5."""
+    folder = Path(folder)
+    with _readable(folder):
+        about = _about(folder)
+        if about["kind"] == "t5" and is_plain_t5(folder):
+            return _headed(read_plain_t5(folder), folder, about).eval(), PlainTokenizer(folder)
+    return load_generator(folder)
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # transformers, safetensors and torch each have error trees of their own
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(
             f"{folder} holds no generator that can be read ({type(error).__name__}: {first_line}); export it again"
         ) from error
-    return model.eval(), tokenizer
+
+
+def _about(folder: Path) -> dict:
+    path = folder / "generator.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"kind": "t5"}
 
 
 def _load_t5(folder: Path, about: dict) -> nn.Module:
-    model = T5ForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
+    from transformers import T5ForConditionalGeneration
+
+    return _headed(T5ForConditionalGeneration.from_pretrained(folder, use_safetensors=True), folder, about)
+
+
+def _headed(model: nn.Module, folder: Path, about: dict) -> nn.Module:
     if about.get("head", "plain") != "plain":
-        with_head(model, about["head"], rank=model.config.docid_head_rank).pawa.to(model.dtype)
+        with_head(model, about["head"], rank=model.config.docid_head_rank).pawa.to(model.lm_head.weight.dtype)
         load_model(model.pawa, str(folder / _HEAD))
     return model
 
 
 def _load_encoder_decoder(folder: Path, about: dict) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, T5Config
+
+    from catid2_ray.generator.encoder_decoder import EncoderDecoder, without_pooler
+
     text = without_pooler(AutoModel.from_config(AutoConfig.from_pretrained(folder / "text")))
     model = EncoderDecoder(text, T5Config.from_dict(about["decoder"]), frozen=about["frozen"])
     with_head(model, getattr(model.config, "docid_head", "plain"), rank=getattr(model.config, "docid_head_rank", 1))
@@ -95,6 +125,8 @@ def _load_encoder_decoder(folder: Path, about: dict) -> nn.Module:
 
 
 def _load_causal(folder: Path, about: dict) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
     return CausalGenerator(model, DocidSpace(about["codes_per_level"]))
 

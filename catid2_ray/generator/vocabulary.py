@@ -7,15 +7,18 @@ a rough word boundary that needs no dictionary, and without which a whole title 
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, InputError, RecipeError
+from catid2_ray.generator.plain_t5 import PlainTokenizer
 from catid2_ray.scripts import APART, FOLDED, invisible
+
+if TYPE_CHECKING:  # a search does without transformers, which takes half a second to import
+    from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, UNK = 0, 1, 2
 _SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -34,13 +37,15 @@ _LONGEST_TEXT, _LONGEST_WORD = 4096, 256
 _LONG_WORD = re.compile(rf"(\S{{{_LONGEST_WORD}}})\S+")
 
 
-def train_tokenizer(texts: Iterable[str], *, size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], *, size: int) -> "PreTrainedTokenizerFast":
     """Train a byte-pair vocabulary of at most `size` entries (more only if the texts hold more distinct characters).
 
     `<pad>` is 0, `</s>` 1 (appended to every text), `<unk>` 2; texts are read as `scripts.normalised` gives them, and for the
     training cut to 4096 characters and 256 a word. The same texts in the same order give
     the same vocabulary. Raises RecipeError for a size that leaves no room for subwords, InputError for no text.
     """
+    from transformers import PreTrainedTokenizerFast
+
     if size < 64:
         raise RecipeError(f"a vocabulary of {size} entries cannot hold an alphabet; set at least 64")
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
@@ -78,12 +83,14 @@ def _without_surrogates(characters: str) -> str:
     return characters.replace("\ud800-\udfff", "")
 
 
-def load_tokenizer(name_or_folder: str, *, kind: str = "t5") -> PreTrainedTokenizerFast:
+def load_tokenizer(name_or_folder: str, *, kind: str = "t5") -> "PreTrainedTokenizerFast":
     """The tokenizer of a pretrained model, by hub id or local folder. Raises EncoderError when it cannot be had.
 
     `kind`: a "t5" must pad with 0 and end with 1; the tokenizer of an "encoder_decoder"'s text encoder must have a
     padding token; a "causal" model's that has none pads with its end-of-text token, which no text contains.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
     except Exception as error:
@@ -113,7 +120,7 @@ class Marks(NamedTuple):
     special: tuple[int, ...]
 
 
-def marks(tokenizer: PreTrainedTokenizerFast) -> Marks:
+def marks(tokenizer: "PreTrainedTokenizerFast") -> Marks:
     """The marks of any tokenizer that has a padding token."""
     named = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
     return Marks(tokenizer.pad_token_id, tuple(sorted({m for m in named if m is not None} - {tokenizer.pad_token_id})))
@@ -125,7 +132,7 @@ def pad_of(model) -> int:
     return PAD if pad is None else pad
 
 
-def with_docid_tokens(tokenizer: PreTrainedTokenizerFast, space: DocidSpace) -> PreTrainedTokenizerFast:
+def with_docid_tokens(tokenizer: "PreTrainedTokenizerFast", space: DocidSpace) -> "PreTrainedTokenizerFast":
     """Add the ΣK tokens `<a_0>`, … level after level as the last entries, in place, and return the tokenizer.
 
     (CAT-ID², section 3.4: one new token per level and code.) Does nothing when they already are the last entries in
@@ -152,13 +159,13 @@ def with_docid_tokens(tokenizer: PreTrainedTokenizerFast, space: DocidSpace) -> 
     return tokenizer
 
 
-def frame(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+def frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
     """The marks that the tokenizer sets before and after every text: ([], [</s>]) for T5, ([CLS], [SEP]) for BERT."""
     marks = list(tokenizer("")["input_ids"])
     return (marks[:-1], marks[-1:]) if marks[-1:] != [tokenizer.bos_token_id] else (marks, [])
 
 
-def starts_word(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+def starts_word(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     """bool V: whether a token begins a word. Knows the marks `▁` (T5, ours), `Ġ` (byte level) and `##` (WordPiece)."""
     token_V = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))), dtype=np.str_)
     for mark in ("▁", "Ġ"):
@@ -170,7 +177,7 @@ def starts_word(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return begins_V
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int) -> np.ndarray:
+def tokenize(tokenizer: "PreTrainedTokenizerFast | PlainTokenizer", texts: Sequence[str], *, length: int) -> np.ndarray:
     """int32 N×`length`: token ids with the tokenizer's own marks (`</s>`; [CLS] and [SEP]), cut to `length`, padded on
     the right with its padding token (0 in T5 and BERT).
 
@@ -180,6 +187,9 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length
         raise InputError(f"texts need at least 2 tokens (one and </s>), found length={length}")
     ids_NT = np.zeros((len(texts), length), np.int32)
     for start in range(0, len(texts), _CHUNK):
+        if isinstance(tokenizer, PlainTokenizer):
+            ids_NT[start : start + _CHUNK] = tokenizer.padded(list(texts[start : start + _CHUNK]), length)
+            continue
         encoded = tokenizer(
             list(texts[start : start + _CHUNK]),
             max_length=length,
@@ -200,7 +210,7 @@ class Cut(NamedTuple):
     cut_N: np.ndarray
 
 
-def tokenize_cut(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, length: int) -> Cut:
+def tokenize_cut(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], *, length: int) -> Cut:
     """`tokenize`, and which texts lost something by it."""
     longer_NT = tokenize(tokenizer, texts, length=length + 1)
     cut_N = longer_NT[:, length] != tokenizer.pad_token_id

@@ -1,6 +1,7 @@
 """What the command line and the jobs call: one verb, the whole chain with its publication, or the scoring of a release."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.stages import STAGES, of_job
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import check_pairs
-from catid2_ray.config import ClusterRecipe, EvaluationRecipe, Recipe
+from catid2_ray.config import ClusterRecipe, Recipe
 from catid2_ray.errors import InputError, QualityGateError, RecipeError
 from catid2_ray.evaluation.diagnosis import diagnose, diagnosis_figures, rows_per_query
 from catid2_ray.on_ray.job import Job
@@ -54,7 +55,7 @@ def reindex(recipe: Recipe, *, wait: bool = False, **choices: bool) -> Outcome:
 
     `wait` for another job on the store to end; `choices`: new_ledger, refit_encoder, refresh_adapter, as in Job.
     """
-    with Job.open(recipe, wait=wait, **choices) as job:
+    with Job.open(recipe, wait=wait, resize=choices.get("new_ledger", False), **choices) as job:
         parts = chain(job)
         figures = figures_of(parts, job.store)
         _gate(job, figures)
@@ -103,11 +104,11 @@ def _seconds(manifest: Manifest) -> float:
 def _gate(job: Job, figures: dict) -> None:
     """Stop before a publication whose recall is below what the recipe demands; say aloud where nothing can be demanded."""
     before = job.previous.parts["evaluation"].metrics["recall"] if job.previous else None
-    if ungated := gate(job.recipe.evaluation, figures, before):
+    if ungated := gate(job.recipe, figures, before):
         progress.event("not_gated", reason=f"'{ungated}'")
 
 
-def gate(recipe: EvaluationRecipe, figures: dict, before: dict | None) -> str | None:
+def gate(recipe: Recipe, figures: dict, before: dict | None) -> str | None:
     """Raise GateFailed where recall@50 of what is served (else of the beam) is under the demanded share of BM25's or, where BM25
     was not scored, of `before`: the recall of the current release, by method. Returns why nothing was demanded, None where
     something was."""
@@ -118,19 +119,29 @@ def gate(recipe: EvaluationRecipe, figures: dict, before: dict | None) -> str | 
     if judged not in recall:
         return "neither served nor beam is among evaluation.methods"
     if "bm25" in recall:
-        name, share, whose, other = "min_beam_to_bm25", recipe.min_beam_to_bm25, "BM25's", recall["bm25"]
+        name, whose, other = "min_beam_to_bm25", "BM25's", recall["bm25"]
     elif before and judged in before:
-        name, share, whose, other = "min_to_release", recipe.min_to_release, "the current release's", before[judged]
+        name, whose, other = "min_to_release", "the current release's", before[judged]
     else:
         return "BM25 was not scored, and no release of before says what to expect"
-    if recall[judged]["50"] < share * other["50"]:
+    share, reached = getattr(recipe.evaluation, name), recall[judged]["50"]
+    if reached < share * other["50"]:
         raise GateFailed(
-            f"recall@50 of {'what is served' if judged == 'served' else 'the beam'} is {recall[judged]['50']:.3f}, under {share} × "
-            f"{whose} {other['50']:.3f} (evaluation.{name}). Nothing was published. Train the generator longer (generator.epochs), "
-            f"look at the quantizer's history.json for a collapse, or lower evaluation.{name}",
+            f"recall@50 of {'what is served' if judged == 'served' else 'the beam'} is {reached:.3f}, under {share} × {whose} "
+            f"{other['50']:.3f} (evaluation.{name}). Nothing was published. Train the generator twice as long "
+            f"({_twice(recipe)}); if that does not help, look for collapsed codes with `catid2 report-ids`. To publish it all the "
+            f"same, set evaluation.{name}={math.floor(100 * reached / other['50']) / 100:g}",
             figures,
         )
     return None
+
+
+def _twice(recipe: Recipe) -> str:
+    """The setting that trains the generator twice as long."""
+    stages = recipe.generator.stages
+    if stages:
+        return "generator.stages: " + ", ".join(f"{stage.name} epochs={2 * stage.epochs}" for stage in stages)
+    return f"generator.epochs={2 * recipe.generator.epochs}"
 
 
 class GateFailed(QualityGateError):

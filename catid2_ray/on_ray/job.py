@@ -71,6 +71,7 @@ class Job:
     "aligned", which makes a generator of a generator. `made` tells which stages ran, `committed` the keys of those that
     are there, made or found. `previous`: the release that is built on; `pointer`: how often something had been published when
     the work began. `new_ledger`: a ledger may be begun anew where that of the previous release cannot be continued.
+    `resize`: numbers that follow the catalogue's size are chosen anew, whatever the release has.
     `refit_encoder`: a fitted text encoder is fitted anew; `refresh_adapter`: so is the adapter. `lease`: that of the store;
     None for a job that only reads or compares. `say`: where the lines of the log go.
     """
@@ -85,6 +86,7 @@ class Job:
     previous: PreviousRelease | None = None
     pointer: int | None = None
     new_ledger: bool = False
+    resize: bool = False
     refit_encoder: bool = False
     refresh_adapter: bool = False
     lease: leases.Lease | None = None

@@ -7,7 +7,7 @@ node vectors → examples → generator (→ prompts → generator aligned, wher
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.stages import STAGES
-from catid2_ray.config import Recipe
+from catid2_ray.config import Recipe, sizes
 from catid2_ray.errors import CapacityError, ChurnGateError, InputError, RecipeError, ReleaseError
 from catid2_ray.on_ray.job import Job, PreviousRelease, open_previous
 from catid2_ray.on_ray.machine import progress
@@ -34,8 +34,9 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
     job.plan = planned(job.recipe, last)
     parts = {"catalog": catalog.run(job, {})}
     if last != "catalog":
-        check_codes(job.recipe, parts["catalog"])
         parts["pairs"] = catalog.run_pairs(job, parts)
+        job.recipe = size(job, parts, job.previous).recipe
+        check_codes(job.recipe, parts["catalog"])
         door.announce(job.recipe, job.store, parts)
         door.refuse_unfit(job.recipe, parts["pairs"])
         adapter.refuse_impossible(job.recipe, parts)
@@ -64,6 +65,27 @@ def planned(recipe: Recipe, last: str) -> tuple[str, ...]:
         without |= {"prompts", "aligned"}
     names = list(STAGES)
     return tuple(name for name in names[: names.index(last) + 1] if name not in without or name == last)
+
+
+def size(job: Job, parts: dict[str, Manifest], previous: PreviousRelease | None) -> sizes.Sized:
+    """A number for each setting that follows the catalogue's size and that the recipe of the job leaves out; `parts`: catalogue and
+    pairs. Those of a `previous` release come first, unless the job begins anew."""
+    recipe, teaching, before = job.recipe, 0, None
+    if any(section == "generator" for section, _ in sizes.left_out(recipe)):
+        teaching = catalog.teaching_pairs(job.store, parts["pairs"], recipe.generator)
+    if previous and not job.resize:
+        stored = {name: Recipe.stored(previous.parts[name].recipe) for name in ("quantizer", "generator")}
+        sections = {name: getattr(stored[name], name).model_dump(mode="json") for name in stored}
+        before = sizes.Before(previous.release.name, previous.parts["catalog"].rows, sections)
+    found = sizes.sized(recipe, products=parts["catalog"].rows, teaching=teaching, before=before)
+    if found.chosen:
+        job.say("sized", **{path: str(number).replace(" ", "") for path, number in found.chosen.items()})
+    for path, number in found.kept.items():
+        job.say(
+            "kept_size", setting=path, value=found.chosen[path], fits=number,
+            reason=f"'release {before.name} has it. State {path} in the recipe, or begin anew with `catid2 reindex --new-ledger`'",
+        )  # fmt: skip
+    return found
 
 
 def begin(job: Job) -> None:
@@ -110,7 +132,8 @@ def _refuse_new_ledger(job: Job) -> None:
             f"release {release} has unique IDs, whose ledger is continued from release to release, but quantizer.kind "
             f"{quantizer.kind!r} makes IDs of kind {quantizer.ids!r}, which are not followed. {way_out}"
         )
-    if list(quantizer.codes_per_level) != before["codes_per_level"]:
+    stated = "codes_per_level" in quantizer.model_fields_set  # else they are the release's (`size`)
+    if stated and list(quantizer.codes_per_level) != before["codes_per_level"]:
         raise ReleaseError(
             f"release {release} has IDs of {before['codes_per_level']} codes per level, the recipe asks for "
             f"{list(quantizer.codes_per_level)} (quantizer.codes_per_level), and a ledger holds IDs of one form. {way_out}"

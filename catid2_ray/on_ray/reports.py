@@ -27,7 +27,7 @@ from catid2_ray.on_ray.job import Job, open_previous
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.vectors import ProductVectors
-from catid2_ray.on_ray.pipeline import chain, check_codes
+from catid2_ray.on_ray.pipeline import chain, check_codes, size
 from catid2_ray.on_ray.stages import catalog, embed, score_ids, train_quantizer
 from catid2_ray.on_ray.stages.assign import stage as assign
 from catid2_ray.on_ray.stages.catalog import read_sample, read_vectors
@@ -36,9 +36,11 @@ from catid2_ray.quantizer.model import ResidualQuantizer
 
 
 class Comparison(NamedTuple):
-    """`rows`: one dict a run, ready for JSON; `catalog`: the products that all runs describe."""
+    """`rows`: one dict a run, ready for JSON; `recipe`: the one that was given, with its sizes; `catalog`: the products that all
+    runs describe."""
 
     rows: list[dict]
+    recipe: Recipe
     catalog: Manifest
 
 
@@ -55,7 +57,7 @@ def compare_ids(recipe: Recipe, kinds: list[str], seeds: int, *, score: str | No
     kind but the first how much more than by the first, with a paired 95 % interval. RecipeError for an unknown kind or score
     or a seed count under 1; what the catalogue cannot be given is said before any run.
     Every run's artefacts are those that a job of its recipe would make in a store without a release, except that all share
-    the embeddings of `recipe.seed`: a comparison builds on no release.
+    the embeddings of `recipe.seed` and the numbers that follow the catalogue's size: a comparison builds on no release.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if score not in (None, "recall"):
@@ -66,13 +68,14 @@ def compare_ids(recipe: Recipe, kinds: list[str], seeds: int, *, score: str | No
             + (f"unknown {', '.join(unknown)}; " if unknown else "at least one kind and one seed are needed; ")
             + f"kinds are {', '.join(KINDS)}"
         )
-    variants = [variant(recipe, kind, recipe.seed + number) for kind in kinds for number in range(seeds)]
+    for kind in kinds:
+        variant(recipe, kind, recipe.seed)  # what contradicts itself is said before any work
     rows, recalls = [], {}
-    with Job.open(
-        recipe, lease=False, new_ledger=True
-    ) as job:  # what is compared is not published and continues no ledger
+    # What is compared is not published and continues no ledger.
+    with Job.open(recipe, lease=False, new_ledger=True) as job:
         parts = chain(job, "adapter")
-        job.previous = None
+        job.previous, recipe = None, job.recipe
+        variants = [variant(recipe, kind, recipe.seed + number) for kind in kinds for number in range(seeds)]
         for each in variants:
             check_codes(each, parts["catalog"])
         if score:
@@ -89,7 +92,7 @@ def compare_ids(recipe: Recipe, kinds: list[str], seeds: int, *, score: str | No
                 rows[-1] |= {"recall": recall_QK.mean(0).tolist(), "recall_queries": len(recall_QK)}
     if score:
         _compare_recalls(rows, recalls)
-    return Comparison(rows, parts["catalog"])
+    return Comparison(rows, recipe, parts["catalog"])
 
 
 def _compare_recalls(rows: list[dict], recalls: dict[str, list[np.ndarray]]) -> None:
@@ -165,7 +168,7 @@ def ids_report(recipe: Recipe, *, beside: str | None = None) -> str:
         numbers |= {name: value for name, value in quality["final"].items() if name.startswith(("purity", "ami"))}
         sample, other = _sample(job, parts), None
         if beside:
-            of_kind = dataclasses.replace(job, recipe=variant(recipe, beside, recipe.seed), previous=None)
+            of_kind = dataclasses.replace(job, recipe=variant(job.recipe, beside, recipe.seed), previous=None)
             other = _docids(of_kind, parts_of_kind(of_kind, parts))
         settings = recipe.quantizer
         judgement = None
@@ -184,6 +187,7 @@ def _appended(job: Job) -> dict[str, Manifest] | None:
     """The parts of the current release where it is this catalogue appended to an earlier one: no recipe makes those anew."""
     current = open_previous(job.store, releases.pointer(job.store)[1])
     if current and current.appended and current.parts["catalog"].digest == catalog.run(job, {}).digest:
+        job.recipe = size(job, current.parts, current).recipe
         return current.parts
     return None
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from catid2_ray.errors import InputError
 from catid2_ray.generator.causal import CausalGenerator, additive, causal, positions, right_aligned
@@ -62,6 +61,8 @@ class CausalDecoder:
 
     def _run(self, ids_BM: Tensor, seen_B1MS: Tensor, position_BM: Tensor, layers) -> tuple[Tensor, list]:
         """States B×M×D of new tokens, and all keys and values with theirs."""
+        from transformers import DynamicCache  # slow to import, and a T5's search does without
+
         was_training = self.model.training
         self.model.eval()
         try:

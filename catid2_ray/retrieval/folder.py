@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from catid2_ray.errors import ArtifactError, InputError, ReleaseError
-from catid2_ray.generator.saved import load_generator
+from catid2_ray.generator.saved import load_to_search
 from catid2_ray.retrieval.filters import FilterIndex
 from catid2_ray.retrieval.lexical import LexicalIndex
 from catid2_ray.retrieval.lookahead import Lookahead
@@ -62,7 +62,7 @@ def opened(
             f"int8 weights are for CPUs and float32, found device {device} and dtype {dtype}; set weights=float32"
         )
     try:
-        model, tokenizer = load_generator(folder / "generator")
+        model, tokenizer = load_to_search(folder / "generator")
         codes_per_level = tuple(settings["codes_per_level"])
         products = _products(folder)
         expansion = settings.get("expansion")

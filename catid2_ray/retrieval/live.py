@@ -325,7 +325,7 @@ class LiveTrie:
             if (rows < 0).any():
                 missing = products[int(np.argmax(rows < 0))]
                 raise InputError(
-                    f"no product {missing!r}: neither in the release nor inserted since; check the product id, or insert it"
+                    f"no product {missing!r}: neither in the release nor inserted since; check the product id"
                 )
             return rows
         rows = np.asarray(products if products else np.empty(0, np.int64))

@@ -2,11 +2,17 @@
 
 import pytest
 
-from catid2_ray.config import EvaluationRecipe
+from catid2_ray.config import Recipe
 from catid2_ray.errors import ChurnGateError, QualityGateError
 from catid2_ray.on_ray.commands import GateFailed, gate
 
-RECIPE = EvaluationRecipe(min_beam_to_bm25=0.5, min_to_release=0.9)
+RECIPE = Recipe.build(
+    {
+        "catalog": {"root": "/shop"},
+        "generator": {"epochs": 12},
+        "evaluation": {"min_beam_to_bm25": 0.5, "min_to_release": 0.9},
+    }
+)
 
 
 def recall(**at_50) -> dict:
@@ -41,6 +47,16 @@ def test_what_reaches_it_passes(figures, before):
 def test_what_does_not_is_refused(figures, before, message):
     with pytest.raises(GateFailed, match=message):
         gate(RECIPE, figures, before)
+
+
+def test_the_way_out_is_named_with_its_numbers():
+    with pytest.raises(GateFailed, match=r"generator.epochs=24\).* set evaluation.min_beam_to_bm25=0.41$"):
+        gate(RECIPE, recall(beam=0.208, bm25=0.5), None)
+    stages = Recipe.build(
+        {"catalog": {"root": "/shop"}, "generator": {"stages": [{"name": "a"}, {"name": "b", "epochs": 3}]}}
+    )
+    with pytest.raises(GateFailed, match="generator.stages: a epochs=2, b epochs=6"):
+        gate(stages, recall(beam=0.2, bm25=0.5), None)
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,20 @@ the store is only read. 100,000 products take some seconds.
 
 import tempfile
 
-from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
-from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.config import Recipe
+from catid2_ray.config.sizes import examples_an_epoch
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import cluster
-from catid2_ray.on_ray.pipeline import begin, check_codes
+from catid2_ray.on_ray.pipeline import begin, check_codes, size
 from catid2_ray.on_ray.stages import adapter, catalog, door, lay_out
-from catid2_ray.on_ray.stages.catalog import PAIR_FILES
 from catid2_ray.schedule import Phase, Plan
 
 
 def check(recipe: Recipe) -> dict:
     """Ready for JSON: `products` and `pairs` (rows that were read, how many of them were set aside and why), `splits`, `adapter`,
-    `quantizer`, `generator`, `ids`, `release` (that it builds on) and `notes`, sentences on what a person should know.
+    `quantizer`, `generator`, `ids`, `release` (that it builds on), `sized` (numbers that the recipe leaves to the catalogue's size,
+    by setting) and `notes`, sentences on what a person should know.
 
     Raises what `reindex` would raise before it trains, and what its serving stage would raise after.
     """
@@ -31,13 +30,14 @@ def check(recipe: Recipe) -> dict:
     with tempfile.TemporaryDirectory(prefix="catid2-check-") as folder, cluster.without_ray():
         job = Job(recipe=recipe, store=Store(folder), peak=cluster.PeakMemory(), say=_silently)
         parts = {"catalog": catalog.run(job, {})}
-        check_codes(recipe, parts["catalog"])
         parts["pairs"] = catalog.run_pairs(job, parts)
+        recipe, chosen, kept = size(job, parts, begins.previous)
+        check_codes(recipe, parts["catalog"])
         door.refuse_unfit(recipe, parts["pairs"])
         adapter.refuse_impossible(recipe, parts)
         learns = adapter.reason_against(recipe, parts) is None
         lay_out.settings_of(recipe, parts)
-        teaching = _teaching(job, parts["pairs"])
+        teaching = catalog.teaching_pairs(job.store, parts["pairs"], recipe.generator)
     products, pairs = parts["catalog"].metrics, parts["pairs"].metrics
     figures = {
         "recipe": recipe.name,
@@ -50,7 +50,7 @@ def check(recipe: Recipe) -> dict:
         "quantizer": _quantizer(recipe, parts["catalog"].rows),
         "generator": _generator(recipe, parts["catalog"].rows, teaching),
     }
-    return figures | {"notes": _notes(recipe, figures, pairs)}
+    return figures | {"sized": chosen, "notes": [*_sizes(chosen, kept), *_notes(recipe, figures, pairs)]}
 
 
 def _aside(found: dict) -> dict:
@@ -59,15 +59,6 @@ def _aside(found: dict) -> dict:
 
 def _silently(name: str, **values) -> None:
     """In place of the log: what a job's stages say of their keys means nothing here."""
-
-
-def _teaching(job: Job, pairs: Manifest) -> int:
-    """Training pairs that the generator would learn from."""
-    recipe, count = job.recipe.generator, 0
-    for entry in pairs.named(PAIR_FILES):
-        table = job.store.read_table(pairs.file(entry["name"]))
-        count += training_pairs(table, recipe.min_relevance, recipe.relevance_weights).num_rows
-    return count
 
 
 def _ids(recipe: Recipe, products: int) -> dict:
@@ -97,17 +88,25 @@ def _quantizer(recipe: Recipe, products: int) -> dict | None:
 
 
 def _generator(recipe: Recipe, products: int, teaching: int) -> list[dict]:
-    """A dict a stage. The mix counts in query examples, or in titles where there are none (`generator.batches.mix_ratios`)."""
+    """A dict a stage."""
     generator, stages = recipe.generator, []
     for stage in generator.plan:
-        mix = stage.mix if teaching else {kind: stage.mix.get(kind, 0) for kind in ("title", "span", "synthetic")}
-        mix = mix if any(mix.values()) else {"title": 1.0}
-        rows = sum(round(ratio * (teaching or products)) for ratio in mix.values())
+        rows = examples_an_epoch(stage.mix, teaching=teaching, products=products)
         stages.append(
             {"stage": stage.name, "examples": rows, "batch": generator.batch, "epochs": stage.epochs,
              "steps": stage.epochs * max(1, rows // generator.batch)}
         )  # fmt: skip
     return stages
+
+
+def _sizes(chosen: dict, kept: dict) -> list[str]:
+    """Which numbers the recipe leaves to the catalogue's size."""
+    notes = [
+        f"{path} is {chosen[path]}, as the current release has it; the size would give {kept[path]}." for path in kept
+    ]
+    if rest := ", ".join(f"{path} {number}" for path, number in chosen.items() if path not in kept):
+        notes.append(f"Chosen by the catalogue's size, as the recipe leaves them out: {rest}.")
+    return notes
 
 
 def _notes(recipe: Recipe, figures: dict, pairs: dict) -> list[str]:

@@ -176,7 +176,7 @@ class Newcomers:
             if not free:
                 raise InputError(
                     f"all {len(distance_K)} IDs below {space.text(prefix)} are taken, so product {one['product_id']!r} has no "
-                    "place near its like: send a docid of your choice, or let `catid2 append` place it"
+                    "place near its like: send a docid of your choice, or leave it to the next append"
                 )
             taken.add(free[0])
             docids.append(space.text([*prefix, free[0]]))

@@ -20,12 +20,12 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.columns import commonest_width, list_column
-from catid2_ray.catalog.pairs import HARMLESS, SPLITS, check_pairs, plain_pairs
+from catid2_ray.catalog.pairs import HARMLESS, SPLITS, check_pairs, plain_pairs, training_pairs
 from catid2_ray.catalog.products import COLUMNS, check_products, plain_products
 from catid2_ray.catalog.queries import Findings, added, find_faults, keyed_queries
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.catalog.taxonomy import Taxonomy
-from catid2_ray.config import CatalogRecipe
+from catid2_ray.config import CatalogRecipe, ExamplesRecipe
 from catid2_ray.errors import InputError
 from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job
@@ -72,6 +72,13 @@ def run_pairs(job: Job, parts: dict[str, Manifest]) -> Manifest:
         if table and "behaviour" in sources.names_of(source, table, _PAIR_COLUMNS):
             settings["behaviour"] = True
     return job.produce("pairs", settings, parents, lambda attempt: _make_pairs(job, attempt, parents["catalog"]))
+
+
+def teaching_pairs(store: Store, pairs: Manifest, recipe: ExamplesRecipe) -> int:
+    """Training pairs that the generator learns from."""
+    columns = ["split", "relevance"]
+    tables = (store.read_table(pairs.file(entry["name"]), columns) for entry in pairs.named(PAIR_FILES))
+    return sum(training_pairs(table, recipe.min_relevance, recipe.relevance_weights).num_rows for table in tables)
 
 
 def _checked(root: str) -> Store:

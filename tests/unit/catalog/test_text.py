@@ -4,11 +4,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5Model
 
 from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.errors import EncoderError, InputError
+from catid2_ray.scripts import words_of
 
 TEXTS = [
     f"{size} inch {metal} {thing}" for size in (2, 3, 4) for metal in ("steel", "brass") for thing in ("hinge", "lock")
@@ -52,6 +54,19 @@ def test_lsa_rows_are_unit_vectors_and_survive_saving_bit_by_bit(tmp_path):
     assert np.array_equal(np.concatenate([loaded.encode([q]) for q in queries]), vectors)
     assert np.array_equal(LsaEncoder.fit(TEXTS, width=4, vocabulary=50, seed=1).encode(queries), vectors)
     assert encoder.encode([]).shape == (0, 4)
+
+
+def test_lsa_encodes_as_scikit_learn_does():
+    encoder = LsaEncoder.fit(TEXTS, width=4, vocabulary=50, seed=1)
+    vectorizer = TfidfVectorizer(
+        vocabulary=encoder.terms, ngram_range=(1, 2), sublinear_tf=True, lowercase=False, token_pattern=None, dtype=np.float32,
+        tokenizer=lambda text: words_of(text, single=True),
+    )  # fmt: skip
+    vectorizer.idf_ = encoder.idf_V
+    queries = [*TEXTS, "steel steel steel hinge, a 2 inch steel hinge", "lock"]
+    projected = np.asarray(vectorizer.transform(queries) @ encoder.components_DV.T)
+    theirs = projected / np.linalg.norm(projected, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoder.encode(queries), theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_lsa_puts_like_with_like():
