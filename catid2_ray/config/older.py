@@ -18,6 +18,7 @@ MEANT: dict[str, object] = {
     "serving.search": "beam",
     "serving.node_depth": 0,
     "serving.expansion.weights": "stated",
+    "serving.lookahead.try_logp_weight": [],
 }
 # Settings that are gone: nothing depends on them any more.
 GONE: frozenset[str] = frozenset()

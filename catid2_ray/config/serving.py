@@ -77,8 +77,8 @@ class LookaheadRecipe(Section):
     )  # fmt: skip
 
     try_logp_weight: tuple[Annotated[float, Field(gt=0)], ...] = setting(
-        (), "weights of log P beside logp_weight, of which recall on validation chooses one; each costs a search of all these "
-        "queries; [] = none", unit="weights",
+        (0.01, 0.03, 0.1), "weights of log P beside logp_weight, of which recall on validation chooses one; each costs a search of "
+        "all these queries; [] = none", unit="weights",
     )  # fmt: skip
 
     @property
@@ -149,6 +149,11 @@ class ServingRecipe(Section):
         mixed = self.expansion
         terms = () if mixed is None else (mixed.needs_vectors, mixed.a > 0, mixed.lexical_weight > 0)
         return sum(terms) > 1 and mixed.weights == "fitted"
+
+    @property
+    def tried(self) -> tuple[float, ...]:
+        """Weights of log P among which validation chooses, beside the stated one."""
+        return self.lookahead.try_logp_weight if self.looks_ahead else ()
 
     @property
     def looks_ahead(self) -> bool:

@@ -64,7 +64,7 @@ def planned(recipe: Recipe, last: str) -> tuple[str, ...]:
         without |= {"matched", "adapter"}
     if not recipe.alignment.enabled:
         without |= {"prompts", "aligned"}
-    if not (recipe.serving.fits_weights or (recipe.serving.looks_ahead and recipe.serving.lookahead.try_logp_weight)):
+    if not (recipe.serving.fits_weights or recipe.serving.tried):
         without.add("mixture")
     names = list(STAGES)
     return tuple(name for name in names[: names.index(last) + 1] if name not in without or name == last)

@@ -84,7 +84,7 @@ def test_the_recipe_says_whether_there_is_anything_to_fit():
 
     assert fits() and not fits(weights="stated") and not fits(a=0) and fits(a=0, lexical_weight=0.1)
     assert not fits(dense="none", order="value") and fits(dense="none", order="value", lexical_weight=0.1)
-    nothing = Recipe.build({"catalog": {"root": "x"}})
+    nothing = Recipe.build({"catalog": {"root": "x"}, "serving": {"node_depth": 0}})
     assert not nothing.serving.fits_weights and "mixture" not in planned(nothing, "evaluation")
     tries = Recipe.build({"catalog": {"root": "x"}, "serving": {"lookahead": {"try_logp_weight": [0.1]}}})
     assert planned(tries, "evaluation")[-2:] == ("mixture", "evaluation")
@@ -159,7 +159,7 @@ def test_without_enough_queries_the_reason_is_kept_and_nothing_is_searched(local
     parts["mixture"] = mixture.run(job_of(local_store, parts, **FITTED), parts)
     assert "3 validation queries have a relevant product, at least 50" in parts["mixture"].metrics["reason"]
     assert releases.retriever_settings(parts, release="r") == before
-    assert mixture.run(job_of(local_store, parts), parts) is None
+    assert mixture.run(job_of(local_store, parts, search="beam"), parts) is None
 
 
 def test_an_append_without_pairs_keeps_the_weights_if_they_answer_the_same_question(local_store, parts, monkeypatch):
@@ -169,7 +169,7 @@ def test_an_append_without_pairs_keeps_the_weights_if_they_answer_the_same_quest
     assert mixture.run(job_of(local_store, parts, before, **FITTED), parts) is before["mixture"]
     other = replace(parts["generator"], digest="other")
     assert mixture.run(job_of(local_store, parts, before, **FITTED), {**parts, "generator": other}) is None
-    tries = {**FITTED, "lookahead": {"try_logp_weight": [0.1]}}
+    tries = {**FITTED, "lookahead": {"try_logp_weight": [0.2]}}
     assert mixture.run(job_of(local_store, parts, before, **tries), parts) is None
 
 

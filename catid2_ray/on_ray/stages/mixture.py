@@ -37,8 +37,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest | None:
     """The mixture artefact: mixture.json; None where the recipe states all weights. An append without pairs keeps that of the
     release before, if it is of the same settings."""
     serving = job.recipe.serving
-    looks_ahead = serving.looks_ahead and "node_vectors" in parts
-    tried = list(serving.lookahead.try_logp_weight) if looks_ahead else []
+    tried = list(serving.tried) if "node_vectors" in parts else []
     if not (serving.fits_weights or tried):
         return None
     settings = {
