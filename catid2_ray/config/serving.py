@@ -78,7 +78,7 @@ class LookaheadRecipe(Section):
 
     try_logp_weight: tuple[Annotated[float, Field(gt=0)], ...] = setting(
         (0.01, 0.03, 0.1), "weights of log P beside logp_weight, of which recall on validation chooses one; each costs a search of "
-        "all these queries; [] = none", unit="weights",
+        "these queries (2,000 at most); [] = none, and none where logp_weight is 0", unit="weights",
     )  # fmt: skip
 
     @property
@@ -152,8 +152,8 @@ class ServingRecipe(Section):
 
     @property
     def tried(self) -> tuple[float, ...]:
-        """Weights of log P among which validation chooses, beside the stated one."""
-        return self.lookahead.try_logp_weight if self.looks_ahead else ()
+        """Weights of log P among which validation chooses, beside the stated one; who states 0 wants no generator asked."""
+        return self.lookahead.try_logp_weight if self.looks_ahead and self.lookahead.logp_weight else ()
 
     @property
     def looks_ahead(self) -> bool:

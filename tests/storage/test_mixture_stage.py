@@ -10,6 +10,7 @@ import pytest
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Attempt
 from catid2_ray.config import Recipe
+from catid2_ray.config.serving import LookaheadRecipe
 from catid2_ray.evaluation.protocol import Judgements
 from catid2_ray.on_ray.pipeline import planned
 from catid2_ray.on_ray.stages import evaluate, lay_out, mixture
@@ -34,7 +35,7 @@ def found(count: int = 2 * FEWEST, *, stated=STATED, logp_weight=None, seed: int
         best = np.argsort(-feature_MF @ [1, 0.05])[:3]
         order = np.argsort(-feature_MF @ list(stated.values()))
         ids.append([f"p{row}" for row in order])
-        features.append(feature_MF[order].tolist())
+        features.append(feature_MF[order])
         relevant.append({f"p{row}" for row in best})
     return judgements(relevant), Found(logp_weight, stated, ids, features)
 
@@ -42,7 +43,7 @@ def found(count: int = 2 * FEWEST, *, stated=STATED, logp_weight=None, seed: int
 def test_fitted_weights_are_adopted_where_they_find_more_and_are_readable():
     judged, search = found()
     figures = json.loads(json.dumps(decided(judged, [search], fit=True)))
-    by_query = zip(search.features, search.product_ids, judged.relevant)
+    by_query = zip(search.features_MF, search.product_ids, judged.relevant)
     weights_F = fitted([Judged(np.array(rows), np.isin(ids, list(wanted))) for rows, ids, wanted in by_query])
     expected = float(f"{weights_F[1] / weights_F[0]:.4g}")
     assert figures["adopted"] and figures["expansion"] == {"a": 0.0, "lexical_weight": expected}
@@ -66,8 +67,8 @@ def test_what_is_stated_stays_where_nothing_finds_more_or_too_few_queries_tell()
 
 def test_a_fit_that_gives_the_first_term_nothing_is_not_served():
     judged, search = found()
-    turned = [[[-one[0] - one[1], one[1]] for one in query] for query in search.features]
-    assert not decided(judged, [search._replace(features=turned)], fit=True)["adopted"]
+    turned = [feature_MF * [-1, 1] for feature_MF in search.features_MF]
+    assert not decided(judged, [search._replace(features_MF=turned)], fit=True)["adopted"]
 
 
 def test_the_weight_of_log_p_is_that_of_the_search_which_finds_most():
@@ -88,6 +89,7 @@ def test_the_recipe_says_whether_there_is_anything_to_fit():
     assert not nothing.serving.fits_weights and "mixture" not in planned(nothing, "evaluation")
     tries = Recipe.build({"catalog": {"root": "x"}, "serving": {"lookahead": {"try_logp_weight": [0.1]}}})
     assert planned(tries, "evaluation")[-2:] == ("mixture", "evaluation")
+    assert not tries.serving.model_copy(update={"lookahead": LookaheadRecipe(logp_weight=0)}).tried
 
 
 def test_a_stored_recipe_stated_its_weights():
@@ -131,11 +133,13 @@ def test_what_is_served_has_the_weights_that_were_chosen(local_store, parts, mon
     def searched(handler_class, arguments, specs, **_):
         asked.extend(spec["logp_weight"] for spec in specs)
         rows = [[judged.queries.index(query) for query in spec["queries"]] for spec in specs]
-        columns = ("product_ids", "features")
         return [
-            {"stated": STATED, **{name: [getattr(search, name)[row] for row in part] for name in columns}}
+            {
+                "stated": STATED, "product_ids": [search.product_ids[row] for row in part],
+                "features": [search.features_MF[row].tolist() for row in part],
+            }
             for part in rows
-        ]
+        ]  # fmt: skip
 
     monkeypatch.setattr(mixture, "map_parts", searched)
     job = job_of(local_store, parts, **FITTED, lookahead={"try_logp_weight": [0.1]})

@@ -29,7 +29,7 @@ from catid2_ray.retrieval.mixture import Judged, cross_fitted, fitted
 
 KS = (10, 50, 100)
 SPLIT = "validation"
-FEWEST, CANDIDATES = 50, 200
+FEWEST, MOST, CANDIDATES = 50, 2000, 200  # queries, queries, products of each
 _QUERIES_PER_SPEC = 64
 
 
@@ -42,7 +42,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest | None:
         return None
     settings = {
         "fit": serving.fits_weights, "try": tried, "min_relevance": job.recipe.evaluation.min_relevance,
-        "candidates": CANDIDATES, "ks": list(KS),
+        "candidates": CANDIDATES, "ks": list(KS), "queries": MOST, "seed": job.recipe.seed,
     }  # fmt: skip
     if not parts["pairs"].metrics["pairs_table"]:
         return _of_before(job, parts, settings)
@@ -75,7 +75,7 @@ def _make(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifest:
 
 
 def _judged(job: Job, parts: dict[str, Manifest]) -> Judgements | str:
-    """The validation queries, or why they cannot decide anything."""
+    """The validation queries, a seeded sample of them where they are many, or why they cannot decide anything."""
     pairs = evaluate.pairs_of_split(job.store, parts["pairs"], SPLIT)
     if not pairs.num_rows:
         return f"the pairs have no {SPLIT} split"
@@ -85,16 +85,16 @@ def _judged(job: Job, parts: dict[str, Manifest]) -> Judgements | str:
         return str(error)
     if len(judged.queries) < FEWEST:
         return f"{len(judged.queries)} {SPLIT} queries have a relevant product, at least {FEWEST} are needed"
-    return judged
+    return evaluate.sampled(judged, MOST, seed=job.recipe.seed)
 
 
 class Found(NamedTuple):
-    """What one search found, per query: product ids, best first, and `features`, M lists of a number per term (by `names`)."""
+    """What one search found: per query M product ids, best first, and their features M×F, one per term of `stated`."""
 
     logp_weight: float | None
     stated: dict[str, float]
     product_ids: list[list[str]]
-    features: list[list[list[float]]]
+    features_MF: list[np.ndarray]
 
 
 def _found(
@@ -110,7 +110,9 @@ def _found(
     found = {weight: Found(weight, results[0]["stated"], [], []) for weight in logp_weights}
     for spec, result in zip(specs, results):
         found[spec["logp_weight"]].product_ids.extend(result["product_ids"])
-        found[spec["logp_weight"]].features.extend(result["features"])
+        found[spec["logp_weight"]].features_MF.extend(
+            np.array(one, float).reshape(len(one), len(result["stated"])) for one in result["features"]
+        )
     return list(found.values())
 
 
@@ -176,9 +178,9 @@ def _ways(judgements: Judgements, search: Found, *, fit: bool) -> list[tuple[dic
     ways = [(None, _recall(judgements, search.product_ids))]
     if fit:
         judged = [
-            Judged(np.array(features).reshape(len(features), len(search.stated)), np.array([one in wanted for one in ids], bool))
-            for features, ids, wanted in zip(search.features, search.product_ids, judgements.relevant)
-        ]  # fmt: skip
+            Judged(feature_MF, np.array([one in wanted for one in ids], bool))
+            for feature_MF, ids, wanted in zip(search.features_MF, search.product_ids, judgements.relevant)
+        ]
         if (weights := _weights(judged, search.stated)) is not None:
             ranked = [
                 [ids[at] for at in np.argsort(-score_M, kind="stable")]
