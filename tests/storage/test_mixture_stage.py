@@ -77,6 +77,11 @@ def test_the_weight_of_log_p_is_that_of_the_search_which_finds_most():
     figures = decided(judged, [worse, search._replace(logp_weight=0.03), worse._replace(logp_weight=0.1)], fit=False)
     assert figures["adopted"] and figures["lookahead"] == {"logp_weight": 0.03} and figures["expansion"] == {}
     assert [one["logp_weight"] for one in figures["tried"]] == [0.003, 0.03, 0.1]
+    lucky = [ids[::-1] if number else search.product_ids[0] for number, ids in enumerate(search.product_ids)]
+    by_luck = decided(judged, [worse, search._replace(product_ids=lucky, logp_weight=0.03)], fit=False)
+    assert not by_luck["adopted"] and by_luck["lookahead"] == {}, (
+        "one query in a hundred finds more, which may be chance"
+    )
 
 
 def test_the_recipe_says_whether_there_is_anything_to_fit():

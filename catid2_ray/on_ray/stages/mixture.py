@@ -144,22 +144,29 @@ def decided(judgements: Judgements, found: Sequence[Found], *, fit: bool) -> dic
     `queries`; `recall` and `gain` (mean and ends of the paired 95 % interval) over the first search as stated, by k; `tried`:
     recall of each weight of log P. Fitted weights are judged cross-fitted.
 
-    `found`: searches of the same queries, the one that the recipe states first; of equals the first is taken.
+    `found`: searches of the same queries, the one that the recipe states first. Another one must find more beyond chance: the
+    interval of its gain, of the mean over k, lies above 0. The best of several ties would be chosen by luck alone.
     """
     base_QK = _recall(judgements, found[0].product_ids)
-    tried, best = [], None
-    for search in found:
-        for weights, recall_QK in _ways(judgements, search, fit=fit):
-            way = (recall_QK.mean(), search, weights, recall_QK)
-            best = way if best is None or way[0] > best[0] else best
-            if weights is None:
-                tried.append({"logp_weight": search.logp_weight, "recall": _by_k(recall_QK.mean(0))})
-    _, search, weights, recall_QK = best
-    figures = {"adopted": search is not found[0] or weights is not None, "queries": len(base_QK)}
+    ways = [_ways(judgements, search, fit=fit) for search in found]
+    best = [
+        max(of_search, key=lambda way: way[1].mean()) for of_search in ways
+    ]  # of equals the stated weights, which are first
+    chosen, (_, first_QK) = 0, best[0]
+    for at, (_, recall_QK) in enumerate(best[1:], 1):
+        [gain] = bootstrap_means((recall_QK - first_QK).mean(1, keepdims=True))
+        if gain.low > 0 and recall_QK.mean() > best[chosen][1].mean():
+            chosen = at
+    search, (weights, recall_QK) = found[chosen], best[chosen]
+    tried = [
+        {"logp_weight": search.logp_weight, "recall": _by_k(as_stated[1].mean(0))}
+        for search, (as_stated, *_) in zip(found, ways)
+    ]
+    figures = {"adopted": chosen > 0 or weights is not None, "queries": len(base_QK)}
     if not figures["adopted"]:
         figures["reason"] = "nothing that was tried finds more than what the recipe states"
     return figures | {
-        "lookahead": {} if search is found[0] else {"logp_weight": search.logp_weight},
+        "lookahead": {"logp_weight": search.logp_weight} if chosen else {},
         "expansion": {} if weights is None else {"a": weights.get("path", 0.0), "lexical_weight": weights.get("BM25", 0.0)},
         "score": formula(weights or search.stated),
         "recall": {"stated": _by_k(base_QK.mean(0)), "chosen": _by_k(recall_QK.mean(0))},
