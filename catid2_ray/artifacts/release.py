@@ -346,8 +346,8 @@ def retriever_settings(
 ) -> dict:
     """What retriever.json holds: the serving part's settings, so that what was evaluated as "served" is what is served.
 
-    With `beam_width`, and for a release without a serving part, the beam alone, of whole IDs and in float32; it looks ahead
-    where `ahead` gives lookahead (its weights) and encoder.
+    Weights are those of the mixture part where it has any. With `beam_width`, and for a release without a serving part, the beam
+    alone, of whole IDs and in float32; it looks ahead where `ahead` gives lookahead (its weights) and encoder.
     """
     settings = {
         "query_tokens": manifests["examples"].settings["query_tokens"],
@@ -356,6 +356,9 @@ def retriever_settings(
     }
     if beam_width is None and "serving" in manifests:
         served = manifests["serving"].asked
+        if (mixture := manifests.get("mixture")) is not None:
+            weights = {name: mixture.metrics.get(name) for name in ("lookahead", "expansion")}
+            served |= {name: served[name] | chosen for name, chosen in weights.items() if chosen}
         return settings | served | ({"shared_encoder": True} if _same_encoder(served, manifests["generator"]) else {})
     settings["beam_width"] = beam_width or manifests["evaluation"].settings["beam_width"]
     if ahead is None:

@@ -67,12 +67,15 @@ STAGES = {
         Stage("aligned", "align_generator", ("trained", "ids", "examples", "prompts"), part="generator", carried=True),
         Stage("serving", "evaluate", ("catalog", "embeddings", "ids"), part="serving", timed="serving", version=2,
               where_made=("adapter",)),
+        Stage("mixture", "evaluate", ("catalog", "pairs", "ids", "examples", "generator", "serving"), part="mixture", carried=True,
+              timed="mixture", where_made=("node_vectors",)),
         Stage("evaluation", "evaluate", ("catalog", "pairs", "ids", "examples", "generator"),
-              ("embeddings", "adapter", "node_vectors", "serving"), part="evaluation", carried=True, timed="evaluate", version=2),
+              ("embeddings", "adapter", "node_vectors", "serving", "mixture"), part="evaluation", carried=True, timed="evaluate",
+              version=2),
     )
 }  # fmt: skip
 # What a release may lack: recipes that do without, and releases of before, have none.
-OPTIONAL = ("adapter", "node_vectors")
+OPTIONAL = ("adapter", "node_vectors", "mixture")
 PARTS = tuple(dict.fromkeys(stage.part for stage in STAGES.values() if stage.part))
 CARRIED = tuple(dict.fromkeys(stage.part for stage in STAGES.values() if stage.carried))
 

@@ -17,6 +17,8 @@ MEANT: dict[str, object] = {
     "evaluation.diagnose_rows": 0,  # nothing was diagnosed
     "serving.search": "beam",
     "serving.node_depth": 0,
+    "serving.expansion.weights": "stated",
+    "serving.lookahead.try_logp_weight": [],
 }
 # Settings that are gone: nothing depends on them any more.
 GONE: frozenset[str] = frozenset()
@@ -26,8 +28,12 @@ def as_meant(stored: dict) -> dict:
     """The values of a stored recipe, completed and cleared so that today's model reads them."""
     values = copy.deepcopy(stored)
     for path, meaning in MEANT.items():
-        section, name = path.split(".")
-        values.setdefault(section, {}).setdefault(name, meaning)
+        section, *inner, name = path.split(".")
+        settings = values.setdefault(section, {})
+        for part in inner:
+            settings = (settings or {}).get(part)
+        if settings is not None:  # a part that the recipe does without has no settings
+            settings.setdefault(name, meaning)
     for path in GONE:
         section, name = path.split(".")
         values.get(section, {}).pop(name, None)

@@ -25,12 +25,18 @@ class ExpansionRecipe(Section):
         paper="a from 0 to 3 in GDR (2401.10487)",
         ge=0,
     )
-    path: Literal["softmax", "logp"] = setting(
+    path: Literal["softmax", "logp", "root"] = setting(
         "softmax",
-        "path score: softmax of log P over the query's beams, or log P itself",
+        "path score: softmax of log P over the query's beams, log P itself, or √P (root)",
         unit="choice",
         paper="GDR (2401.10487)",
     )
+    weights: Literal["fitted", "stated"] = setting(
+        "fitted",
+        "fitted = a and lexical_weight are fitted to the validation queries, where they are above 0, and stay as stated where "
+        "that finds less or there are too few queries; stated = as the recipe says",
+        unit="choice", paper="RankNet (Burges et al. 2005)",
+    )  # fmt: skip
     dense: Literal["tanh", "sigmoid", "dot", "none"] = setting(
         "tanh", "what is made of the product of query and product vector; none = no vectors", unit="choice",
         paper="tanh or sigmoid in GDR (2401.10487)",
@@ -69,6 +75,15 @@ class LookaheadRecipe(Section):
         0.05, "weight of the highest BM25 (title and description) of the products below a node; 0 = no index", unit="weight",
         paper="the look-ahead of PAG (2404.14600) takes the best document below a prefix", ge=0,
     )  # fmt: skip
+
+    try_logp_weight: tuple[Annotated[float, Field(gt=0)], ...] = setting(
+        (0.01, 0.03, 0.1), "weights of log P beside logp_weight, of which recall on validation chooses one; each costs a search of "
+        "these queries (2,000 at most); [] = none, and none where logp_weight is 0", unit="weights",
+    )  # fmt: skip
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("logp_weight", "vector_weight", "lexical_weight")}
 
     @model_validator(mode="after")
     def _something_chooses(self):
@@ -127,6 +142,18 @@ class ServingRecipe(Section):
                 "serving.expansion={}), which ranks the products below them"
             )
         return self
+
+    @property
+    def fits_weights(self) -> bool:
+        """Whether there are weights of terms to fit to each other."""
+        mixed = self.expansion
+        terms = () if mixed is None else (mixed.needs_vectors, mixed.a > 0, mixed.lexical_weight > 0)
+        return sum(terms) > 1 and mixed.weights == "fitted"
+
+    @property
+    def tried(self) -> tuple[float, ...]:
+        """Weights of log P among which validation chooses, beside the stated one; who states 0 wants no generator asked."""
+        return self.lookahead.try_logp_weight if self.looks_ahead and self.lookahead.logp_weight else ()
 
     @property
     def looks_ahead(self) -> bool:

@@ -102,12 +102,12 @@ def _name(widths: Sequence[int]) -> str:
 def _batch(
     retriever: Retriever, queries: list[str], relevant: list, served: str, searches: Mapping[str, list[int]]
 ) -> Diagnosis:
-    score_L, trie = retriever.exact(queries), retriever.trie
+    exact, trie = retriever.exact(queries), retriever.trie
     rows = [_rows(retriever, query, wanted) for query, wanted in zip(queries, relevant)]
     recall, mixture, kept = {}, {}, {}
     for name, widths in searches.items():
         mixes = retriever.expansion is not None and name in (served, EXACT)
-        replay = replayed(trie, score_L, widths, top_k=widths[-1] if mixes else max(KS))
+        replay = replayed(trie, exact.score_L, widths, top_k=widths[-1] if mixes else max(KS), logp_BN=exact.logp_L[-1])
         found = [one.row_M.tolist() for one in result_rows(replay.result, trie, most=max(KS))]
         recall[name] = recalls(found, [set(row_R.tolist()) for row_R in rows], KS)
         kept[name] = _kept(replay, trie, rows)

@@ -12,17 +12,17 @@ RECALLS = {"recall": "all", "recall_seen": "seen", "recall_unseen": "unseen"}
 
 
 def closing_tables(figures: Mapping) -> list[Table]:
-    """The report's tables, in order: the catalogue, what changed since the release before, the adapter, the codes, recall, time and
-    memory.
+    """The report's tables, in order: the catalogue, what changed since the release before, the adapter, the codes, recall, the
+    weights of what is served, time and memory.
 
     `figures`: the job's JSON; keys release, documents, number, base, ledger, churn, collision_rate_before (0 to 1),
     duplicates_after, node_vector_bytes, adapter (metrics of its manifest), codes_used, codes_per_level, recall, recall_seen,
     recall_unseen, not_evaluated (why), set_aside (table → rows, of, reasons, first, at), diagnosis (`diagnosis.diagnosis_figures`,
-    or queries 0 and a reason), seconds (stage → s), peak_memory_bytes; all optional.
+    or queries 0 and a reason), mixture (metrics of its manifest), seconds (stage → s), peak_memory_bytes; all optional.
     """
     tables = [
         _catalogue(figures), _churn(figures), _adapter(figures), _codes(figures), _recall(figures),
-        *diagnosis_tables(figures.get("diagnosis")), _set_aside(figures), _cost(figures),
+        _mixture(figures), *diagnosis_tables(figures.get("diagnosis")), _set_aside(figures), _cost(figures),
     ]  # fmt: skip
     return [table for table in tables if table.rows]
 
@@ -138,6 +138,22 @@ def _recall(figures: Mapping) -> Table:
         return Table("Nothing was evaluated", columns_of("", "figure"), [[figures["not_evaluated"], DASH]])
     title = "Recall at product level" + (f" (queries: {asked})" if asked else "")
     return Table(title, columns_of("products: method", *(f"@{k}" for k in ks)), rows)
+
+
+def _mixture(figures: Mapping) -> Table:
+    """Recall on the validation queries with the weights as stated and as chosen, and the gain with its 95 % interval."""
+    metrics = figures.get("mixture") or {}
+    if metrics and "recall" not in metrics:
+        return Table("Weights are as the recipe states them", columns_of("", "figure"), [[metrics["reason"], DASH]])
+    recall, gain = metrics.get("recall") or {}, metrics.get("gain") or {}
+    rows = [[name, *(shown(value, ".3f") for value in by_k.values())] for name, by_k in recall.items()]
+    for at, name in enumerate(("gain", "… at least", "… at most")):
+        rows += [[name, *(shown(interval[at], "+.3f") for interval in gain.values())]] if gain else []
+    logp = "".join(f"; log P weighs {value:g} in the search" for value in metrics.get("lookahead", {}).values())
+    verdict = "chosen" if metrics.get("adopted") else f"as stated: {metrics.get('reason')}"
+    caption = f"Products are ranked by {metrics['score']}{logp}." if metrics.get("score") else logp.removeprefix("; ")
+    title = f"Weights of what is served ({verdict}), on {metrics.get('queries'):,} validation queries" if rows else ""
+    return Table(title, columns_of("weights", *(f"@{k}" for k in gain)), rows, caption)
 
 
 def diagnosis_tables(diagnosis: Mapping | None) -> list[Table]:

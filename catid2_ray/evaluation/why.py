@@ -151,7 +151,7 @@ def _placed(retriever: Retriever, query: str, codes_L: np.ndarray, steps: tuple[
     """With `of_all`, but for levels at which a product inserted since has a prefix of its own."""
     node_L = retriever.trie.nodes_of(codes_L[None])[0]
     placed = []
-    for step, node, score_Bn in zip(steps, node_L.tolist(), retriever.exact([query])):
+    for step, node, score_Bn in zip(steps, node_L.tolist(), retriever.exact([query]).score_L):
         score_n = score_Bn[0]
         before = (score_n > score_n[node]).sum() + (score_n[:node] == score_n[node]).sum()
         placed.append(step if node < 0 else replace(step, of_all=int(before) + 1))

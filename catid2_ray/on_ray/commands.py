@@ -89,6 +89,7 @@ def figures_of(parts: dict[str, Manifest], store: Store) -> dict:
         **({"adapter": parts["adapter"].metrics} if "adapter" in parts else {}),
         **{name: scores[name] for name in ("not_evaluated", "diagnosis") if name in scores},
         **({"node_vector_bytes": parts["node_vectors"].metrics["bytes"]} if "node_vectors" in parts else {}),
+        **({"mixture": parts["mixture"].metrics} if "mixture" in parts else {}),
         "set_aside": door.set_aside(store, parts),
         "seconds": {
             stage.timed: _seconds(parts[stage.role]) for stage in STAGES.values() if stage.timed and stage.role in parts

@@ -1,7 +1,8 @@
 """The chain of stages, bound to the code that runs each, and an append to the release that is current.
 
 catalog → pairs → embeddings (→ adapter, where there are pairs) (→ queries, for kinds that learn from them) → quantizer → ids →
-node vectors → examples → generator (→ prompts → generator aligned, where the recipe asks for it) → serving → evaluation → release
+node vectors → examples → generator (→ prompts → generator aligned, where the recipe asks for it) → serving
+(→ mixture, where weights are fitted) → evaluation → release
 """
 
 from catid2_ray.artifacts import release as releases
@@ -20,6 +21,7 @@ from catid2_ray.on_ray.stages import (
     evaluate,
     examples,
     lay_out,
+    mixture,
     node_vectors,
     realign,
     train_generator,
@@ -46,7 +48,7 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
                 continue
             if name == "examples":
                 _gate_churn(job.recipe, parts["ids"])
-            if made := run(job, parts):  # an adapter and node vectors are not always made
+            if made := run(job, parts):  # adapter, node vectors and mixture are not always made
                 parts[STAGES[name].role] = made
             if name == last:
                 break
@@ -63,6 +65,8 @@ def planned(recipe: Recipe, last: str) -> tuple[str, ...]:
         without |= {"matched", "adapter"}
     if not recipe.alignment.enabled:
         without |= {"prompts", "aligned"}
+    if not (recipe.serving.fits_weights or recipe.serving.tried):
+        without.add("mixture")
     names = list(STAGES)
     return tuple(name for name in names[: names.index(last) + 1] if name not in without or name == last)
 
@@ -111,6 +115,7 @@ _RUN = {
     "generator": train_generator.run,
     "aligned": align.run,
     "serving": lay_out.run,
+    "mixture": mixture.run,
     "evaluation": evaluate.run,
 }
 
@@ -141,7 +146,7 @@ def _refuse_new_ledger(job: Job) -> None:
 
 
 # The stages that an append may run.
-APPENDED = ("catalog", "pairs", "embeddings", "ids", "node_vectors", "serving", "evaluation")
+APPENDED = ("catalog", "pairs", "embeddings", "ids", "node_vectors", "serving", "mixture", "evaluation")
 # A section of the recipe, and the part of a release that was made by it.
 _SECTIONS = {
     "catalog": "catalog", "embedding": "embeddings", "quantizer": "quantizer", "ids": "ids", "generator": "generator",
@@ -181,10 +186,10 @@ def append(job: Job) -> dict[str, Manifest]:
         door.refuse_unfit(recipe, parts["pairs"], trains=False)
         parts["embeddings"] = embed.run(job, parts, frozen=job.previous.parts)
         parts["ids"] = assign.run(job, parts, keeps=True)
-    parts.pop("node_vectors", None)
-    if (nodes := node_vectors.run(job, parts)) is not None:
-        parts["node_vectors"] = nodes
-    parts["serving"] = lay_out.run(job, parts)
+    for name in ("node_vectors", "serving", "mixture"):
+        parts.pop(name, None)
+        if (made := _RUN[name](job, parts)) is not None:
+            parts[name] = made
     if parts == job.previous.parts:
         return parts
     if parts["pairs"].metrics["pairs_table"]:

@@ -100,6 +100,13 @@ def _scored(block: _Block, decoder: Decoder, trie: Trie, memory, normalize: str)
     return children.child, below
 
 
+class Exact(NamedTuple):
+    """Of every node, per depth float32 B×n_l: what a search would choose it by, and its log P (0 where nobody asks)."""
+
+    score_L: list[np.ndarray]
+    logp_L: list[np.ndarray]
+
+
 class Replay(NamedTuple):
     """`kept`: per query and depth 1 … L the nodes that were in the beam, best first. `result`: as a search gives it."""
 
@@ -107,12 +114,15 @@ class Replay(NamedTuple):
     result: BeamResult
 
 
-def replayed(trie: Trie, score_L: Sequence[np.ndarray], widths: Sequence[int], *, top_k: int) -> Replay:
+def replayed(
+    trie: Trie, score_L: Sequence[np.ndarray], widths: Sequence[int], *, top_k: int, logp_BN: np.ndarray | None = None
+) -> Replay:  # fmt: skip
     """What a beam of `widths[l]` at depth l + 1 finds that is chosen by `score_L` (per depth B×n_l), the `top_k` best.
 
     Equal scores are ordered by ID, as in `constrained_beam_search`, which this equals where `score_L` is of `exact_scores`;
-    it may as well be any other number of nodes that a search chooses by, such as S of a search that looks ahead; it is then what
-    `result.logp_BK` holds. Widths of at least n_l keep everything; −inf is never kept.
+    it may as well be any other number of nodes that a search chooses by, such as S of a search that looks ahead. `logp_BN`:
+    log P of the nodes of the last depth; without it `result.logp_BK` holds what chose them. Widths of at least n_l keep
+    everything; −inf is never kept.
     """
     kept, deepest = [], len(score_L)
     for query in range(len(score_L[0])):
@@ -124,10 +134,11 @@ def replayed(trie: Trie, score_L: Sequence[np.ndarray], widths: Sequence[int], *
             node_M = child_C[best_C[score_C[best_C] > -np.inf]]
             levels.append(node_M)
         kept.append(levels)
-    return Replay(kept, _result(trie, deepest, [levels[-1][:top_k] for levels in kept], score_L[-1]))
+    logp_BN = score_L[-1] if logp_BN is None else logp_BN
+    return Replay(kept, _result(trie, deepest, [levels[-1][:top_k] for levels in kept], logp_BN))
 
 
-def _result(trie: Trie, depth: int, nodes: list[np.ndarray], score_BN: np.ndarray) -> BeamResult:
+def _result(trie: Trie, depth: int, nodes: list[np.ndarray], logp_BN: np.ndarray) -> BeamResult:
     """Nodes of one depth, best first, as the result of a search."""
     shape = (len(nodes), max(map(len, nodes)))
     docid_BKL, range_BK2 = np.full((*shape, depth), -1), np.zeros((*shape, 2), np.int64)
@@ -136,5 +147,5 @@ def _result(trie: Trie, depth: int, nodes: list[np.ndarray], score_BN: np.ndarra
         at = query, slice(len(node_K))
         docid_BKL[at] = trie.prefixes(depth, node_K)
         range_BK2[at] = np.stack([trie.row_start[depth][node_K + i] for i in (0, 1)], 1)
-        logp_BK[at] = score_BN[query, node_K]
+        logp_BK[at] = logp_BN[query, node_K]
     return BeamResult(*map(torch.from_numpy, (docid_BKL, range_BK2, logp_BK, np.array([len(one) for one in nodes]))))

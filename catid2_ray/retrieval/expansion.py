@@ -23,7 +23,7 @@ from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
 
 # METHODS 6.6 (GDR, arXiv 2401.10487): tanh, or sigmoid; cosine is the plain product of vectors of length 1.
 DENSE = {"tanh": np.tanh, "sigmoid": lambda x: 0.5 + 0.5 * np.tanh(0.5 * x), "dot": lambda x: x}
-_PATHS = ("softmax", "logp")
+_PATHS = ("softmax", "logp", "root")
 
 
 class Candidates(NamedTuple):
@@ -123,7 +123,8 @@ def rescore(
 
     `candidates`: what `expand` made of `result`. `dense`: "tanh" or "sigmoid" of q · d, or "dot", q · d itself (a
     cosine where both vectors have length 1). tanh of products beyond about 19 is 1 in float64: it is meant for vectors
-    of length about 1. `path`: "softmax" of log P over the query's returned beams, or "logp", log P itself. `lexical_BC`:
+    of length about 1. `path`: "softmax" of log P over the query's returned beams, "logp", log P itself, or "root", √P, in which
+    beams that are all but impossible are equal: how impossible is noise. `lexical_BC`:
     a number per candidate, such as BM25, in the order of `candidates.row_BC` (read up to `count_B`).
 
     Fewer than `top_k` come back where there are no more. Raises InputError for unknown choices, `top_k` below 1,
@@ -241,6 +242,8 @@ def _path(result: BeamResult, path: str) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"a beam of query {query} has a log-probability that is not finite; search again")
     if path == "logp":
         return np.where(real_BK, logp_BK, 0).astype(np.float64), logp_BK
+    if path == "root":
+        return np.exp(np.where(real_BK, logp_BK, -np.inf).astype(np.float64) / 2), logp_BK
     masked_BK = np.where(real_BK, logp_BK, -np.inf).astype(np.float64)
     best_B1 = masked_BK.max(1, keepdims=True, initial=-np.inf)
     weight_BK = np.exp(masked_BK - np.where(best_B1 > -np.inf, best_B1, 0))

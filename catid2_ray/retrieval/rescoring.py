@@ -56,6 +56,17 @@ class Expansion:
                 f"re-scoring needs {' and '.join(lacks)}, which the release lacks; make its serving part again"
             )
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The terms of the final score and their weights, in the order of its formula; a term that weighs 0 is none."""
+        weights = {"dense": 1.0 if self.dense != "none" else 0.0, "path": self.a, "BM25": self.lexical_weight}
+        return {name: weight for name, weight in weights.items() if weight}
+
+    def features(self, hit: Hit) -> list[float]:
+        """What each weight of `weights` is multiplied by."""
+        terms = self.terms(hit)
+        return [terms[name] / weight for name, weight in self.weights.items()]
+
     def terms(self, hit: Hit) -> dict[str, float]:
         """What each part adds to a hit's score; they sum up to it. A part that is not used is left out."""
         terms = {}

@@ -20,7 +20,7 @@ from catid2_ray.generator.vocabulary import tokenize
 from catid2_ray.retrieval import folder as folders
 from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
-from catid2_ray.retrieval.exact import exact_scores
+from catid2_ray.retrieval.exact import Exact, exact_scores
 from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
 from catid2_ray.retrieval.live import LiveTrie, LiveView, filters_for
 from catid2_ray.retrieval.lookahead import Ahead, LiveNodes, Lookahead, best_words
@@ -238,9 +238,9 @@ class Retriever:
         nodes = self.nodes.at(view, products.vectors)
         return Ahead(self.lookahead, nodes, query_BD, device=self.decoder.device, words=words)
 
-    def exact(self, queries: Sequence[str]) -> list[np.ndarray]:
-        """Per depth searched, float32 B×n_l: the score by which the search would choose each node of the release, had it
-        pruned none: log P (`exact.exact_scores`), or S where it looks ahead. Products inserted since are left out."""
+    def exact(self, queries: Sequence[str]) -> Exact:
+        """Of each node of the release, per depth searched, the score by which the search would choose it, had it pruned none: log P
+        (`exact.exact_scores`), or S where it looks ahead; and log P. Products inserted since are left out."""
         queries, view, logp_L = list(queries), self.live.view, None
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
         if self._asks:
@@ -248,7 +248,10 @@ class Retriever:
                 self.decoder, self.trie, ids_BT, mask_BT, levels=self.levels, normalize=self.normalize, memory=memory
             )
         ahead = self._ahead(queries, query_BD, view, self.products, [None] * len(queries))
-        return logp_L if ahead is None else ahead.every_node(self.trie, self.levels, logp_L)
+        if ahead is None:
+            return Exact(logp_L, logp_L)
+        score_L = ahead.every_node(self.trie, self.levels, logp_L)
+        return Exact(score_L, [np.zeros_like(score_Bn) for score_Bn in score_L] if logp_L is None else logp_L)
 
     def searched(
         self, queries: Sequence[str], *, widths: Sequence[int], levels: int | None = None, top_k: int, allowed=None,

@@ -132,7 +132,7 @@ def test_new_pairs_alone_remake_what_learns_from_them(copied):
     write_shop(folder / "shop")
     pq.write_table(table, folder / "shop" / "pairs.parquet")
     outcome = reindex(recipe_of(folder / "shop", folder / "store"))
-    assert outcome.made == ["pairs", "examples", "generator", "evaluation"]
+    assert outcome.made == ["pairs", "examples", "generator", "mixture", "evaluation"]
     same = [name for name, part in outcome.parts.items() if part.digest == first.parts[name].digest]
     assert {"catalog", "embeddings", "adapter", "quantizer", "ids", "serving"} <= set(same)
     assert outcome.figures["number"] == 1 and outcome.release.name != first.release.name

@@ -26,6 +26,8 @@ def expanded(ranges, *, rank, quota=None, most=None, allowed=None):
 def path_scores(logps, path):
     if path == "logp":
         return list(logps)
+    if path == "root":
+        return [math.sqrt(math.exp(logp)) for logp in logps]
     total = math.fsum(math.exp(logp - max(logps)) for logp in logps)
     return [math.exp(logp - max(logps)) / total for logp in logps]
 

@@ -23,6 +23,7 @@ PARENTS_OF = {
     "examples": ("catalog", "pairs", "ids"),
     "generator": ("ids", "examples"),
     "serving": ("catalog", "embeddings", "adapter", "ids"),
+    "mixture": ("catalog", "pairs", "ids", "examples", "generator", "serving"),
     "evaluation": ("catalog", "pairs", "ids", "generator", "serving"),
 }
 

@@ -139,14 +139,11 @@ def test_gc_keeps_what_a_kept_release_was_made_of_where_a_rerun_looks_for_it(loc
     parents = {"trained": trained.digest, "prompts": prompts.digest, "warm": before.digest}
     parents |= {role: made[role].digest for role in ("ids", "examples")}
     made["generator"] = make(local_store, "generator", {"weights": b"aligned"}, parents=parents)
-    made["evaluation"] = make(
-        local_store, "evaluation", {"figures": b"1"}, parents={"generator": made["generator"].digest}
-    )
+    for kind in ("mixture", "evaluation"):
+        made[kind] = make(local_store, kind, {"figures": b"1"}, parents={"generator": made["generator"].digest})
     releases.publish(local_store, made)
-    assert counts(gc.collect(local_store, keep=1)) == {
-        "generator": 2,
-        "evaluation": 1,
-    }  # `before`, and those of the chain
+    # `before`, and those of the chain
+    assert counts(gc.collect(local_store, keep=1)) == {"generator": 2, "mixture": 1, "evaluation": 1}
     assert find(local_store, "generator", trained.key) and find(local_store, "prompts", prompts.key)
     assert find(local_store, "generator", before.key) is None
 

@@ -450,7 +450,7 @@ def test_one_pass_serves_where_the_generator_reads_with_the_products_encoder(cha
 def test_parts_are_the_stages_in_order():
     assert PARTS == (
         "catalog", "pairs", "embeddings", "adapter", "quantizer", "ids", "node_vectors", "examples", "generator", "serving",
-        "evaluation",
+        "mixture", "evaluation",
     )  # fmt: skip
 
 

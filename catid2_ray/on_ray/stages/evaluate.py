@@ -51,12 +51,13 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
         sometimes += ["embeddings", *(["adapter"] if "adapter" in parts else [])]
         settings["encoder"] = job.recipe.serving.query_encoder or job.recipe.embedding.encoder
     nodes = ["node_vectors"] if "node_vectors" in parts else []
+    mixture = ["mixture"] if "mixture" in parts else []
     if "lookahead" in job.recipe.evaluation.methods and nodes:
-        sometimes += nodes
+        sometimes += [*nodes, *mixture]
         settings["ahead"] = ahead_of(job.recipe, parts)
     if "served" in job.recipe.evaluation.methods:
-        sometimes += ["serving", *(nodes if job.recipe.serving.looks_ahead else [])]
-    parents = STAGES["evaluation"].reads(parts, *sometimes)
+        sometimes += ["serving", *(nodes if job.recipe.serving.looks_ahead else []), *mixture]
+    parents = STAGES["evaluation"].reads(parts, *dict.fromkeys(sometimes))
     return job.produce("evaluation", settings, parents, lambda attempt: _evaluate(job, attempt, parts))
 
 
@@ -65,7 +66,9 @@ def ahead_of(recipe: Recipe, parts: dict[str, Manifest]) -> dict | None:
     the release is served so, and has an index of them."""
     if "node_vectors" not in parts:
         return None
-    weights = recipe.serving.lookahead.identity()
+    weights = recipe.serving.lookahead.weights
+    if "mixture" in parts:
+        weights |= parts["mixture"].metrics.get("lookahead", {})
     if not recipe.serving.looks_ahead:
         weights["lexical_weight"] = 0.0
     return {"lookahead": weights, "encoder": encoder_of(recipe, parts)}
@@ -178,9 +181,9 @@ def score(
         "dense": (DenseSearch, {"parts": parts, "query_encoder": query_encoder, "k": max(KS)}),
         "diagnosis": (_Diagnose, {"parts": parts, "beam_width": None if "served" in methods else beam_width}),
     }
-    asked = {method: _slices(judgements, _QUERIES_PER_SPEC) for method in methods}
+    asked = {method: sliced(judgements, _QUERIES_PER_SPEC) for method in methods}
     if diagnosed is not None:
-        asked["diagnosis"] = _slices(diagnosed, _DIAGNOSED_PER_SPEC, relevant=True)
+        asked["diagnosis"] = sliced(diagnosed, _DIAGNOSED_PER_SPEC, relevant=True)
     # One pool runs all of its methods, so what bounds the actors worth starting is the slices of one method.
     workers = min(workers, max(map(len, asked.values())))
     pools: dict[int, dict] = {}  # by number of actors, the methods that they run
@@ -206,7 +209,7 @@ def score(
     return figures
 
 
-def _slices(judgements: Judgements, size: int, *, relevant: bool = False) -> list[dict]:
+def sliced(judgements: Judgements, size: int, *, relevant: bool = False) -> list[dict]:
     """The queries, with what is relevant if asked for, as specs of at most `size` of them."""
     specs = []
     for start in range(0, len(judgements.queries), size):

@@ -80,6 +80,10 @@ def settings_of(recipe: Recipe, parts: dict[str, Manifest]) -> dict:
     looks_ahead = recipe.serving.looks_ahead and "node_vectors" in parts
     for name in ("node_depth", "query_encoder", *([] if looks_ahead else ["search", "lookahead"])):
         del settings[name]
+    # What decides about weights is no setting of what is laid out.
+    for part, name in (("expansion", "weights"), ("lookahead", "try_logp_weight")):
+        if settings.get(part):
+            del settings[part][name]
     if recipe.serving.needs_vectors and not has_encoder(recipe, parts):
         raise RecipeError(
             "serving.expansion scores products by their vectors, but the catalogue's embeddings are given and no encoder "

@@ -8,6 +8,7 @@ import pytest
 
 from catid2_ray.errors import InputError
 from catid2_ray.evaluation.diagnosis import Diagnosis, diagnose, diagnosis_figures, rows_per_query
+from catid2_ray.retrieval.exact import Exact
 from catid2_ray.retrieval.products import ProductNames
 from catid2_ray.retrieval.rescoring import Expansion, Hit
 from catid2_ray.retrieval.trie import Trie
@@ -19,7 +20,8 @@ FIRST, WHOLE = [-1.0, -1.1, -1.2], [-4.0, -5.0, -1.5, -4.5, -6.0, -1.25]
 
 def given_scores(expansion=None):
     def exact(queries):
-        return [np.array([row] * len(queries), np.float32) for row in (FIRST, WHOLE)]
+        score_L = [np.array([row] * len(queries), np.float32) for row in (FIRST, WHOLE)]
+        return Exact(score_L, score_L)
 
     def rescored(result, queries, *, k, expansion):
         """By name backwards, of the products of the beams, as many as the settings allow."""

@@ -43,6 +43,21 @@ def test_the_adapter_has_its_recall_before_and_after_or_its_reason():
     assert table.title == "The adapter was not adopted: no pair teaches"
 
 
+def test_chosen_weights_are_readable_with_what_they_gain_or_the_reason_against_them():
+    recall = {"stated": {"10": 0.4481, "50": 0.7128}, "chosen": {"10": 0.4529, "50": 0.7144}}
+    gain = {"10": [0.0048, -0.0012, 0.0115], "50": [0.0017, -0.0063, 0.0097]}
+    metrics = {"adopted": True, "queries": 1593, "recall": recall, "gain": gain, "score": "1 · dense + 0.06 · BM25"}
+    (table,) = closing_tables({"mixture": metrics | {"lookahead": {"logp_weight": 0.03}, "expansion": {}}})
+    assert table.title == "Weights of what is served (chosen), on 1,593 validation queries"
+    assert table.rows[1:3] == [["chosen", "0.453", "0.714"], ["gain", "+0.005", "+0.002"]]
+    assert table.rows[3:] == [["… at least", "-0.001", "-0.006"], ["… at most", "+0.011", "+0.010"]]
+    assert table.caption == "Products are ranked by 1 · dense + 0.06 · BM25; log P weighs 0.03 in the search."
+    (table,) = closing_tables({"mixture": metrics | {"adopted": False, "reason": "nothing finds more"}})
+    assert "(as stated: nothing finds more)" in table.title
+    (table,) = closing_tables({"mixture": {"adopted": False, "reason": "3 validation queries are too few"}})
+    assert table.rows == [["3 validation queries are too few", "–"]]
+
+
 def test_the_terminal_table_fits_and_says_every_figure():
     before = copy.deepcopy(FIGURES)
     for width in (80, 100):

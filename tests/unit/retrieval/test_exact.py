@@ -85,6 +85,13 @@ def test_equal_scores_come_in_id_order_and_shared_ids_bring_all_their_rows():
     replay = replayed(trie, [np.zeros((1, 2)), np.zeros((1, 3))], [2, 2], top_k=5)
     assert replay.result.docid_BKL[0].tolist() == [[0, 1], [1, 0]]
     assert replay.result.row_range_BK2[0].tolist() == [[0, 2], [2, 3]]
+    chosen_by_s = replayed(
+        trie, [np.zeros((1, 2)), np.array([[3.0, 1, 2]])], [2, 2], top_k=5, logp_BN=np.array([[-4.0, -5, -6]])
+    )
+    assert chosen_by_s.result.docid_BKL[0].tolist() == [[0, 1], [1, 1]] and chosen_by_s.result.logp_BK[0].tolist() == [
+        -4,
+        -6,
+    ]
     none = replayed(trie, [np.full((1, 2), -np.inf), np.zeros((1, 3))], [2, 2], top_k=5)
     assert none.result.count_B.tolist() == [0] and none.result.docid_BKL.shape == (1, 0, 2)
 

@@ -68,7 +68,7 @@ def listed(candidates, b):
 @given(
     case=cases(), quota=st.none() | st.integers(1, 5), most=st.none() | st.integers(1, 8),
     order=st.sampled_from(["dense", "value"]), compiled=st.booleans(), top_k=st.integers(1, 12),
-    a=st.sampled_from([0, 0.5, 3, 1e9, -1]), path=st.sampled_from(["softmax", "logp"]),
+    a=st.sampled_from([0, 0.5, 3, 1e9, -1]), path=st.sampled_from(["softmax", "logp", "root"]),
     dense=st.sampled_from(["tanh", "sigmoid", "dot"]), weight=st.sampled_from([None, 0, 2]),
 )  # fmt: skip
 def test_candidates_and_ranking_are_the_oracles(case, quota, most, order, compiled, top_k, a, path, dense, weight):
@@ -268,7 +268,7 @@ def test_rescoring_refuses_what_does_not_fit():
     dead = result._replace(logp_BK=torch.tensor([[-1.0, -torch.inf]]))
     refused = [
         (candidates, result, {"top_k": 0}, "top_k must be ≥ 1"),
-        (candidates, result, {"path": "rank"}, "path one of softmax, logp .* found 1, 'rank'"),
+        (candidates, result, {"path": "rank"}, "path one of softmax, logp, root .* found 1, 'rank'"),
         (candidates, result, {"dense": "cosine"}, "dense one of tanh, sigmoid, dot, found"),
         (candidates, result, {"a": np.nan}, "a final score of query 0 is not finite; check a = nan"),
         (

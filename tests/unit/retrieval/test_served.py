@@ -86,6 +86,24 @@ def test_clusters_are_expanded_and_scores_add_up(served, parts):
         assert hits[0].lexical > 0
 
 
+def test_a_score_is_the_sum_of_features_times_weights_whatever_came_and_is_allowed(served, tmp_path):
+    NodeVectors.write(
+        tmp_path / "node_vectors", Trie.open(served / "trie"), VectorStore.open(served / "vectors"), depth=1
+    )
+    ahead = {"search": "lookahead", "lookahead": {"logp_weight": 0.5, "vector_weight": 3.0, "lexical_weight": 0.1}}
+    mixed = {"a": 0.3, "path": "root", "dense": "dot", "lexical_weight": 0.05}
+    retriever = Retriever.open(copy(served, tmp_path, **ahead, expansion=mixed), encode_query=encode)
+    assert retriever.expansion.weights == {"dense": 1.0, "path": 0.3, "BM25": 0.05}
+    retriever.insert([Newcomer("new", "copper hose 10 ft")], [[2, 0]], {"material": ["copper"], "price": [5.0]})
+    for filters in (None, [{"not": {"products": ["p2"]}}] * 6):
+        for hits in retriever.retrieve(TITLES, k=7, filters=filters):
+            assert {"new"} < {hit.product_id for hit in hits} and (len(hits) == 7) == (filters is None)
+            for hit in hits:
+                features = [hit.dense, np.sqrt(np.exp(hit.logp)), hit.lexical]
+                np.testing.assert_allclose(retriever.expansion.features(hit), features, rtol=1e-6, atol=1e-6)
+                assert hit.score == pytest.approx(np.dot([1.0, 0.3, 0.05], features), abs=1e-6)
+
+
 def test_answers_do_not_depend_on_the_batch_or_on_k(served):
     retriever = Retriever.open(served, encode_query=encode)
     together = retriever.retrieve(TITLES, k=6)

@@ -25,7 +25,7 @@ PRODUCTS = [f"p{number}" for number in range(6)]
 def score_by_prefix(retriever, query) -> dict:
     """Prefix → log P, or S where the search looks ahead, of all IDs."""
     scores = {}
-    for depth, score_Bn in enumerate(retriever.exact([query]), 1):
+    for depth, score_Bn in enumerate(retriever.exact([query]).score_L, 1):
         prefixes = retriever.trie.prefixes(depth, np.arange(retriever.trie.nodes(depth))).tolist()
         scores |= dict(zip(map(tuple, prefixes), score_Bn[0].tolist()))
     return scores
