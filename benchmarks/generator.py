@@ -28,16 +28,21 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.evaluation.protocol import Judgements, evaluate
 from catid2_ray.generator.batches import Examples
 from catid2_ray.generator.encoder_decoder import encoder_decoder
+from catid2_ray.generator.logits import with_head
 from catid2_ray.generator.saved import save_generator
 from catid2_ray.generator.step import fit, level_losses
 from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word, tokenize
 from catid2_ray.on_ray.machine.arrays import matrix
+from catid2_ray.on_ray.machine.vectors import open_adapter
+from catid2_ray.on_ray.stages.assign.buckets import codebooks
+from catid2_ray.on_ray.stages.assign.work import open_coder
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie
 
 TRAIN_FROM, RELEVANT_FROM = 2.33, 2.67
 KS = (5, 10, 50, 100)
+BEGINS = ("quantizer", "adapter")  # what a dense head begins from
 TOKENS, BEAM, CODES = 32, 100, 256
 VALIDATION_QUERIES, VALIDATION_PAIRS = 300, 1024
 
@@ -68,15 +73,36 @@ def load_data(options) -> dict:
 
 def ids_of(options, kind: str, seed: int, names: np.ndarray) -> np.ndarray:
     """int64 N×L, the IDs that `compare-ids` gave the products, in the order of `names`."""
-    store = Store(options.store)
-    for path in sorted(Path(store.path("artifacts/ids")).glob("*/manifest.json")):
-        manifest = Manifest(**json.loads(path.read_text()))
+    store, manifest = Store(options.store), ids_manifest(options, kind, seed)
+    parts = [store.read_table(manifest.file(part["name"])) for part in manifest.parts()]
+    codes = pa.concat_tables([part.select(["product_id", "codes"]) for part in parts])
+    row_N = pc.index_in(pa.array(names), codes["product_id"].combine_chunks()).to_numpy()
+    return matrix(codes["codes"]).astype(np.int64)[row_N]
+
+
+def beginning(options, kind: str, seed: int) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """The codewords and the adapter's W (None without one) that the IDs were made with."""
+    store, parents = Store(options.store), ids_manifest(options, kind, seed).parents
+    of = {
+        role: next(m for m in manifests(store, role) if m.digest == parents[role]) for role in BEGINS if role in parents
+    }
+    linear = open_adapter(store, of.get("adapter"))
+    return codebooks(open_coder(store, of["quantizer"])), None if linear is None else linear.query_DD.detach().numpy()
+
+
+def ids_manifest(options, kind: str, seed: int) -> Manifest:
+    seed = seed if options.ids_seed is None else options.ids_seed
+    for manifest in manifests(Store(options.store), "ids"):
         if manifest.recipe["quantizer"]["kind"] == kind and manifest.recipe["seed"] == seed:
-            parts = [store.read_table(manifest.file(part["name"])) for part in manifest.parts()]
-            codes = pa.concat_tables([part.select(["product_id", "codes"]) for part in parts])
-            row_N = pc.index_in(pa.array(names), codes["product_id"].combine_chunks()).to_numpy()
-            return matrix(codes["codes"]).astype(np.int64)[row_N]
+            return manifest
     raise SystemExit(f"no IDs of kind {kind!r} and seed {seed} in {options.store}: run `catid2 compare-ids` first")
+
+
+def manifests(store: Store, role: str) -> list[Manifest]:
+    return [
+        Manifest(**json.loads(path.read_text()))
+        for path in sorted(Path(store.path(f"artifacts/{role}")).glob("*/manifest.json"))
+    ]
 
 
 def ranked(model, trie: Trie, data: dict, queries: list[str]) -> list[list[str]]:
@@ -123,10 +149,12 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
     codes_NL = ids_of(options, kind, seed, data["names"])
     space = DocidSpace(tuple([CODES] * codes_NL.shape[1]))
     trie = Trie.build(codes_NL, codes_per_level=space.codes_per_level)
-    model = encoder_decoder(
+    model = with_head(encoder_decoder(
         options.encoder, width=options.width, layers=options.layers, heads=options.width // 64,
         feed_forward=4 * options.width, dropout=options.dropout, codes_per_level=space.codes_per_level, seed=seed,
-    )  # fmt: skip
+    ), options.head)  # fmt: skip
+    if options.head == "dense":
+        model.dense.begin(*beginning(options, kind, seed))
     examples = Examples(
         input_ids={"query": data["query_PT"], "title": data["title_NT"]},
         codes={"query": codes_NL[data["product_P"]], "title": codes_NL}, ratio={"title": options.titles},
@@ -168,8 +196,8 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
         with pa.ipc.new_file(str(folder / "products.arrow"), data["products"].schema) as out:
             out.write_table(data["products"].take(pa.array(trie.order_N)))
     return {
-        "kind": kind, "seed": seed, "examples": seen, "seconds": seconds, "examples_per_second": seen / seconds,
-        "curve": curve, **recalls(model, trie, data, "test"),
+        "kind": kind + ("" if options.head == "plain" else f", {options.head} head"), "seed": seed, "examples": seen,
+        "seconds": seconds, "examples_per_second": seen / seconds, "curve": curve, **recalls(model, trie, data, "test"),
     }  # fmt: skip
 
 
@@ -254,6 +282,10 @@ def main() -> None:
     parser.add_argument("--store", help="store with the IDs of `catid2 compare-ids`")
     parser.add_argument("--kinds", default="cat_id2,tiger,cat_id2_shuffled")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--ids-seed", type=int, help="the seed whose IDs all cells learn; none = each cell those of its own"
+    )
+    parser.add_argument("--head", default="plain", help="plain or dense")
     parser.add_argument("--examples", type=int, default=1_000_000, help="budget of a cell")
     parser.add_argument("--points", type=int, default=8, help="points of the learning curve")
     parser.add_argument("--batch", type=int, default=64)
@@ -274,7 +306,7 @@ def main() -> None:
         "--render", action="store_true", help="measure nothing: write the page and its picture from --runs"
     )
     options = parser.parse_args()
-    runs = Path(options.runs)
+    runs, named = Path(options.runs), "" if options.head == "plain" else f"+{options.head}"
     if not options.render:
         if not (options.catalog and options.encoder and options.store):
             print(json.dumps({"skipped": "give --catalog, --encoder and --store"}))
@@ -284,7 +316,7 @@ def main() -> None:
         data = load_data(options)
         for seed in range(options.seeds):
             for kind in options.kinds.split(","):
-                target = runs / f"{kind}-{seed}-{options.examples}.json"
+                target = runs / f"{kind}{named}-{seed}-{options.examples}.json"
                 try:
                     target.touch(exist_ok=False)
                 except FileExistsError:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError
 from catid2_ray.generator.logits import decoder_logits, docid_logits, memory_of
-from catid2_ray.generator.states import TokenStates
 from catid2_ray.generator.step import parameter_groups, update
 from catid2_ray.schedule import learning_rate_at, seed_from
 
@@ -165,9 +164,8 @@ def group_logps(model, input_ids_BT: Tensor, codes_BNL: Tensor, *, space: DocidS
     if hasattr(model, "docid_logits"):
         logits = docid_logits(model, input_ids_BT.repeat_interleave(members, 0), codes_RL, space=space)
     else:
-        memory = memory_of(model, input_ids_BT)
-        repeated = TokenStates(*(part.repeat_interleave(members, 0) for part in memory))
-        logits = decoder_logits(model, repeated, codes_RL, space=space)
+        memory = memory_of(model, input_ids_BT).repeated(members)
+        logits = decoder_logits(model, memory, codes_RL, space=space)
     return [level_RK.float().log_softmax(-1).unflatten(0, (batch, members)) for level_RK in logits]
 
 

@@ -2,11 +2,13 @@
 
 Only the rows of a level's K codes are read, so a pass costs ΣK rows of the output table instead of all its rows.
 
-B batch, T tokens, L levels, D width, K codes, V vocabulary, R rank, l codes of the prefix.
+B batch, T tokens, L levels, D width, E width of the text encoder, K codes, V vocabulary, R rank, l codes of the prefix.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from catid2_ray.generator.plain_t5 import T5Norm
 from catid2_ray.generator.states import TokenStates
 from catid2_ray.generator.vocabulary import PAD, pad_of
 
-HEADS = ("plain", "pawa")
+HEADS = ("plain", "pawa", "dense")
 
 
 def first_rows(rows: int, space: DocidSpace) -> list[int]:
@@ -51,15 +53,28 @@ def docid_logits(model, inputs: Tensor | TokenStates, codes_BL: Tensor, *, space
     return decoder_logits(model, memory_of(model, inputs), codes_BL, space=space)
 
 
-def memory_of(model, inputs: Tensor | TokenStates) -> TokenStates:
-    """What a T5's decoder attends to, B×T×D, and which of it is real."""
+class Memory(NamedTuple):
+    """What a T5's decoder attends to, which of it is real, and the queries' dense vectors where the encoder gives them."""
+
+    states_BTD: Tensor
+    mask_BT: Tensor
+    dense_BE: Tensor | None
+
+    def repeated(self, times: int) -> "Memory":
+        """Each row `times` times."""
+        return Memory(*(None if part is None else part.repeat_interleave(times, 0) for part in self))
+
+
+def memory_of(model, inputs: Tensor | TokenStates) -> Memory:
     if isinstance(inputs, TokenStates):
-        return TokenStates(model.encoder.encoded(*inputs).last_hidden_state, inputs.mask_BT)
-    mask_BT = inputs != pad_of(model)
-    return TokenStates(model.encoder(input_ids=inputs, attention_mask=mask_BT).last_hidden_state, mask_BT)
+        mask_BT, encoded = inputs.mask_BT, model.encoder.encoded(*inputs)
+    else:
+        mask_BT = inputs != pad_of(model)
+        encoded = model.encoder(input_ids=inputs, attention_mask=mask_BT)
+    return Memory(encoded.last_hidden_state, mask_BT, getattr(encoded, "dense_BE", None))
 
 
-def decoder_logits(model, memory: TokenStates, codes_BL: Tensor, *, space: DocidSpace) -> list[Tensor]:
+def decoder_logits(model, memory: Memory, codes_BL: Tensor, *, space: DocidSpace) -> list[Tensor]:
     """`docid_logits` of a T5-like model from what its encoder said: L decoder positions, the start token and then the ID
     tokens but for the last. Padding has no influence."""
     config, first_L = model.config, first_rows(len(model.lm_head.weight), space)
@@ -67,14 +82,18 @@ def decoder_logits(model, memory: TokenStates, codes_BL: Tensor, *, space: Docid
     previous_BL = F.pad(codes_BL[:, :-1] + torch.tensor(first_L[:-1], device=codes_BL.device), (1, 0), value=start)
     hidden_BLD = model.decoder(
         input_ids=previous_BL,
-        encoder_hidden_states=memory.states_BTE,
+        encoder_hidden_states=memory.states_BTD,
         encoder_attention_mask=memory.mask_BT,
         use_cache=False,
     ).last_hidden_state
     # Some T5 scale the hidden state, some (v1.1) do not; the config records which, whether or not the head is tied.
     if getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
         hidden_BLD = hidden_BLD * config.d_model**-0.5
-    head, table_VD = getattr(model, "pawa", None), model.shared.weight
+    head, near, table_VD = getattr(model, "pawa", None), getattr(model, "dense", None), model.shared.weight
+    if near is not None:
+        scores = level_scores(near.mix(hidden_BLD).unbind(1), model.lm_head.weight, None, first_L, space)
+        query_BE = near.query(memory.dense_BE)
+        return [score_BK + near.scores(level, query_BE) for level, score_BK in enumerate(scores)]
     hidden_LBD = list(hidden_BLD.unbind(1))
     if head is not None:
         hidden_LBD = [
@@ -123,14 +142,64 @@ class PawaHead(nn.Module):
         return hidden_D + self.up(gates_R * self.down(hidden_D))
 
 
+class DenseHead(nn.Module):
+    """A head that begins as dense retrieval: the score of code c at level l is s_l ⟨W q, e_lc⟩ + (row of c) · M h.
+
+    q: the query's vector as the text encoder makes it; W: the adapter's, or the identity, W q scaled to length 1; e_lc: the
+    quantizer's codewords, zeros for a level without. W and e stay as they are. s_l begins at 20 and M at 0, so before the
+    first step a code is worth the cosine of its codeword with the query. s, M, the rows and the decoder are learned. (Not of
+    the CAT-ID² paper, whose head is the plain one. RIPOR, 2311.09134, begins from dense retrieval too, by training for it.)
+    """
+
+    def __init__(self, *, width: int, dense: int, codes_per_level: Sequence[int]):
+        super().__init__()
+        self.register_buffer("query_EE", torch.eye(dense))
+        self.scale_L = nn.Parameter(torch.full((len(codes_per_level),), 20.0))
+        self.mix = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.mix.weight)
+        for level, codes in enumerate(codes_per_level):
+            self.register_buffer(f"codeword_{level}", torch.zeros(codes, dense))
+
+    @torch.no_grad()
+    def begin(self, codebooks: Sequence[np.ndarray | None], query_EE: np.ndarray | None) -> None:
+        """Take over codewords, per level K×E or None, and W (None: the identity). Raises RecipeError where none has width E."""
+        width, found = len(self.query_EE), [None if book is None else book.shape[1] for book in codebooks]
+        if width not in found:
+            raise RecipeError(
+                f"head dense begins from codewords as wide as the text encoder's vectors ({width}), found widths {found}: set "
+                "quantizer.encoder to residual and leave quantizer.latent out, or take head plain"
+            )
+        for level, book_KE in enumerate(codebooks):
+            if book_KE is not None and book_KE.shape[1] == width:
+                getattr(self, f"codeword_{level}").copy_(torch.as_tensor(book_KE))
+        if query_EE is not None:
+            self.query_EE.copy_(torch.as_tensor(query_EE))
+
+    def query(self, dense_BE: Tensor) -> Tensor:
+        """B×E, W q, rows of length 1."""
+        return F.normalize(dense_BE.to(self.query_EE.dtype) @ self.query_EE.T, dim=-1)
+
+    def scores(self, level: int, query_BE: Tensor) -> Tensor:
+        """…×K_l, s_l ⟨W q, e⟩ of what `query` gave."""
+        return self.scale_L[level] * (query_BE @ getattr(self, f"codeword_{level}").T)
+
+
 def with_head(model: nn.Module, kind: str, *, rank: int = 64, seed: int = 0) -> nn.Module:
     """Give a T5 or an EncoderDecoder its head, in place, and return it; the config says so from then on.
 
-    Raises RecipeError for an unknown head, or "pawa" on a model that is neither.
+    A head "dense" has no codewords yet: see `DenseHead.begin`. Raises RecipeError for an unknown head, "pawa" on a model that is
+    neither, and "dense" on one that is no EncoderDecoder.
     """
     if kind not in HEADS:
         raise RecipeError(f"head must be one of {', '.join(HEADS)}, found {kind!r}")
     if kind == "plain":
+        return model
+    if kind == "dense":
+        if not hasattr(model, "encoder") or not hasattr(model.encoder, "text"):
+            raise RecipeError("head 'dense' needs a text encoder with our decoder (model encoder_decoder)")
+        codes, width = model.config.docid_codes_per_level, model.encoder.text.config.hidden_size
+        model.dense = DenseHead(width=model.config.d_model, dense=width, codes_per_level=codes).to(model.lm_head.weight)
+        model.config.docid_head = kind
         return model
     if not (hasattr(model, "decoder") and hasattr(model.config, "d_model")):
         raise RecipeError("head 'pawa' needs a T5 or a text encoder with our decoder; a causal model has head 'plain'")

@@ -152,6 +152,7 @@ def build_generator(
     head: str = "plain",
     head_rank: int = 64,
     codebooks: Sequence[np.ndarray | None] | None = None,
+    begin: tuple[Sequence[np.ndarray | None], np.ndarray | None] | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """A generator of any kind, ready to train: what a recipe's section says, in plain values.
@@ -160,8 +161,8 @@ def build_generator(
     "tuned", under `decoder_layers` or else `layers` layers of the same sizes), "causal" (the language model `causal`), or
     a T5's id or folder. `dropout` is a small T5's and a decoder's; pretrained models bring their own. `codebooks`: per
     level K×Z, from which ID rows begin; None = the mean embedding of a pretrained model, random rows in one made
-    here. `head`: "plain" or "pawa". `tokenizer` has the ID tokens
-    as last entries, but for an encoder_decoder, which does not look for them.
+    here. `head`: "plain", "pawa" or "dense", which begins from `begin`: codewords per level and the adapter's W
+    (`DenseHead.begin`). `tokenizer` has the ID tokens as last entries, but for an encoder_decoder, which does not look for them.
     """
     sizes = {"width": width, "heads": heads, "feed_forward": feed_forward, "dropout": dropout, "seed": seed,
              "codes_per_level": space.codes_per_level}  # fmt: skip
@@ -184,7 +185,10 @@ def build_generator(
         generator = pretrained_t5(model, tokenizer=tokenizer, space=space, codebooks=codebooks, seed=seed)
     if model in ("small", "encoder_decoder") and codebooks is not None:
         init_docid_rows(generator, codebooks, space=space, seed=seed)
-    return with_head(generator, head, rank=head_rank, seed=seed)
+    with_head(generator, head, rank=head_rank, seed=seed)
+    if begin is not None and head == "dense":
+        generator.dense.begin(*begin)
+    return generator
 
 
 def init_docid_rows(

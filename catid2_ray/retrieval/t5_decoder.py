@@ -19,12 +19,13 @@ from catid2_ray.retrieval.int8 import int8_copy
 
 class T5Memory(NamedTuple):
     """Per decoder layer the cross-attention's keys and values B×H×T×E; which tokens are real, B×1×1×T; the queries' dense
-    vectors, where the encoder gives them in the same pass (`EncoderDecoder`)."""
+    vectors, where the encoder gives them in the same pass (`EncoderDecoder`), and as a dense head compares them."""
 
     keys: list[Tensor]
     values: list[Tensor]
     real_B11T: Tensor
     dense_BE: Tensor | None = None
+    near_BE: Tensor | None = None
 
 
 class T5Cache(NamedTuple):
@@ -39,7 +40,7 @@ class T5Cache(NamedTuple):
 
 class T5Decoder:
     """`Decoder` over a `T5ForConditionalGeneration` or an `EncoderDecoder` whose last ΣK vocabulary rows are the ID tokens,
-    level by level, with a plain or a prefix-aware head (`generator.logits.PawaHead`).
+    level by level, with a plain, a prefix-aware or a dense head (`generator.logits`).
 
     Any size, tied or untied head, float32 or half precision. `weights`: "float32" reads the model's own weights,
     whatever their type; "int8" copies the matrices of encoder and decoder in 8 bits now, for CPUs only (`int8.py`).
@@ -62,7 +63,7 @@ class T5Decoder:
         self.model, self.config, self.codes_per_level, self.weights = model, model.config, codes_per_level, weights
         parts = model.encoder, model.decoder.block
         self.encoder, self.blocks = parts if weights == "float32" else map(int8_copy, parts)
-        self.head = getattr(model, "pawa", None)
+        self.head, self.near = getattr(model, "pawa", None), getattr(model, "dense", None)
         self.first = [rows - sum(codes_per_level[level:]) for level in range(len(codes_per_level))]
         self.scale = self.config.d_model**-0.5 if _scales_output(self.config) else 1.0
         attention = model.decoder.block[0].layer[0].SelfAttention
@@ -97,11 +98,13 @@ class T5Decoder:
             self.encoder.train(was_training)
         states_BTD = encoded.last_hidden_state
         cross = [block.layer[1].EncDecAttention for block in self.blocks]
+        dense_BE = getattr(encoded, "dense_BE", None)
         return T5Memory(
             [self._heads(attention.k(states_BTD)).transpose(1, 2) for attention in cross],
             [self._heads(attention.v(states_BTD)).transpose(1, 2) for attention in cross],
             attention_mask_BT.bool()[:, None, None, :],
-            getattr(encoded, "dense_BE", None),
+            dense_BE,
+            None if self.near is None else self.near.query(dense_BE),
         )
 
     def decode_step(self, level, memory: T5Memory, cache: T5Cache | None, parent_BM: Tensor, code_BM: Tensor):
@@ -122,7 +125,11 @@ class T5Decoder:
             hidden_BMD = hidden_BMD + mixed_BMD
             hidden_BMD += self._cross_attention(block.layer[1], hidden_BMD, memory, number)
             hidden_BMD += self._feed_forward(block.layer[2], hidden_BMD)
-        return self._norm(self.model.decoder.final_layer_norm, hidden_BMD) * self.scale, grown
+        hidden_BMD = self._norm(self.model.decoder.final_layer_norm, hidden_BMD) * self.scale
+        if self.near is not None:  # the query goes along with each state: the scores of codes read both
+            query_BME = memory.near_BE[:, None].expand(-1, hidden_BMD.shape[1], -1)
+            hidden_BMD = torch.cat((self.near.mix(hidden_BMD), query_BME.to(hidden_BMD.dtype)), -1)
+        return hidden_BMD, grown
 
     def _self_attention(self, layer, hidden_BMD: Tensor, past, ancestor_BM: list[Tensor], bias_HP: Tensor):
         """At most L positions: element by element, position by position, is cheaper than many tiny products."""
@@ -164,10 +171,19 @@ class T5Decoder:
         return self.head(level, hidden_BMD, prefix_BML, self.model.shared.weight, self.first)
 
     def level_logits(self, level: int, hidden_BMD: Tensor, prefix_BML: Tensor) -> Tensor:
-        first, hidden_BMD = self.first[level], self._adapted(level, hidden_BMD, prefix_BML)
-        return F.linear(hidden_BMD, self.model.lm_head.weight[first : first + self.codes_per_level[level]])
+        first, table_VD = self.first[level], self.model.lm_head.weight
+        row_KD = table_VD[first : first + self.codes_per_level[level]]
+        if self.near is None:
+            return F.linear(self._adapted(level, hidden_BMD, prefix_BML), row_KD)
+        state_BMD, query_BME = hidden_BMD.split((table_VD.shape[1], hidden_BMD.shape[-1] - table_VD.shape[1]), -1)
+        # All beams of a query have its vector.
+        return F.linear(state_BMD, row_KD) + self.near.scores(level, query_BME[:, :1])
 
     def log_partition(self, level: int, hidden_BMD: Tensor, prefix_BML: Tensor) -> Tensor:
+        if self.near is not None:
+            raise InputError(
+                "head dense scores the codes of a level, not the vocabulary: search with normalize='level'"
+            )
         return self.model.lm_head(self._adapted(level, hidden_BMD, prefix_BML)).float().logsumexp(-1)
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from catid2_ray.artifacts.manifest import Attempt, Manifest
-from catid2_ray.artifacts.release import fetch
+from catid2_ray.artifacts.release import adapted, fetch
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.config import GeneratorRecipe, StageRecipe
 from catid2_ray.docid import DocidSpace
@@ -22,6 +22,7 @@ from catid2_ray.generator.step import DocidLoss, near_codes, parameter_groups
 from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine.vectors import open_adapter
 from catid2_ray.on_ray.stages import validation
 from catid2_ray.on_ray.stages.assign.buckets import codebooks
 from catid2_ray.on_ray.stages.assign.work import open_coder
@@ -37,6 +38,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The generator artefact: a folder that `generator.saved.load_generator` loads, with its tokenizer."""
     recipe = job.recipe.generator
     sometimes = {"quantizer": _needs_codewords(recipe), "pairs": bool(recipe.validate_queries)}
+    sometimes["adapter"] = recipe.head == "dense" and adapted(parts.get("adapter"))
     parents = STAGES["generator"].reads(parts, *(role for role, needed in sometimes.items() if needed))
     settings = {**recipe.identity(), **model_identity(recipe.pretrained), "seed": job.recipe.seed}
     if recipe.validate_queries:
@@ -60,8 +62,9 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
         )  # fmt: skip
     space = DocidSpace(parents["ids"].metrics["codes_per_level"])
     task = GeneratorTask(
-        recipe, tokenizer, space, counts, job.recipe.seed, validation=checked, codebooks=_codebooks(job, parts, space)
-    )
+        recipe, tokenizer, space, counts, job.recipe.seed, validation=checked, codebooks=_codebooks(job, parts, space),
+        query_EE=_query_matrix(job, parents.get("adapter")),
+    )  # fmt: skip
     for stage, steps in zip(recipe.plan, task.steps_per_epoch()):
         if steps == 1:
             progress.event(
@@ -81,7 +84,13 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
 
 
 def _needs_codewords(recipe: GeneratorRecipe) -> bool:
-    return recipe.new_rows == "codewords" or recipe.smoothing == "near"
+    return recipe.new_rows == "codewords" or recipe.smoothing == "near" or recipe.head == "dense"
+
+
+def _query_matrix(job: Job, adapter: Manifest | None) -> np.ndarray | None:
+    """The adapter's W, from which a dense head begins; None for the identity."""
+    linear = open_adapter(job.store, adapter)
+    return None if linear is None else linear.query_DD.detach().numpy()
 
 
 def _codebooks(job: Job, parts: dict[str, Manifest], space: DocidSpace) -> list[np.ndarray | None] | None:
@@ -99,7 +108,8 @@ class GeneratorTask:
     """Examples of all kinds as the stages mix them; titles lose words at random, so that they look like queries.
 
     `counts`: rows of each kind in the whole artefact. `validation`: what to search with after an epoch, or None.
-    `codebooks`: per level K×Z, from which ID rows begin and which say what codes are near. With a frozen text encoder a
+    `codebooks`: per level K×Z, from which ID rows begin and which say what codes are near, and from which with `query_EE`, the
+    adapter's W, a dense head begins. With a frozen text encoder a
     rank is fed its token states instead of ids (`token_states.py`).
     """
 
@@ -117,8 +127,9 @@ class GeneratorTask:
         *,
         validation: validation.Validation | None = None,
         codebooks: list[np.ndarray | None] | None = None,
+        query_EE: np.ndarray | None = None,
     ):
-        self.codebooks, self.marks, self.states = codebooks, marks(tokenizer), None
+        self.query_EE, self.codebooks, self.marks, self.states = codebooks, marks(tokenizer), None
         self.frozen = recipe.model == "encoder_decoder" and recipe.encoder_mode == "frozen"
         self.recipe, self.tokenizer, self.space, self.counts, self.seed = recipe, tokenizer, space, counts, seed
         self.validation = validation
@@ -152,6 +163,7 @@ class GeneratorTask:
             encoder_mode=recipe.encoder_mode, decoder_layers=recipe.decoder_layers, causal=recipe.causal, head=recipe.head,
             head_rank=recipe.head_rank, seed=self.seed,
             codebooks=self.codebooks if recipe.new_rows == "codewords" else None,
+            begin=(self.codebooks, self.query_EE) if recipe.head == "dense" else None,
         )  # fmt: skip
         near = None
         if recipe.smoothing == "near":
