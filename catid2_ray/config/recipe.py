@@ -81,6 +81,16 @@ class Recipe(Section):
         return max(self._workers.values())
 
     @model_validator(mode="after")
+    def _one_encoder_for_a_dense_head(self):
+        generator, embedding = self.generator, self.embedding
+        if generator.head == "dense" and generator.encoder != embedding.encoder:
+            raise ValueError(
+                f"generator.head dense compares codewords of embedding.encoder {embedding.encoder!r} with queries' vectors of "
+                f"generator.encoder {generator.encoder!r}: name one encoder in both, or set generator.head to plain"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gpus_are_whole(self):
         gpus = self.cluster.gpus_per_worker
         shared = [f"{name}.workers {count}" for name, count in self._workers.items() if count > 1]

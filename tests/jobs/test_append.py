@@ -38,13 +38,14 @@ def write_shop(folder, *, first=0, end=260, pairs=True) -> None:
 def recipe_of(shop, store, **sections) -> Recipe:
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in TINY.items()}
     values |= {"store": str(store), "catalog": {"root": str(shop), "rows_per_part": 100}}
-    values["embedding"] = values["embedding"] | {"adapter": "linear"}
+    values["embedding"] = values["embedding"] | {"adapter": "linear", "encoder": ENCODER["folder"], "tokens": 32}
     values["quantizer"] = {"kind": "rq_kmeans", "codes_per_level": [8, 8, 8, 8], "kmeans_sample": 200}
     values["generator"] |= {
         "epochs": 1,
         "mix": {"query": 1, "title": 0.1},
         "model": "encoder_decoder",
         "encoder": ENCODER["folder"],
+        "head": "dense",
     }
     for section, change in sections.items():
         values[section] = values[section] | change
@@ -214,7 +215,9 @@ def test_a_full_re_id_goes_on_from_the_release_and_its_churn_is_gated(copied):
     common = set(before) & set(after)
     share = np.mean([before[name] != after[name] for name in common])
     assert figures["churn"]["after"]["prefix_churn"][-1] == pytest.approx(share)
-    assert figures["churn"]["before"]["prefix_churn"][-1] >= share
+    # Realignment renames first codes for the best; of whole IDs that promises nothing.
+    first_code = {when: figures["churn"][when]["prefix_churn"][0] for when in ("before", "after")}
+    assert first_code["before"] >= first_code["after"]
     # The rerun of a published job finds everything, though the current release is now its own.
     again = reindex(recipe_of(folder / "shop", folder / "store", **warm, ids={"max_churn": 1.0}))
     assert again.made == [] and again.release.name == outcome.release.name

@@ -421,7 +421,10 @@ def test_the_recipes_that_the_readme_runs_are_there():
         ({"encoder": "e"}, "encoder 'e' is set, but model is 'small': set model to encoder_decoder"),
         ({"encoder_mode": "tuned"}, "encoder_mode tuned belongs to model encoder_decoder, found model 'small'"),
         ({"model": "causal", "causal": "c", "head": "pawa"}, "head pawa needs a T5 or an encoder_decoder"),
-        ({"head": "dense"}, "head dense compares codewords with the text encoder.s vectors of queries, found model .small."),
+        (
+            {"head": "dense"},
+            "head dense compares codewords with the text encoder.s vectors of queries, found model .small.",
+        ),
         ({"model": "t5-base", "decoder_layers": 3}, "decoder_layers 3 is set, but model 't5-base' brings its own"),
         ({"consistency": 0.1, "dropout": 0}, "consistency 0.1 compares passes under unlike dropout, but dropout is 0"),
         ({"smoothing": "near"}, "smoothing near spreads the mass label_smoothing, which is 0"),

@@ -129,7 +129,7 @@ class GeneratorTask:
         codebooks: list[np.ndarray | None] | None = None,
         query_EE: np.ndarray | None = None,
     ):
-        self.query_EE, self.codebooks, self.marks, self.states = codebooks, marks(tokenizer), None
+        self.codebooks, self.query_EE, self.marks, self.states = codebooks, query_EE, marks(tokenizer), None
         self.frozen = recipe.model == "encoder_decoder" and recipe.encoder_mode == "frozen"
         self.recipe, self.tokenizer, self.space, self.counts, self.seed = recipe, tokenizer, space, counts, seed
         self.validation = validation
