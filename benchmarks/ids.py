@@ -15,6 +15,7 @@ split to the page, once. Shares are compared by the paired bootstrap over querie
 import json
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from harness import RESULTS, finish, machine, parser_of, table
+from transformers import AutoModel, AutoTokenizer
 
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.catalog.text import HuggingFaceEncoder
@@ -39,20 +41,29 @@ from catid2_ray.retrieval.trie import Trie
 
 KS, HELD_OUT, LEARN_FROM, RELEVANT = (10, 50, 100), 2_000, 2.33, 2.67
 BASE = "tiger"
-CODES = {"bigbasket": 64, "mwpd_gpc": 128}  # a level, where not 256
+CODES = {"bigbasket": 64, "mwpd_gpc": 128, "mwpd_gpc_words": 128}  # a level, where not 256
 # kind: other settings of the budget. The printed kinds begin at random and get what 2 cores allow of the paper's 300 epochs.
 PRINTED = {"epochs": 30, "learning_rate": 1e-3}
 KINDS = {
     "rq_kmeans": {}, "tiger": {}, "dis": {}, "cat_id2": {}, "cat_id2_shuffled": {}, "ancestors": {}, "on_prefix": {},
     "on_projection": {}, "on_residual": {}, "hcc_csc_dis": {}, "paper_tiger": PRINTED, "cat_id2_paper": PRINTED,
 }  # fmt: skip
+# Other labels for `cat_id2`, and CQ-SID's query–item term: kind: (settings, the function of LABELS that makes its labels).
+ARMS = {
+    "5 % flipped": ({"category_noise": 0.05}, None), "20 % flipped": ({"category_noise": 0.2}, None),
+    "50 % flipped": ({"category_noise": 0.5}, None), "30 % missing": ({}, "missing_30"), "60 % missing": ({}, "missing_60"),
+    "tags": ({}, "tags"), "H = L": ({"allow_deep_categories": True}, "deepened"), "query–item .03": ({"query_item": 0.03}, None),
+}  # fmt: skip
 PLAN = [f"adapted:{kind}:{seed}" for seed in range(3) for kind in list(KINDS)[:5]]
 PLAN += [f"{task}:{kind}:{seed}" for task in CODES for seed in range(3) for kind in list(KINDS)[:5]]
 PLAN += [f"adapted:{kind}:0" for kind in list(KINDS)[5:]] + [f"raw:{kind}:0" for kind in KINDS]
+PLAN += [f"mwpd_gpc:{arm}:{seed}" for seed in range(3) for arm in ARMS] + [f"adapted:{arm}:0" for arm in ARMS]
+PLAN += [f"mwpd_gpc_words:{kind}:{seed}" for seed in range(3) for kind in ("tiger", "cat_id2", "cat_id2_shuffled")]
 
 
 class Shop(NamedTuple):
     product_ids: list[str]
+    titles: list[str]
     vector_ND: np.ndarray
     category_NH: np.ndarray
     learn: Questions
@@ -99,10 +110,67 @@ def shop(root: Path, folder: Path, space: str, encoder: str | None) -> Shop:
         "test": questions(pairs.filter(pc.and_(relevant, pc.equal(pairs["split"], "test")))),
     }
     learn = questions(pairs.filter(pc.and_(teaches, pc.invert(is_held))))
-    return Shop(ids.to_pylist(), vector_ND, taxonomy.category_ids(products["category_path"]), learn, asked)
+    return Shop(
+        ids.to_pylist(),
+        products["title"].to_pylist(),
+        vector_ND,
+        taxonomy.category_ids(products["category_path"]),
+        learn,
+        asked,
+    )
 
 
-def known_item_shop(root: Path, folder: Path, encoder: str | None) -> Shop:
+class WordMean:
+    """An encoder that nobody tuned for similarity: the mean of the input rows of a text's tokens, length 1."""
+
+    def __init__(self, encoder: str):
+        self.tokenizer = AutoTokenizer.from_pretrained(encoder)
+        self.row_VD = AutoModel.from_pretrained(encoder).get_input_embeddings().weight.detach().float().numpy()
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        mean_ND = np.stack([self.row_VD[ids or [0]].mean(0) for ids in tokens])
+        return mean_ND / np.linalg.norm(mean_ND, axis=1, keepdims=True)
+
+
+def missing(share: float):
+    def labels(data: "Shop", seed: int) -> np.ndarray:
+        """A share of the products has no category at all."""
+        lost_N = np.random.default_rng((seed, 29)).random(len(data.titles)) < share
+        return np.where(lost_N[:, None], -1, data.category_NH)
+
+    return labels
+
+
+def tags(data: "Shop", seed: int) -> np.ndarray:
+    """Of each title the rarest word that at least ten titles have, as its one label; no tree."""
+    words = [set(re.findall(r"[a-z]{3,}", title.lower())) for title in data.titles]
+    counts = Counter(word for of_title in words for word in of_title)
+    number = {word: place for place, word in enumerate(sorted(word for word, count in counts.items() if count >= 10))}
+    known = [sorted((counts[word], word) for word in of_title if word in number) for of_title in words]
+    return np.array([[number[of_title[0][1]] if of_title else -1] for of_title in known])
+
+
+def deepened(data: "Shop", seed: int) -> np.ndarray:
+    """A fourth depth below the three of the tree: the leaf and the tag together, so that H = L."""
+    tag_N1 = tags(data, seed)
+    pair_N = data.category_NH[:, -1] * (tag_N1.max() + 2) + tag_N1[:, 0] + 1
+    below_N = np.unique(pair_N, return_inverse=True)[1]
+    deepest_N = np.where((data.category_NH[:, -1] < 0) | (tag_N1[:, 0] < 0), -1, below_N)
+    return np.concatenate([data.category_NH, deepest_N[:, None]], 1)
+
+
+LABELS = {"missing_30": missing(0.3), "missing_60": missing(0.6), "tags": tags, "deepened": deepened}
+
+
+def queries_of(data: "Shop") -> dict[str, torch.Tensor]:
+    """A teaching query of each product, for the query–item term."""
+    query_ND, has_N = np.zeros(data.vector_ND.shape, np.float32), np.zeros(len(data.vector_ND), bool)
+    query_ND[data.learn.product_P], has_N[data.learn.product_P] = data.learn.query_QD[data.learn.query_P], True
+    return {"query_ND": torch.from_numpy(query_ND), "has_query_N": torch.from_numpy(has_N)}
+
+
+def known_item_shop(root: Path, folder: Path, encoder: str | None, *, untuned: bool = False) -> Shop:
     """Titles alone are indexed; a query is a seeded sentence of a product's description without its title's words, and that
     product the one to find. Sentences of 70 % of the products teach, those of the others are asked; categories are gold."""
     products = pq.read_table(root / "products.parquet")
@@ -119,9 +187,10 @@ def known_item_shop(root: Path, folder: Path, encoder: str | None) -> Shop:
             seen.add(title.lower())
             chosen.append(row)
             sentences.append(" ".join(kept[rng.integers(len(kept))]))
-    products, cached = products.take(pa.array(chosen)), folder / f"known_item_{root.name}.npz"
+    cached = folder / f"known_item_{root.name}{'_words' if untuned else ''}.npz"
+    products = products.take(pa.array(chosen))
     if not cached.exists():
-        model = HuggingFaceEncoder(encoder, batch=64, tokens=48)
+        model = WordMean(encoder) if untuned else HuggingFaceEncoder(encoder, batch=64, tokens=48)
         np.savez(cached, products=model.encode(products["title"].to_pylist()), queries=model.encode(sentences))
     arrays = np.load(cached)
     order = rng.permutation(len(products))
@@ -129,11 +198,12 @@ def known_item_shop(root: Path, folder: Path, encoder: str | None) -> Shop:
     learn, ask = (Questions(arrays["queries"][rows], np.arange(len(rows)), rows) for rows in (taught, asked))
     taxonomy = Taxonomy.build(sorted({tuple(path) for path in products["category_path"].to_pylist() if path}), depth=3)
     category_NH = taxonomy.category_ids(products["category_path"])
-    return Shop(products["product_id"].to_pylist(), arrays["products"], category_NH, learn, {"pooled": ask})
+    names, titles = products["product_id"].to_pylist(), products["title"].to_pylist()
+    return Shop(names, titles, arrays["products"], category_NH, learn, {"pooled": ask})
 
 
-def model_of(recipe: QuantizerRecipe, data: Shop, seed: int) -> ResidualQuantizer:
-    """The kind's quantizer, fitted with `seed`."""
+def model_of(recipe: QuantizerRecipe, data: Shop, seed: int, labels: str | None) -> ResidualQuantizer:
+    """The kind's quantizer, fitted with `seed`, to the categories or what LABELS makes of them."""
     vector_ND, width = torch.from_numpy(data.vector_ND), data.vector_ND.shape[1]
     torch.manual_seed(seed)
     if recipe.coder == "kmeans":
@@ -141,7 +211,7 @@ def model_of(recipe: QuantizerRecipe, data: Shop, seed: int) -> ResidualQuantize
         order = epoch_order(len(vector_ND), seed=seed, epoch=-1 % 2**32)
         model.initialise_codebooks(vector_ND[order[:SAMPLE_ROWS]], seed=seed)
         return model
-    category_NH = data.category_NH
+    category_NH = LABELS[labels](data, seed) if labels else data.category_NH
     if recipe.category_noise:
         category_NH = exchange_paths(category_NH, share=recipe.category_noise, seed=seed)
     model = ResidualQuantizer(
@@ -153,17 +223,18 @@ def model_of(recipe: QuantizerRecipe, data: Shop, seed: int) -> ResidualQuantize
     fit(
         vector_ND, torch.from_numpy(category_NH).long(), model=model, weights=weights, seed=seed, epochs=recipe.epochs,
         batch=recipe.batch, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay, refit=recipe.refit,
-        revive=bool(recipe.revive_every_epochs),
+        revive=bool(recipe.revive_every_epochs), **(queries_of(data) if recipe.query_item else {}),
     )  # fmt: skip
     return model.eval()
 
 
 def run(data: Shop, kind: str, seed: int, codes: int) -> dict:
-    recipe = QuantizerRecipe(kind=kind, codes_per_level=(codes,) * 4, **KINDS[kind])
+    settings, labels = ARMS.get(kind, (KINDS.get(kind, {}), None))
+    recipe = QuantizerRecipe(kind="cat_id2" if kind in ARMS else kind, codes_per_level=(codes,) * 4, **settings)
     start = time.process_time()
     # Trainings multiply in bfloat16 where the processor can: half of the time. IDs and search are in float32.
     torch.set_float32_matmul_precision("medium")
-    model = model_of(recipe, data, seed)
+    model = model_of(recipe, data, seed, labels)
     torch.set_float32_matmul_precision("highest")
     encoded = model.encode_padded(torch.from_numpy(data.vector_ND), rows=1024)
     raw_NL, books = encoded.codes_BL.numpy(), [book.detach().numpy() for book in model.codebooks]
@@ -266,12 +337,13 @@ def main() -> None:
         if space not in shops and space in ("raw", "adapted"):
             shops = {space: shop(options.root, options.vectors, space, options.encoder)}
         elif space not in shops:
-            shops = {space: known_item_shop(options.root.parent / space, options.vectors, options.encoder)}
+            root, untuned = options.root.parent / space.removesuffix("_words"), space.endswith("_words")
+            shops = {space: known_item_shop(root, options.vectors, options.encoder, untuned=untuned)}
         figures = run(shops[space], kind, int(seed), CODES.get(space, 256))
         path.write_text(json.dumps(figures))
         print(key, figures["seconds"], np.mean(figures["recall"]["pooled"], 0).round(3).tolist(), flush=True)
     runs = {path.stem.replace("-", ":"): json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
-    order = {kind: place for place, kind in enumerate(KINDS)}
+    order = {kind: place for place, kind in enumerate([*KINDS, *ARMS])}
     runs = dict(sorted(runs.items(), key=lambda one: (order.get(one[0].split(":")[1], 99), one[0])))
     summary = {key: {**value, "recall": {split: np.mean(rows, 0).tolist() for split, rows in value["recall"].items()}}
                for key, value in runs.items()}  # fmt: skip

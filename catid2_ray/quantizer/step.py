@@ -215,6 +215,8 @@ def fit(
     seed: int,
     revive: bool = True,
     refit: bool = True,
+    query_ND: Tensor | None = None,
+    has_query_N: Tensor | None = None,
 ) -> list[dict]:
     """Train `model` in place in one process; one record per epoch: mean `loss`, mean terms, `codes_used`, `perplexity`
     (per level, on a seeded sample of at most SAMPLE_ROWS), `revived`.
@@ -222,7 +224,8 @@ def fit(
     k-means start, AdamW, 5 % warm-up, cosine; rows that fill no whole batch wait for the next epoch's order. Dead codes
     are revived after every epoch but those of the last quarter, where they would no longer settle. `refit` fits the
     codebooks once more by k-means to the final latents: gradient steps leave them behind an encoder that still moves
-    (54,667 products, Z 12, β 0.1, 6 epochs: 38 % collisions before, 5.5 % after; not stated in the paper). Raises
+    (54,667 products, Z 12, β 0.1, 6 epochs: 38 % collisions before, 5.5 % after; not stated in the paper). `query_ND`,
+    `has_query_N`: for the weight `query_item`, a query of each product and whether it has one. Raises
     InputError when the tables differ in rows, CapacityError when there are fewer rows than codes.
     """
     rows = len(embedding_ND)
@@ -244,7 +247,8 @@ def fit(
             rate = learning_rate_at(epoch * steps + step, epochs * steps, peak=learning_rate, warmup_share=0.05)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            loss = training_loss(model, embedding_ND[index_B], category_NH[index_B], weights=weights)
+            extras = None if query_ND is None else Extras(query_BD=query_ND[index_B], has_query_B=has_query_N[index_B])
+            loss = training_loss(model, embedding_ND[index_B], category_NH[index_B], weights=weights, extras=extras)
             optimiser.zero_grad(set_to_none=True)
             loss.total.backward()
             optimiser.step()

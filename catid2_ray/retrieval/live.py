@@ -224,6 +224,17 @@ class LiveTrie:
     def base(self) -> Trie:
         return self.view.base
 
+    @property
+    def products(self) -> int:
+        """How many products can be found now."""
+        parts = (self.view.live_base, self.view.live_inserted)
+        return int(sum(np.bitwise_count(part.words_W).sum() for part in parts))
+
+    @property
+    def column_types(self) -> dict[str, str]:
+        """The columns that a filter may name, and what their values are."""
+        return {} if self.filters is None else {name: str(kind) for name, kind in self.filters.index.types.items()}
+
     def compile(self, expression) -> LiveFilter:
         """The filter of an expression for views taken before. Raises QueryError as `FilterIndex.compile`."""
         if self.filters is None:

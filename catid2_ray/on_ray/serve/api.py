@@ -2,15 +2,24 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from catid2_ray.on_ray.serve.refusals import MOST_NODES, sound
 from catid2_ray.retrieval.rescoring import Hit
 
 MOST = 1000  # products of one request
 
 
-class RetrieveRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Sound(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_and_finite(cls, values):
+        return sound(values, nodes=MOST_NODES)
+
+
+class RetrieveRequest(_Sound):
     query: str = Field(description="what the shopper typed")
     k: int = Field(10, description="products to return, 1 to 1000")
     filter: dict | None = Field(
@@ -48,8 +57,15 @@ class RetrieveResponse(BaseModel):
     )
 
 
-class NewProduct(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+class ReleaseResponse(BaseModel):
+    release: str
+    changes: int = Field(description="changes to products that this replica has applied")
+    products: int = Field(description="products that can be found now")
+    levels: int = Field(description="codes of a whole ID")
+    filters: dict[str, str] = Field(description="columns that a filter may name, and the type of their values")
+
+
+class NewProduct(_Sound):
     product_id: str = Field(min_length=1)
     title: str = Field(min_length=1)
     description: str | None = Field(None, description="for the vector, if none is given")
@@ -64,12 +80,11 @@ class NewProduct(BaseModel):
 
 
 class InsertRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid")  # products are checked one by one
     products: list[NewProduct] = Field(min_length=1, max_length=MOST)
 
 
-class NamesRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class NamesRequest(_Sound):
     product_ids: list[str] = Field(min_length=1, max_length=MOST)
 
 

@@ -6,12 +6,14 @@ Changes of products go through a series in the store (`live_log.py`), which ever
 """
 
 import asyncio
+import socket
 import time
+from pathlib import Path
 from typing import Literal
 
 import torch
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
@@ -19,10 +21,11 @@ from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts import uses
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
-from catid2_ray.errors import CommitConflict, InputError, QueryError, RecipeError, StorageError
+from catid2_ray.errors import InputError, QueryError, RecipeError
 from catid2_ray.on_ray.machine import cluster, progress
 from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from catid2_ray.on_ray.serve import reference
 from catid2_ray.on_ray.serve.api import (
     ChangeResponse,
     Inserted,
@@ -30,15 +33,20 @@ from catid2_ray.on_ray.serve.api import (
     InsertResponse,
     NamesRequest,
     Product,
+    ReleaseResponse,
     RetrieveRequest,
     RetrieveResponse,
 )
 from catid2_ray.on_ray.serve.newcomers import Newcomers
+from catid2_ray.on_ray.serve.refusals import RESPONSES, install
 
 CANARY_QUERY, CANARY_DEADLINE_S = "canary", 10.0
 MAX_ONGOING, MAX_QUEUED = 64, 256
 
-api = FastAPI(title="catid2-ray retriever", docs_url="/docs")
+PAGE = Path(__file__).with_name("page.html")
+
+api = FastAPI(title="catid2-ray retriever", docs_url=None, redoc_url=None)
+install(api)
 
 
 class AppSettings(BaseModel):
@@ -46,7 +54,10 @@ class AppSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     store: str = Field(description="folder or s3:// prefix of the store")
-    release: str | None = Field(None, description="name of a release; none = the current one when a replica starts")
+    release: str | None = Field(
+        None,
+        description="name of a release; none = the current one when it is deployed: all replicas then serve that one",
+    )
     threads: int = Field(1, ge=1, description="torch threads of a replica")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the generator and the query encoder run")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="numbers of the generator")
@@ -54,16 +65,6 @@ class AppSettings(BaseModel):
     normalize: Literal["level", "vocabulary"] | None = Field(None, description="none = as the release was evaluated")
     updates: bool = Field(True, description="accept POST /v1/products, /v1/withdraw and /v1/restore")
     poll_s: float = Field(1.0, gt=0, description="seconds between looks for changes that other replicas took")
-
-
-@api.exception_handler(InputError)
-async def _unanswerable(request: Request, error: InputError) -> JSONResponse:
-    return JSONResponse(status_code=422, content={"error": str(error)})
-
-
-@api.exception_handler(StorageError)
-async def _not_written(request: Request, error: StorageError) -> JSONResponse:
-    return JSONResponse(status_code=409 if isinstance(error, CommitConflict) else 503, content={"error": str(error)})
 
 
 @serve.deployment(
@@ -114,12 +115,36 @@ class RetrieverReplica:
     async def check_health(self) -> None:
         await asyncio.wait_for(asyncio.to_thread(self.retriever.retrieve, [CANARY_QUERY], k=1), CANARY_DEADLINE_S)
 
+    @api.get("/", include_in_schema=False)
+    async def page(self) -> HTMLResponse:
+        """A page to try the release in a browser; it loads nothing from elsewhere."""
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+    @api.get("/docs", include_in_schema=False)
+    async def docs(self) -> HTMLResponse:
+        """What the interface takes and gives."""
+        return HTMLResponse(reference.page(api.openapi()))
+
+    @api.head("/", include_in_schema=False)
+    @api.head("/healthz", include_in_schema=False)
+    async def alive(self) -> Response:
+        return Response()
+
+    @api.get("/v1/release")
+    async def which_release(self) -> ReleaseResponse:
+        """Say what is served: the release, how many products can be found, and by what they can be filtered."""
+        live = self.retriever.live
+        return ReleaseResponse(
+            release=self.release, changes=self.updates.applied, products=live.products, levels=self.retriever.trie.levels,
+            filters=live.column_types,
+        )  # fmt: skip
+
     @api.get("/healthz")
     async def healthz(self) -> dict:
         """Say which release this replica serves, and how many changes to products it has applied."""
         return {"status": "ok", "release": self.release, "changes": self.updates.applied}
 
-    @api.post("/v1/retrieve")
+    @api.post("/v1/retrieve", responses=RESPONSES)
     async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
         """Find the `k` best products for a query, among those that the filter allows."""
         self.retriever.check(request.query, k=request.k)
@@ -132,7 +157,7 @@ class RetrieverReplica:
             fewer = await asyncio.to_thread(self.retriever.why_fewer, len(hits), k=request.k, expression=request.filter)
         return RetrieveResponse(release=self.release, products=[Product.of(hit) for hit in hits], fewer=fewer)
 
-    @api.post("/v1/products")
+    @api.post("/v1/products", responses=RESPONSES)
     async def insert(self, request: InsertRequest) -> InsertResponse:
         """Add products to the release that is served. All replicas find them within seconds."""
         self._check_updates()
@@ -147,12 +172,12 @@ class RetrieverReplica:
         inserted = [Inserted(product_id=one["product_id"], docid=one["docid"]) for one in done["products"]]
         return InsertResponse(release=self.release, change=done["number"], products=inserted)
 
-    @api.post("/v1/withdraw")
+    @api.post("/v1/withdraw", responses=RESPONSES)
     async def withdraw(self, request: NamesRequest) -> ChangeResponse:
         """Hide products from all answers until they are restored."""
         return await self._change("withdraw", request.product_ids)
 
-    @api.post("/v1/restore")
+    @api.post("/v1/restore", responses=RESPONSES)
     async def restore(self, request: NamesRequest) -> ChangeResponse:
         """Show withdrawn products again."""
         return await self._change("restore", request.product_ids)
@@ -185,8 +210,24 @@ class RetrieverReplica:
 
 
 def build(settings: AppSettings):
-    """The application that serve_config.yaml names."""
+    """The application that serve_config.yaml names. It names the release, so that a replica which starts after a publication
+    serves what the others serve; deploy again to serve a newer one."""
+    if settings.release is None:
+        settings = settings.model_copy(update={"release": releases.current(Store(settings.store)).name})
     return RetrieverReplica.bind(settings)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise InputError where somebody listens already. Ray's proxies share a port (SO_REUSEPORT), and with it the requests."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+        # A port whose last connections have just ended is free.
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"{host}:{port} cannot be listened on ({error.strerror}): end what listens there, or give --port"
+            ) from None
 
 
 def serve_here(store: str, *, host: str, port: int) -> None:
@@ -195,12 +236,13 @@ def serve_here(store: str, *, host: str, port: int) -> None:
     opened.check()
     release = releases.current(opened)
     releases.release_folder(opened, release, releases.default_cache())
+    check_port(host, port)
     cluster.connect(ClusterRecipe())
     try:
         serve.start(http_options={"host": host, "port": port})
         serve.run(build(AppSettings(store=opened.uri)), name="catid2")
         print(
-            f"serving release {release.name} on http://{host}:{port}  (POST /v1/retrieve, GET /healthz, GET /docs); "
+            f"serving release {release.name} on http://{host}:{port}  (a page; POST /v1/retrieve, GET /healthz, GET /docs); "
             "Ctrl-C ends it",
             flush=True,
         )

@@ -1,0 +1,130 @@
+"""What the HTTP interface says when it cannot answer: one shape, `{"error": "…"}`, for every status.
+
+A request is refused here, before it can join a batch: a body that is too large, JSON that cannot be read, numbers that are not
+finite, halves of characters. FastAPI's own answers to wrong requests would hold the request's values, of which NaN and halves
+of characters cannot be written as JSON, so that a bad request would become a 500.
+"""
+
+import json
+import math
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from catid2_ray.errors import CommitConflict, InputError, StorageError
+
+MOST_BYTES = {"/v1/retrieve": 2**20}  # of a body; other paths take products with vectors
+MOST_BYTES_ELSEWHERE = 2**25
+MOST_NODES = 20_000  # values, lists and objects of one filter
+MOST_DEPTH = 64
+_SHOWN = 5  # faults of a request that are named
+
+
+class Refusal(BaseModel):
+    error: str = Field(description="what is wrong, where, and what to do about it")
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refusal, "description": meaning}
+    for status, meaning in {
+        400: "The body is no JSON",
+        409: "Somebody else changed the products meanwhile: send the change again",
+        413: "The body is too large",
+        422: "The query, k, filter or change cannot be answered",
+        503: "The queue is full, or the store does not answer: try again later",
+    }.items()
+}
+
+
+def sound(value: Any, *, nodes: int = MOST_NODES) -> Any:
+    """The value as it came, of JSON types. Raises ValueError where a number is not finite, a text holds half a character, or it
+    has more than `nodes` parts or MOST_DEPTH levels."""
+    level, depth = [value], 0
+    while level:
+        depth, nodes = depth + 1, nodes - len(level)
+        if nodes < 0 or depth > MOST_DEPTH:
+            raise ValueError(f"too large: {MOST_NODES} values in {MOST_DEPTH} levels are the most")
+        below: list[Any] = []
+        for part in level:
+            if isinstance(part, float) and not math.isfinite(part):
+                raise ValueError(f"{part} is no finite number")
+            if isinstance(part, str) and any("\ud800" <= letter <= "\udfff" for letter in part):
+                raise ValueError("holds half a character (a lone surrogate); send whole characters")
+            if isinstance(part, dict):
+                below += [*part.keys(), *part.values()]
+            elif isinstance(part, list):
+                below += part
+        level = below
+    return value
+
+
+class BodyLimit:
+    """ASGI middleware: a body beyond its path's limit is a 413, whether or not it says its length."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        most, taken = MOST_BYTES.get(scope["path"], MOST_BYTES_ELSEWHERE), 0
+        said = dict(scope["headers"]).get(b"content-length", b"0")
+        refusal = refused(413, f"the body may have {most:,} bytes; send less, or send it in parts")
+        if said.isdigit() and int(said) > most:
+            return await refusal(scope, receive, send)
+        messages, more = [], True
+        while more:  # read here, so that nothing has been answered when the limit is met
+            messages.append(await receive())
+            taken += len(messages[-1].get("body", b""))
+            more = messages[-1].get("more_body", False)
+            if taken > most:
+                return await refusal(scope, receive, send)
+
+        async def replayed():
+            return messages.pop(0) if messages else await receive()
+
+        return await self.app(scope, replayed, send)
+
+
+def refused(status: int, error: str) -> JSONResponse:
+    # ASCII: an error may name what was sent.
+    class _Ascii(JSONResponse):
+        def render(self, content: Any) -> bytes:
+            return json.dumps(content).encode()
+
+    return _Ascii(status_code=status, content={"error": error})
+
+
+def install(api: FastAPI) -> None:
+    """Every error of `api` has the shape of Refusal."""
+    api.add_middleware(BodyLimit)
+
+    @api.exception_handler(InputError)
+    async def unanswerable(request: Request, error: InputError) -> JSONResponse:
+        return refused(422, str(error))
+
+    @api.exception_handler(StorageError)
+    async def not_written(request: Request, error: StorageError) -> JSONResponse:
+        return refused(409 if isinstance(error, CommitConflict) else 503, str(error))
+
+    @api.exception_handler(HTTPException)
+    async def of_the_interface(request: Request, error: HTTPException) -> JSONResponse:
+        return refused(
+            error.status_code, f"{error.detail}: {request.method} {request.url.path}; /docs lists what there is"
+        )
+
+    @api.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        if "json" not in request.headers.get("content-type", ""):
+            return refused(422, "the body is read as JSON only with the header content-type: application/json")
+        faults = error.errors()
+        if any(fault["type"] == "json_invalid" for fault in faults):
+            return refused(
+                400, f"the body is no JSON: {faults[0]['ctx']['error']} (at character {faults[0]['loc'][-1]})"
+            )
+        said = [f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}" for fault in faults[:_SHOWN]]
+        return refused(422, "; ".join(said) + (f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""))

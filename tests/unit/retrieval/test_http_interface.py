@@ -1,0 +1,172 @@
+"""The HTTP interface without Ray's proxy: every bad request has an answer of one shape, and spoils nobody else's."""
+
+import asyncio
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("ray.serve")
+
+import uvicorn
+from fastapi.testclient import TestClient
+from ray import serve
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.errors import InputError
+from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica, api, build, check_port
+from catid2_ray.on_ray.serve.refusals import MOST_BYTES, sound
+from catid2_ray.retrieval.retriever import Retriever
+
+
+@pytest.fixture(scope="module")
+def replica(folder):
+    """A replica as Serve would make it, around a release of six products."""
+    kind = RetrieverReplica.func_or_class
+    made = object.__new__(kind)
+    made.retriever, made.release, made.settings = Retriever.open(folder), "r1", AppSettings(store="s", updates=False)
+    made.updates = SimpleNamespace(applied=0)
+
+    async def one_batch(request):
+        return (await asyncio.to_thread(made._search, [request]))[0]
+
+    made._answer = one_batch  # Serve's batching asks for a deployment
+    return made
+
+
+@pytest.fixture
+def client(replica, monkeypatch):
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=replica))
+    # What the first request builds cannot be pickled, and other tests of this process deploy the same interface.
+    monkeypatch.setattr(api, "middleware_stack", None)
+    return TestClient(api, raise_server_exceptions=False)
+
+
+def refused(answer, status: int, words: str) -> None:
+    assert answer.status_code == status and list(answer.json()) == ["error"], answer.text
+    assert words in answer.json()["error"], answer.text
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        (b'{"query": "oak", "k": NaN}', "k: nan is no finite number"),
+        (b'{"query": "oak", "k": 1e400}', "inf is no finite number"),
+        (b'{"query": "oak", "filter": {"column": "price", "to": -Infinity}}', "-inf is no finite number"),
+        (b'{"query": "half \\ud83d"}', "half a character"),
+        (b'{"query": "oak", "filter": {"column": "b", "in": ["\\ude00"]}}', "half a character"),
+        (b'{"query": "oak", "k": 0}', "k must be a whole number from 1 to 1000"),
+        (b'{"query": "oak", "k": 1000000}', "k must be a whole number from 1 to 1000"),
+        (b'{"query": "oak", "k": "many"}', "k: Input should be a valid integer"),
+        (b'{"query": "\\u0000\\u0007"}', "at least one letter or digit"),
+        (b'{"k": 3}', "query: Field required"),
+        (b"[1, 2]", "body: "),
+        (b'{"query": "oak", "filter": {"products": [' + b",".join([b'"x"'] * 30_000) + b"]}}", "too large"),
+        (b'{"query": "oak", "filter": ' + b'{"not": ' * 80 + b"{}" + b"}" * 80 + b"}", "too large"),
+        (b'{"query": "oak", "filter": {"products": [' + b",".join([b'"x"'] * 11_000) + b"]}}", "10000 values"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_answered_is_a_422_of_one_shape(client, body, words):
+    refused(client.post("/v1/retrieve", content=body, headers=JSON), 422, words.removeprefix("k: "))
+    assert client.post("/v1/retrieve", json={"query": "oak door", "k": 1}).json()["products"][0]["title"] == "oak door"
+
+
+def test_other_refusals_have_the_same_shape(client):
+    refused(client.post("/v1/retrieve", content=b'{"query": ', headers=JSON), 400, "the body is no JSON")
+    refused(
+        client.post("/v1/retrieve", content=b"{}", headers={"content-type": "text/plain"}),
+        422,
+        "content-type: application/json",
+    )
+    large = b'{"query": "' + b"x" * MOST_BYTES["/v1/retrieve"] + b'"}'
+    refused(client.post("/v1/retrieve", content=large, headers=JSON), 413, "1,048,576 bytes")
+    refused(client.post("/v1/retrieve", content=iter([large]), headers=JSON), 413, "1,048,576 bytes")
+    refused(client.get("/nowhere"), 404, "Not Found: GET /nowhere; /docs lists")
+    refused(client.get("/v1/retrieve"), 405, "Method Not Allowed")
+    refused(client.post("/v1/withdraw", json={"product_ids": ["p0"]}), 422, "takes no changes")
+
+
+@pytest.mark.parametrize(
+    "text", ["☃ hinge", "🙂", "שלום עולם", "'; DROP TABLE products; --", "<script>alert(1)</script>", "a\u0000b"]
+)
+def test_odd_texts_are_answered(client, text):
+    answer = client.post("/v1/retrieve", json={"query": text, "k": 2})
+    assert answer.status_code == 200 or "at least one letter or digit" in answer.json()["error"]
+
+
+def test_half_a_character_in_a_title_is_refused_before_anything_is_written():
+    with pytest.raises(ValueError, match="half a character"):
+        sound({"title": "\ud83d"})
+    assert sound({"title": "🙂", "vector": [0.5] * 4096}) and sound(None) is None
+
+
+def test_it_says_what_it_serves_and_shows_a_page(client):
+    assert client.get("/v1/release").json() == {
+        "release": "r1", "changes": 0, "products": 6, "levels": 2, "filters": {"product_id": "string"},
+    }  # fmt: skip
+    assert client.head("/healthz").status_code == client.head("/").status_code == 200
+    page = client.get("/").text
+    docs = client.get("/docs").text
+    assert (
+        "POST /v1/retrieve" in docs
+        and "<code>query</code>" in docs
+        and "https://" not in docs
+        and "Each with product_id" in docs
+    )
+    assert "<form" in page and "http://" not in page and "https://" not in page and "innerHTML" not in page
+
+
+def test_every_status_is_documented_with_its_body():
+    paths = api.openapi()["paths"]
+    for path in ("/v1/retrieve", "/v1/products", "/v1/withdraw", "/v1/restore"):
+        responses = paths[path]["post"]["responses"]
+        assert {"200", "400", "409", "413", "422", "503"} <= set(responses)
+        assert responses["422"]["content"]["application/json"]["schema"]["$ref"].endswith("/Refusal")
+
+
+def test_a_deployment_names_its_release(monkeypatch):
+    """A replica that starts after a publication serves what the others serve."""
+    monkeypatch.setattr(releases, "current", lambda store: SimpleNamespace(name="r-first"))
+    bound = build(AppSettings(store="s"))._bound_deployment.init_args[0]
+    assert (
+        bound.release == "r-first"
+        and build(AppSettings(store="s", release="r-older"))._bound_deployment.init_args[0].release == "r-older"
+    )
+
+
+def test_a_port_in_use_is_refused():
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InputError, match="end what listens there, or give --port"):
+            check_port("127.0.0.1", taken.getsockname()[1])
+    check_port("127.0.0.1", taken.getsockname()[1] if taken.fileno() != -1 else 0)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+def test_the_page_finds_products_in_a_browser(replica, client):
+    server = uvicorn.Server(uvicorn.Config(api, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        shown = subprocess.run(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom",
+             f"http://127.0.0.1:{port}/?q=oak+door&k=2"],
+            capture_output=True, text=True, timeout=120,
+        ).stdout  # fmt: skip
+    finally:
+        server.should_exit = True
+        thread.join(20)
+    assert "oak door" in shown and "2 products in" in shown and "release r1" in shown, json.dumps(shown)[-2000:]
