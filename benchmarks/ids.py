@@ -52,7 +52,7 @@ KINDS = {
 ARMS = {
     "5 % flipped": ({"category_noise": 0.05}, None), "20 % flipped": ({"category_noise": 0.2}, None),
     "50 % flipped": ({"category_noise": 0.5}, None), "30 % missing": ({}, "missing_30"), "60 % missing": ({}, "missing_60"),
-    "tags": ({}, "tags"), "H = L": ({"allow_deep_categories": True}, "deepened"), "query–item .03": ({"query_item": 0.03}, None),
+    "tags": ({}, "tags"), "query–item .03": ({"query_item": 0.03}, None),
 }  # fmt: skip
 PLAN = [f"adapted:{kind}:{seed}" for seed in range(3) for kind in list(KINDS)[:5]]
 PLAN += [f"{task}:{kind}:{seed}" for task in CODES for seed in range(3) for kind in list(KINDS)[:5]]
@@ -151,16 +151,7 @@ def tags(data: "Shop", seed: int) -> np.ndarray:
     return np.array([[number[of_title[0][1]] if of_title else -1] for of_title in known])
 
 
-def deepened(data: "Shop", seed: int) -> np.ndarray:
-    """A fourth depth below the three of the tree: the leaf and the tag together, so that H = L."""
-    tag_N1 = tags(data, seed)
-    pair_N = data.category_NH[:, -1] * (tag_N1.max() + 2) + tag_N1[:, 0] + 1
-    below_N = np.unique(pair_N, return_inverse=True)[1]
-    deepest_N = np.where((data.category_NH[:, -1] < 0) | (tag_N1[:, 0] < 0), -1, below_N)
-    return np.concatenate([data.category_NH, deepest_N[:, None]], 1)
-
-
-LABELS = {"missing_30": missing(0.3), "missing_60": missing(0.6), "tags": tags, "deepened": deepened}
+LABELS = {"missing_30": missing(0.3), "missing_60": missing(0.6), "tags": tags}
 
 
 def queries_of(data: "Shop") -> dict[str, torch.Tensor]:
