@@ -87,6 +87,15 @@ def test_a_product_gets_its_codes_or_the_nearest_free_one(local_store, parts):
         newcomers.prepare([product("n", "oak shelf")], view_of([[head, code] for code in range(4)]), vectors=False)
 
 
+def test_an_id_that_is_sent_along_is_given_to_no_other_product_of_the_change(local_store, parts):
+    newcomers, view = Newcomers(local_store, parts), view_of([[0, 0], [1, 0], [2, 0]])
+    (alone,) = newcomers.prepare([product("n", "oak shelf")], view, vectors=False)
+    both = newcomers.prepare([product("n", "oak shelf"), product("m", "x", docid=alone["docid"])], view, vectors=False)
+    head, last = SPACE.parse(alone["docid"])
+    assert both[1]["docid"] == alone["docid"] and SPACE.parse(both[0]["docid"])[0] == head
+    assert SPACE.parse(both[0]["docid"]) not in {(head, last), (head, 0)}, "not m's either, nor one of the release"
+
+
 def test_vectors_of_newcomers_are_adapted_as_those_of_the_release(local_store, parts, tmp_path):
     plain = Newcomers(local_store, parts).prepare([product("n", "oak shelf")], view_of([[0, 0]]), vectors=True)
     adapter = LinearAdapter(4)
@@ -146,6 +155,9 @@ def test_what_the_caller_gives_is_kept(local_store, parts):
     assert newcomers.prepare([given], view_of([[0, 0]]), vectors=True) == [given]
     with pytest.raises(InputError, match="the vector of product 'n' has 2 numbers, the release's 4"):
         newcomers.prepare([product("n", "x", vector=[1.0, 2.0])], view_of([[0, 0]]), vectors=True)
+    for unusable in ([1e39, 0, 0, 0], [0, 0, 0, 0]):
+        with pytest.raises(InputError, match="the vector of product 'n' must be finite as float32 and not all zeros"):
+            newcomers.prepare([product("n", "x", vector=unusable)], view_of([[0, 0]]), vectors=True)
     parts["catalog"].metrics["width"] = 4
     with pytest.raises(InputError, match="no encoder for new products: send the product's vector"):
         Newcomers(local_store, parts).prepare([product("n", "x")], view_of([[0, 0]]), vectors=False)

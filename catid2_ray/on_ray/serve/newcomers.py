@@ -101,10 +101,12 @@ class Newcomers:
         """
         wanting = [one for one in products if one.get("vector") is None and (vectors or one.get("docid") is None)]
         encoded = dict(zip(map(id, wanting), self._encode(self._texts(wanting)))) if wanting else {}
+        _refuse_unusable(products)
         vector_of = {id(one): self._adapted(encoded.get(id(one), one.get("vector"))) for one in products}
         docids = self._reserved(products)
         nameless = [one for one in products if one.get("docid") is None and id(one) not in docids]
-        docids |= dict(zip(map(id, nameless), self._docids(nameless, vector_of, view)))
+        chosen = [self._space.parse(one["docid"]) for one in products if one.get("docid") is not None]
+        docids |= dict(zip(map(id, nameless), self._docids(nameless, vector_of, view, chosen)))
         prepared = []
         for one in products:
             kept = {
@@ -148,7 +150,10 @@ class Newcomers:
             if one.get("docid") is None and one["product_id"] in self._back
         }
 
-    def _docids(self, products: Sequence[dict], vector_of: dict, view: LiveView) -> list[str]:
+    def _docids(
+        self, products: Sequence[dict], vector_of: dict, view: LiveView, chosen: Sequence[tuple[int, ...]]
+    ) -> list[str]:
+        """`chosen`: codes that other products of the same change bring, which are taken too."""
         if not products:
             return []
         coder, docids = self._coder, []
@@ -165,13 +170,16 @@ class Newcomers:
         book_KZ = coder.codebooks[-1].detach()
         distance_MK = torch.cdist(encoded.residual_BZ, book_KZ).numpy()
         mine: dict[tuple, set[int]] = {}
+        for *prefix, code in chosen:
+            mine.setdefault(tuple(prefix), set()).add(code)
         space = DocidSpace(tuple(view.codes_per_level))
         for one, codes_L, distance_K in zip(products, encoded.codes_BL.tolist(), distance_MK):
             prefix = tuple(codes_L[:-1])
             home = space.pack(np.array([[*prefix, 0]]))[0]
             first, last = np.searchsorted(self._waiting_G, [home, home + space.codes_per_level[-1]])
             waiting = (self._waiting_G[first:last] - home).tolist()
-            taken = mine.setdefault(prefix, {*_taken(view, prefix), *waiting})
+            taken = mine.setdefault(prefix, set())
+            taken |= {*_taken(view, prefix), *waiting}
             free = [code for code in np.argsort(distance_K, kind="stable").tolist() if code not in taken]
             if not free:
                 raise InputError(
@@ -181,6 +189,16 @@ class Newcomers:
             taken.add(free[0])
             docids.append(space.text([*prefix, free[0]]))
         return docids
+
+
+def _refuse_unusable(products: Sequence[dict]) -> None:
+    """Raise InputError for a vector that the door of a job would set aside: beyond float32, or all zeros."""
+    for one in products:
+        if one.get("vector") is not None and not 0 < np.abs(one["vector"]).max(initial=0) <= np.finfo(np.float32).max:
+            raise InputError(
+                f"the vector of product {one['product_id']!r} must be finite as float32 and not all zeros; send it as the encoder "
+                "of the products makes it"
+            )
 
 
 def _taken(view: LiveView, prefix: tuple[int, ...]) -> list[int]:
