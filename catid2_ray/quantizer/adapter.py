@@ -28,6 +28,7 @@ KS = (10, 50, 100)
 CUT = 50  # the recall that epochs are judged by
 _BLOCK = 1024  # rows of one product, whatever is asked for: a row's bits do not depend on the rows beside it
 _SCORED = 256  # queries scored at a time
+_NOWHERE = np.iinfo(np.int64).max  # in place of how many products come before one that is not found
 
 
 class LinearAdapter(nn.Module):
@@ -130,7 +131,8 @@ class Probe:
 
     def recall(self, adapter: LinearAdapter | None, cuts: Sequence[int] = KS) -> dict[str, float]:
         """By cut, the share of a query's relevant products among its nearest by cosine, averaged over queries; without an
-        adapter, of the vectors as they are. A product that ties with a relevant one is not before it."""
+        adapter, of the vectors as they are. A product that ties with a relevant one is not before it; an adapter
+        whose numbers are not finite finds nothing."""
         product_ND, query_QD = (unit_rows(torch.from_numpy(rows)).numpy() for rows in (self.product_ND, self.query_QD))
         if adapter is not None:
             product_ND, query_QD = adapter.products(product_ND), adapter.queries(query_QD)
@@ -140,7 +142,9 @@ class Probe:
             score_QN = query_QD[start : start + _SCORED] @ product_ND.T
             for p in np.flatnonzero((self.query_P >= start) & (self.query_P < start + _SCORED)):
                 score_N = score_QN[self.query_P[p] - start]
-                before_P[p] = int((score_N > score_N[self.product_P[p]]).sum())
+                own = score_N[self.product_P[p]]
+                # Nothing is more than NaN, so such a product would come first.
+                before_P[p] = int((score_N > own).sum()) if own.isfinite() else _NOWHERE
         wanted_Q = np.bincount(self.query_P, minlength=len(query_QD))
         return {
             str(cut): float(

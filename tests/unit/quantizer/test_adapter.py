@@ -136,6 +136,16 @@ def test_what_can_be_learned_is_learned_and_the_best_epoch_is_taken():
     assert torch.equal(again.product_DD, adapter.product_DD)
 
 
+def test_an_adapter_that_diverged_finds_nothing():
+    """Nothing is before what scores NaN, so that it would have been adopted with recall 1."""
+    product_ND = np.eye(5, D, dtype=np.float32)
+    probe = Probe(query_QD=product_ND[3:], product_ND=product_ND, query_P=np.arange(2), product_P=np.array([3, 4]))
+    broken = LinearAdapter(D)
+    with torch.no_grad():
+        broken.query_DD.fill_(torch.nan)
+    assert [probe.recall(adapter, (10,))["10"] for adapter in (None, LinearAdapter(D), broken)] == [1, 1, 0]
+
+
 def test_an_adapter_that_lowers_recall_is_the_identity():
     calls = iter([0.5, 0.4, 0.3])
     adapter, history = fit(*pairs_float(), recall=lambda _: next(calls), epochs=2, batch=8)
