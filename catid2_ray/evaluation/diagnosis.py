@@ -104,6 +104,7 @@ def _batch(
 ) -> Diagnosis:
     exact, trie = retriever.exact(queries), retriever.trie
     rows = [_rows(retriever, query, wanted) for query, wanted in zip(queries, relevant)]
+    names = [{retriever.live.names.name(row) for row in row_R.tolist()} for row_R in rows]
     recall, mixture, kept = {}, {}, {}
     for name, widths in searches.items():
         mixes = retriever.expansion is not None and name in (served, EXACT)
@@ -114,7 +115,7 @@ def _batch(
         if mixes:
             expansion = retriever.expansion if name == served else replace(retriever.expansion, quota=None, most=None)
             hits = retriever.rescored(replay.result, queries, k=max(KS), expansion=expansion)
-            mixture[name] = recalls([[hit.product_id for hit in one] for one in hits], relevant, KS)
+            mixture[name] = recalls([[hit.product_id for hit in one] for one in hits], names, KS)
     return Diagnosis(served, recall, mixture, kept)
 
 
