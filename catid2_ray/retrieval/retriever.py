@@ -8,6 +8,7 @@ A k wider than the beam widens the beam, but where products are re-scored: there
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -279,8 +280,10 @@ class Retriever:
             dense_BE = None if self.encode_query else getattr(self._encoded(list(queries))[2], "dense_BE", None)
             query_BD = self._vectors(list(queries), dense_BE)
             query_BD = torch.nn.functional.normalize(query_BD, dim=-1) if expansion.unit_vectors else query_BD
+        # Products that came since have vectors, too, but no row of the published trie.
+        products = self.products if trie is not None else replace(self.products, newcomers=())
         return expanded_hits(
-            result, trie or self.trie, self.products, expansion, queries=queries, query_BD=query_BD, k=k, allowed=None,
+            result, trie or self.trie, products, expansion, queries=queries, query_BD=query_BD, k=k, allowed=None,
             asked=self._asks,
         )  # fmt: skip
 

@@ -284,6 +284,11 @@ def _fresh(tmp_path):
     return into
 
 
+def free_id(retriever) -> tuple[int, int]:
+    taken = {tuple(docid) for docid in retriever.trie.prefixes(2, np.arange(retriever.trie.nodes(2))).tolist()}
+    return next((a, b) for a in range(4) for b in range(4) if (a, b) not in taken)
+
+
 def test_a_retriever_is_diagnosed_as_it_searches(served):
     retriever = Retriever.open(served, encode_query=encode)
     relevant = [{f"p{number}"} for number in range(len(TITLES))]
@@ -300,3 +305,8 @@ def test_a_retriever_is_diagnosed_as_it_searches(served):
     row_of = retriever.live.names.rows([f"p{number}" for number in range(6)])
     inside = [start <= row < end for row, (start, end) in zip(row_of.tolist(), narrow.row_range_BK2[:, 0].tolist())]
     assert found.kept["beam 1"][:, 0].tolist() == inside
+    # What was published is diagnosed, whatever came since.
+    wanted = [[f"p{number}"] for number in range(len(TITLES))]
+    before = diagnose(retriever, TITLES, wanted, widths=(1,)).as_json()
+    retriever.insert([Newcomer("n", "steel door", None)], [free_id(retriever)])
+    assert diagnose(retriever, TITLES, wanted, widths=(1,)).as_json() == before
