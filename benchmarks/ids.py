@@ -210,7 +210,8 @@ def model_of(recipe: QuantizerRecipe, data: Shop, seed: int, labels: str | None)
         latent_radius=recipe.latent_radius, encoder=recipe.encoder, projection=recipe.category_on == "projection",
     )  # fmt: skip
     names = LossWeights.__dataclass_fields__
-    weights = LossWeights(**{name: getattr(recipe, name) for name in names if name != "category_depth"})
+    settings = {name: getattr(recipe, name) for name in names if name != "category_depth"}
+    weights = LossWeights(**settings, category_depth=category_NH.shape[1])
     fit(
         vector_ND, torch.from_numpy(category_NH).long(), model=model, weights=weights, seed=seed, epochs=recipe.epochs,
         batch=recipe.batch, learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay, refit=recipe.refit,
