@@ -72,6 +72,7 @@ JSON = {"content-type": "application/json"}
         (b'{"query": "oak", "filter": {"products": [' + b",".join([b'"x"'] * 30_000) + b"]}}", "too large"),
         (b'{"query": "oak", "filter": ' + b'{"not": ' * 80 + b"{}" + b"}" * 80 + b"}", "too large"),
         (b'{"query": "oak", "filter": {"products": [' + b",".join([b'"x"'] * 11_000) + b"]}}", "10000 values"),
+        (b'{"query": "oak", "filter": {"all": [' + b",".join([b'{"any": []}'] * 501) + b"]}}", "500 expressions"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_answered_is_a_422_of_one_shape(client, body, words):
@@ -81,11 +82,16 @@ def test_what_cannot_be_answered_is_a_422_of_one_shape(client, body, words):
 
 def test_other_refusals_have_the_same_shape(client):
     refused(client.post("/v1/retrieve", content=b'{"query": ', headers=JSON), 400, "the body is no JSON")
-    refused(
-        client.post("/v1/retrieve", content=b"{}", headers={"content-type": "text/plain"}),
-        422,
-        "content-type: application/json",
-    )
+    for body in (b'{"query": "\xff"}', b'{"query": "oak", "k": ' + b"9" * 6000 + b"}", b'{"filter": ' + b"[" * 100_000):
+        refused(client.post("/v1/retrieve", content=body, headers=JSON), 400, "cannot be read as JSON")
+    refused(client.post("/v1/retrieve", content=b"{}"), 422, "content-type: application/json; the request has none")
+    for kind in ("text/plain", "text/json"):
+        wrong = client.post("/v1/retrieve", content=b"{}", headers={"content-type": kind})
+        refused(wrong, 422, f"content-type: application/json; found '{kind}'")
+    odd = client.post("/v1/retrieve", content=b"{}", headers={"content-type": "Application/JSON; charset=utf-8"})
+    refused(odd, 422, "query: Field required")
+    quoted = client.get("/" + "x" * 60_000)
+    assert quoted.status_code == 404 and len(quoted.json()["error"]) < 2100
     large = b'{"query": "' + b"x" * MOST_BYTES["/v1/retrieve"] + b'"}'
     refused(client.post("/v1/retrieve", content=large, headers=JSON), 413, "1,048,576 bytes")
     refused(client.post("/v1/retrieve", content=iter([large]), headers=JSON), 413, "1,048,576 bytes")
