@@ -21,7 +21,7 @@ N rows, W = N // 64 + 1 words of 64 rows, D inserted products.
 
 import json
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from catid2_ray.errors import InputError, QueryError
-from catid2_ray.retrieval.filter_columns import Column, column_of
+from catid2_ray.retrieval.filter_columns import Column, PathColumn, column_of
 
 MAX_DEPTH = 20
 MAX_CONDITIONS = 100
@@ -390,6 +390,19 @@ class LiveFilterIndex:
         with self._lock:
             self._compiled[base] = filter_
         return filter_
+
+    def most_common(self, column: str, rows: np.ndarray, most: int) -> list[tuple[list[str], int]]:
+        """The `most` commonest lists in a column of lists of strings among `rows` (base, then inserted), with their numbers
+        of rows, commonest first; none for other columns."""
+        counted: Counter = Counter()
+        with self._lock:
+            parts, first = [self.index, *self._indexed], 0
+        for part in parts:
+            inside = rows[(rows >= first) & (rows < first + part.rows)] - first
+            if isinstance(kept := part.columns.get(column), PathColumn):
+                counted.update(kept.counted(inside))
+            first += part.rows
+        return [(list(path), number) for path, number in counted.most_common(most)]
 
 
 @dataclass

@@ -29,7 +29,8 @@ def replica(folder):
     """A replica as Serve would make it, around a release of six products."""
     kind = RetrieverReplica.func_or_class
     made = object.__new__(kind)
-    made.retriever, made.release, made.settings = Retriever.open(folder), "r1", AppSettings(store="s", updates=False)
+    made.retriever, made.settings = Retriever.open(folder), AppSettings(store="s", updates=False)
+    made.release, made.created = "r1", "2026-01-31T12:00:00Z"
     made.updates = SimpleNamespace(applied=0)
 
     async def one_batch(request):
@@ -116,7 +117,8 @@ def test_half_a_character_in_a_title_is_refused_before_anything_is_written():
 
 def test_it_says_what_it_serves_and_shows_a_page(client):
     assert client.get("/v1/release").json() == {
-        "release": "r1", "changes": 0, "products": 6, "levels": 2, "filters": {"product_id": "string"},
+        "release": "r1", "created": "2026-01-31T12:00:00Z", "changes": 0, "products": 6, "levels": 2,
+        "filters": {"product_id": "string"},
     }  # fmt: skip
     assert client.head("/healthz").status_code == client.head("/").status_code == 200
     page = client.get("/").text
@@ -128,6 +130,29 @@ def test_it_says_what_it_serves_and_shows_a_page(client):
         and "Each with product_id" in docs
     )
     assert "<form" in page and "http://" not in page and "https://" not in page and "innerHTML" not in page
+
+
+def test_it_says_what_lives_below_a_prefix(client):
+    answer = client.get("/v1/docids/<a_1>").json()
+    assert (answer["count"], answer["next_codes"]) == (
+        2,
+        [{"token": "<b_0>", "products": 1}, {"token": "<b_1>", "products": 1}],
+    )
+    assert [(one["docid"], one["title"]) for one in answer["products"]] == [
+        ("<a_1><b_0>", "oak table"),
+        ("<a_1><b_1>", "oak door"),
+    ]
+    assert client.get("/v1/docids/<a_2><b_3>").json()["next_codes"] == []
+    assert client.get("/v1/docids/<a_2><b_0>").json()["count"] == 0
+    for wrong in ("a_1", "<b_1>", "<a_9>", "<a_1><b_0><c_0>", "<a_01>", "<a_" + "9" * 5000 + ">", "%ED%A0%80"):
+        refused(client.get(f"/v1/docids/{wrong}"), 422, "")
+
+
+def test_a_replica_that_answers_nothing_is_alive_but_not_ready(client, replica, monkeypatch):
+    assert client.get("/readyz").json() == {"status": "ready", "release": "r1"}
+    monkeypatch.setattr(replica, "retriever", None)
+    refused(client.get("/readyz"), 503, "answers no query now (AttributeError")
+    assert client.head("/healthz").status_code == client.get("/healthz").status_code == 200
 
 
 def test_every_status_is_documented_with_its_body():
