@@ -194,10 +194,13 @@ def test_the_page_finds_products_in_a_browser(replica, client):
     try:
         shown = subprocess.run(
             ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom",
-             f"http://127.0.0.1:{port}/?q=oak+door&k=2"],
+             f"http://127.0.0.1:{port}/?q=oak+door&k=2&below=%3Ca_1%3E"],
             capture_output=True, text=True, timeout=120,
         ).stdout  # fmt: skip
     finally:
         server.should_exit = True
         thread.join(20)
-    assert "oak door" in shown and "2 products in" in shown and "release r1" in shown, json.dumps(shown)[-2000:]
+    assert "oak door" in shown and "2 products in" in shown and "release r1" in shown and "published" in shown, (
+        json.dumps(shown)[-2000:]
+    )
+    assert "2 products below this prefix" in shown and "table" in shown
