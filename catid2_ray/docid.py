@@ -13,7 +13,7 @@ import numpy as np
 from catid2_ray.errors import InputError, RecipeError
 
 LEVEL_LETTERS = "abcdefghijklmnop"
-_TOKEN = re.compile(r"<([a-p])_(\d+)>")
+_TOKEN = re.compile(r"<([a-p])_(\d{1,18})>")  # Python refuses to read a number of thousands of digits
 
 
 @dataclass(frozen=True)
@@ -100,4 +100,14 @@ class DocidSpace:
         if len(codes) != self.levels or self.text(codes) != text:
             raise InputError(f"{text!r} is not an ID of {self.levels} levels such as {self.text([0] * self.levels)!r}")
         self.check(np.asarray([codes]))
+        return codes
+
+    def parse_prefix(self, text: str) -> tuple[int, ...]:
+        """The first 1 to L codes of an ID, such as `<a_65><b_225>`. Raises InputError for text that begins no ID."""
+        codes = tuple(int(code) for _, code in _TOKEN.findall(text))
+        if not 1 <= len(codes) <= self.levels or self.text(codes) != text:
+            raise InputError(
+                f"{text!r} does not begin an ID of {self.levels} levels such as {self.text([0] * self.levels)!r}"
+            )
+        self.check(np.asarray([codes + (0,) * (self.levels - len(codes))]))
         return codes

@@ -363,7 +363,7 @@ def search(
 def serve(
     store: StoreOption = DEFAULT_STORE,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
 ) -> None:
     """Serve the current release over HTTP on this machine until interrupted (POST /v1/retrieve, GET /healthz)."""
     from catid2_ray.on_ray.serve.app import serve_here

@@ -53,7 +53,7 @@ def column_of(name: str, values: pa.ChunkedArray, *, products: bool = False) -> 
     lists = pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)
     inner = dtype.value_type if lists else None
     if lists and _is_text(inner.value_type if pa.types.is_dictionary(inner) else inner):
-        return _Paths(name, values)
+        return PathColumn(name, values)
     raise InputError(
         f'column "{name}" is {values.type}; filters take strings, whole numbers, floats, decimals, dates, booleans, '
         "lists of strings, and dictionaries of these; leave the column out or cast it"
@@ -115,7 +115,7 @@ class _Text:
         return chosen[self.place_N]
 
 
-class _Paths:
+class PathColumn:
     """Lists of strings, each distinct one once: as paths ("under") and as sets ("has")."""
 
     kind, operators = "lists of strings", (("under",), ("has",))
@@ -138,6 +138,12 @@ class _Paths:
     def wrong(self, key, value):
         wrong = _not_all(value, _is_string, "names from the root" if key == "under" else "names")
         return wrong or (None if value or key == "has" else ("", "expects at least one name, found []"))
+
+    def counted(self, rows: np.ndarray) -> dict[tuple[str, ...], int]:
+        """How many of `rows` have each list; missing lists and empty ones are left out."""
+        place, number = np.unique(self.place_N[rows], return_counts=True)
+        named = [(self.paths[at], rows_of) for at, rows_of in zip(place.tolist(), number.tolist()) if at >= 0]
+        return {tuple(path.split(_END)[:-1]): rows_of for path, rows_of in named if path}
 
     def match(self, condition):
         return self._holding(condition["has"]) if "has" in condition else self._under(condition["under"])

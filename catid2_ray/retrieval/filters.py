@@ -21,7 +21,7 @@ N rows, W = N // 64 + 1 words of 64 rows, D inserted products.
 
 import json
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,10 +33,11 @@ import torch
 from torch import Tensor
 
 from catid2_ray.errors import InputError, QueryError
-from catid2_ray.retrieval.filter_columns import Column, column_of
+from catid2_ray.retrieval.filter_columns import Column, PathColumn, column_of
 
 MAX_DEPTH = 20
 MAX_CONDITIONS = 100
+MAX_NODES = 500  # expressions, conditions included; each costs a pass over N / 64 words
 MAX_VALUES = 10_000
 
 
@@ -244,8 +245,8 @@ class FilterIndex:
         """The filter of an expression (as at the top of this file; parsed JSON).
 
         Raises QueryError, with the place in the expression, for what is no expression, for unknown columns and
-        operators, for values of the wrong type, and beyond MAX_DEPTH levels, MAX_CONDITIONS conditions or
-        MAX_VALUES values in all lists together.
+        operators, for values of the wrong type, and beyond MAX_DEPTH levels, MAX_NODES expressions, MAX_CONDITIONS
+        conditions or MAX_VALUES values in all lists together.
         """
         try:
             key = json.dumps(expression, sort_keys=True, allow_nan=False)
@@ -269,6 +270,9 @@ class FilterIndex:
             raise _error(where, f"expected an object with {_FORMS}, found {_shown(node)}")
         if where.count("[") + where.count(".not") > MAX_DEPTH:
             raise _error(where, f"a filter may be {MAX_DEPTH} levels deep; make it flatter")
+        counted.nodes += 1
+        if counted.nodes > MAX_NODES:
+            raise _error(where, f"a filter may hold {MAX_NODES} expressions; leave out those that change nothing")
         kinds = [name for name in ("all", "any", "not", "products", "column") if name in node]
         if len(kinds) != 1:
             raise _error(where, f"expected exactly one of {_FORMS}, found {_shown(sorted(node))}")
@@ -387,11 +391,25 @@ class LiveFilterIndex:
             self._compiled[base] = filter_
         return filter_
 
+    def most_common(self, column: str, rows: np.ndarray, most: int) -> list[tuple[list[str], int]]:
+        """The `most` commonest lists in a column of lists of strings among `rows` (base, then inserted), with their numbers
+        of rows, commonest first; none for other columns."""
+        counted: Counter = Counter()
+        with self._lock:
+            parts, first = [self.index, *self._indexed], 0
+        for part in parts:
+            inside = rows[(rows >= first) & (rows < first + part.rows)] - first
+            if isinstance(kept := part.columns.get(column), PathColumn):
+                counted.update(kept.counted(inside))
+            first += part.rows
+        return [(list(path), number) for path, number in counted.most_common(most)]
+
 
 @dataclass
 class _Counted:
-    """Conditions and listed values of an expression, as far as it was read."""
+    """Expressions, conditions and listed values of an expression, as far as it was read."""
 
+    nodes: int = 0
     conditions: int = 0
     values: int = 0
 

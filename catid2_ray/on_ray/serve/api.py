@@ -59,10 +59,38 @@ class RetrieveResponse(BaseModel):
 
 class ReleaseResponse(BaseModel):
     release: str
+    created: str = Field(description="when it was published, in UTC")
     changes: int = Field(description="changes to products that this replica has applied")
     products: int = Field(description="products that can be found now")
     levels: int = Field(description="codes of a whole ID")
     filters: dict[str, str] = Field(description="columns that a filter may name, and the type of their values")
+
+
+class NextCode(BaseModel):
+    token: str
+    products: int
+
+
+class Category(BaseModel):
+    path: list[str]
+    products: int
+
+
+class Member(BaseModel):
+    product_id: str
+    docid: str
+    title: str | None
+
+
+class BelowResponse(BaseModel):
+    release: str
+    prefix: str
+    count: int = Field(description="products below the prefix that can be found now")
+    next_codes: list[NextCode] = Field(description="of the next level, most products first, 10 at most")
+    categories: list[Category] = Field(
+        description="most products first, 10 at most; none where category_path is no filter column of the release"
+    )
+    products: list[Member] = Field(description="10 at most, in the order of their IDs")
 
 
 class NewProduct(_Sound):

@@ -27,18 +27,24 @@ from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.serve import reference
 from catid2_ray.on_ray.serve.api import (
+    BelowResponse,
+    Category,
     ChangeResponse,
     Inserted,
     InsertRequest,
     InsertResponse,
+    Member,
     NamesRequest,
+    NextCode,
     Product,
     ReleaseResponse,
     RetrieveRequest,
     RetrieveResponse,
 )
 from catid2_ray.on_ray.serve.newcomers import Newcomers
-from catid2_ray.on_ray.serve.refusals import RESPONSES, install
+from catid2_ray.on_ray.serve.refusals import RESPONSES, install, refused
+from catid2_ray.retrieval.below import below
+from catid2_ray.retrieval.live import codes_of
 
 CANARY_QUERY, CANARY_DEADLINE_S = "canary", 10.0
 MAX_ONGOING, MAX_QUEUED = 64, 256
@@ -91,7 +97,7 @@ class RetrieverReplica:
             releases.release_folder(store, release, releases.default_cache()), device=settings.device,
             dtype=settings.dtype, weights=settings.weights, normalize=settings.normalize,
         )  # fmt: skip
-        self.release = release.name
+        self.release, self.created = release.name, release.created
         self.newcomers = Newcomers(store, release.manifests(store))
         self.updates = LiveUpdates(self.retriever, LiveLog(store, release.name))
         self.updates.catch_up()
@@ -135,14 +141,45 @@ class RetrieverReplica:
         """Say what is served: the release, how many products can be found, and by what they can be filtered."""
         live = self.retriever.live
         return ReleaseResponse(
-            release=self.release, changes=self.updates.applied, products=live.products, levels=self.retriever.trie.levels,
-            filters=live.column_types,
+            release=self.release, created=self.created, changes=self.updates.applied, products=live.products,
+            levels=self.retriever.trie.levels, filters=live.column_types,
         )  # fmt: skip
 
     @api.get("/healthz")
     async def healthz(self) -> dict:
         """Say which release this replica serves, and how many changes to products it has applied."""
         return {"status": "ok", "release": self.release, "changes": self.updates.applied}
+
+    @api.get("/readyz", responses={503: RESPONSES[503]})
+    async def readyz(self) -> dict:
+        """Answer a query to itself: a replica that can may take traffic, one that cannot says 503."""
+        try:
+            await self.check_health()
+        except Exception as error:  # whatever it is, a caller gets an answer of the one shape
+            return refused(503, f"this replica answers no query now ({type(error).__name__}: {error})")
+        return {"status": "ready", "release": self.release}
+
+    @api.get("/v1/docids/{prefix}", responses={422: RESPONSES[422]})
+    async def docids(self, prefix: str) -> BelowResponse:
+        """Say what lives below the first codes of an ID, such as <a_65><b_225>."""
+        return await asyncio.to_thread(self._below, prefix)
+
+    def _below(self, prefix: str) -> BelowResponse:
+        retriever, view = self.retriever, self.retriever.live.view
+        codes, space = retriever.space.parse_prefix(prefix), retriever.space
+        seen = below(retriever.live, view, codes)
+        tokens = [(space.text((*codes, code))[len(prefix) :], number) for code, number in seen.next_codes]
+        members = zip(seen.rows, codes_of(view, seen.rows))
+        names = retriever.products
+        return BelowResponse(
+            release=self.release, prefix=prefix, count=seen.products,
+            next_codes=[NextCode(token=token, products=number) for token, number in tokens],
+            categories=[Category(path=path, products=number) for path, number in seen.categories],
+            products=[
+                Member(product_id=names.name(row), docid=space.text(codes_L), title=names.title(row))
+                for row, codes_L in members
+            ],
+        )  # fmt: skip
 
     @api.post("/v1/retrieve", responses=RESPONSES)
     async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:

@@ -22,6 +22,7 @@ MOST_BYTES_ELSEWHERE = 2**25
 MOST_NODES = 20_000  # values, lists and objects of one filter
 MOST_DEPTH = 64
 _SHOWN = 5  # faults of a request that are named
+_LONGEST = 2000  # characters of an error, which may quote the request
 
 
 class Refusal(BaseModel):
@@ -96,7 +97,14 @@ def refused(status: int, error: str) -> JSONResponse:
         def render(self, content: Any) -> bytes:
             return json.dumps(content).encode()
 
-    return _Ascii(status_code=status, content={"error": error})
+    shown = error if len(error) <= _LONGEST else error[:_LONGEST] + "…"
+    return _Ascii(status_code=status, content={"error": shown})
+
+
+def _is_json(content_type: str) -> bool:
+    """Whether FastAPI reads such a body as JSON."""
+    kind = content_type.split(";")[0].strip().lower()
+    return kind == "application/json" or kind.startswith("application/") and kind.endswith("+json")
 
 
 def install(api: FastAPI) -> None:
@@ -113,14 +121,23 @@ def install(api: FastAPI) -> None:
 
     @api.exception_handler(HTTPException)
     async def of_the_interface(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:  # FastAPI's own, for what Python's reader of JSON refuses in other ways
+            return refused(
+                400,
+                "the body cannot be read as JSON: it must be UTF-8, not nested too deeply, its numbers not too long",
+            )
         return refused(
             error.status_code, f"{error.detail}: {request.method} {request.url.path}; /docs lists what there is"
         )
 
     @api.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        if "json" not in request.headers.get("content-type", ""):
-            return refused(422, "the body is read as JSON only with the header content-type: application/json")
+        content_type = request.headers.get("content-type", "")
+        if not _is_json(content_type):
+            found = f"found {content_type!r}" if content_type else "the request has none"
+            return refused(
+                422, f"the body is read as JSON only with the header content-type: application/json; {found}"
+            )
         faults = error.errors()
         if any(fault["type"] == "json_invalid" for fault in faults):
             return refused(

@@ -29,7 +29,8 @@ def replica(folder):
     """A replica as Serve would make it, around a release of six products."""
     kind = RetrieverReplica.func_or_class
     made = object.__new__(kind)
-    made.retriever, made.release, made.settings = Retriever.open(folder), "r1", AppSettings(store="s", updates=False)
+    made.retriever, made.settings = Retriever.open(folder), AppSettings(store="s", updates=False)
+    made.release, made.created = "r1", "2026-01-31T12:00:00Z"
     made.updates = SimpleNamespace(applied=0)
 
     async def one_batch(request):
@@ -72,6 +73,7 @@ JSON = {"content-type": "application/json"}
         (b'{"query": "oak", "filter": {"products": [' + b",".join([b'"x"'] * 30_000) + b"]}}", "too large"),
         (b'{"query": "oak", "filter": ' + b'{"not": ' * 80 + b"{}" + b"}" * 80 + b"}", "too large"),
         (b'{"query": "oak", "filter": {"products": [' + b",".join([b'"x"'] * 11_000) + b"]}}", "10000 values"),
+        (b'{"query": "oak", "filter": {"all": [' + b",".join([b'{"any": []}'] * 501) + b"]}}", "500 expressions"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_answered_is_a_422_of_one_shape(client, body, words):
@@ -81,11 +83,16 @@ def test_what_cannot_be_answered_is_a_422_of_one_shape(client, body, words):
 
 def test_other_refusals_have_the_same_shape(client):
     refused(client.post("/v1/retrieve", content=b'{"query": ', headers=JSON), 400, "the body is no JSON")
-    refused(
-        client.post("/v1/retrieve", content=b"{}", headers={"content-type": "text/plain"}),
-        422,
-        "content-type: application/json",
-    )
+    for body in (b'{"query": "\xff"}', b'{"query": "oak", "k": ' + b"9" * 6000 + b"}", b'{"filter": ' + b"[" * 100_000):
+        refused(client.post("/v1/retrieve", content=body, headers=JSON), 400, "cannot be read as JSON")
+    refused(client.post("/v1/retrieve", content=b"{}"), 422, "content-type: application/json; the request has none")
+    for kind in ("text/plain", "text/json"):
+        wrong = client.post("/v1/retrieve", content=b"{}", headers={"content-type": kind})
+        refused(wrong, 422, f"content-type: application/json; found '{kind}'")
+    odd = client.post("/v1/retrieve", content=b"{}", headers={"content-type": "Application/JSON; charset=utf-8"})
+    refused(odd, 422, "query: Field required")
+    quoted = client.get("/" + "x" * 60_000)
+    assert quoted.status_code == 404 and len(quoted.json()["error"]) < 2100
     large = b'{"query": "' + b"x" * MOST_BYTES["/v1/retrieve"] + b'"}'
     refused(client.post("/v1/retrieve", content=large, headers=JSON), 413, "1,048,576 bytes")
     refused(client.post("/v1/retrieve", content=iter([large]), headers=JSON), 413, "1,048,576 bytes")
@@ -110,7 +117,8 @@ def test_half_a_character_in_a_title_is_refused_before_anything_is_written():
 
 def test_it_says_what_it_serves_and_shows_a_page(client):
     assert client.get("/v1/release").json() == {
-        "release": "r1", "changes": 0, "products": 6, "levels": 2, "filters": {"product_id": "string"},
+        "release": "r1", "created": "2026-01-31T12:00:00Z", "changes": 0, "products": 6, "levels": 2,
+        "filters": {"product_id": "string"},
     }  # fmt: skip
     assert client.head("/healthz").status_code == client.head("/").status_code == 200
     page = client.get("/").text
@@ -122,6 +130,29 @@ def test_it_says_what_it_serves_and_shows_a_page(client):
         and "Each with product_id" in docs
     )
     assert "<form" in page and "http://" not in page and "https://" not in page and "innerHTML" not in page
+
+
+def test_it_says_what_lives_below_a_prefix(client):
+    answer = client.get("/v1/docids/<a_1>").json()
+    assert (answer["count"], answer["next_codes"]) == (
+        2,
+        [{"token": "<b_0>", "products": 1}, {"token": "<b_1>", "products": 1}],
+    )
+    assert [(one["docid"], one["title"]) for one in answer["products"]] == [
+        ("<a_1><b_0>", "oak table"),
+        ("<a_1><b_1>", "oak door"),
+    ]
+    assert client.get("/v1/docids/<a_2><b_3>").json()["next_codes"] == []
+    assert client.get("/v1/docids/<a_2><b_0>").json()["count"] == 0
+    for wrong in ("a_1", "<b_1>", "<a_9>", "<a_1><b_0><c_0>", "<a_01>", "<a_" + "9" * 5000 + ">", "%ED%A0%80"):
+        refused(client.get(f"/v1/docids/{wrong}"), 422, "")
+
+
+def test_a_replica_that_answers_nothing_is_alive_but_not_ready(client, replica, monkeypatch):
+    assert client.get("/readyz").json() == {"status": "ready", "release": "r1"}
+    monkeypatch.setattr(replica, "retriever", None)
+    refused(client.get("/readyz"), 503, "answers no query now (AttributeError")
+    assert client.head("/healthz").status_code == client.get("/healthz").status_code == 200
 
 
 def test_every_status_is_documented_with_its_body():
@@ -162,10 +193,13 @@ def test_the_page_finds_products_in_a_browser(replica, client):
     try:
         shown = subprocess.run(
             ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom",
-             f"http://127.0.0.1:{port}/?q=oak+door&k=2"],
+             f"http://127.0.0.1:{port}/?q=oak+door&k=2&below=%3Ca_1%3E"],
             capture_output=True, text=True, timeout=120,
         ).stdout  # fmt: skip
     finally:
         server.should_exit = True
         thread.join(20)
-    assert "oak door" in shown and "2 products in" in shown and "release r1" in shown, json.dumps(shown)[-2000:]
+    assert "oak door" in shown and "2 products in" in shown and "release r1" in shown and "published" in shown, (
+        json.dumps(shown)[-2000:]
+    )
+    assert "2 products below this prefix" in shown and "table" in shown
