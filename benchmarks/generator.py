@@ -1,11 +1,11 @@
 """Generators on a real catalogue: learning curves and recall for several kinds of IDs at equal budgets.
 
     python benchmarks/generator.py --catalog DATA/home_depot --encoder MODELS/all-MiniLM-L6-v2 --store STORE
-        --kinds cat_id2,tiger,cat_id2_shuffled --seeds 3 --examples 1500000 [--cache FOLDER] [--runs RUNS] [--keep FOLDER]
-        [--render]
+        --kinds cat_id2,tiger,cat_id2_shuffled --seeds 3 --examples 1500000 [--ids-seed 0] [--head dense] [--cache FOLDER]
+        [--runs RUNS] [--keep FOLDER] [--render]
 
-STORE is one in which `catid2 compare-ids` assigned IDs of these kinds and seeds. Model: the pretrained text encoder, frozen,
-its token states cached once for all cells, and a T5 decoder of our own. A cell (kind, seed) is one process and one thread;
+STORE is one in which `catid2 compare-ids` or `reindex` assigned IDs of these kinds and seeds. Model: the pretrained text encoder,
+frozen, its token states cached once for all cells, and a T5 decoder of our own. A cell (kind, seed) is one process and one thread;
 cells that are done or begun (RUNS/*.json) are not run again, so several processes can share a grid. The last line printed is
 the JSON of all cells.
 """

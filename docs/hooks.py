@@ -131,44 +131,28 @@ def commands() -> str:
 
 def http() -> str:
     """Every endpoint with what it takes and gives, from the application's own OpenAPI."""
+    from catid2_ray.on_ray.serve import reference
     from catid2_ray.on_ray.serve.app import api
 
-    described = api.openapi()
-    schemas, lines = described["components"]["schemas"], []
-    for path, methods in described["paths"].items():
-        for method, about in methods.items():
-            lines.append(f"## `{method.upper()} {path}`\n\n{about.get('description', '')}\n")
-            body = about.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
-            answer = about["responses"]["200"]["content"]["application/json"]["schema"]
-            for what, schema in (("It takes", body), ("It answers with", answer)):
-                if schema and "$ref" in schema:
-                    lines.append(f"{what} {_link(schema)}.\n")
-                elif schema:
-                    lines.append(f"{what} a JSON object.\n")
-    for name, schema in schemas.items():
-        if name in ("HTTPValidationError", "ValidationError"):
-            continue
+    found, lines = reference.schemas(api.openapi()), []
+
+    def linked(words: str) -> str:
+        return " ".join(f"[{word}](#{word.lower()})" if word in found else word for word in words.split())
+
+    for call in reference.calls(api.openapi()):
+        lines.append(f"## `{call.verb} {call.path}`\n\n{call.about}\n")
+        lines += [
+            f"{what} {linked(name)}.\n"
+            for what, name in (("It takes", call.takes), ("It answers with", call.gives))
+            if name
+        ]
+    for name, fields in found.items():
         lines.append(f"## {name}\n\n| field | type | default | what it is |\n|---|---|---|---|")
-        for field, about in schema["properties"].items():
-            default = "required" if field in schema.get("required", ()) else f"`{json.dumps(about.get('default'))}`"
-            lines.append(f"| `{field}` | {_type(about)} | {default} | {_plain(about.get('description', ''))} |")
+        for field in fields:
+            default = "required" if field.required else f"`{json.dumps(field.default)}`"
+            lines.append(f"| `{field.name}` | {linked(field.type)} | {default} | {_plain(field.about)} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _link(schema: Mapping) -> str:
-    name = schema["$ref"].rsplit("/", 1)[1]
-    return f"[{name}](#{name.lower()})"
-
-
-def _type(about: Mapping) -> str:
-    if "$ref" in about:
-        return _link(about)
-    if "anyOf" in about:
-        return " or ".join(_type(one) for one in about["anyOf"])
-    if about.get("type") == "array":
-        return f"list of {_type(about.get('items', {}))}"
-    return about.get("type", "any")
 
 
 GENERATED = {"recipe": recipe, "commands": commands, "http": http}

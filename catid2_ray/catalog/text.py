@@ -70,6 +70,7 @@ class LsaEncoder:
         """
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
+        from threadpoolctl import threadpool_limits
 
         # One-letter words stay: "3 in." and "M 8" tell products apart.
         vectorizer = TfidfVectorizer(
@@ -86,7 +87,8 @@ class LsaEncoder:
                 f"set embedding.width to at most {min(weight_NV.shape)} or give more products"
             )
         svd = TruncatedSVD(n_components=width, random_state=seed)
-        vector_ND = _unit_rows(svd.fit_transform(weight_NV), np.zeros(width))
+        with threadpool_limits(1):  # another number of threads adds in another order: other bits, and other IDs
+            vector_ND = _unit_rows(svd.fit_transform(weight_NV), np.zeros(width))
         mean_D = vector_ND.mean(0, dtype=np.float64)
         length = np.linalg.norm(mean_D)
         mean_D = mean_D / length if length > TINY_NORM else np.eye(width)[0]

@@ -88,7 +88,25 @@ class Recipe(Section):
                 f"generator.head dense compares codewords of embedding.encoder {embedding.encoder!r} with queries' vectors of "
                 f"generator.encoder {generator.encoder!r}: name one encoder in both, or set generator.head to plain"
             )
+        if generator.head == "dense":
+            self._codewords_are_vectors()
         return self
+
+    def _codewords_are_vectors(self) -> None:
+        """Raise where codewords do not lie in the encoder's space, or the search asks for scores that a dense head lacks."""
+        quantizer, way_out = self.quantizer, "or set generator.head to plain"
+        trained = quantizer.coder == "rq_vae"
+        if quantizer.coder == "tree" or (trained and (quantizer.encoder != "residual" or quantizer.latent is not None)):
+            raise ValueError(
+                "generator.head dense needs codewords in the space of embedding.encoder, found "
+                f"quantizer.coder {quantizer.coder!r}, encoder {quantizer.encoder!r} and latent {quantizer.latent}: set "
+                f"quantizer.encoder to residual and leave latent out, or take kind rq_kmeans, {way_out}"
+            )
+        if self.serving.normalize != "level":
+            raise ValueError(
+                f"generator.head dense scores the codes of a level, but serving.normalize is {self.serving.normalize!r}: leave it "
+                f"out, {way_out}"
+            )
 
     @model_validator(mode="after")
     def _gpus_are_whole(self):
@@ -158,10 +176,15 @@ class Recipe(Section):
         for name, stored in sections.items():
             section = getattr(Recipe.stored(stored), name)
             before = section.model_dump(mode="json")
+            today = dict(values.get(name) or {})
             for field, about in type(section).model_fields.items():
                 if about.json_schema_extra["unit"] in _OF_THE_MACHINE or field in ("root", "synthetic"):
                     del before[field]
-            values[name] = before | (values.get(name) or {})
+                if "batch" in type(section).model_fields and field in ("workers", "micro_batch"):
+                    # Nothing is trained, so how a batch would be spread today decides nothing, and must fit nothing.
+                    before.pop(field, None)
+                    today.pop(field, None)
+            values[name] = before | today
         return Recipe.build(values)
 
     @classmethod

@@ -33,8 +33,8 @@ class ExpansionRecipe(Section):
     )
     weights: Literal["fitted", "stated"] = setting(
         "fitted",
-        "fitted = a and lexical_weight are fitted to the validation queries, where they are above 0, and stay as stated where "
-        "that finds less or there are too few queries; stated = as the recipe says",
+        "fitted = a and lexical_weight, where they are above 0, are fitted to the validation queries; they stay as stated where "
+        "fitting finds less, and where there are fewer than 50 queries. stated = as the recipe says",
         unit="choice", paper="RankNet (Burges et al. 2005)",
     )  # fmt: skip
     dense: Literal["tanh", "sigmoid", "dot", "none"] = setting(
@@ -78,7 +78,7 @@ class LookaheadRecipe(Section):
 
     try_logp_weight: tuple[Annotated[float, Field(gt=0)], ...] = setting(
         (0.01, 0.03, 0.1), "weights of log P beside logp_weight, of which recall on validation chooses one; each costs a search of "
-        "these queries (2,000 at most); [] = none, and none where logp_weight is 0", unit="weights",
+        "these queries (2,000 at most); [] tries none, and where logp_weight is 0 none is tried either", unit="weights",
     )  # fmt: skip
 
     @property

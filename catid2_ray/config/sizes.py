@@ -12,6 +12,9 @@ from catid2_ray.config.section import TrainingRecipe
 from catid2_ray.config.suggest import codes_per_level, generator_batch, generator_epochs, quantizer_batch
 
 MOVED = 2.0  # times as many products, or as few, from which a release's batches and epochs are not kept
+FAR = (
+    4.0  # times too large or too small, from which they are not kept either: so growth in small steps is followed, too
+)
 
 
 class Before(NamedTuple):
@@ -23,8 +26,8 @@ class Before(NamedTuple):
 
 
 class Sized(NamedTuple):
-    """`recipe` says all numbers. `chosen`: those that it left out, by path. `kept`: those of them that the release had, though the
-    size now asks for one more than `MOVED` times as large or as small, which is the value here."""
+    """`recipe` says all numbers. `chosen`: those that it left out, by path. `kept`: by path, the number that the size asks for,
+    where the release's own was kept though it is more than `MOVED` times as large or as small."""
 
     recipe: Recipe
     chosen: dict[str, object]
@@ -54,19 +57,21 @@ def sized(recipe: Recipe, *, products: int, teaching: int, before: Before | None
     """The recipe with a number for each sized setting that it leaves out. `teaching`: pairs that the generator learns from.
 
     Where there is a release `before`, its codes per level are kept, for its ledger holds IDs of one form; so are its batches and
-    epochs, unless the catalogue has become more than `MOVED` times as large or as small. Raises RecipeError where a number does
-    not go with what the recipe states.
+    epochs, unless the catalogue has become more than `MOVED` times as large or as small, or they fit it `FAR` too badly. Raises
+    RecipeError where a number does not go with what the recipe states.
     """
     fitting = _fitting(recipe, products=products, teaching=teaching)
     values, chosen, kept = recipe.model_dump(mode="json", exclude_unset=True), {}, {}
     near = before is not None and 1 / MOVED <= products / max(1, before.products) <= MOVED
     for section, name in left_out(recipe):
         path, number = f"{section}.{name}", fitting[section, name]
-        had = before.sections[section][name] if before and (near or name == "codes_per_level") else None
-        if had is not None:
-            if not 1 / MOVED <= _size(had) / _size(number) <= MOVED:
-                kept[path] = number
-            number = had
+        had = before.sections[section][name] if before else None
+        if had not in (None, "auto"):  # a release trained in stages has no epochs of its own
+            times_off = max(_size(had) / _size(number), _size(number) / _size(had))
+            if name == "codes_per_level" or (near and times_off <= FAR):
+                if times_off > MOVED:
+                    kept[path] = number
+                number = had
         if name == "batch":
             number = _whole(number, getattr(recipe, section))
         chosen[path] = values.setdefault(section, {})[name] = number

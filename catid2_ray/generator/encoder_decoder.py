@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, T5Config, T5ForConditionalGeneration
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, RecipeError
+from catid2_ray.generator.plain_t5 import T5Norm
 from catid2_ray.generator.states import dense
 from catid2_ray.generator.vocabulary import PAD
 
@@ -43,7 +43,7 @@ class ProjectedEncoder(nn.Module):
         self.text, self.frozen, self.pad = text, frozen, pad
         self.projection = nn.Linear(text.config.hidden_size, width, bias=False)
         self.sentence = nn.Linear(text.config.hidden_size, width, bias=False)
-        self.norm = T5LayerNorm(width, eps=epsilon)
+        self.norm = T5Norm(width, epsilon)
         self.text.requires_grad_(not frozen)
         self.train(self.training)
 

@@ -147,8 +147,8 @@ class DenseHead(nn.Module):
 
     q: the query's vector as the text encoder makes it; W: the adapter's, or the identity, W q scaled to length 1; e_lc: the
     quantizer's codewords, zeros for a level without. W and e stay as they are. s_l begins at 20 and M at 0, so before the
-    first step a code is worth the cosine of its codeword with the query. s, M, the rows and the decoder are learned. (Not of
-    the CAT-ID² paper, whose head is the plain one. RIPOR, 2311.09134, begins from dense retrieval too, by training for it.)
+    first step a code is worth 20 times the product of its codeword and the query. s, M, the rows and the decoder are learned.
+    (Not of the CAT-ID² paper, whose head is the plain one. RIPOR, 2311.09134, begins from dense retrieval too, by training for it.)
     """
 
     def __init__(self, *, width: int, dense: int, codes_per_level: Sequence[int]):

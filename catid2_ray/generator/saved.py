@@ -74,7 +74,7 @@ def load_generator(folder: str | os.PathLike) -> tuple[nn.Module, "PreTrainedTok
 
 
 def load_to_search(folder: str | os.PathLike) -> tuple[nn.Module, "PreTrainedTokenizerFast | PlainTokenizer"]:
-    """As `load_generator`, in float32, for one who only searches: a T5 comes without transformers, as a PlainT5."""
+    """As `load_generator`, for one who only searches: a T5 comes without transformers, as a PlainT5 in float32."""
     folder = Path(folder)
     with _readable(folder):
         about = _about(folder)

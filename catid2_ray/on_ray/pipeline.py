@@ -85,9 +85,11 @@ def size(job: Job, parts: dict[str, Manifest], previous: PreviousRelease | None)
     if found.chosen:
         job.say("sized", **{path: str(number).replace(" ", "") for path, number in found.chosen.items()})
     for path, number in found.kept.items():
+        codes = path == "quantizer.codes_per_level"
+        way_out = "begin anew with `catid2 reindex --new-ledger`" if codes else f"state {path} in the recipe"
         job.say(
-            "kept_size", setting=path, value=found.chosen[path], fits=number,
-            reason=f"'release {before.name} has it. State {path} in the recipe, or begin anew with `catid2 reindex --new-ledger`'",
+            "kept_size", setting=path, value=str(found.chosen[path]).replace(" ", ""), fits=str(number).replace(" ", ""),
+            reason=f"'release {before.name} has it; to change it, {way_out}'",
         )  # fmt: skip
     return found
 

@@ -23,6 +23,7 @@ from catid2_ray.errors import InputError
 L2 = 1e-4
 FOLDS = 5
 _STEPS, _NEAR, _SHORTEST = 100, 1e-9, 2.0**-30
+_FLAT = 1e-6  # spread of a feature, in its largest number, below which it is the same everywhere
 
 
 class Judged(NamedTuple):
@@ -75,8 +76,9 @@ def fitted(judged: Sequence[Judged], *, l2: float = L2) -> np.ndarray:
     if not np.isfinite(every_F).all():
         raise InputError("a feature of a candidate is not finite, so no weight can be fitted")
     spread_F = every_F.std(0)
-    spread_F[spread_F == 0] = 1
-    scaled = [Judged(one.feature_MF / spread_F, one.relevant_M) for one in judged]
+    flat_F = spread_F <= _FLAT * np.abs(every_F).max(0)  # what differs is how its numbers were rounded
+    spread_F[flat_F] = 1
+    scaled = [Judged(np.where(flat_F, 0, one.feature_MF / spread_F), one.relevant_M) for one in judged]
     weight_F = np.zeros(every_F.shape[1])
     here = loss_of(scaled, weight_F, l2=l2)
     for _ in range(_STEPS):

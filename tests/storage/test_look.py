@@ -94,6 +94,12 @@ def test_the_quickstart_is_what_is_written_for_its_catalogue(tmp_path):
         for name in quickstart[section].keys() & written[section].keys():
             assert written[section][name] == pytest.approx(quickstart[section][name], abs=0.01), (section, name)
     assert written["catalog"]["rows_per_part"] == quickstart["catalog"]["rows_per_part"]
+    sections = {name: of for name, of in quickstart.items() if isinstance(of, dict)}
+    more = {(section, name) for section, of in sections.items() for name in of.keys() - written.get(section, {})}
+    assert more == {
+        ("catalog", "synthetic"), ("adapter", "batch"), ("adapter", "learning_rate"), ("quantizer", "epochs"),
+        ("quantizer", "hidden"), ("serving", "lookahead"), ("evaluation", "beam_width"),
+    }, "docs/your-data.md says what quickstart sets beyond init"  # fmt: skip
 
 
 def test_other_formats_and_what_is_missing(tmp_path):

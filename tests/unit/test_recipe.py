@@ -477,6 +477,36 @@ def test_what_a_recipe_leaves_out_is_taken_from_a_stored_one():
     assert continued.generator == today.generator, "no section was given to take it from"
 
 
+def test_an_append_runs_on_another_number_of_training_workers():
+    """It trains nothing, so 250 rows need not divide by 3."""
+    stored = Recipe.build({"catalog": {"root": "/r"}, "quantizer": {"batch": 250, "workers": 2}}).model_dump(
+        mode="json"
+    )
+    today = Recipe.build({"catalog": {"root": "/r"}, "quantizer": {"workers": 3}})
+    assert today.continued({"quantizer": stored}).quantizer.batch == 250
+
+
+DENSE = {"embedding": {"encoder": "e"}, "generator": {"model": "encoder_decoder", "encoder": "e", "head": "dense"}}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"embedding": {"encoder": "f"}}, "generator.head dense compares codewords of embedding.encoder 'f'"),
+        ({"quantizer": {"encoder": "mlp"}}, "needs codewords in the space of embedding.encoder"),
+        ({"quantizer": {"latent": 64}}, "needs codewords in the space of embedding.encoder"),
+        ({"quantizer": {"kind": "cat_id2_paper"}}, "needs codewords in the space of embedding.encoder"),
+        ({"serving": {"normalize": "vocabulary"}}, "serving.normalize is 'vocabulary'"),
+    ],
+)
+def test_a_dense_head_that_could_not_be_trained_or_searched_is_refused(change, words):
+    base = {"catalog": {"root": "/r"}, **DENSE}
+    assert Recipe.build(base).generator.head == "dense"
+    assert Recipe.build(base | {"quantizer": {"kind": "rq_kmeans"}}).generator.head == "dense"
+    with pytest.raises(RecipeError, match=words):
+        Recipe.build(base | change)
+
+
 def test_what_a_recipe_gives_stays_also_where_it_is_the_default():
     today = Recipe.build({"catalog": {"root": "/now"}, "quantizer": {"kind": "cat_id2", "epochs": 300}})
     continued = today.continued({"quantizer": STORED})

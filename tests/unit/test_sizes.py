@@ -100,6 +100,21 @@ def test_beyond_that_batches_and_epochs_follow_and_codes_stay_with_the_ledger():
     assert found.kept == {"quantizer.codes_per_level": [256] * 4}, "which is said"
 
 
+def test_growth_in_small_steps_is_followed():
+    products, of = 1_000, before(1_000)
+    for _ in range(8):
+        products = int(1.9 * products)
+        found = sized(recipe(), products=products, teaching=2 * products, before=of).recipe
+        sections = {name: getattr(found, name).model_dump(mode="json") for name in ("quantizer", "generator")}
+        of = Before("r-next", products, sections)
+    assert found.quantizer.batch >= 256 and found.generator.batch >= 64 and found.quantizer.codes_per_level == (8,) * 4
+
+
+def test_a_release_trained_in_stages_has_no_epochs_to_keep():
+    found = sized(recipe(), products=1_000, teaching=2_000, before=before(1_000, epochs="auto"))
+    assert found.recipe.generator.epochs == sized(recipe(), products=1_000, teaching=2_000).recipe.generator.epochs
+
+
 def test_numbers_that_a_release_of_an_earlier_version_has_are_kept_and_said():
     found = sized(recipe(), products=60_000, teaching=60_000, before=before(60_000, epochs=30))
     assert found.recipe.generator.epochs == 30 and found.kept == {"generator.epochs": 10}

@@ -21,7 +21,7 @@ class _Sound(BaseModel):
 
 class RetrieveRequest(_Sound):
     query: str = Field(description="what the shopper typed")
-    k: int = Field(10, description="products to return, 1 to 1000")
+    k: int = Field(10, strict=True, description="products to return, 1 to 1000")
     filter: dict | None = Field(
         None, description='an expression over the release\'s filter columns, such as {"column": "price", "to": 20}'
     )
@@ -55,6 +55,17 @@ class RetrieveResponse(BaseModel):
         description="why there are fewer than k: search = the beams of this release hold no more; catalogue = no more products are "
         "there or pass the filter; null where there are k"
     )
+
+
+class HealthResponse(BaseModel):
+    status: str
+    release: str
+    changes: int = Field(description="changes to products that this replica has applied")
+
+
+class ReadyResponse(BaseModel):
+    status: str
+    release: str
 
 
 class ReleaseResponse(BaseModel):

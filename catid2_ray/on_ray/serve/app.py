@@ -30,6 +30,7 @@ from catid2_ray.on_ray.serve.api import (
     BelowResponse,
     Category,
     ChangeResponse,
+    HealthResponse,
     Inserted,
     InsertRequest,
     InsertResponse,
@@ -37,6 +38,7 @@ from catid2_ray.on_ray.serve.api import (
     NamesRequest,
     NextCode,
     Product,
+    ReadyResponse,
     ReleaseResponse,
     RetrieveRequest,
     RetrieveResponse,
@@ -146,18 +148,18 @@ class RetrieverReplica:
         )  # fmt: skip
 
     @api.get("/healthz")
-    async def healthz(self) -> dict:
+    async def healthz(self) -> HealthResponse:
         """Say which release this replica serves, and how many changes to products it has applied."""
-        return {"status": "ok", "release": self.release, "changes": self.updates.applied}
+        return HealthResponse(status="ok", release=self.release, changes=self.updates.applied)
 
     @api.get("/readyz", responses={503: RESPONSES[503]})
-    async def readyz(self) -> dict:
+    async def readyz(self) -> ReadyResponse:
         """Answer a query to itself: a replica that can may take traffic, one that cannot says 503."""
         try:
             await self.check_health()
         except Exception as error:  # whatever it is, a caller gets an answer of the one shape
             return refused(503, f"this replica answers no query now ({type(error).__name__}: {error})")
-        return {"status": "ready", "release": self.release}
+        return ReadyResponse(status="ready", release=self.release)
 
     @api.get("/v1/docids/{prefix}", responses={422: RESPONSES[422]})
     async def docids(self, prefix: str) -> BelowResponse:
@@ -248,7 +250,8 @@ class RetrieverReplica:
 
 def build(settings: AppSettings):
     """The application that serve_config.yaml names. It names the release, so that a replica which starts after a publication
-    serves what the others serve; deploy again to serve a newer one."""
+    serves what the others serve. Ray builds the application again only where its configuration has changed: to serve another
+    release, name it in `release`."""
     if settings.release is None:
         settings = settings.model_copy(update={"release": releases.current(Store(settings.store)).name})
     return RetrieverReplica.bind(settings)
@@ -277,7 +280,7 @@ def serve_here(store: str, *, host: str, port: int) -> None:
     cluster.connect(ClusterRecipe())
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(build(AppSettings(store=opened.uri)), name="catid2")
+        serve.run(build(AppSettings(store=opened.uri, release=release.name)), name="catid2")
         print(
             f"serving release {release.name} on http://{host}:{port}  (a page; POST /v1/retrieve, GET /healthz, GET /docs); "
             "Ctrl-C ends it",

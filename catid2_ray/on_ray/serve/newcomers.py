@@ -194,7 +194,11 @@ class Newcomers:
 def _refuse_unusable(products: Sequence[dict]) -> None:
     """Raise InputError for a vector that the door of a job would set aside: beyond float32, or all zeros."""
     for one in products:
-        if one.get("vector") is not None and not 0 < np.abs(one["vector"]).max(initial=0) <= np.finfo(np.float32).max:
+        if one.get("vector") is None:
+            continue
+        with np.errstate(over="ignore", under="ignore"):
+            largest = np.abs(np.asarray(one["vector"], np.float32)).max(initial=0)
+        if not 0 < largest < np.inf:
             raise InputError(
                 f"the vector of product {one['product_id']!r} must be finite as float32 and not all zeros; send it as the encoder "
                 "of the products makes it"

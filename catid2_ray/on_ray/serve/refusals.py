@@ -1,4 +1,5 @@
-"""What the HTTP interface says when it cannot answer: one shape, `{"error": "…"}`, for every status.
+"""What a replica says when it cannot answer: one shape, `{"error": "…"}`, for every status. (What Ray's proxy answers itself, when
+the queue is full or a deployment is away, is plain text.)
 
 A request is refused here, before it can join a batch: a body that is too large, JSON that cannot be read, numbers that are not
 finite, halves of characters. FastAPI's own answers to wrong requests would hold the request's values, of which NaN and halves
@@ -7,6 +8,7 @@ of characters cannot be written as JSON, so that a bad request would become a 50
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -42,25 +44,35 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def sound(value: Any, *, nodes: int = MOST_NODES) -> Any:
-    """The value as it came, of JSON types. Raises ValueError where a number is not finite, a text holds half a character, or it
-    has more than `nodes` parts or MOST_DEPTH levels."""
-    level, depth = [value], 0
+    """The value as it came, of JSON types. Raises ValueError, which says where, for a number that is not finite and for a text with
+    half a character; and for more than `nodes` parts or MOST_DEPTH levels."""
+    level, depth = [("", value)], 0
     while level:
         depth, nodes = depth + 1, nodes - len(level)
         if nodes < 0 or depth > MOST_DEPTH:
             raise ValueError(f"too large: {MOST_NODES} values in {MOST_DEPTH} levels are the most")
-        below: list[Any] = []
-        for part in level:
+        below: list[tuple[str, Any]] = []
+        for where, part in level:
             if isinstance(part, float) and not math.isfinite(part):
-                raise ValueError(f"{part} is no finite number")
-            if isinstance(part, str) and any("\ud800" <= letter <= "\udfff" for letter in part):
-                raise ValueError("holds half a character (a lone surrogate); send whole characters")
+                raise ValueError(f"{where[1:]}: {part} is no finite number")
+            if isinstance(part, str) and not _is_whole(part):
+                raise ValueError(f"{where[1:]}: holds half a character (a lone surrogate); send whole characters")
             if isinstance(part, dict):
-                below += [*part.keys(), *part.values()]
+                if not all(map(_is_whole, part)):
+                    raise ValueError(f"{where[1:] or 'body'}: a name holds half a character; send whole characters")
+                below += [(f"{where}.{name}", inner) for name, inner in part.items()]
             elif isinstance(part, list):
-                below += part
+                below += [(f"{where}.{place}", inner) for place, inner in enumerate(part)]
         level = below
     return value
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class BodyLimit:
@@ -74,7 +86,8 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         most, taken = MOST_BYTES.get(scope["path"], MOST_BYTES_ELSEWHERE), 0
         said = dict(scope["headers"]).get(b"content-length", b"0")
-        refusal = refused(413, f"the body may have {most:,} bytes; send less, or send it in parts")
+        way_out = "shorten it" if scope["path"] in MOST_BYTES else "send the products in several requests"
+        refusal = refused(413, f"the body may have {most:,} bytes; {way_out}")
         if said.isdigit() and int(said) > most:
             return await refusal(scope, receive, send)
         messages, more = [], True
@@ -91,14 +104,16 @@ class BodyLimit:
         return await self.app(scope, replayed, send)
 
 
-def refused(status: int, error: str) -> JSONResponse:
-    # ASCII: an error may name what was sent.
-    class _Ascii(JSONResponse):
-        def render(self, content: Any) -> bytes:
-            return json.dumps(content).encode()
+class _Ascii(JSONResponse):
+    """An error may quote what was sent, halves of characters too."""
 
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
+
+
+def refused(status: int, error: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     shown = error if len(error) <= _LONGEST else error[:_LONGEST] + "…"
-    return _Ascii(status_code=status, content={"error": shown})
+    return _Ascii(status_code=status, content={"error": shown}, headers=headers)
 
 
 def _is_json(content_type: str) -> bool:
@@ -127,8 +142,13 @@ def install(api: FastAPI) -> None:
                 "the body cannot be read as JSON: it must be UTF-8, not nested too deeply, its numbers not too long",
             )
         return refused(
-            error.status_code, f"{error.detail}: {request.method} {request.url.path}; /docs lists what there is"
-        )
+            error.status_code, f"{error.detail}: {request.method} {request.url.path}; /docs lists what there is",
+            error.headers,
+        )  # fmt: skip
+
+    @api.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        return refused(500, f"this should not happen ({type(error).__name__}); the replica's log says more")
 
     @api.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -144,4 +164,5 @@ def install(api: FastAPI) -> None:
                 400, f"the body is no JSON: {faults[0]['ctx']['error']} (at character {faults[0]['loc'][-1]})"
             )
         said = [f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}" for fault in faults[:_SHOWN]]
+        said = [one.removeprefix("body: Value error, ") for one in said]  # `sound` says where
         return refused(422, "; ".join(said) + (f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""))

@@ -101,7 +101,7 @@ def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifes
     return attempt.commit([entry], metrics=figures)
 
 
-DIAGNOSED_SPLIT, _MOST_DIAGNOSED = "validation", 100
+VALIDATION, _MOST_DIAGNOSED = "validation", 100
 
 
 def to_diagnose(job: Job, parts: dict[str, Manifest]) -> Judgements | str | None:
@@ -114,14 +114,19 @@ def to_diagnose(job: Job, parts: dict[str, Manifest]) -> Judgements | str | None
     queries = min(_MOST_DIAGNOSED, recipe.diagnose_rows // cost)
     if not queries:
         return f"a query costs {cost:,} decoder rows, evaluation.diagnose_rows is {recipe.diagnose_rows:,}"
-    pairs = pairs_of_split(job.store, parts["pairs"], DIAGNOSED_SPLIT)
+    judged = judged_validation(job, parts)
+    return judged if isinstance(judged, str) else sampled(judged, queries, seed=job.recipe.seed)
+
+
+def judged_validation(job: Job, parts: dict[str, Manifest]) -> Judgements | str:
+    """The validation queries that have a relevant product, or why there are none."""
+    pairs = pairs_of_split(job.store, parts["pairs"], VALIDATION)
     if not pairs.num_rows:
-        return f"the pairs have no {DIAGNOSED_SPLIT} split"
+        return f"the pairs have no {VALIDATION} split"
     try:
-        judged = judge(job.store, parts, pairs, split=DIAGNOSED_SPLIT, min_relevance=recipe.min_relevance)
+        return judge(job.store, parts, pairs, split=VALIDATION, min_relevance=job.recipe.evaluation.min_relevance)
     except InputError as error:
         return str(error)
-    return sampled(judged, queries, seed=job.recipe.seed)
 
 
 def _retriever_settings(parts: dict[str, Manifest], recipe: EvaluationRecipe) -> dict:
@@ -239,7 +244,7 @@ def _results(
 def _joined(results: list[dict]) -> dict:
     """The figures of a diagnosis, from those of its slices."""
     diagnosis = Diagnosis.joined([Diagnosis.from_json(result["diagnosis"]) for result in results])
-    return diagnosis_figures(diagnosis, split=DIAGNOSED_SPLIT, rows_per_query=results[0]["rows_per_query"])
+    return diagnosis_figures(diagnosis, split=VALIDATION, rows_per_query=results[0]["rows_per_query"])
 
 
 def judge(store: Store, parts: dict[str, Manifest], pairs: pa.Table, *, split: str, min_relevance: float) -> Judgements:

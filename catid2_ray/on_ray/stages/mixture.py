@@ -17,7 +17,6 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import default_cache, parts_folder, retriever_settings
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
-from catid2_ray.errors import InputError
 from catid2_ray.evaluation.metrics import bootstrap_means, recalls
 from catid2_ray.evaluation.protocol import Judgements
 from catid2_ray.on_ray.job import Job
@@ -28,7 +27,6 @@ from catid2_ray.on_ray.stages import evaluate
 from catid2_ray.retrieval.mixture import Judged, cross_fitted, fitted
 
 KS = (10, 50, 100)
-SPLIT = "validation"
 FEWEST, MOST, CANDIDATES = 50, 2000, 200  # queries, queries, products of each
 _QUERIES_PER_SPEC = 64
 
@@ -76,15 +74,13 @@ def _make(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifest:
 
 def _judged(job: Job, parts: dict[str, Manifest]) -> Judgements | str:
     """The validation queries, a seeded sample of them where they are many, or why they cannot decide anything."""
-    pairs = evaluate.pairs_of_split(job.store, parts["pairs"], SPLIT)
-    if not pairs.num_rows:
-        return f"the pairs have no {SPLIT} split"
-    try:
-        judged = evaluate.judge(job.store, parts, pairs, split=SPLIT, min_relevance=job.recipe.evaluation.min_relevance)
-    except InputError as error:
-        return str(error)
+    judged = evaluate.judged_validation(job, parts)
+    if isinstance(judged, str):
+        return judged
     if len(judged.queries) < FEWEST:
-        return f"{len(judged.queries)} {SPLIT} queries have a relevant product, at least {FEWEST} are needed"
+        return (
+            f"{len(judged.queries)} {evaluate.VALIDATION} queries have a relevant product, at least {FEWEST} are needed"
+        )
     return evaluate.sampled(judged, MOST, seed=job.recipe.seed)
 
 

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
+from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5Model
 
@@ -102,6 +103,17 @@ def test_lsa_reads_spellings_of_one_word_alike_and_an_encoder_of_before_by_its_o
     assert not (tmp_path / "again" / "words.json").exists()
     assert not np.array_equal(before.encode(["अलमारी"]), encoder.encode(["अलमारी"]))
     assert np.array_equal(before.encode(["oak shelf"]), encoder.encode(["oak shelf"]))
+
+
+def test_lsa_is_fitted_to_the_same_bits_on_any_number_of_threads():
+    """With two threads this fit had other bits than with one, and every ID was another."""
+    draw = np.random.default_rng(0)
+    texts = [" ".join(f"w{word}" for word in draw.integers(0, 3000, 12)) for _ in range(3000)]
+    fits = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            fits.append(LsaEncoder.fit(texts, width=64, vocabulary=4000, seed=1).components_DV)
+    assert np.array_equal(*fits)
 
 
 def test_lsa_says_why_it_cannot_be_fitted_or_loaded(tmp_path):

@@ -64,6 +64,10 @@ def test_weights_follow_the_units_of_their_features_and_a_constant_one_gets_none
     unit_F = np.array([1, 1000, 0.01])
     others = [Judged(np.column_stack([one.feature_MF * unit_F, np.full(30, 7.0)]), one.relevant_M) for one in judged]
     np.testing.assert_allclose(fitted(others), [*(fitted(judged) / unit_F), 0], rtol=1e-6)
+    rounded = np.random.default_rng(0)
+    for one in others:
+        one.feature_MF[:, -1] += 1e-15 * rounded.normal(size=30)
+    np.testing.assert_allclose(fitted(others), [*(fitted(judged) / unit_F), 0], rtol=1e-6)
 
 
 def test_relevance_that_follows_perfectly_gives_finite_weights():
