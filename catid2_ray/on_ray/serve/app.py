@@ -21,7 +21,7 @@ from ray import serve
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
-from catid2_ray.errors import InputError, QueryError, RecipeError
+from catid2_ray.errors import InputError, QueryError, RecipeError, StorageError
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.serve import reference
 from catid2_ray.on_ray.serve.api import (
@@ -52,6 +52,7 @@ from catid2_ray.retrieval.live import codes_of
 
 MAX_ONGOING, MAX_QUEUED = 64, 256
 BATCHES = {"size": 16, "wait_s": 0.005, "most_waiting": 256}
+LAG_S = 60.0  # a replica that cannot apply changes for so long is replaced
 # Threads of each kind of work, so that none waits behind another. Batches come one at a time.
 THREADS = {"search": 1, "filters": 2, "changes": 1, "health": 1}
 
@@ -117,7 +118,11 @@ class RetrieverReplica:
         self.batches.size, self.batches.wait_s = user_config["max_batch_size"], user_config["batch_wait_timeout_s"]
 
     async def check_health(self) -> None:
-        """A replica that answers is healthy, however long its queue; one that does not must answer a query in time."""
+        """A replica that answers is healthy, however long its queue; one that does not must answer a query in time. One that cannot
+        apply the changes of its series is not: another may. A store that is away is no fault of a replica, nor a damaged record."""
+        updates = self.serving.now.updates
+        if updates.lag_s > LAG_S and not isinstance(updates.failing, StorageError | None):
+            raise RuntimeError(f"changes have not been applied for {updates.lag_s:.0f} s: {updates.failing}")
         asked = time.monotonic()
         canary = self._run("health", lambda: self.serving.now.retriever.retrieve([CANARY_QUERY], k=1))
         try:

@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from ray import serve
 
 from catid2_ray.artifacts import release as releases
-from catid2_ray.errors import InputError
+from catid2_ray.errors import ArtifactError, InputError, StorageError
 from catid2_ray.on_ray.serve import app
 from catid2_ray.on_ray.serve.app import THREADS, AppSettings, RetrieverReplica, api, build, check_port
 from catid2_ray.on_ray.serve.keys import VARIABLE, Keys
@@ -34,7 +34,10 @@ def replica(folder):
     made = object.__new__(kind)
     made.settings, made.keys = AppSettings(store="s", follow=False), Keys()
     now = SimpleNamespace(
-        name="r1", created="2026-01-31T12:00:00Z", retriever=Retriever.open(folder), updates=SimpleNamespace(applied=0)
+        name="r1",
+        created="2026-01-31T12:00:00Z",
+        retriever=Retriever.open(folder),
+        updates=SimpleNamespace(applied=0, lag_s=0.0, failing=None),
     )
     made.serving = SimpleNamespace(now=now, refused=None, end=lambda: None)
     made.pools, made.answered = {name: ThreadPoolExecutor(threads) for name, threads in THREADS.items()}, 0.0
@@ -181,6 +184,16 @@ def test_a_busy_replica_is_healthy_and_a_stuck_one_is_not(replica, monkeypatch):
     asyncio.run(replica.check_health())
     replica.answered = 0.0
     with pytest.raises(TimeoutError):
+        asyncio.run(replica.check_health())
+
+
+def test_a_replica_that_cannot_apply_changes_is_replaced_and_one_without_its_store_is_not(replica, monkeypatch):
+    monkeypatch.setattr(replica.serving.now.updates, "lag_s", 61.0)
+    for failing in (None, StorageError("the store is away"), ArtifactError("change 7 is damaged")):
+        monkeypatch.setattr(replica.serving.now.updates, "failing", failing)
+        asyncio.run(replica.check_health())
+    monkeypatch.setattr(replica.serving.now.updates, "failing", KeyError("docid"))
+    with pytest.raises(RuntimeError, match="changes have not been applied for 61 s: 'docid'"):
         asyncio.run(replica.check_health())
 
 
