@@ -33,12 +33,8 @@ def replica(folder):
     kind = RetrieverReplica.func_or_class
     made = object.__new__(kind)
     made.settings, made.keys = AppSettings(store="s", follow=False), Keys()
-    now = SimpleNamespace(
-        name="r1",
-        created="2026-01-31T12:00:00Z",
-        retriever=Retriever.open(folder),
-        updates=SimpleNamespace(applied=0, lag_s=0.0, failing=None),
-    )
+    updates = SimpleNamespace(applied=0, lag_s=0.0, failing=None)
+    now = SimpleNamespace(name="r1", created="2026-01-31T12:00:00Z", retriever=Retriever.open(folder), updates=updates)
     made.serving = SimpleNamespace(now=now, refused=None, end=lambda: None)
     made.pools, made.answered = {name: ThreadPoolExecutor(threads) for name, threads in THREADS.items()}, 0.0
     made.batches = app.Batches(made._search, made.pools["search"], **app.BATCHES)
