@@ -2,51 +2,21 @@
 
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from catid2_ray.artifacts.store import Store
-from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, CommitConflict, InputError, StorageError
 from catid2_ray.on_ray.machine import live_log, live_names
 from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
-from catid2_ray.retrieval.live import LiveTrie, codes_of
-from catid2_ray.retrieval.trie import Trie
+from tests.live_shop import Shop
 
-SPACE = DocidSpace((4, 4))
 BASE = {"p17": "<a_3><b_0>", "p18": "<a_3><b_1>"}
 
 
-class Shop:
-    """Stands for a retriever: a live trie without a model. `failing`: raised by the next inserts."""
-
-    def __init__(self):
-        trie = Trie.build(np.array([SPACE.parse(docid) for docid in BASE.values()]), codes_per_level=(4, 4))
-        self.live, self.space = LiveTrie(trie, product_ids=list(BASE)), SPACE
-        self.products, self.failing = SimpleNamespace(base_vectors=None), None
-
-    def insert(self, newcomers, codes_ML, columns):
-        if self.failing:
-            raise self.failing
-        self.live.insert_many([one.product_id for one in newcomers], codes_ML, columns)
-
-    @property
-    def held(self) -> dict[str, str]:
-        """Live product → ID."""
-        view = self.live.view
-        rows = np.flatnonzero(view.is_live(np.arange(view.rows)))
-        names = [self.live._name(row) for row in rows.tolist()]
-        return dict(zip(names, map(SPACE.text, codes_of(view, rows).tolist())))
-
-    @property
-    def inserted(self) -> dict[str, str]:
-        return {name: docid for name, docid in self.held.items() if name not in BASE}
-
-
 def replica(store, release="r-1") -> tuple[Shop, LiveUpdates]:
-    shop = Shop()
+    shop = Shop(BASE)
     return shop, LiveUpdates(shop, LiveLog(store, release))
 
 

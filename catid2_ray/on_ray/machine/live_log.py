@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, CapacityError, CommitConflict, InputError
 from catid2_ray.on_ray.machine import progress
@@ -22,7 +23,7 @@ from catid2_ray.retrieval.live import codes_of
 from catid2_ray.retrieval.products import Newcomer
 from catid2_ray.retrieval.retriever import Retriever
 
-KINDS = ("insert", "withdraw", "restore")
+KINDS = ("insert", "withdraw", "restore", "skipped")
 _ATTEMPTS = 20  # writers that may come first before a change is given up
 _AT_ONCE = 256  # changes in memory while a series is read
 _LONGEST_WAIT_S = 30.0  # between two attempts to follow a series that cannot be read or applied
@@ -39,12 +40,7 @@ class LiveLog:
 
     def count(self, after: int = 0) -> int:
         """The number of the last change, `after` where there is none beyond it; one listing."""
-        number = after
-        for name in self.store.names(f"live/{self.release}", after=f"{after:010d}.json"):
-            if name != f"{number + 1:010d}.json":
-                break
-            number += 1
-        return number
+        return releases.last_change(self.store, self.release, after)
 
     def after(self, number: int) -> Iterator[dict]:
         """The changes beyond this number, in order: one look-up where there is none, else one listing and several records at a
@@ -63,6 +59,8 @@ class LiveLog:
             if record["kind"] not in KINDS or not isinstance(record["products"], list):
                 raise ValueError(f"kind {record['kind']!r}")
             Step.of(record)
+            if "of" in record:
+                origin(record)
         except (ValueError, TypeError, KeyError) as error:
             raise ArtifactError(
                 f"{self.store.uri_of(name)} is no change of products ({error!r}); publish a release that holds the changes after "
@@ -82,11 +80,13 @@ class LiveLog:
 class LiveUpdates:
     """Keeps a retriever at the end of its release's series, and adds to it.
 
-    `applied`: changes that it has; `failing`: why the follower cannot go on now, None where it can.
+    `applied`: changes that it has; `carried`: release and number of those that were made on another release first; `failing`: why
+    the follower cannot go on now, None where it can.
     """
 
     def __init__(self, retriever: Retriever, log: LiveLog):
         self.retriever, self.log, self.applied = retriever, log, 0
+        self.carried: set[tuple[str, int]] = set()
         self.failing: Exception | None = None
         self._at_end_s = time.monotonic()
         self._lock, self._ended = threading.Lock(), threading.Event()
@@ -107,14 +107,15 @@ class LiveUpdates:
         for record in self.log.after(self.applied):
             try:
                 apply(self.retriever, record)
-            except InputError:  # of a version that wrote first and validated then: whoever wrote it was told
-                pass
-            self.applied += 1
+            except InputError as error:  # an older version wrote first and validated then
+                self._say("live_change_refused", number=self.applied + 1, reason=repr(str(error)))
+            self._count(record)
         self._at_end_s = time.monotonic()
         return self.applied - before
 
-    def change(self, build: Callable[[], dict]) -> dict:
-        """Write the change that `build` makes of the state as it is now, and apply it; returns it, with its number.
+    def change(self, build: Callable[[], dict | None]) -> dict | None:
+        """Write the change that `build` makes of the state as it is now, and apply it; returns it, with its number. None where
+        `build` finds that nothing is to be changed.
 
         `build` is called again where another writer came first. Raises InputError where the change does not fit, CommitConflict
         where others always come first, StorageError; then nothing is written. What else applying raises says that this replica
@@ -124,15 +125,22 @@ class LiveUpdates:
             for _ in range(_ATTEMPTS):
                 self._catch_up()
                 record = build()
+                if record is None:
+                    return None
                 check(self.retriever, record)
                 try:
                     self.log.write(self.applied + 1, record)
                 except CommitConflict:
                     continue
                 apply(self.retriever, record)
-                self.applied += 1
+                self._count(record)
                 return record | {"number": self.applied}
         raise CommitConflict(f"{_ATTEMPTS} other changes came first; try again")
+
+    def _count(self, record: dict) -> None:
+        self.applied += 1
+        if "of" in record:
+            self.carried.add(origin(record))
 
     def follow(self, every_s: float, also: Callable[[], object] | None = None) -> None:
         """Catch up now and then, and call `also`, in a thread of this process, until `end`.
@@ -167,12 +175,20 @@ class LiveUpdates:
         self._ended.set()
 
 
+def origin(record: dict) -> tuple[str, int]:
+    """Release and number of a change that was carried over from the release that it was made on."""
+    release, number = record["of"]
+    return release, number
+
+
 def check(retriever: Retriever, record: dict) -> None:
     """Raise InputError where the retriever would refuse the change; nothing changes."""
     live, products = retriever.live, record["products"]
     with live._lock:
         if record["kind"] == "withdraw":
             live._rows(products)
+        elif record["kind"] == "skipped":
+            return
         elif record["kind"] == "restore":
             rows = np.unique(live._rows(products))
             rows = rows[~live.view.is_live(rows)]
@@ -199,7 +215,7 @@ def apply(retriever: Retriever, record: dict) -> None:
         retriever.live.withdraw(record["products"])
     elif record["kind"] == "restore":
         retriever.live.restore(record["products"])
-    else:
+    elif record["kind"] == "insert":
         retriever.insert(*_newcomers(retriever, record))
 
 
