@@ -30,7 +30,7 @@ def below(live: LiveTrie, view: LiveView, prefix: tuple[int, ...]) -> Below:
         code_n, number_n = np.unique(codes_of(view, rows)[:, len(prefix)], return_counts=True)
         first_n = np.argsort(-number_n, kind="stable")[:_MOST]
         next_codes = list(zip(code_n[first_n].tolist(), number_n[first_n].tolist()))
-    categories = [] if live.filters is None else live.filters.most_common("category_path", rows, _MOST)
+    categories = [] if view.filters is None else view.filters.most_common("category_path", rows, _MOST)
     return Below(len(rows), next_codes, categories, rows[:_MOST].tolist())
 
 

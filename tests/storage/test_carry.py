@@ -10,7 +10,9 @@ import pytest
 from catid2_ray.artifacts import gc, history
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.history import Entry, Left
+from catid2_ray.config import Recipe
 from catid2_ray.errors import CommitConflict, InputError
+from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 from catid2_ray.on_ray.serve.carry import Carried, Carrier
 from catid2_ray.retrieval.live import codes_of
@@ -259,6 +261,23 @@ def test_random_histories_of_releases_hold_what_the_slow_model_holds(publisher, 
             one.updates.catch_up()
             assert one.shop.held == pair[0].shop.held
             assert one.shop.held.keys() == past.world.releases[release].live
+
+
+def test_a_job_counts_the_changes_that_came_since_it_began(publisher, capfd):
+    store = publisher.store
+    job = Job(recipe=Recipe.build({"catalog": {"root": "x"}}), store=store)
+    assert job.look() is None and job.seen == {}
+    a = publisher.publish(publisher.begin(), catalogue(1, 2))
+    old = publisher.replica(a)
+    old.say("withdraw", "p1")
+    assert job.look() == a and (job.pointer, job.seen) == (1, {a: 1})
+    old.say("withdraw", "p2")
+    old.say("restore", "p1")
+    parts = releases.load(store, a).manifests(store)
+    assert job.publish(parts).name == a and job.younger == 0, "nothing moved, and its own changes stay"
+    parts["evaluation"] = publisher.make(store, "evaluation", {"x": b"x"}, parents=parts["evaluation"].parents)
+    b = job.publish(parts).name
+    assert job.younger == 2 and f"event=changes_to_carry release={b} changes=2" in capfd.readouterr().err
 
 
 def test_where_changes_come_from():

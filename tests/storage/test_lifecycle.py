@@ -16,6 +16,7 @@ from catid2_ray.evaluation.report import age_text, size_text
 from catid2_ray.on_ray.commands import append_items, reindex, run_verb
 from catid2_ray.on_ray.commands import publish as publish_recipe
 from catid2_ray.on_ray.job import Job
+from catid2_ray.on_ray.machine.live_log import LiveLog
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica
 from tests.command import run_here
@@ -262,7 +263,9 @@ def test_a_stored_release_is_listed_rolled_back_to_and_outlives_gc(stored, tmp_p
     assert rows[second]["current"] and not rows[first]["current"] and rows[first]["documents"] == 150
     assert set(rows[first]["recall"]) == {"served", "beam"} and rows[first]["bytes"] < rows[second]["bytes"]
 
+    LiveLog(store, second).write(1, {"kind": "withdraw", "products": ["p0000001"]})
     back = run_here("rollback", "--store", store.uri)
+    assert "Live changes that are younger than its catalogue: 1. The service carries over what it lacks" in back.stdout
     assert f"Release {first} is current again; it was {second}." in back.stdout and back.returncode == 0
     assert "current already" in run_here("rollback", first, "--store", store.uri).stdout
     nowhere = run_here("rollback", "--store", store.uri)
