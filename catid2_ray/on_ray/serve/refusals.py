@@ -17,14 +17,23 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from catid2_ray.errors import CommitConflict, InputError, StorageError
+from catid2_ray.errors import CatidError, CommitConflict, InputError, StorageError
 
 MOST_BYTES = {"/v1/retrieve": 2**20}  # of a body; other paths take products with vectors
 MOST_BYTES_ELSEWHERE = 2**25
 MOST_NODES = 20_000  # values, lists and objects of one filter
 MOST_DEPTH = 64
+RETRY_AFTER_S = "1"  # whole seconds, as the header wants
 _SHOWN = 5  # faults of a request that are named
 _LONGEST = 2000  # characters of an error, which may quote the request
+
+
+class Unserved(CatidError):
+    """A request that is not searched: `status` 503 because too many wait already, 504 because its time is over."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
 
 
 class Refusal(BaseModel):
@@ -39,6 +48,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         413: "The body is too large",
         422: "The query, k, filter or change cannot be answered",
         503: "The queue is full, or the store does not answer: try again later",
+        504: "The time that the request was given ended before its search began",
     }.items()
 }
 
@@ -129,6 +139,10 @@ def install(api: FastAPI) -> None:
     @api.exception_handler(InputError)
     async def unanswerable(request: Request, error: InputError) -> JSONResponse:
         return refused(422, str(error))
+
+    @api.exception_handler(Unserved)
+    async def not_searched(request: Request, error: Unserved) -> JSONResponse:
+        return refused(error.status, str(error), {"retry-after": RETRY_AFTER_S} if error.status == 503 else None)
 
     @api.exception_handler(StorageError)
     async def not_written(request: Request, error: StorageError) -> JSONResponse:
