@@ -200,7 +200,7 @@ class Retriever:
             ahead=self._ahead(queries, query_BD, view, products, allowed),
         )  # fmt: skip
         if self.expansion is None:
-            return beam_hits(result, view, products, k=k, allowed=allowed, asked=self._asks)
+            return beam_hits(result, view, products, k=k, allowed=allowed, asked=self.asks)
         if query_BD is not None and self.expansion.unit_vectors:
             query_BD = torch.nn.functional.normalize(query_BD, dim=-1)
         return expanded_hits(
@@ -212,18 +212,18 @@ class Retriever:
             query_BD=query_BD,
             k=k,
             allowed=allowed,
-            asked=self._asks,
+            asked=self.asks,
         )
 
     @property
-    def _asks(self) -> bool:
+    def asks(self) -> bool:
         """Whether the search asks the generator."""
         return self.lookahead is None or self.lookahead.logp_weight != 0
 
     def _asked(self, queries: list[str]) -> tuple:
         """(token ids, mask, what the decoder's encoder makes of them, the queries' vectors), each None where nothing needs it."""
         ids_BT = mask_BT = memory = query_BD = None
-        if self._asks or self.encode_query is None:
+        if self.asks or self.encode_query is None:
             ids_BT, mask_BT, memory = self._encoded(queries)
         if self.lookahead or (self.expansion and self.expansion.dense != "none"):
             query_BD = self._vectors(queries, getattr(memory, "dense_BE", None))
@@ -244,7 +244,7 @@ class Retriever:
         (`exact.exact_scores`), or S where it looks ahead; and log P. Products inserted since are left out."""
         queries, view, logp_L = list(queries), self.live.view, None
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
-        if self._asks:
+        if self.asks:
             logp_L = exact_scores(
                 self.decoder, self.trie, ids_BT, mask_BT, levels=self.levels, normalize=self.normalize, memory=memory
             )
@@ -256,18 +256,20 @@ class Retriever:
 
     def searched(
         self, queries: Sequence[str], *, widths: Sequence[int], levels: int | None = None, top_k: int, allowed=None,
-        scored_as_without: bool = False,
+        scored_as: Sequence | None = None,
     ) -> BeamResult:  # fmt: skip
         """What the release's search finds with other widths, one per level, before products are taken of it: IDs, or where
-        `levels` (None: as released) ends it earlier, prefixes. `allowed`: as `retrieve` takes it; with `scored_as_without` it
-        leaves prefixes out but changes the score of none (the best words below a node may be those of other products)."""
+        `levels` (None: as released) ends it earlier, prefixes. `allowed`: as `retrieve` takes it. `scored_as`: other
+        filters, one per query or None, whose products' best words count below a node; `allowed` then only leaves prefixes out."""
         queries, view, products = list(queries), self.live.view, self.products
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
         chosen = filters_for(allowed, view, len(queries))
         return constrained_beam_search(
             self.decoder, view, ids_BT, mask_BT, beam_width=list(widths), top_k=top_k, allowed=chosen,
             normalize=self.normalize, levels=levels or self.levels, memory=memory,
-            ahead=self._ahead(queries, query_BD, view, products, [None] * len(queries) if scored_as_without else chosen),
+            ahead=self._ahead(
+                queries, query_BD, view, products, chosen if scored_as is None else filters_for(scored_as, view, len(queries))
+            ),
         )  # fmt: skip
 
     def rescored(
@@ -284,7 +286,7 @@ class Retriever:
         products = self.products if trie is not None else replace(self.products, newcomers=())
         return expanded_hits(
             result, trie or self.trie, products, expansion, queries=queries, query_BD=query_BD, k=k, allowed=None,
-            asked=self._asks,
+            asked=self.asks,
         )  # fmt: skip
 
     def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor, object]:
