@@ -76,7 +76,7 @@ class Batches:
             self._task = None
 
     async def _wait_for_company(self) -> None:
-        self._full.clear()
+        self._full = asyncio.Event()  # of this event loop
         if self.wait_s and len(self._waiting) < self.size:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._full.wait(), self.wait_s)

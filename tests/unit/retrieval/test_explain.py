@@ -1,4 +1,4 @@
-"""What is said of a hit is what the search does: prefixes score as in a search that prunes nothing, the terms sum up to the score."""
+"""What is said of a hit is what the search does: prefixes score as where nothing is pruned, the terms sum up to the score."""
 
 import numpy as np
 import pytest
