@@ -61,7 +61,7 @@ def _paths(retriever: Retriever, query: str, hits: Sequence[Hit], expression) ->
             allowed=LiveFilter.of(theirs, view.base.rows), scored_as=[retriever.compile(expression)],
         )  # fmt: skip
         scores = (result.logp_BK if result.score_BK is None else result.score_BK)[0].tolist()
-        logps = result.logp_BK[0].tolist() if retriever.asks else [None] * prefixes
+        logps = [None] * prefixes if hits[0].logp is None else result.logp_BK[0].tolist()
         found = dict(zip(map(tuple, result.docid_BKL[0].tolist()), zip(logps, scores)))
         for docid, path in zip(docids, paths):
             if docid[:level] in found:

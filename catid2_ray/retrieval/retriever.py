@@ -200,7 +200,7 @@ class Retriever:
             ahead=self._ahead(queries, query_BD, view, products, allowed),
         )  # fmt: skip
         if self.expansion is None:
-            return beam_hits(result, view, products, k=k, allowed=allowed, asked=self.asks)
+            return beam_hits(result, view, products, k=k, allowed=allowed, asked=self._asks)
         if query_BD is not None and self.expansion.unit_vectors:
             query_BD = torch.nn.functional.normalize(query_BD, dim=-1)
         return expanded_hits(
@@ -212,18 +212,18 @@ class Retriever:
             query_BD=query_BD,
             k=k,
             allowed=allowed,
-            asked=self.asks,
+            asked=self._asks,
         )
 
     @property
-    def asks(self) -> bool:
+    def _asks(self) -> bool:
         """Whether the search asks the generator."""
         return self.lookahead is None or self.lookahead.logp_weight != 0
 
     def _asked(self, queries: list[str]) -> tuple:
         """(token ids, mask, what the decoder's encoder makes of them, the queries' vectors), each None where nothing needs it."""
         ids_BT = mask_BT = memory = query_BD = None
-        if self.asks or self.encode_query is None:
+        if self._asks or self.encode_query is None:
             ids_BT, mask_BT, memory = self._encoded(queries)
         if self.lookahead or (self.expansion and self.expansion.dense != "none"):
             query_BD = self._vectors(queries, getattr(memory, "dense_BE", None))
@@ -244,7 +244,7 @@ class Retriever:
         (`exact.exact_scores`), or S where it looks ahead; and log P. Products inserted since are left out."""
         queries, view, logp_L = list(queries), self.live.view, None
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
-        if self.asks:
+        if self._asks:
             logp_L = exact_scores(
                 self.decoder, self.trie, ids_BT, mask_BT, levels=self.levels, normalize=self.normalize, memory=memory
             )
@@ -286,7 +286,7 @@ class Retriever:
         products = self.products if trie is not None else replace(self.products, newcomers=())
         return expanded_hits(
             result, trie or self.trie, products, expansion, queries=queries, query_BD=query_BD, k=k, allowed=None,
-            asked=self.asks,
+            asked=self._asks,
         )  # fmt: skip
 
     def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor, object]:
