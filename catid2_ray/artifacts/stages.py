@@ -71,7 +71,7 @@ STAGES = {
               timed="mixture", where_made=("node_vectors",)),
         Stage("evaluation", "evaluate", ("catalog", "pairs", "ids", "examples", "generator"),
               ("embeddings", "adapter", "node_vectors", "serving", "mixture"), part="evaluation", carried=True, timed="evaluate",
-              version=2),
+              version=3),
     )
 }  # fmt: skip
 # What a release may lack: recipes that do without, and releases of before, have none.
@@ -83,3 +83,6 @@ CARRIED = tuple(dict.fromkeys(stage.part for stage in STAGES.values() if stage.c
 def of_job(job: str) -> list[str]:
     """The names of the stages that a job runs, in their order."""
     return [stage.name for stage in STAGES.values() if stage.job == job]
+
+
+ANSWERS = "answers.json"  # of an evaluation: query → the products that were found for it, of a few queries

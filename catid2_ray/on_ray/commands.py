@@ -184,7 +184,8 @@ def evaluate_release(
         )
     finally:
         cluster.disconnect()
-    figures.pop("sample_queries")
+    for name in ("sample_queries", "answers"):
+        figures.pop(name, None)
     return {"release": release.name, **figures}
 
 

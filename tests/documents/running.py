@@ -199,4 +199,4 @@ def _replica(store: str):
     """A replica as Serve would start it on this store, but in this process."""
     wrapped = serve_app.RetrieverReplica.func_or_class.__mro__
     own = next(one for one in wrapped if one.__init__.__qualname__ == "RetrieverReplica.__init__")
-    return own(serve_app.AppSettings(store=store))
+    return own(serve_app.AppSettings(store=store, updates=True, follow=False))

@@ -75,6 +75,10 @@ class ReleaseResponse(BaseModel):
     products: int = Field(description="products that can be found now")
     levels: int = Field(description="codes of a whole ID")
     filters: dict[str, str] = Field(description="columns that a filter may name, and the type of their values")
+    follows: bool = Field(description="whether this replica changes to a release that becomes current")
+    refused: str | None = Field(
+        description="the current release where this replica refuses to serve it, and why; null: none"
+    )
 
 
 class NextCode(BaseModel):

@@ -8,23 +8,21 @@ Changes of products go through a series in the store (`live_log.py`), which ever
 import asyncio
 import socket
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from catid2_ray.artifacts import release as releases
-from catid2_ray.artifacts import uses
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
 from catid2_ray.errors import InputError, QueryError, RecipeError
-from catid2_ray.on_ray.machine import cluster, progress
-from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
-from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.serve import reference
 from catid2_ray.on_ray.serve.api import (
     BelowResponse,
@@ -43,13 +41,19 @@ from catid2_ray.on_ray.serve.api import (
     RetrieveRequest,
     RetrieveResponse,
 )
-from catid2_ray.on_ray.serve.newcomers import Newcomers
+from catid2_ray.on_ray.serve.batches import Batches
+from catid2_ray.on_ray.serve.follow import Serving
+from catid2_ray.on_ray.serve.keys import Keys
+from catid2_ray.on_ray.serve.opened import CANARY_QUERY, Opened
 from catid2_ray.on_ray.serve.refusals import RESPONSES, install, refused
+from catid2_ray.on_ray.serve.settings import AppSettings
 from catid2_ray.retrieval.below import below
 from catid2_ray.retrieval.live import codes_of
 
-CANARY_QUERY, CANARY_DEADLINE_S = "canary", 10.0
 MAX_ONGOING, MAX_QUEUED = 64, 256
+BATCHES = {"size": 16, "wait_s": 0.005, "most_waiting": 256}
+# Threads of each kind of work, so that none waits behind another. Batches come one at a time.
+THREADS = {"search": 1, "filters": 2, "changes": 1, "health": 1}
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -57,22 +61,18 @@ api = FastAPI(title="catid2-ray retriever", docs_url=None, redoc_url=None)
 install(api)
 
 
-class AppSettings(BaseModel):
-    """Arguments of the application, as in serve_config.yaml."""
+def _may(right: str):
+    """What a request needs, where the deployment has keys."""
 
-    model_config = ConfigDict(extra="forbid")
-    store: str = Field(description="folder or s3:// prefix of the store")
-    release: str | None = Field(
-        None,
-        description="name of a release; none = the current one when it is deployed: all replicas then serve that one",
-    )
-    threads: int = Field(1, ge=1, description="torch threads of a replica")
-    device: Literal["cpu", "cuda"] = Field("cpu", description="where the generator and the query encoder run")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="numbers of the generator")
-    weights: Literal["float32", "int8"] | None = Field(None, description="none = as the release was evaluated")
-    normalize: Literal["level", "vocabulary"] | None = Field(None, description="none = as the release was evaluated")
-    updates: bool = Field(True, description="accept POST /v1/products, /v1/withdraw and /v1/restore")
-    poll_s: float = Field(1.0, gt=0, description="seconds between looks for changes that other replicas took")
+    def check(request: Request) -> None:
+        serve.get_replica_context().servable_object.keys.check(request.headers, right)
+
+    return Depends(check)
+
+
+READ, WRITE = [_may("read")], [_may("write")]
+READ_REFUSALS = {401: RESPONSES[401]}
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @serve.deployment(
@@ -89,27 +89,24 @@ class AppSettings(BaseModel):
 class RetrieverReplica:
     """Loads a release, checks its parts against each other, answers one query to warm up, then turns ready."""
 
+    canary_deadline_s = 20.0
+
     def __init__(self, settings: AppSettings):
         torch.set_num_threads(settings.threads)
-        store, self.settings = Store(settings.store), settings
-        release = releases.load(store, settings.release) if settings.release else releases.current(store)
-        # Before it is opened: gc keeps the releases that replicas name.
-        self.use = uses.served(store, release.name, command="catid2 serve", say=progress.event)
-        self.retriever = open_retriever(
-            releases.release_folder(store, release, releases.default_cache()), device=settings.device,
-            dtype=settings.dtype, weights=settings.weights, normalize=settings.normalize,
-        )  # fmt: skip
-        self.release, self.created = release.name, release.created
-        self.newcomers = Newcomers(store, release.manifests(store))
-        self.updates = LiveUpdates(self.retriever, LiveLog(store, release.name))
-        self.updates.catch_up()
-        self.updates.follow(settings.poll_s)
-        self.retriever.retrieve([CANARY_QUERY], k=1)
+        self.settings, self.keys = settings, Keys.of(settings.keys)
+        self.pools = {name: ThreadPoolExecutor(threads, name) for name, threads in THREADS.items()}
+        self.batches = Batches(self._search, self.pools["search"], **BATCHES)
+        self.answered = time.monotonic()  # when a search last came to its end
+        self.serving = Serving(Store(settings.store), settings)
+        self.serving.now.retriever.retrieve([CANARY_QUERY], k=1)
 
     def __del__(self):
         """Serve calls it when a replica is stopped; one that is killed is forgotten after a while."""
-        if hasattr(self, "use"):
-            self.use.end()
+        if hasattr(self, "serving"):
+            self.serving.end()
+
+    async def _run(self, pool: str, work: Callable, *arguments) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.pools[pool], work, *arguments)
 
     def reconfigure(self, user_config: dict) -> None:
         if user_config["max_batch_size"] > MAX_ONGOING:
@@ -117,11 +114,17 @@ class RetrieverReplica:
                 f"user_config.max_batch_size {user_config['max_batch_size']} exceeds max_ongoing_requests {MAX_ONGOING}: "
                 "such a batch could never fill"
             )
-        self._answer.set_max_batch_size(user_config["max_batch_size"])
-        self._answer.set_batch_wait_timeout_s(user_config["batch_wait_timeout_s"])
+        self.batches.size, self.batches.wait_s = user_config["max_batch_size"], user_config["batch_wait_timeout_s"]
 
     async def check_health(self) -> None:
-        await asyncio.wait_for(asyncio.to_thread(self.retriever.retrieve, [CANARY_QUERY], k=1), CANARY_DEADLINE_S)
+        """A replica that answers is healthy, however long its queue; one that does not must answer a query in time."""
+        asked = time.monotonic()
+        canary = self._run("health", lambda: self.serving.now.retriever.retrieve([CANARY_QUERY], k=1))
+        try:
+            await asyncio.wait_for(canary, self.canary_deadline_s)
+        except TimeoutError:
+            if self.answered < asked:
+                raise
 
     @api.get("/", include_in_schema=False)
     async def page(self) -> HTMLResponse:
@@ -138,19 +141,22 @@ class RetrieverReplica:
     async def alive(self) -> Response:
         return Response()
 
-    @api.get("/v1/release")
+    @api.get("/v1/release", dependencies=READ, responses=READ_REFUSALS)
     async def which_release(self) -> ReleaseResponse:
         """Say what is served: the release, how many products can be found, and by what they can be filtered."""
-        live = self.retriever.live
+        now, refusal = self.serving.now, self.serving.refused
+        live = now.retriever.live
         return ReleaseResponse(
-            release=self.release, created=self.created, changes=self.updates.applied, products=live.products,
-            levels=self.retriever.trie.levels, filters=live.column_types,
+            release=now.name, created=now.created, changes=now.updates.applied, products=live.products,
+            levels=now.retriever.trie.levels, filters=live.column_types, follows=self.settings.follows,
+            refused=None if refusal is None else f"{refusal[0]}: {refusal[1]}",
         )  # fmt: skip
 
     @api.get("/healthz")
     async def healthz(self) -> HealthResponse:
         """Say which release this replica serves, and how many changes to products it has applied."""
-        return HealthResponse(status="ok", release=self.release, changes=self.updates.applied)
+        now = self.serving.now
+        return HealthResponse(status="ok", release=now.name, changes=now.updates.applied)
 
     @api.get("/readyz", responses={503: RESPONSES[503]})
     async def readyz(self) -> ReadyResponse:
@@ -159,100 +165,108 @@ class RetrieverReplica:
             await self.check_health()
         except Exception as error:  # whatever it is, a caller gets an answer of the one shape
             return refused(503, f"this replica answers no query now ({type(error).__name__}: {error})")
-        return ReadyResponse(status="ready", release=self.release)
+        return ReadyResponse(status="ready", release=self.serving.now.name)
 
-    @api.get("/v1/docids/{prefix}", responses={422: RESPONSES[422]})
+    @api.get("/v1/docids/{prefix}", dependencies=READ, responses={422: RESPONSES[422], **READ_REFUSALS})
     async def docids(self, prefix: str) -> BelowResponse:
         """Say what lives below the first codes of an ID, such as <a_65><b_225>."""
-        return await asyncio.to_thread(self._below, prefix)
+        return await self._run("filters", _below, self.serving.now, prefix)
 
-    def _below(self, prefix: str) -> BelowResponse:
-        retriever, view = self.retriever, self.retriever.live.view
-        codes, space = retriever.space.parse_prefix(prefix), retriever.space
-        seen = below(retriever.live, view, codes)
-        tokens = [(space.text((*codes, code))[len(prefix) :], number) for code, number in seen.next_codes]
-        members = zip(seen.rows, codes_of(view, seen.rows))
-        names = retriever.products
-        return BelowResponse(
-            release=self.release, prefix=prefix, count=seen.products,
-            next_codes=[NextCode(token=token, products=number) for token, number in tokens],
-            categories=[Category(path=path, products=number) for path, number in seen.categories],
-            products=[
-                Member(product_id=names.name(row), docid=space.text(codes_L), title=names.title(row))
-                for row, codes_L in members
-            ],
-        )  # fmt: skip
-
-    @api.post("/v1/retrieve", responses=RESPONSES)
+    @api.post("/v1/retrieve", dependencies=READ, responses=RESPONSES)
     async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
         """Find the `k` best products for a query, among those that the filter allows."""
-        self.retriever.check(request.query, k=request.k)
+        # Taken once: whatever becomes current meanwhile, this request is answered from one release.
+        now = self.serving.now
+        now.retriever.check(request.query, k=request.k)
         if request.filter is not None:
             # Refused here, it cannot spoil a batch; it is kept for the search.
-            await asyncio.to_thread(self.retriever.compile, request.filter)
-        hits = await self._answer(request)
+            await self._run("filters", now.retriever.compile, request.filter)
+        hits = await self.batches.ask((now, request))
         fewer = None
         if len(hits) < request.k:
-            fewer = await asyncio.to_thread(self.retriever.why_fewer, len(hits), k=request.k, expression=request.filter)
-        return RetrieveResponse(release=self.release, products=[Product.of(hit) for hit in hits], fewer=fewer)
+            why = lambda: now.retriever.why_fewer(len(hits), k=request.k, expression=request.filter)  # noqa: E731
+            fewer = await self._run("filters", why)
+        return RetrieveResponse(release=now.name, products=[Product.of(hit) for hit in hits], fewer=fewer)
 
-    @api.post("/v1/products", responses=RESPONSES)
+    @api.post("/v1/products", dependencies=WRITE, responses=RESPONSES)
     async def insert(self, request: InsertRequest) -> InsertResponse:
         """Add products to the release that is served. All replicas find them within seconds."""
         self._check_updates()
-        asked = [product.model_dump() for product in request.products]
+        asked, now = [product.model_dump() for product in request.products], self.serving.now
 
-        def build() -> dict:
-            vectors = self.retriever.products.base_vectors is not None
-            made = self.newcomers.prepare(asked, self.retriever.live.view, vectors=vectors)
-            return {"kind": "insert", "products": made}
+        def made() -> dict:
+            vectors = now.retriever.products.base_vectors is not None
+            products = now.newcomers.prepare(asked, now.retriever.live.view, vectors=vectors)
+            return {"kind": "insert", "products": products}
 
-        done = await asyncio.to_thread(self.updates.change, build)
+        done = await self._run("changes", now.updates.change, made)
         inserted = [Inserted(product_id=one["product_id"], docid=one["docid"]) for one in done["products"]]
-        return InsertResponse(release=self.release, change=done["number"], products=inserted)
+        return InsertResponse(release=now.name, change=done["number"], products=inserted)
 
-    @api.post("/v1/withdraw", responses=RESPONSES)
+    @api.post("/v1/withdraw", dependencies=WRITE, responses=RESPONSES)
     async def withdraw(self, request: NamesRequest) -> ChangeResponse:
-        """Hide products from all answers until they are restored."""
+        """Take products out of every answer. All replicas do so within seconds."""
         return await self._change("withdraw", request.product_ids)
 
-    @api.post("/v1/restore", responses=RESPONSES)
+    @api.post("/v1/restore", dependencies=WRITE, responses=RESPONSES)
     async def restore(self, request: NamesRequest) -> ChangeResponse:
-        """Show withdrawn products again."""
+        """Bring withdrawn products back, with the IDs they had."""
         return await self._change("restore", request.product_ids)
 
     async def _change(self, kind: str, product_ids: list[str]) -> ChangeResponse:
         self._check_updates()
-        done = await asyncio.to_thread(self.updates.change, lambda: {"kind": kind, "products": product_ids})
-        return ChangeResponse(release=self.release, change=done["number"])
+        now = self.serving.now
+        done = await self._run("changes", now.updates.change, lambda: {"kind": kind, "products": product_ids})
+        return ChangeResponse(release=now.name, change=done["number"])
 
     def _check_updates(self) -> None:
-        if not self.settings.updates:
-            raise QueryError("this deployment takes no changes (its setting `updates` is off)")
+        takes = self.settings.updates
+        if not (self.keys.any_writes if takes is None else takes):
+            raise QueryError(
+                "this deployment takes no changes: give it keys with the right to write (setting `keys`), or set `updates` to true"
+            )
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
-    async def _answer(self, requests: list[RetrieveRequest]) -> list:
-        return await asyncio.to_thread(self._search, requests)
-
-    def _search(self, requests: list[RetrieveRequest]) -> list:
-        """Requests of one beam width go together: a k above the beam widens it, and must not widen it for others."""
-        beam, answers = self.retriever.beam_width, [None] * len(requests)
-        for width in sorted({max(beam, request.k) for request in requests}):
-            group = [number for number, request in enumerate(requests) if max(beam, request.k) == width]
-            mine = [requests[number] for number in group]
-            hits_of_group = self.retriever.retrieve(
+    def _search(self, requests: list[tuple[Opened, RetrieveRequest]]) -> list:
+        """Requests of one release and beam width go together: a k above the beam widens it, and must not widen it for others."""
+        groups: dict[tuple, list[int]] = {}
+        for number, (opened, request) in enumerate(requests):
+            width = max(opened.retriever.beam_width, request.k)
+            groups.setdefault((opened.name, width), []).append(number)
+        answers = [None] * len(requests)
+        for numbers in groups.values():
+            opened, mine = requests[numbers[0]][0], [requests[number][1] for number in numbers]
+            hits_of_group = opened.retriever.retrieve(
                 [one.query for one in mine], k=max(one.k for one in mine), filters=[one.filter for one in mine]
             )
-            for number, hits in zip(group, hits_of_group):
-                answers[number] = hits[: requests[number].k]
+            for number, one, hits in zip(numbers, mine, hits_of_group):
+                answers[number] = hits[: one.k]
+        self.answered = time.monotonic()
         return answers
 
 
+def _below(opened: Opened, prefix: str) -> BelowResponse:
+    retriever, view = opened.retriever, opened.retriever.live.view
+    codes, space = retriever.space.parse_prefix(prefix), retriever.space
+    seen = below(retriever.live, view, codes)
+    tokens = [(space.text((*codes, code))[len(prefix) :], number) for code, number in seen.next_codes]
+    members = zip(seen.rows, codes_of(view, seen.rows))
+    names = retriever.products
+    return BelowResponse(
+        release=opened.name, prefix=prefix, count=seen.products,
+        next_codes=[NextCode(token=token, products=number) for token, number in tokens],
+        categories=[Category(path=path, products=number) for path, number in seen.categories],
+        products=[
+            Member(product_id=names.name(row), docid=space.text(codes_L), title=names.title(row))
+            for row, codes_L in members
+        ],
+    )  # fmt: skip
+
+
 def build(settings: AppSettings):
-    """The application that serve_config.yaml names. It names the release, so that a replica which starts after a publication
-    serves what the others serve. Ray builds the application again only where its configuration has changed: to serve another
-    release, name it in `release`."""
-    if settings.release is None:
+    """The application that serve_config.yaml names. Where replicas do not follow, it names the release, so that one which starts
+    after a publication serves what the others serve."""
+    Keys.of(settings.keys)  # refused here, not by replica after replica
+    if settings.release is None and not settings.follow:
         settings = settings.model_copy(update={"release": releases.current(Store(settings.store)).name})
     return RetrieverReplica.bind(settings)
 
@@ -271,16 +285,18 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve_here(store: str, *, host: str, port: int) -> None:
-    """Serve on this machine until interrupted. Fails before Ray starts when nothing was published."""
+    """Serve on this machine until interrupted. Fails before Ray starts when nothing was published. Changes are taken where only
+    this machine can ask, and elsewhere with keys that may write."""
     opened = Store(store)
     opened.check()
     release = releases.current(opened)
     releases.release_folder(opened, release, releases.default_cache())
+    updates = True if host in LOCAL and not Keys.of(None) else None
     check_port(host, port)
     cluster.connect(ClusterRecipe())
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(build(AppSettings(store=opened.uri, release=release.name)), name="catid2")
+        serve.run(build(AppSettings(store=opened.uri, updates=updates)), name="catid2")
         print(
             f"serving release {release.name} on http://{host}:{port}  (a page; POST /v1/retrieve, GET /healthz, GET /docs); "
             "Ctrl-C ends it",

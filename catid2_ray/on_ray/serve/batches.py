@@ -72,11 +72,16 @@ class Batches:
             await self._wait_for_company()
             while self._waiting:
                 await self._next_batch()
+        except Exception as error:  # a fault of ours must not leave callers waiting
+            while self._waiting:
+                if not (answer := self._waiting.popleft().answer).done():
+                    answer.set_exception(error)
+            raise
         finally:
             self._task = None
 
     async def _wait_for_company(self) -> None:
-        self._full = asyncio.Event()  # of this event loop
+        self._full = asyncio.Event()
         if self.wait_s and len(self._waiting) < self.size:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._full.wait(), self.wait_s)

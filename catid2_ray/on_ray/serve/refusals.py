@@ -23,13 +23,15 @@ MOST_BYTES = {"/v1/retrieve": 2**20}  # of a body; other paths take products wit
 MOST_BYTES_ELSEWHERE = 2**25
 MOST_NODES = 20_000  # values, lists and objects of one filter
 MOST_DEPTH = 64
-RETRY_AFTER_S = "1"  # whole seconds, as the header wants
+# Of a refusal: 503 in whole seconds, as the header wants; 401 how to say who asks.
+HEADERS = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
 _SHOWN = 5  # faults of a request that are named
 _LONGEST = 2000  # characters of an error, which may quote the request
 
 
 class Unserved(CatidError):
-    """A request that is not searched: `status` 503 because too many wait already, 504 because its time is over."""
+    """A request that is not served: `status` 401 or 403 because of its key, 503 because too many wait already, 504 because its
+    time is over."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -44,6 +46,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": Refusal, "description": meaning}
     for status, meaning in {
         400: "The body is no JSON",
+        401: "The service has keys, and the request has none of them",
+        403: "The key may not change products",
         409: "Somebody else changed the products meanwhile: send the change again",
         413: "The body is too large",
         422: "The query, k, filter or change cannot be answered",
@@ -141,8 +145,8 @@ def install(api: FastAPI) -> None:
         return refused(422, str(error))
 
     @api.exception_handler(Unserved)
-    async def not_searched(request: Request, error: Unserved) -> JSONResponse:
-        return refused(error.status, str(error), {"retry-after": RETRY_AFTER_S} if error.status == 503 else None)
+    async def not_served(request: Request, error: Unserved) -> JSONResponse:
+        return refused(error.status, str(error), HEADERS.get(error.status))
 
     @api.exception_handler(StorageError)
     async def not_written(request: Request, error: StorageError) -> JSONResponse:

@@ -14,7 +14,7 @@ import torch
 
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import default_cache, fetch, parts_folder, retriever_settings
-from catid2_ray.artifacts.stages import STAGES
+from catid2_ray.artifacts.stages import ANSWERS, STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.text import join_text
@@ -39,10 +39,11 @@ METHODS = ("beam", "lookahead", "bm25", "dense", "served")
 IN_MEMORY = ("bm25", "dense")  # one process holds the catalogue
 _QUERIES_PER_SPEC, _DIAGNOSED_PER_SPEC = 64, 16
 _SAMPLES, _SAMPLE_CHARACTERS = 3, 200
+_KEPT_QUERIES, _KEPT_PRODUCTS = 50, 10  # of answers.json
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
-    """The evaluation artefact: figures.json."""
+    """The evaluation artefact: figures.json and, of what is served, answers.json, which a replica must be able to give back."""
     settings = {**job.recipe.evaluation.identity(), "seed": job.recipe.seed}
     if not settings["diagnose_rows"]:
         del settings["diagnose_rows"]  # evaluations of before there was a diagnosis keep their keys
@@ -97,8 +98,13 @@ def _evaluate(job: Job, attempt: Attempt, parts: dict[str, Manifest]) -> Manifes
         )
         if isinstance(diagnosed, str):
             figures["diagnosis"] = {"queries": 0, "reason": diagnosed}
-    entry = job.store.write_file(attempt.name("figures.json"), json.dumps(figures, indent=1).encode())
-    return attempt.commit([entry], metrics=figures)
+    contents = {ANSWERS: figures.pop("answers", None), "figures.json": figures}
+    entries = [
+        job.store.write_file(attempt.name(name), json.dumps(content, indent=1).encode())
+        for name, content in contents.items()
+        if content is not None
+    ]
+    return attempt.commit(entries, metrics=figures)
 
 
 VALIDATION, _MOST_DIAGNOSED = "validation", 100
@@ -171,7 +177,8 @@ def score(
     diagnosed: Judgements | None = None, ahead: dict | None = None,
 ) -> dict:  # fmt: skip
     """Figures of `evaluation.protocol.evaluate` plus `sample_queries`, for the judgements of any table of pairs; with
-    `diagnosis` of the queries `diagnosed`, where they are given.
+    `diagnosis` of the queries `diagnosed`, where they are given, and where "served" is a method `answers`: of some queries the
+    products that were found.
 
     `query_encoder`: for "dense" where the products' vectors are given by the catalogue. `ahead`: what `ahead_of` gives, for
     "lookahead", which is left out without.
@@ -209,6 +216,12 @@ def score(
     figures = evaluate(judgements, ranked, KS) | {
         "sample_queries": judgements.queries[:: max(1, len(judgements.queries) // _SAMPLES)][:_SAMPLES]
     }
+    if "served" in ranked:
+        step = -(-len(judgements.queries) // _KEPT_QUERIES)
+        figures["answers"] = {
+            query: products[:_KEPT_PRODUCTS]
+            for query, products in zip(judgements.queries[::step], ranked["served"][::step])
+        }
     if "diagnosis" in results:
         figures["diagnosis"] = _joined(results["diagnosis"])
     return figures

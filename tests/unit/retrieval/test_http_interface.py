@@ -7,6 +7,7 @@ import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,9 @@ from ray import serve
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.errors import InputError
-from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica, api, build, check_port
+from catid2_ray.on_ray.serve import app
+from catid2_ray.on_ray.serve.app import THREADS, AppSettings, RetrieverReplica, api, build, check_port
+from catid2_ray.on_ray.serve.keys import VARIABLE, Keys
 from catid2_ray.on_ray.serve.refusals import MOST_BYTES, sound
 from catid2_ray.retrieval.retriever import Retriever
 
@@ -29,14 +32,13 @@ def replica(folder):
     """A replica as Serve would make it, around a release of six products."""
     kind = RetrieverReplica.func_or_class
     made = object.__new__(kind)
-    made.retriever, made.settings = Retriever.open(folder), AppSettings(store="s", updates=False)
-    made.release, made.created = "r1", "2026-01-31T12:00:00Z"
-    made.updates = SimpleNamespace(applied=0)
-
-    async def one_batch(request):
-        return (await asyncio.to_thread(made._search, [request]))[0]
-
-    made._answer = one_batch  # Serve's batching asks for a deployment
+    made.settings, made.keys = AppSettings(store="s", follow=False), Keys()
+    now = SimpleNamespace(
+        name="r1", created="2026-01-31T12:00:00Z", retriever=Retriever.open(folder), updates=SimpleNamespace(applied=0)
+    )
+    made.serving = SimpleNamespace(now=now, refused=None, end=lambda: None)
+    made.pools, made.answered = {name: ThreadPoolExecutor(threads) for name, threads in THREADS.items()}, 0.0
+    made.batches = app.Batches(made._search, made.pools["search"], **app.BATCHES)
     return made
 
 
@@ -116,7 +118,7 @@ def test_odd_texts_are_answered(client, text, status):
 
 
 def test_a_fault_of_ours_has_the_same_shape_and_a_wrong_method_says_which_are_right(client, replica, monkeypatch):
-    monkeypatch.setattr(replica, "updates", None)
+    monkeypatch.setattr(replica.serving, "now", None)
     refused(client.get("/healthz"), 500, "this should not happen (AttributeError)")
     assert client.get("/v1/retrieve").headers["allow"] == "POST"
 
@@ -130,7 +132,7 @@ def test_half_a_character_in_a_title_is_refused_before_anything_is_written():
 def test_it_says_what_it_serves_and_shows_a_page(client):
     assert client.get("/v1/release").json() == {
         "release": "r1", "created": "2026-01-31T12:00:00Z", "changes": 0, "products": 6, "levels": 2,
-        "filters": {"product_id": "string"},
+        "filters": {"product_id": "string"}, "follows": False, "refused": None,
     }  # fmt: skip
     assert client.head("/healthz").status_code == client.head("/").status_code == 200
     page = client.get("/").text
@@ -158,7 +160,7 @@ def test_it_says_what_lives_below_a_prefix(client):
 
 def test_a_replica_that_answers_nothing_is_alive_but_not_ready(client, replica, monkeypatch):
     assert client.get("/readyz").json() == {"status": "ready", "release": "r1"}
-    monkeypatch.setattr(replica, "retriever", None)
+    monkeypatch.setattr(replica.serving.now, "retriever", None)
     refused(client.get("/readyz"), 503, "answers no query now (AttributeError")
     assert client.head("/healthz").status_code == client.get("/healthz").status_code == 200
 
@@ -167,17 +169,87 @@ def test_every_status_is_documented_with_its_body():
     paths = api.openapi()["paths"]
     for path in ("/v1/retrieve", "/v1/products", "/v1/withdraw", "/v1/restore"):
         responses = paths[path]["post"]["responses"]
-        assert {"200", "400", "409", "413", "422", "503"} <= set(responses)
+        assert {"200", "400", "401", "403", "409", "413", "422", "503"} <= set(responses)
         assert responses["422"]["content"]["application/json"]["schema"]["$ref"].endswith("/Refusal")
 
 
-def test_a_deployment_names_its_release(monkeypatch):
+def test_a_busy_replica_is_healthy_and_a_stuck_one_is_not(replica, monkeypatch):
+    """Load alone must not kill a replica: its canary may wait, so long as others get their answers."""
+    monkeypatch.setattr(replica, "canary_deadline_s", 0.05, raising=False)
+    monkeypatch.setattr(replica.serving.now, "retriever", SimpleNamespace(retrieve=lambda *_, **__: time.sleep(0.3)))
+    replica.answered = time.monotonic() + 1  # another search came to its end while the canary waited
+    asyncio.run(replica.check_health())
+    replica.answered = 0.0
+    with pytest.raises(TimeoutError):
+        asyncio.run(replica.check_health())
+
+
+def test_searches_changes_and_health_do_not_wait_for_each_other(replica):
+    held = threading.Event()
+
+    async def ask() -> None:
+        waiting = [asyncio.ensure_future(replica._run("changes", held.wait, 20)) for _ in range(40)]
+        await asyncio.wait_for(replica.check_health(), 10)
+        assert await asyncio.wait_for(replica._run("search", lambda: 7), 10) == 7
+        held.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(ask())
+
+
+def test_keys_say_who_may_read_and_who_may_change(client, replica, monkeypatch, tmp_path):
+    reader, writer = "r" * 20, "w" * 20
+    (tmp_path / "keys").write_text(f"# of the shop\nread {reader}\n\nwrite {writer}\n")
+    monkeypatch.setattr(replica, "keys", Keys.of(str(tmp_path / "keys")))
+
+    def key(one):
+        return {"authorization": f"Bearer {one}"}
+
+    body, change = {"query": "oak", "k": 1}, {"product_ids": ["nobody"]}
+    for headers in ({}, key("x" * 20), {"authorization": f"Basic {reader}"}, key("ß")):
+        headers = {name: value.encode() for name, value in headers.items()}
+        for answer in (
+            client.post("/v1/retrieve", json=body, headers=headers),
+            client.post("/v1/withdraw", json=change, headers=headers),
+            client.get("/v1/release", headers=headers),
+            client.get("/v1/docids/<a_1>", headers=headers),
+        ):
+            refused(answer, 401, "Authorization: Bearer KEY")
+            assert answer.headers["www-authenticate"] == "Bearer"
+    for one in (reader, writer):
+        assert client.post("/v1/retrieve", json=body, headers=key(one)).status_code == 200
+    refused(client.post("/v1/withdraw", json=change, headers=key(reader)), 403, "may read, not change")
+    called = []
+    monkeypatch.setattr(
+        replica.serving.now.updates, "change", lambda build: called.append(build()) or {"number": 1}, raising=False
+    )
+    assert client.post("/v1/withdraw", json=change, headers=key(writer)).status_code == 200 and len(called) == 1
+    assert client.get("/healthz").status_code == client.get("/readyz").status_code == client.get("/").status_code == 200
+
+
+def test_keys_that_cannot_be_used_are_refused_without_being_named(tmp_path, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert not Keys.of(None)
+    monkeypatch.setenv(VARIABLE, "write " + "s" * 16)
+    assert Keys.of(None).any_writes
+    for wrong in ("write short-secret", "delete " + "secret" * 4, "secret" * 4):
+        with pytest.raises(InputError, match="line 1 of CATID2_KEYS is no key") as error:
+            Keys(wrong)
+        assert "secret" not in str(error.value)
+    with pytest.raises(InputError, match="cannot be read"):
+        Keys.of(str(tmp_path / "none"))
+    with pytest.raises(InputError, match="cannot be read"):
+        build(AppSettings(store="s", keys=str(tmp_path / "none")))
+
+
+def test_a_deployment_that_does_not_follow_names_its_release(monkeypatch):
     """A replica that starts after a publication serves what the others serve."""
     monkeypatch.setattr(releases, "current", lambda store: SimpleNamespace(name="r-first"))
     # Not bound in truth: a replica that another test has asked in this process cannot be pickled.
     monkeypatch.setattr(type(RetrieverReplica), "bind", lambda self, settings: settings)
-    assert build(AppSettings(store="s")).release == "r-first"
+    assert build(AppSettings(store="s", follow=False)).release == "r-first"
     assert build(AppSettings(store="s", release="r-older")).release == "r-older"
+    assert build(AppSettings(store="s")).release is None and AppSettings(store="s").follows
 
 
 def test_a_port_in_use_is_refused():

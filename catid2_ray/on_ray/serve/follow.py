@@ -1,0 +1,113 @@
+"""From one release to the next while queries are answered: load beside, look at it, change one reference, keep the last.
+
+A request takes `now` once and is answered from it whole. Loading happens in the follower's thread; what is refused is said once
+and not tried again until something else becomes current, and what may pass (a store that does not answer, too little memory) is
+tried again, less and less often. The release before is kept open, so that a rollback to it takes no loading.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+from catid2_ray.artifacts import history
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.store import Store
+from catid2_ray.errors import CatidError
+from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.serve.opened import Opened
+from catid2_ray.on_ray.serve.settings import AppSettings
+
+_LONGEST_WAIT_S = 300.0
+
+
+class Serving:
+    """What a replica serves: `now`, and `last`, what it served before (None: nothing). `refused`: the release that is current but
+    not served, and why (None: there is none). `swaps`: changes of release so far; `failures`: looks in a row that failed."""
+
+    def __init__(self, store: Store, settings: AppSettings, *, open: Callable[..., Opened] = Opened):
+        self.store, self.settings, self._open = store, settings, open
+        self.last: Opened | None = None
+        self.refused: tuple[str, str] | None = None
+        self._ended, self._seen, self.swaps, self.failures = threading.Event(), 0, 0, 0
+        self.now = self._first() if settings.follows else self._opened(self._named())
+        self.now.updates.follow(settings.poll_s)
+        if settings.follows:
+            threading.Thread(target=self._follow, name="releases", daemon=True).start()
+
+    def _named(self) -> str:
+        return self.settings.release or releases.current(self.store).name
+
+    def _opened(self, name: str, **options) -> Opened:
+        return self._open(self.store, name, self.settings, **options)
+
+    def _first(self) -> Opened:
+        """The current release or, where it is refused, the last before it that is not: what other replicas still serve."""
+        self._seen, name = releases.pointer(self.store)
+        releases.current(self.store)  # says what to do where there is none
+        try:
+            return self._opened(name)
+        except CatidError as error:
+            if error.transient:
+                raise
+            first = error
+        for earlier in reversed(history.path(history.entries(self.store))[:-1]):
+            try:
+                opened = self._opened(earlier)
+            except CatidError:
+                continue
+            self._refuse(name, first)
+            return opened
+        raise first
+
+    def look(self) -> bool:
+        """Serve what is current now; returns whether anything became current. Raises where it may work later."""
+        number, name = releases.pointer(self.store)
+        if number == self._seen or name is None:
+            return False
+        if name != self.now.name:
+            try:
+                self._change(name)
+            except Exception as error:
+                self._refuse(name, error)
+                if not isinstance(error, CatidError) or error.transient:
+                    raise
+                self._seen = number
+                return False
+        self._seen, self.refused = number, None
+        return True
+
+    def _change(self, name: str) -> None:
+        began, before = time.monotonic(), self.now
+        if self.last is not None and self.last.name == name:
+            new = self.last
+            new.updates.catch_up()
+        else:
+            if self.last is not None:  # three at once would not fit
+                self.last.end()
+                self.last = None
+            new = self._opened(name, beside=True)
+            new.updates.follow(self.settings.poll_s)
+        self.now, self.last = new, before
+        self.swaps += 1
+        progress.event("serves", release=name, before=before.name, seconds=f"{time.monotonic() - began:.1f}")
+
+    def _refuse(self, name: str, error: Exception) -> None:
+        if self.refused is None or self.refused[0] != name:
+            progress.event("release_refused", release=name, reason=repr(f"{type(error).__name__}: {error}"))
+        self.refused = name, str(error)
+
+    def _follow(self) -> None:
+        while not self._ended.wait(min(self.settings.follow_s * 2**self.failures, _LONGEST_WAIT_S)):
+            try:
+                self.look()
+                self.failures = 0
+            except Exception as error:  # this thread must outlive whatever a store or a release holds
+                if self.failures == 0:
+                    progress.event("releases_not_followed", reason=repr(f"{type(error).__name__}: {error}"))
+                self.failures = min(self.failures + 1, 30)
+
+    def end(self) -> None:
+        self._ended.set()
+        for one in (self.now, self.last):
+            if one is not None:
+                one.end()

@@ -1,0 +1,119 @@
+"""One release as a replica holds it: found whole, asked what it was asked when it was evaluated, and kept from gc.
+
+Opening says no before anybody is answered from it: parts that do not belong together, files that are not what their manifests
+say, a machine that has not the memory for one release more, answers that are not those of the evaluation.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts import uses
+from catid2_ray.artifacts.manifest import Manifest
+from catid2_ray.artifacts.stages import ANSWERS
+from catid2_ray.artifacts.store import Store
+from catid2_ray.errors import CatidError, ReleaseError
+from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
+from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from catid2_ray.on_ray.serve.newcomers import Newcomers
+from catid2_ray.on_ray.serve.settings import AppSettings
+from catid2_ray.retrieval.retriever import Retriever
+
+CANARY_QUERY = "canary"
+SAME_ANSWERS = 0.95  # of the products that the evaluation found, so many must be found again
+_SLACK = 1.2  # memory that one more release takes, over the bytes of what is not mapped
+_BATCH = 16
+# Parts of which a replica holds copies; trie, vectors and columns are mapped, and their pages are the machine's to drop.
+_HELD = ("generator", "embeddings", "adapter")
+
+
+class OutOfMemory(CatidError):
+    """There is no room for a second release now; there may be later."""
+
+    transient = True
+
+
+class Opened:
+    """A release, its retriever, and the series of its changes. Raises ArtifactError, ReleaseError, StorageError, OutOfMemory."""
+
+    def __init__(self, store: Store, name: str, settings: AppSettings, *, beside: bool = False):
+        release = releases.load(store, name)
+        self.name, self.created = release.name, release.created
+        # Before it is opened: gc keeps the releases that replicas name.
+        self.use = uses.served(store, name, command="catid2 serve", say=progress.event)
+        try:
+            self.parts = release.manifests(store)
+            if beside:
+                check_memory(self.parts, free_memory())
+            self.retriever = open_retriever(
+                releases.release_folder(store, release, releases.default_cache()), device=settings.device,
+                dtype=settings.dtype, weights=settings.weights, normalize=settings.normalize,
+            )  # fmt: skip
+            check_answers(self.retriever, stored_answers(store, self.parts), name)
+            self.newcomers = Newcomers(store, self.parts)
+            self.updates = LiveUpdates(self.retriever, LiveLog(store, name))
+            self.updates.catch_up()
+        except BaseException:
+            self.use.end()
+            raise
+
+    def end(self) -> None:
+        """Others may delete the release now; who still searches it may go on."""
+        self.updates.end()
+        self.use.end()
+
+
+def stored_answers(store: Store, parts: dict[str, Manifest]) -> dict[str, list[str]]:
+    """Query → the best products that the release's evaluation found by what is served. Empty where none was kept, and where an
+    append took the evaluation over from the release before."""
+    evaluation = parts["evaluation"]
+    if not evaluation.named(ANSWERS) or evaluation.parents["ids"] != parts["ids"].digest:
+        return {}
+    return json.loads(store.read(evaluation.file(ANSWERS)))
+
+
+def check_answers(retriever: Retriever, answers: dict[str, list[str]], name: str) -> None:
+    """Raise ReleaseError unless the release, before any change, finds SAME_ANSWERS of the products that its evaluation found."""
+    if not answers:
+        retriever.retrieve([CANARY_QUERY], k=1)
+        return
+    queries, found, expected = list(answers), 0, sum(map(len, answers.values()))
+    k = max(1, *map(len, answers.values()))
+    for start in range(0, len(queries), _BATCH):
+        asked = queries[start : start + _BATCH]
+        for query, hits in zip(asked, retriever.retrieve([one[: retriever.max_query_chars] for one in asked], k=k)):
+            found += len({hit.product_id for hit in hits} & set(answers[query]))
+    if found < SAME_ANSWERS * expected:
+        raise ReleaseError(
+            f"release {name} gives back {found} of the {expected} products that its evaluation found for {len(queries)} queries, "
+            f"less than {SAME_ANSWERS:.0%}: another device, precision or version may be the cause; evaluate it there, or publish "
+            "it again"
+        )
+
+
+def free_memory(
+    cgroup: Path = Path("/sys/fs/cgroup"), available: Callable[[], int] = lambda: psutil.virtual_memory().available
+) -> int:
+    """Bytes that a process may still take: of the machine, and of its control group (version 2) where that is less."""
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return available() if limit == "max" else min(available(), int(limit) - int(used))
+    except (OSError, ValueError):
+        return available()
+
+
+def check_memory(parts: dict[str, Manifest], free: int) -> None:
+    """Raise OutOfMemory where the parts that a replica copies do not fit `free` bytes."""
+    needed = int(_SLACK * sum(file["bytes"] for name in _HELD if name in parts for file in _loaded(parts[name])))
+    if needed > free:
+        raise OutOfMemory(
+            f"one more release needs about {needed / 1e6:,.0f} MB beside the one that is served, and {free / 1e6:,.0f} MB are free"
+        )
+
+
+def _loaded(part: Manifest) -> list[dict]:
+    return part.named("encoder/") if part.kind == "embeddings" else part.files

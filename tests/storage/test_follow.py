@@ -1,0 +1,196 @@
+"""From one release to the next under a replica: what is opened, refused, kept, and what a request is answered from."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts import uses
+from catid2_ray.artifacts.store import Store
+from catid2_ray.errors import ReleaseError, StorageError
+from catid2_ray.on_ray.serve import opened as opened_module
+from catid2_ray.on_ray.serve.follow import Serving
+from catid2_ray.on_ray.serve.opened import (
+    Opened,
+    OutOfMemory,
+    check_answers,
+    check_memory,
+    free_memory,
+    stored_answers,
+)
+from catid2_ray.on_ray.serve.settings import AppSettings
+from tests.stored import unpack
+
+
+class Fake:
+    """A release as `Opened`, without its files."""
+
+    def __init__(self, store, name, settings, *, beside=False, wrong=()):
+        for kind, names in wrong:
+            if name in names:
+                raise kind(f"{name} is not good")
+        self.name, self.beside, self.ended, self.caught_up = name, beside, False, 0
+        self.updates = SimpleNamespace(follow=lambda every_s: None, catch_up=self._caught_up)
+
+    def _caught_up(self):
+        self.caught_up += 1
+
+    def end(self):
+        self.ended = True
+
+
+def serving(store, wrong=(), **settings):
+    asked = AppSettings(store=store.uri, **{"follow_s": 1e6, **settings})  # the thread sleeps: tests look themselves
+    return Serving(store, asked, open=lambda *arguments, **options: Fake(*arguments, wrong=wrong, **options))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path / "store"))
+
+
+def point_at(store, *names):
+    number = releases.pointer(store)[0]
+    for at, name in enumerate(names, number + 1):
+        if not store.exists(f"releases/{name}.json"):
+            store.write(f"releases/{name}.json", json.dumps({"name": name, "parts": {}, "created": ""}).encode())
+        store.create(f"current/{at:010d}.json", json.dumps({"release": name}).encode())
+
+
+def test_it_changes_to_what_becomes_current_and_keeps_the_last(store):
+    point_at(store, "r-1")
+    one = serving(store)
+    assert one.now.name == "r-1" and one.last is None and not one.look()
+    first = one.now
+    point_at(store, "r-2")
+    assert one.look() and (one.now.name, one.last) == ("r-2", first) and one.now.beside and not first.ended
+    point_at(store, "r-1")  # a rollback
+    second = one.now
+    assert one.look() and one.now is first and one.last is second and first.caught_up == 1
+    point_at(store, "r-3")
+    assert one.look() and one.now.name == "r-3" and one.last is first and second.ended and one.swaps == 3
+    one.end()
+    assert one.now.ended and first.ended
+
+
+def test_what_was_published_between_two_looks_is_passed_over(store):
+    point_at(store, "r-1")
+    one = serving(store)
+    point_at(store, "r-2", "r-1")
+    assert one.look() and one.now.name == "r-1" and one.swaps == 0
+
+
+def test_a_bad_release_is_refused_once_and_the_old_one_stays(store, capfd):
+    point_at(store, "r-1")
+    wrong = [(ReleaseError, {"r-2"})]
+    one = serving(store, wrong)
+    point_at(store, "r-2")
+    assert not one.look() and one.now.name == "r-1" and one.refused == ("r-2", "r-2 is not good")
+    assert not one.look() and capfd.readouterr().err.count("event=release_refused") == 1
+    point_at(store, "r-3")
+    assert one.look() and one.now.name == "r-3" and one.refused is None
+
+
+@pytest.mark.parametrize("kind", [StorageError, OutOfMemory, RuntimeError])
+def test_what_may_pass_is_tried_again(store, kind, capfd):
+    point_at(store, "r-1")
+    names = {"r-2"}
+    one = serving(store, [(kind, names)])
+    point_at(store, "r-2")
+    for _ in range(2):
+        with pytest.raises(kind):
+            one.look()
+        assert one.now.name == "r-1" and one.refused == ("r-2", "r-2 is not good")
+    assert capfd.readouterr().err.count("event=release_refused") == 1
+    names.clear()
+    assert one.look() and one.now.name == "r-2" and one.refused is None
+
+
+def test_a_replica_that_starts_while_the_current_release_is_bad_serves_the_one_before(store):
+    point_at(store, "r-1", "r-2", "r-3")
+    one = serving(store, [(ReleaseError, {"r-2", "r-3"})])
+    assert one.now.name == "r-1" and one.refused[0] == "r-3" and not one.look()
+    with pytest.raises(ReleaseError, match="r-3 is not good"):
+        serving(store, [(ReleaseError, {"r-1", "r-2", "r-3"})])
+    with pytest.raises(StorageError, match="r-3 is not good"):
+        serving(store, [(StorageError, {"r-3"})])
+
+
+def test_a_named_release_stays(store):
+    point_at(store, "r-1", "r-2")
+    assert serving(store, release="r-1").now.name == "r-1"
+    assert serving(store, follow=False).now.name == "r-2"
+    empty = Store(store.uri + "-empty")
+    for settings in ({}, {"follow": False}):
+        with pytest.raises(ReleaseError, match="nothing was published"):
+            serving(empty, **settings)
+
+
+def test_the_thread_outlives_every_error(store, monkeypatch):
+    point_at(store, "r-1")
+    one = serving(store, follow_s=0.01)
+    monkeypatch.setattr(releases, "pointer", lambda store: 1 / 0)
+    while one.failures < 3:
+        pass
+    monkeypatch.undo()
+    point_at(store, "r-2")
+    while one.now.name != "r-2":
+        pass
+    one.end()
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """The store of an earlier version."""
+    store = Store(unpack(tmp_path).store)
+    return store, releases.current(store).name
+
+
+def test_a_real_release_is_opened_whole(earlier):
+    store, name = earlier
+    opened = Opened(store, name, AppSettings(store=store.uri))
+    assert uses.of_releases(store) == {name: 1} and opened.retriever.retrieve(["hinge"], k=1)[0]
+    opened.end()
+    assert uses.of_releases(store) == {}
+
+
+def test_no_use_stays_where_opening_fails(earlier, monkeypatch):
+    store, name = earlier
+    monkeypatch.setattr(opened_module, "check_answers", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Opened(store, name, AppSettings(store=store.uri))
+    assert uses.of_releases(store) == {}
+
+
+def test_a_release_must_give_back_what_its_evaluation_found():
+    def finds(*per_query):
+        hits = iter([[SimpleNamespace(product_id=name) for name in names] for names in per_query])
+        return SimpleNamespace(max_query_chars=100, retrieve=lambda asked, k: [next(hits) for _ in asked])
+
+    answers = {"a": ["p1", "p2"], "b": ["p3"]}
+    check_answers(finds(["p2", "p1"], ["p3", "p9"]), answers, "r-1")
+    with pytest.raises(ReleaseError, match="r-1 gives back 2 of the 3 products"):
+        check_answers(finds(["p1", "p9"], ["p3"]), answers, "r-1")
+    check_answers(finds(["any"]), {}, "r-1")
+
+
+def test_an_append_s_release_is_not_asked_what_the_release_before_found():
+    evaluation = SimpleNamespace(named=lambda name: [name], parents={"ids": "old"}, file=str)
+    store = SimpleNamespace(read=lambda name: b'{"a": ["p1"]}')
+    parts = {"evaluation": evaluation, "ids": SimpleNamespace(digest="old")}
+    assert stored_answers(store, parts) == {"a": ["p1"]}
+    assert stored_answers(store, parts | {"ids": SimpleNamespace(digest="new")}) == {}
+    assert stored_answers(store, parts | {"evaluation": SimpleNamespace(named=lambda name: [])}) == {}
+
+
+def test_memory_is_looked_at_before_a_second_release_is_loaded(tmp_path):
+    part = SimpleNamespace(kind="generator", files=[{"bytes": 100_000_000}])
+    check_memory({"generator": part}, 120_000_001)
+    with pytest.raises(OutOfMemory, match="about 120 MB beside the one that is served, and 120 MB are free"):
+        check_memory({"generator": part}, 119_999_999)
+    assert free_memory(tmp_path / "none", lambda: 7) == 7
+    (tmp_path / "memory.current").write_text("300\n")
+    for limit, free in (("max", 500), ("400", 100), ("4000", 500)):
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        assert free_memory(tmp_path, lambda: 500) == free
