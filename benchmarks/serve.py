@@ -295,8 +295,8 @@ def report(figures: dict) -> str:
     )
     text = [
         "# Serving over HTTP\n",
-        f"Written by `benchmarks/serve.py`: release {bare[0]['release']}, {bare[0]['products']:,} products, k {K}, one replica "
-        f"of one thread, Ray's own HTTP proxy and the asker on the same machine, load average {figures['load']:.1f} at the beginning: "
+        f"Written by `benchmarks/serve.py`: release {bare[0]['release']}, {bare[0]['products']:,} products, k {K}, one replica of "
+        f"one thread, Ray's own HTTP proxy and the asker on one machine, load average {figures['load']:.1f} at the beginning: "
         f"{figures['machine']}. Medians over turns. Answers that differ from the bare retriever's: "
         f"{sum(one['wrong'] for one in (*closed, *figures['open'], burst))}.\n",
         table(head, rows, title="Closed loop"),

@@ -146,12 +146,14 @@ class Retriever:
         return None if expression is None else self.live.compile(expression)
 
     def retrieve(
-        self, queries: Sequence[str], *, k: int, filters: Sequence | None = None, allowed=None
-    ) -> list[list[Hit]]:
+        self, queries: Sequence[str], *, k: int, filters: Sequence | None = None, allowed=None,
+        beam_width: int | None = None,
+    ) -> list[list[Hit]]:  # fmt: skip
         """At most `k` products per query, best first.
 
         `filters`: a JSON expression, or None, for each query. `allowed`, instead: a `Filter` or bool per trie row for all of
-        them. Raises QueryError when any query, filter or k cannot be answered.
+        them. `beam_width`: at every level, in place of the release's. Raises QueryError when any query, filter or k cannot be
+        answered.
         """
         for query in queries:
             self.check(query, k=k)
@@ -166,13 +168,14 @@ class Retriever:
                 # A filter of the release allows no product that was inserted since.
                 allowed = LiveFilter(allowed, Filter.of(np.zeros(len(view.live_inserted), bool)))
             chosen = filters_for(allowed, view, len(queries))
-        widest = max(*self.widths[: self.levels], self._needed(k))
+        widths = self.widths_for(k, beam_width)
+        widest = max(widths)
         size, answers = max(1, min(self.batch, self.batch * 100 // widest)), []
         if self.lookahead and self.lookahead.lexical_weight:
             size = max(1, min(size, _SCORES // view.rows))
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
-            answers += self._answers(list(queries[part]), view, products, k, chosen[part])
+            answers += self._answers(list(queries[part]), view, products, k, chosen[part], widths)
         return answers
 
     def why_fewer(self, found: int, *, k: int, expression=None) -> Literal["search", "catalogue"] | None:
@@ -187,13 +190,14 @@ class Retriever:
     def _needed(self, k: int) -> int:
         return k if self.expansion is None else 1
 
-    def widths_for(self, k: int) -> list[int]:
-        """Beams at each level that is searched, for `k` products."""
-        return [max(width, self._needed(k)) for width in self.widths[: self.levels]]
+    def widths_for(self, k: int, beam_width: int | None = None) -> list[int]:
+        """Beams at each level that is searched, for `k` products; `beam_width`: in place of the release's."""
+        return [max(beam_width or width, self._needed(k)) for width in self.widths[: self.levels]]
 
-    def _answers(self, queries: list[str], view: LiveView, products: Products, k: int, allowed) -> list[list[Hit]]:
+    def _answers(
+        self, queries: list[str], view: LiveView, products: Products, k: int, allowed, widths
+    ) -> list[list[Hit]]:
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
-        widths = self.widths_for(k)
         result = constrained_beam_search(
             self.decoder, view, ids_BT, mask_BT, beam_width=widths, top_k=widths[-1] if self.expansion else k,
             allowed=allowed, normalize=self.normalize, levels=self.levels, memory=memory,

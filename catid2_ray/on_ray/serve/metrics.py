@@ -3,6 +3,7 @@
 docs/operations.md says what to alert on; deploy/grafana.json shows it.
 """
 
+import calendar
 import functools
 import time
 from typing import NamedTuple
@@ -54,6 +55,11 @@ def observe(name: str, value: float, **tags: str) -> None:
 
 def put(name: str, value: float, **tags: str) -> None:
     _meter(name).set(value, tags)
+
+
+def seconds_since(created: str) -> float:
+    """`created`: when a release was published, as it says so itself."""
+    return time.time() - calendar.timegm(time.strptime(created, "%Y-%m-%dT%H:%M:%SZ"))
 
 
 class Counted:
