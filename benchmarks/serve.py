@@ -11,6 +11,7 @@ Queries are the first words of seeded products of the release; every answer's pr
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -23,7 +24,7 @@ import psutil
 from harness import RESULTS, finish, in_fresh_process, memory_of, parser_of, rounded, table, where, wholes
 
 K, BATCH, QUERIES = 10, 16, 512
-CONNECTIONS = (1, 16, 32, 64)
+CLOSED = ((1, 1), (16, 1), (32, 1), (64, 1), (4, 16))  # connections, queries a request
 SHARES = (0.3, 0.7, 0.95)  # of HTTP's own saturation
 BURST = 300
 PERCENTILES = (50, 95, 99)
@@ -85,15 +86,21 @@ async def ask(options) -> dict:
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(120)) as session:
 
         async def one(number: int, due: float) -> None:
-            query = queries[number % len(queries)]
+            mine = [queries[(number + one) % len(queries)] for one in range(options.each)]
+            asked = {"query": mine[0]} if options.each == 1 else {"queries": mine}
             try:
-                async with session.post(options.url, json={"query": query, "k": K}) as answer:
-                    body = await answer.read()
-                    status = answer.status
+                async with session.post(options.url, json={**asked, "k": K}) as answer:
+                    body, status = await answer.read(), answer.status
             except aiohttp.ClientError as error:
                 body, status = b"", type(error).__name__
-            right = status != 200 or [hit["product_id"] for hit in json.loads(body)["products"]] == wanted[query]
-            done.append((time.perf_counter() - due, status, right))
+            seconds, right = time.perf_counter() - due, True
+            if status == 200:
+                said = json.loads(body)
+                answers = said.get("answers") or [said]
+                right = [[hit["product_id"] for hit in one["products"]] for one in answers] == [
+                    wanted[query] for query in mine
+                ]
+            done.append((seconds, status, right))
 
         async def closed(first: int, until: float) -> None:
             number = first
@@ -117,7 +124,7 @@ async def ask(options) -> dict:
     statuses = {str(status): sum(other == status for _, other, _ in done) for status in {one for _, one, _ in done}}
     figures = {name: 1e3 * float(np.percentile(good or [np.nan], p)) for name, p in zip(_QUANTILES, PERCENTILES)}
     return figures | {
-        "queries_a_second": len(good) / spent, "seconds": spent, "statuses": statuses,
+        "queries_a_second": options.each * len(good) / spent, "seconds": spent, "statuses": statuses,
         "wrong": sum(not right for _, _, right in done),
     }  # fmt: skip
 
@@ -149,7 +156,7 @@ class Service:
         from catid2_ray.on_ray.serve import app
 
         start = time.perf_counter()
-        settings = app.AppSettings(store=self.options.store, release=self.options.release)
+        settings = app.AppSettings(store=self.options.store, release=self.options.release, follow=False)
         deployment = app.RetrieverReplica.options(autoscaling_config=None, num_replicas=replicas)
         serve.run(deployment.bind(settings), name="catid2")
         return time.perf_counter() - start
@@ -165,9 +172,10 @@ class Service:
     def processes(self) -> dict[str, list[psutil.Process]]:
         found = {name: [] for name in self.NAMES}
         for process in psutil.Process().children(recursive=True):
-            for name, title in self.NAMES.items():
-                if any(part.startswith(title) for part in process.cmdline()[:1]):
-                    found[name].append(process)
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                words = process.cmdline()[:1]
+                for name, title in self.NAMES.items():
+                    found[name] += [process] * any(word.startswith(title) for word in words)
         return found
 
     def cpu(self) -> dict[str, float]:
@@ -188,7 +196,7 @@ class Service:
         arguments = [f"--{name}={value}" for name, value in how.items()]
         figures = in_fresh_process(__file__, "--part", "ask", "--url", self.url, "--queries", str(self.options.queries),
                                    *arguments)  # fmt: skip
-        answered = max(1, figures["statuses"].get("200", 0))
+        answered = max(1, figures["statuses"].get("200", 0)) * how.get("each", 1)
         spent = {f"{name}_cpu_ms": 1e3 * (after - before[name]) / answered for name, after in self.cpu().items()}
         return {**how, **figures, **spent}
 
@@ -205,8 +213,8 @@ def measured(options) -> dict:
         ready = service.run(1)
         service.asked(connections=BATCH, seconds=3)
         for turn in range(options.turns):
-            for connections in CONNECTIONS:
-                figures["closed"].append(service.asked(connections=connections, seconds=options.seconds))
+            for connections, each in CLOSED:
+                figures["closed"].append(service.asked(connections=connections, each=each, seconds=options.seconds))
                 print("closed", turn, figures["closed"][-1], flush=True)
             figures["bare"].append(in_fresh_process(__file__, *arguments))
             print("bare", figures["bare"][-1], flush=True)
@@ -233,9 +241,10 @@ def measured(options) -> dict:
 
 
 def saturation(closed: list[dict]) -> float:
-    """The median over turns of the best throughput of a turn."""
-    by_turn = np.array([one["queries_a_second"] for one in closed]).reshape(-1, len(CONNECTIONS))
-    return float(np.median(by_turn.max(1)))
+    """The median over turns of the best throughput of a turn, one query a request."""
+    by_turn = np.array([one["queries_a_second"] for one in closed]).reshape(-1, len(CLOSED))
+    single = [place for place, (_, each) in enumerate(CLOSED) if each == 1]
+    return float(np.median(by_turn[:, single].max(1)))
 
 
 def main() -> None:
@@ -250,6 +259,7 @@ def main() -> None:
     parser.add_argument("--queries", type=Path)
     parser.add_argument("--url")
     parser.add_argument("--connections", type=int)
+    parser.add_argument("--each", type=int, default=1, help="queries a request")
     parser.add_argument("--rate", type=float)
     parser.add_argument("--burst", type=int)
     options = parser.parse_args()
@@ -272,14 +282,14 @@ def report(figures: dict) -> str:
     bare, closed, burst = figures["bare"], figures["closed"], figures["burst"]
     alone = {name: float(np.median([one[name] for one in bare])) for name in ("queries_a_second", "cpu_ms")}
     rows = [["bare, batches of 16", alone["queries_a_second"], 1.0, alone["cpu_ms"], None, None, None, None, None]]
-    for connections in CONNECTIONS:
-        runs = [one for one in closed if one["connections"] == connections]
+    for connections, each in CLOSED:
+        runs = [one for one in closed if (one["connections"], one["each"]) == (connections, each)]
         middle = {
             name: float(np.median([one[name] for one in runs])) for name in runs[0] if isinstance(runs[0][name], float)
         }
         rows.append(
             [
-                f"HTTP, {connections} connections", middle["queries_a_second"],
+                f"HTTP, {connections} connections" + (f", {each} queries a request" if each > 1 else ""), middle["queries_a_second"],
                 middle["queries_a_second"] / alone["queries_a_second"], middle["replica_cpu_ms"], middle["proxy_cpu_ms"],
                 (middle["replica_cpu_ms"] + middle["proxy_cpu_ms"]) / alone["cpu_ms"], *(middle[name] for name in _QUANTILES),
             ]

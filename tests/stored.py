@@ -1,10 +1,14 @@
 """A release that earlier code published, laid out for a test: `tests/data/README.md` says what is in it."""
 
+import shutil
 import tarfile
 from pathlib import Path
 
 import yaml
 
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.manifest import Attempt
+from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 
 DATA = Path(__file__).parent / "data"
@@ -19,3 +23,22 @@ def unpack(folder: Path, name: str = "release_format_6", **sections) -> Recipe:
     for section, changes in sections.items():
         values[section] = values.get(section, {}) | changes
     return Recipe.build(values)
+
+
+def two_releases(folder: Path) -> tuple[Store, str, str]:
+    """The stored release, and a second, current one of the same products, ranked more by their words."""
+    store = Store(unpack(folder).store)
+    first = releases.current(store)
+    parts = first.manifests(store)
+    for part in ("serving", "evaluation"):
+        one = parts[part]
+        parents = one.parents | ({"serving": parts["serving"].digest} if "serving" in one.parents else {})
+        settings = one.settings | {"k": 7}
+        if part == "serving":
+            settings["expansion"] = one.settings["expansion"] | {"lexical_weight": 0.5}
+        attempt = Attempt(store, part, settings=settings, parents=parents, recipe=one.recipe)
+        shutil.copytree(store.path(one.folder), store.path(attempt.folder))
+        entries = [{**file, "name": attempt.name(file["name"])} for file in one.files]
+        entries.append(store.write_file(attempt.name("note.txt"), part.encode()))
+        parts[part] = attempt.commit(entries, rows=one.rows, metrics=one.metrics)
+    return store, first.name, releases.publish(store, parts, seen={first.name: 0})[0].name

@@ -147,7 +147,7 @@ class _Plan:
 
     def removals(self) -> list[Removal]:
         """In the order in which they are safe."""
-        gone = set(self.removed)
+        needed = history.left_since(self.moves, self.kept)
         size = {
             f"{folder}/{name}": entry.bytes
             for folder in ("current", "releases")
@@ -161,7 +161,7 @@ class _Plan:
         live = [
             Removal("changes while serving", f"live/{name}", _bytes(self.store.listing(f"live/{name}")), folder=True)
             for name in self.store.names("live")
-            if name in gone or name not in self.records
+            if name not in self.kept and name not in needed
         ]
         unused = [Removal("stale uses", f"uses/releases/{name}", 0) for name in self.stale]
         return [*moves, *records, *live, *self._artefacts(), *self._runs(), *unused]

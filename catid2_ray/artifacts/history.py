@@ -19,12 +19,22 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError
 
 
+class Left(NamedTuple):
+    """The release that a move of the pointer left, and how many live changes of it the catalogue of the new one could have seen;
+    `older`: the same of releases before, None where that is not known."""
+
+    release: str
+    seen: int
+    older: dict[str, int] | None
+
+
 class Entry(NamedTuple):
-    """One move of the pointer; `number` counts them from 1 on."""
+    """One move of the pointer; `number` counts them from 1 on. `after`: None where an older version moved it."""
 
     number: int
     release: str
     rolled_back: bool
+    after: Left | None = None
 
     @property
     def name(self) -> str:
@@ -42,10 +52,12 @@ def entries(store: Store) -> list[Entry]:
     """Every move of the pointer, oldest first; ArtifactError for a damaged record."""
     names = [name for name in store.names("current") if name.endswith(".json") and name[:-5].isdigit()]
     moves = []
-    for name in names:
+    for name, data in zip(names, store.read_many([f"current/{name}" for name in names])):
         try:
-            fields = json.loads(store.read(f"current/{name}"))
-            moves.append(Entry(int(name[:-5]), fields["release"], fields.get("rolled_back", False)))
+            fields = json.loads(data)
+            left = fields.get("after")
+            left = None if left is None else Left(left["release"], int(left["seen"]), left.get("older"))
+            moves.append(Entry(int(name[:-5]), fields["release"], fields.get("rolled_back", False), left))
         except (ValueError, TypeError, KeyError) as error:
             raise ArtifactError(
                 f"{store.uri_of(f'current/{name}')} is no record of a release ({error!r}); delete it"
@@ -63,6 +75,43 @@ def path(moves: Sequence[Entry]) -> list[str]:
         elif not steps or steps[-1] != move.release:
             steps.append(move.release)
     return steps
+
+
+def sources(moves: Sequence[Entry], name: str) -> dict[str, int]:
+    """Releases whose live changes may be younger than the catalogue of release `name`, in the order in which they were current; of
+    each, the number of its last change that is not.
+
+    For a release that was published: the one that was current when its job began, and those before, which may still be served.
+    For one that was gone back to: also those that were current since it was published, with all their changes. Of moves that an
+    older version made nothing is known, and nothing is taken.
+    """
+    mine = [place for place, move in enumerate(moves) if move.release == name]
+    if not mine:
+        return {}
+    published = max((place for place in mine if not moves[place].rolled_back), default=mine[-1])
+    before, seen = {move.release for move in moves[:published]}, {}
+    if (left := moves[published].after) is not None:
+        if left.older is not None:
+            seen = dict.fromkeys(before, 0) | left.older
+        seen[left.release] = left.seen
+    for move in moves[published + 1 : mine[-1] + 1]:
+        if move.after and move.after.release not in before:
+            seen.setdefault(move.after.release, 0)
+    order = dict.fromkeys(release for move in moves for release in (move.after and move.after.release, move.release))
+    known = [release for release in order if release in seen]
+    return {release: seen[release] for release in [*sorted(seen.keys() - order.keys()), *known] if release != name}
+
+
+def left_since(moves: Sequence[Entry], names: Sequence[str]) -> set[str]:
+    """Releases that were left by the moves that made these current or came after: their live changes may still be carried."""
+    first = min((place for place, move in enumerate(moves) if move.release in names), default=len(moves))
+    return {move.after.release for move in moves[first:] if move.after}
+
+
+def younger(store: Store, moves: Sequence[Entry], name: str) -> int:
+    """How many live changes of other releases are younger than the catalogue of this one, and will be carried over to it."""
+    counts = (releases.last_change(store, release, seen) - seen for release, seen in sources(moves, name).items())
+    return sum(counts)
 
 
 def rollback(store: Store, name: str | None = None) -> Rollback:
@@ -89,7 +138,7 @@ def rollback(store: Store, name: str | None = None) -> Rollback:
         verify(store, manifest)
     if name == current:
         return Rollback(release, current)
-    record = {"release": name, "by": uuid.uuid4().hex, "rolled_back": True}
+    record = {"release": name, "by": uuid.uuid4().hex, "rolled_back": True, "after": {"release": current, "seen": 0}}
     try:
         store.create(f"current/{moves[-1].number + 1:010d}.json", json.dumps(record).encode())
     except CommitConflict:

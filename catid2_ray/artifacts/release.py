@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -77,10 +77,14 @@ def check_parts(manifests: dict[str, Manifest]) -> None:
                 )
 
 
-def publish(store: Store, manifests: dict[str, Manifest], *, after: int | None = None) -> tuple[Release, bool]:
+def publish(
+    store: Store, manifests: dict[str, Manifest], *, after: int | None = None, seen: Mapping[str, int] | None = None
+) -> tuple[Release, bool]:
     """Make these parts the current release. Returns it and whether `current` moved (False: it was current already).
 
-    `after`: the number in `pointer` when the work began. Raises ReleaseError for a mixture, CommitConflict when another job
+    `after`: the number in `pointer` when the work began; `seen`: release → how many live changes it had then, before the catalogue
+    was read (`live_changes`). The move of the pointer keeps these numbers: changes beyond them are younger than the catalogue, and
+    whoever serves the release carries them over. Raises ReleaseError for a mixture, CommitConflict when another job
     published since.
     """
     needed = [part for part in PARTS if part not in OPTIONAL]
@@ -106,9 +110,11 @@ def publish(store: Store, manifests: dict[str, Manifest], *, after: int | None =
     try:
         if after is not None and number != after:
             raise CommitConflict
-        store.create(
-            f"current/{number + 1:010d}.json", json.dumps({"release": release.name, "by": uuid.uuid4().hex}).encode()
-        )
+        move = {"release": release.name, "by": uuid.uuid4().hex}
+        if seen is not None and current is not None:
+            older = {name: count for name, count in seen.items() if name != current}
+            move["after"] = {"release": current, "seen": seen.get(current, 0), "older": older}
+        store.create(f"current/{number + 1:010d}.json", json.dumps(move).encode())
     except CommitConflict:
         if after is not None and number < after:
             raise ReleaseError(
@@ -128,6 +134,21 @@ def pointer(store: Store) -> tuple[int, str | None]:
     if not names:
         return 0, None
     return int(names[-1][:-5]), _record(store, f"current/{names[-1]}", lambda fields: _plain(fields["release"]))
+
+
+def last_change(store: Store, release: str, after: int = 0) -> int:
+    """The number of the last change in a release's series of live changes, `after` where there is none beyond it; one listing."""
+    number = after
+    for name in store.names(f"live/{release}", after=f"{after:010d}.json"):
+        if name != f"{number + 1:010d}.json":
+            break
+        number += 1
+    return number
+
+
+def live_changes(store: Store) -> dict[str, int]:
+    """Release → how many live changes it has, of those that have any."""
+    return {name: last_change(store, name) for name in store.names("live")}
 
 
 def _record(store: Store, name: str, build):

@@ -132,6 +132,7 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
         f"Release {outcome.release.name} is current: {store.uri_of(f'releases/{outcome.release.name}.json')}",
         soft_wrap=True,
     )
+    _say_younger(outcome.figures["changes_to_carry"])
     queries = loaded.sample_queries or tuple(outcome.parts["evaluation"].metrics["sample_queries"])
     for query in queries:
         _answer(console, store, query, k=3)
@@ -141,6 +142,13 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
         f"-d '{{\"query\": \"{queries[0]}\", \"k\": 5}}'",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
+
+
+def _say_younger(changes: int) -> None:
+    if changes:
+        print(
+            f"Live changes that are younger than its catalogue: {changes:,}. The service carries over what it lacks of them."
+        )
 
 
 def _answer(console: Console, store: Store, query: str, *, k: int, expression: dict | None = None) -> None:
@@ -298,6 +306,7 @@ def rollback(
     if back.before == back.release.name:
         print(f"Release {back.release.name} is current already; nothing changed.")
         return
+    _say_younger(history.younger(opened, history.entries(opened), back.release.name))
     print(
         f"Release {back.release.name} is current again; it was {back.before}. Replicas that run serve what they opened: restart "
         "them. What is made next builds on the release that is current."

@@ -59,8 +59,7 @@ def reindex(recipe: Recipe, *, wait: bool = False, **choices: bool) -> Outcome:
         parts = chain(job)
         figures = figures_of(parts, job.store)
         _gate(job, figures)
-        release = job.publish(parts)
-    return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
+        return _published(job, parts, figures)
 
 
 def append_items(recipe: Recipe, *, wait: bool = False) -> Outcome:
@@ -70,8 +69,13 @@ def append_items(recipe: Recipe, *, wait: bool = False) -> Outcome:
         figures = figures_of(parts, job.store)
         if parts["evaluation"].parents["ids"] == parts["ids"].digest:  # else it is that of the release before
             _gate(job, figures)
-        release = job.publish(parts)
-    return Outcome(release=release, figures={"release": release.name, **figures}, parts=parts, made=job.made)
+        return _published(job, parts, figures)
+
+
+def _published(job: Job, parts: dict[str, Manifest], figures: dict) -> Outcome:
+    release = job.publish(parts)
+    figures = {"release": release.name, "changes_to_carry": job.younger, **figures}
+    return Outcome(release=release, figures=figures, parts=parts, made=job.made)
 
 
 def figures_of(parts: dict[str, Manifest], store: Store) -> dict:

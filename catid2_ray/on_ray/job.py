@@ -5,10 +5,10 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from catid2_ray.artifacts import history, uses
 from catid2_ray.artifacts import lease as leases
 from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts import release as releases
-from catid2_ray.artifacts import uses
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.stages import STAGES
@@ -70,7 +70,9 @@ class Job:
     which bars and log lines count them; empty where they are not counted. A stage has the name of the kind that it makes, but for
     "aligned", which makes a generator of a generator. `made` tells which stages ran, `committed` the keys of those that
     are there, made or found. `previous`: the release that is built on; `pointer`: how often something had been published when
-    the work began. `new_ledger`: a ledger may be begun anew where that of the previous release cannot be continued.
+    the work began, and `seen` how many live changes each release had then. `younger`: how
+    many came since, known once it has published. `new_ledger`: a ledger may be begun anew where that of the previous release
+    cannot be continued.
     `resize`: numbers that follow the catalogue's size are chosen anew, whatever the release has.
     `refit_encoder`: a fitted text encoder is fitted anew; `refresh_adapter`: so is the adapter. `lease`: that of the store;
     None for a job that only reads or compares. `say`: where the lines of the log go.
@@ -85,6 +87,8 @@ class Job:
     peak: cluster.PeakMemory | None = None
     previous: PreviousRelease | None = None
     pointer: int | None = None
+    seen: dict[str, int] | None = None
+    younger: int = 0
     new_ledger: bool = False
     resize: bool = False
     refit_encoder: bool = False
@@ -131,9 +135,21 @@ class Job:
             self.lease.check()
 
     def publish(self, parts: dict[str, Manifest]) -> Release:
-        """Make these parts the current release, if nothing else was published since the work began."""
+        """Make these parts the current release, if nothing else was published since the work began; counts and says how many live
+        changes are younger than its catalogue."""
         self.check_lease()
-        return releases.publish(self.store, parts, after=self.pointer)[0]
+        release, moved = releases.publish(self.store, parts, after=self.pointer, seen=self.seen)
+        self.younger = history.younger(self.store, history.entries(self.store), release.name) if moved else 0
+        if self.younger:
+            self.say("changes_to_carry", release=release.name, changes=self.younger)
+        return release
+
+    def look(self) -> str | None:
+        """The name of the release that is current, None where there is none. Keeps `pointer` and `seen`: to be called before the
+        catalogue is read."""
+        self.pointer, current = releases.pointer(self.store)
+        self.seen = releases.live_changes(self.store)
+        return current
 
     def produce(
         self, kind: str, settings: dict, parents: dict[str, Manifest], work: Callable[[Attempt], Manifest], *,

@@ -5,7 +5,6 @@ node vectors → examples → generator (→ prompts → generator aligned, wher
 (→ mixture, where weights are fitted) → evaluation → release
 """
 
-from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.config import Recipe, sizes
@@ -31,7 +30,7 @@ from catid2_ray.on_ray.stages.assign import stage as assign
 
 
 def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
-    """Run or find every stage up to `last`; returns their manifests by name. Sets `previous` and `pointer` of the job."""
+    """Run or find every stage up to `last`; returns their manifests by name. Sets `previous`, `pointer` and `seen` of the job."""
     begin(job)
     job.plan = planned(job.recipe, last)
     parts = {"catalog": catalog.run(job, {})}
@@ -95,9 +94,8 @@ def size(job: Job, parts: dict[str, Manifest], previous: PreviousRelease | None)
 
 
 def begin(job: Job) -> None:
-    """Set `previous` and `pointer` of the job; raises where the recipe does not go on from the release that is current."""
-    job.pointer, current = releases.pointer(job.store)
-    job.previous = open_previous(job.store, current, new_ledger=job.new_ledger)
+    """Set `previous`, `pointer` and `seen` of the job; raises where the recipe does not go on from the release that is current."""
+    job.previous = open_previous(job.store, job.look(), new_ledger=job.new_ledger)
     _refuse_new_ledger(job)
 
 
@@ -165,7 +163,7 @@ def append(job: Job) -> dict[str, Manifest]:
     with another quantizer, say; RecipeError where the recipe or the catalogue asks for another encoder, quantizer or kind of
     IDs than the release has. What the recipe leaves out is as in the recipe of the release; the job goes on with both.
     """
-    job.pointer, name = releases.pointer(job.store)
+    name = job.look()
     if name is None:
         raise ReleaseError(
             f"nothing was published to {job.store.uri} yet, so there is nothing to append to: run `catid2 reindex` first"

@@ -125,6 +125,47 @@ class Starts:
         return entries - low
 
 
+class _Shared:
+    """An array with room at its end, of which the first `used` rows are written."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.used = array, len(array)
+
+
+@dataclass(frozen=True, eq=False)
+class Growing:
+    """Rows to which more are appended: those with more share the memory of those before, which stay as they were.
+
+    Adding M rows copies M, and now and then all, so D rows cost O(D) in all. One thread at a time adds rows.
+    """
+
+    shared: _Shared
+    count: int
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> "Growing":
+        return cls(_Shared(rows), len(rows))
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.shared.array[: self.count]
+
+    def with_rows(self, more: np.ndarray) -> "Growing":
+        """With `more` at the end, of the same type and width."""
+        shared, end = self.shared, self.count + len(more)
+        # Another may have grown from these rows before: then the room behind them is taken.
+        if shared.used != self.count or end > len(shared.array):
+            array = np.empty((max(64, 2 * end), *shared.array.shape[1:]), shared.array.dtype)
+            array[: self.count] = self.rows
+            shared = _Shared(array)
+        shared.array[self.count : end] = more
+        shared.used = end
+        return Growing(shared, end)
+
+
 def read_header(path: Path, what: str, *, version: int, again: str) -> dict:
     """The JSON header at `path`, which is written last. Raises ArtifactError where it is missing, no header, or not of
     format `version`; the message says `what` lies in its folder, and to make it `again`."""

@@ -30,13 +30,13 @@ def below(live: LiveTrie, view: LiveView, prefix: tuple[int, ...]) -> Below:
         code_n, number_n = np.unique(codes_of(view, rows)[:, len(prefix)], return_counts=True)
         first_n = np.argsort(-number_n, kind="stable")[:_MOST]
         next_codes = list(zip(code_n[first_n].tolist(), number_n[first_n].tolist()))
-    categories = [] if live.filters is None else live.filters.most_common("category_path", rows, _MOST)
+    categories = [] if view.filters is None else view.filters.most_common("category_path", rows, _MOST)
     return Below(len(rows), next_codes, categories, rows[:_MOST].tolist())
 
 
-def category_of(live: LiveTrie, row: int) -> list[str] | None:
+def category_of(view: LiveView, row: int) -> list[str] | None:
     """The path of a row, root first; None where it has none, and where category_path is no filter column of the release."""
-    found = [] if live.filters is None else live.filters.most_common("category_path", np.array([row]), 1)
+    found = [] if view.filters is None else view.filters.most_common("category_path", np.array([row]), 1)
     return found[0][0] if found else None
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.beam import BeamResult
 from catid2_ray.retrieval.live import LiveView, codes_of, result_rows
+from catid2_ray.retrieval.products import Values
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
 
@@ -72,7 +73,7 @@ def expand(
 
     Kept are the best by `order`: "dense" (q · d, then `value_N`, then the lower row) or "value" (`value_N`, then the
     lower row; only what is kept is then scored by vectors, if there are any). `vectors` with `query_BD` (floats B×D) give
-    dense scores. `value_N`: a number per trie row, more is better, such as sales. `allowed`: a `Filter` or bool N, for a
+    dense scores. `value_N`: a number per trie row, or `Values`; more is better. `allowed`: a `Filter` or bool N, for a
     live view a `LiveFilter`; or a list with one of them, or None, per query. Of a live view, vectors and values may have
     more rows than the view has.
 
@@ -212,7 +213,7 @@ def _order_inputs(order: str, vectors, query_BD, value_N, rows: int, queries: in
         query_BD = vectors.check_queries(query_BD)
         if len(query_BD) != queries:
             raise InputError(f"{len(query_BD)} query vectors for {queries} queries of the result; give one for each")
-    if value_N is not None:
+    if value_N is not None and not isinstance(value_N, Values):
         value_N = np.asarray(value_N)
         if (
             value_N.ndim != 1
@@ -225,8 +226,8 @@ def _order_inputs(order: str, vectors, query_BD, value_N, rows: int, queries: in
     return query_BD, value_N
 
 
-def _values(value_N: np.ndarray, row_M: np.ndarray) -> np.ndarray:
-    value_M = value_N[row_M].astype(np.float64)
+def _values(value_N: np.ndarray | Values, row_M: np.ndarray) -> np.ndarray:
+    value_M = (value_N.of(row_M) if isinstance(value_N, Values) else value_N[row_M]).astype(np.float64)
     missing_M = np.isnan(value_M)
     if missing_M.any():
         raise InputError(f"the value of row {row_M[np.argmax(missing_M)]} is NaN; give every product a number")

@@ -1,11 +1,16 @@
 """Columns of the product table as filters read them: which operators each type takes, and the rows that match.
 
-Text becomes numbers in the order of the text, so a subtree of categories is one interval of numbers.
+Text becomes numbers in the order of the text, so a subtree of categories is one interval of numbers. Values that change
+later lie over a column (`Overlaid`), which itself stays as it is.
 """
 
 import math
 from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
+from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
 from typing import Protocol
@@ -294,3 +299,113 @@ class _Products(_Text):
 
     def match(self, condition):
         return pc.is_in(self.values, pa.array(condition["in"], self.values.type)).to_numpy()
+
+
+def arrow_values(values: Sequence, dtype: pa.DataType) -> pa.Array:
+    """Values as JSON or Python gives them (None: missing) as an Arrow array of a column's type.
+
+    Stricter than Arrow, which makes 1 of 1.5, a number of true and two names of "ab"; more patient with what JSON lacks:
+    dates may be text YYYY-MM-DD, decimals floats. Raises ValueError, TypeError or OverflowError saying which value.
+    """
+    convert = _converter(dtype)
+    array = pa.array([None if value is None else convert(value) for value in values], dtype)
+    if pa.types.is_floating(dtype) and pc.all(pc.is_finite(array)).as_py() not in (True, None):
+        raise ValueError("numbers must be finite and in the range of the type")
+    return array
+
+
+def _converter(dtype: pa.DataType):
+    def refused(value):
+        raise ValueError(f"found {value!r}")
+
+    def number(value):
+        value = value.item() if isinstance(value, np.generic) else value
+        return value if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) else refused(value)
+
+    if _is_text(dtype):
+        return lambda value: value if isinstance(value, str) else refused(value)
+    if pa.types.is_boolean(dtype):
+        return lambda value: bool(value) if isinstance(value, (bool, np.bool_)) else refused(value)
+    if pa.types.is_integer(dtype):
+        return lambda value: int(value) if number(value) == int(value) else refused(value)
+    if pa.types.is_floating(dtype):
+        return lambda value: float(number(value))
+    if pa.types.is_decimal(dtype):
+        return lambda value: Decimal(repr(number(value))) if isinstance(value, float) else Decimal(number(value))
+    if pa.types.is_date(dtype):
+        return lambda value: value if isinstance(value, date) else date.fromisoformat(value)
+    return lambda value: list(value) if isinstance(value, (list, tuple, np.ndarray)) else refused(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Later:
+    """Values that some rows of a column got later: `row_X` (ascending, each once), `values` (Arrow)."""
+
+    row_X: np.ndarray
+    values: pa.Array
+
+    @classmethod
+    def of(cls, row_M: np.ndarray, values: pa.Array) -> "Later":
+        """Rows in any order; of a row that is given twice the last value counts."""
+        row_X, last_X = np.unique(row_M[::-1], return_index=True)
+        return cls(row_X, values.take(pa.array(len(row_M) - 1 - last_X)))
+
+
+def laid_over(blocks: Sequence[Later], later: Later) -> tuple[Later, ...]:
+    """`blocks`, oldest first, and `later` on top. Blocks merge when the last outgrow half of the one before, so a row is
+    copied O(log X) times in all."""
+    kept = len(blocks)
+    while kept and len(blocks[kept - 1].row_X) < 2 * (sum(len(one.row_X) for one in blocks[kept:]) + len(later.row_X)):
+        kept -= 1
+    return (*blocks[:kept], merged((*blocks[kept:], later)))
+
+
+def merged(blocks: Sequence[Later]) -> Later:
+    """One block of all; at least one is given."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return Later.of(np.concatenate([one.row_X for one in blocks]), pa.concat_arrays([one.values for one in blocks]))
+
+
+def with_later(values: pa.Array | pa.ChunkedArray, blocks: Sequence[Later]) -> pa.Array:
+    """A column's values with those that came later."""
+    chunks = values.chunks if isinstance(values, pa.ChunkedArray) else [values]
+    if not blocks:
+        return pa.concat_arrays(chunks) if chunks else pa.array([], values.type)
+    at_N, later = np.arange(len(values)), merged(blocks)
+    at_N[later.row_X] = len(values) + np.arange(len(later.row_X))
+    return pa.concat_arrays([*chunks, later.values]).take(pa.array(at_N))
+
+
+class Overlaid:
+    """A column some of whose rows have got other values since. Immutable."""
+
+    def __init__(self, name: str, base: Column, blocks: tuple[Later, ...] = (), made: dict | None = None):
+        self.name, self.base, self.blocks = name, base, blocks
+        self.kind, self.operators, self.wrong = base.kind, base.operators, base.wrong
+        # The columns of blocks that were there before are kept.
+        made = made or {}
+        self._columns = {one: made.get(one) or column_of(name, pa.chunked_array([one.values])) for one in blocks}
+
+    def with_later(self, later: Later) -> "Overlaid":
+        """Raises InputError for values that the column cannot have."""
+        return Overlaid(self.name, self.base, laid_over(self.blocks, later), self._columns)
+
+    def match(self, condition) -> np.ndarray:
+        matched_N = self.base.match(condition)
+        # Columns may give what they keep.
+        matched_N = np.array(matched_N)
+        for later, column in self._columns.items():
+            matched_N[later.row_X] = column.match(condition)
+        return matched_N
+
+    def counted(self, rows: np.ndarray) -> dict[tuple[str, ...], int]:
+        """As `PathColumn.counted`."""
+        counted, left = Counter(), rows
+        for later, column in reversed(self._columns.items()):
+            at = np.minimum(np.searchsorted(later.row_X, left), len(later.row_X) - 1)
+            mine = later.row_X[at] == left
+            counted.update(column.counted(at[mine]))
+            left = left[~mine]
+        counted.update(self.base.counted(left))
+        return counted

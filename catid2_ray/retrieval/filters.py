@@ -19,13 +19,13 @@ Of a live trie a filter has two parts: bits for the base's rows, and bits for th
 N rows, W = N // 64 + 1 words of 64 rows, D inserted products.
 """
 
+import copy
 import json
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from catid2_ray.errors import InputError, QueryError
-from catid2_ray.retrieval.filter_columns import Column, PathColumn, column_of
+from catid2_ray.retrieval.filter_columns import Column, Later, Overlaid, column_of
 
 MAX_DEPTH = 20
 MAX_CONDITIONS = 100
@@ -218,7 +218,7 @@ class FilterIndex:
     decimals of at most 18 digits, dates, booleans, lists of strings (paths or sets), or dictionaries of these.
     `product_column` names the column of product ids, if it is there. Text is kept as numbers of 1 to 4 bytes a row,
     other columns as they are. `kept` filters are remembered, the least recently used forgotten first. `types`: what
-    inserted rows must have (`LiveFilterIndex`). Safe to use from many threads.
+    inserted rows must have (`live_filters.py`). Safe to use from many threads.
 
     Raises InputError for columns of other types or of different lengths.
     """
@@ -238,8 +238,24 @@ class FilterIndex:
             field.name: field.type.value_type if pa.types.is_dictionary(field.type) else field.type
             for field in table.schema
         }
-        self._cache: OrderedDict[str, Filter] = OrderedDict()
+        # Text of the expression → its filter, and the columns that it names.
+        self._cache: OrderedDict[str, tuple[Filter, set[str]]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def with_later(self, later: Mapping[str, Later]) -> "FilterIndex":
+        """An index in which some rows of some columns have other values; this one stays as it is, and they share the rest, with
+        the filters that name none of these columns. Raises InputError for values that a column cannot have."""
+        changed = copy.copy(self)
+        changed.columns = dict(self.columns)
+        for name, block in later.items():
+            column = self.columns[name]
+            column = column if isinstance(column, Overlaid) else Overlaid(name, column)
+            changed.columns[name] = column.with_later(block)
+        changed._lock = threading.Lock()
+        with self._lock:
+            kept = [(key, one) for key, one in self._cache.items() if not one[1] & later.keys()]
+        changed._cache = OrderedDict(kept)
+        return changed
 
     def compile(self, expression) -> Filter:
         """The filter of an expression (as at the top of this file; parsed JSON).
@@ -255,10 +271,11 @@ class FilterIndex:
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
-                return self._cache[key]
-        filter_ = Filter(self._parsed(expression, "$", _Counted())(), self.rows)
+                return self._cache[key][0]
+        counted = _Counted()
+        filter_ = Filter(self._parsed(expression, "$", counted)(), self.rows)
         with self._lock:
-            self._cache[key] = filter_
+            self._cache[key] = filter_, counted.columns
             while len(self._cache) > self.kept:
                 self._cache.popitem(last=False)
         return filter_
@@ -295,6 +312,7 @@ class FilterIndex:
 
     def _condition(self, name: str, values: dict, where: str, places: dict, counted: "_Counted"):
         counted.conditions += 1
+        counted.columns.add(name)
         counted.values += sum(len(value) for value in values.values() if isinstance(value, list))
         if counted.conditions > MAX_CONDITIONS:
             raise _error(where, f"a filter may hold {MAX_CONDITIONS} conditions; put values into one list")
@@ -325,93 +343,14 @@ class FilterIndex:
         return combine
 
 
-class LiveFilterIndex:
-    """A `FilterIndex` that takes rows: `insert` their columns in the order in which the trie takes the products
-    (`LiveTrie` does it). Safe to use from many threads.
-
-    Unusual: inserted rows lie in blocks that merge when the last outgrows half of the one before, so a row is indexed
-    O(log D) times in all, and one insert costs a millisecond wherever it falls (but for the merges: 50 ms at 50,000
-    rows)."""
-
-    def __init__(self, index: FilterIndex):
-        self.index = index
-        self._blocks: list[pa.Table] = []
-        self._indexed: list[FilterIndex] = []
-        self._compiled: WeakKeyDictionary[Filter, LiveFilter] = WeakKeyDictionary()
-        self._lock = threading.Lock()
-
-    @property
-    def inserted(self) -> int:
-        return sum(block.num_rows for block in self._blocks)
-
-    def rows_of(self, columns: Mapping | pa.Table | None, count: int) -> pa.Table:
-        """The columns of `count` new products as the index has them: Arrow, or lists; a column that is not given is
-        missing in each. Raises InputError for unknown columns, other types and other lengths."""
-        given = {} if columns is None else columns
-        names = given.column_names if isinstance(given, pa.Table) else list(given)
-        unknown = sorted(set(names) - set(self.index.types))
-        if unknown:
-            raise InputError(f"unknown columns {unknown} of inserted products; there are {sorted(self.index.types)}")
-        table = {}
-        for name, dtype in self.index.types.items():
-            try:
-                values = given[name] if name in names else pa.nulls(count, dtype)
-                arrow = isinstance(values, (pa.Array, pa.ChunkedArray))
-                table[name] = values.cast(dtype) if arrow else pa.array(list(values), dtype)
-            except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-                raise InputError(f'column "{name}" of inserted products is not {dtype} ({error})') from error
-            if len(table[name]) != count:
-                raise InputError(f'column "{name}" has {len(table[name])} values for {count} inserted products')
-        # A table keeps no number of rows without columns.
-        return pa.table(table) if table else pa.table({"": pa.nulls(count)})
-
-    def insert(self, rows: pa.Table) -> None:
-        """Append what `rows_of` made."""
-        if not rows.num_rows:
-            return
-        with self._lock:
-            blocks = [*self._blocks, rows]
-            merged = len(blocks) - 1
-            while merged and blocks[merged - 1].num_rows < 2 * sum(block.num_rows for block in blocks[merged:]):
-                merged -= 1
-            last = pa.concat_tables(blocks[merged:]).combine_chunks()
-            indexed = FilterIndex(last, product_column=self.index.product_column, kept=0)
-            self._blocks, self._indexed = [*blocks[:merged], last], [*self._indexed[:merged], indexed]
-
-    def compile(self, expression) -> LiveFilter:
-        """As `FilterIndex.compile`, over base and inserted rows; kept as long as the index keeps the base's filter."""
-        base = self.index.compile(expression)
-        with self._lock:
-            blocks, inserted, filter_ = self._indexed, self.inserted, self._compiled.get(base)
-        if filter_ is not None and len(filter_.inserted) == inserted:
-            return filter_
-        bits = [block.compile(expression).allowed_N for block in blocks]
-        filter_ = LiveFilter(base, Filter.of(np.concatenate([np.empty(0, bool), *bits])))
-        with self._lock:
-            self._compiled[base] = filter_
-        return filter_
-
-    def most_common(self, column: str, rows: np.ndarray, most: int) -> list[tuple[list[str], int]]:
-        """The `most` commonest lists in a column of lists of strings among `rows` (base, then inserted), with their numbers
-        of rows, commonest first; none for other columns."""
-        counted: Counter = Counter()
-        with self._lock:
-            parts, first = [self.index, *self._indexed], 0
-        for part in parts:
-            inside = rows[(rows >= first) & (rows < first + part.rows)] - first
-            if isinstance(kept := part.columns.get(column), PathColumn):
-                counted.update(kept.counted(inside))
-            first += part.rows
-        return [(list(path), number) for path, number in counted.most_common(most)]
-
-
 @dataclass
 class _Counted:
-    """Expressions, conditions and listed values of an expression, as far as it was read."""
+    """Expressions, conditions, listed values and named columns of an expression, as far as it was read."""
 
     nodes: int = 0
     conditions: int = 0
     values: int = 0
+    columns: set[str] = field(default_factory=set)
 
 
 _FORMS = '"all", "any", "not", "column" or "products"'

@@ -10,7 +10,7 @@ import json
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -176,10 +176,10 @@ class LexicalIndex:
             )
         score_BC = np.zeros(row_BC.shape, np.float32)
         for b, query in enumerate(queries):
-            terms, times = self._terms(query)
+            terms, times = self.terms(query)
             real_C = np.flatnonzero(row_BC[b] >= 0)
             if len(terms) and len(real_C):
-                score_BC[b, real_C] = self._scores(terms, times, row_BC[b, real_C])
+                score_BC[b, real_C] = self.of_rows(terms, times, row_BC[b, real_C])
         return score_BC
 
     def everywhere(self, queries: Sequence[str]) -> np.ndarray:
@@ -187,20 +187,26 @@ class LexicalIndex:
         pair in memory; then a query reads the postings of its words alone."""
         score_BN = np.zeros((len(queries), self.rows), np.float32)
         for score_N, query in zip(score_BN, queries):
-            # Words in ascending order, as `scores` adds them up.
-            for term, times in zip(*(part.tolist() for part in self._terms(query))):
-                first, end = self._postings.start_V1[term : term + 2]
-                score_N[self._postings.row_P[first:end]] += self._postings.weight_P[first:end] * np.float32(times)
+            self.add_everywhere(score_N, *self.terms(query))
         return score_BN
 
+    def add_everywhere(self, score_N: np.ndarray, terms: np.ndarray, times: np.ndarray) -> None:
+        """Add the BM25 of every row for one query, as `terms` gives it, to float32 N."""
+        start_U1, row_P, weight_P = self.postings.start_U1, self.postings.row_P, self.postings.weight_P
+        # Words in ascending order, as `scores` adds them up.
+        for at, number in zip(*self.postings.places(terms, times)):
+            first, end = start_U1[at : at + 2]
+            score_N[row_P[first:end]] += weight_P[first:end] * number
+
     @cached_property
-    def _postings(self) -> "_Postings":
+    def postings(self) -> "_Postings":
         by_term_P = np.argsort(self.term_P, kind="stable")
         row_P = np.repeat(np.arange(self.rows, dtype=np.int32), np.diff(self.start_N1))[by_term_P]
-        count_V = np.bincount(self.term_P, minlength=len(self.vocabulary))
-        return _Postings(np.concatenate(([0], np.cumsum(count_V))), row_P, self.weight_P[by_term_P])
+        term_U, start_U = np.unique(self.term_P[by_term_P], return_index=True)
+        return _Postings(term_U, np.append(start_U, len(row_P)), row_P, self.weight_P[by_term_P])
 
-    def _scores(self, terms: np.ndarray, times: np.ndarray, row_M: np.ndarray) -> np.ndarray:
+    def of_rows(self, terms: np.ndarray, times: np.ndarray, row_M: np.ndarray) -> np.ndarray:
+        """float32 M, the BM25 of some rows for one query, as `terms` gives it (at least one)."""
         first_M = self.start_N1[row_M]
         entry_P, owner_P = entries(first_M, self.start_N1[row_M + 1] - first_M)
         term_P = self.term_P[entry_P]
@@ -209,8 +215,8 @@ class LexicalIndex:
         weight_P = self.weight_P[entry_P[hit_P]] * times[at_P[hit_P]]
         return np.bincount(owner_P[hit_P], weight_P, len(row_M)).astype(np.float32)
 
-    def _terms(self, query: str) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the query's known words, ascending, and how often it has each."""
+    def terms(self, query: str) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the query's known words, ascending, and how often it has each (float32)."""
         counted = Counter(words(query, rules=self.rules))
         times_of = {self._place(word): times for word, times in counted.items()}
         times_of.pop(None, None)
@@ -224,11 +230,96 @@ class LexicalIndex:
 
 
 class _Postings(NamedTuple):
-    """Term v stands in rows `row_P[start_V1[v]]` … with weights `weight_P[start_V1[v]]` …"""
+    """The U terms that occur, ascending; term `term_U[u]` stands in rows `row_P[start_U1[u]]` … with weights
+    `weight_P[start_U1[u]]` …"""
 
-    start_V1: np.ndarray
+    term_U: np.ndarray
+    start_U1: np.ndarray
     row_P: np.ndarray
     weight_P: np.ndarray
+
+    def places(self, terms: np.ndarray, times: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """Which of the U terms these are, and their `times`; terms that do not occur are left out."""
+        if not len(self.term_U):
+            return [], times[:0]
+        at = np.minimum(np.searchsorted(self.term_U, terms), len(self.term_U) - 1)
+        known = self.term_U[at] == terms
+        return at[known].tolist(), times[known]
+
+
+@dataclass(frozen=True, eq=False)
+class GrownWords:
+    """The words of a release, and those of products inserted since: rows N … N + D − 1. Immutable.
+
+    Inserted rows lie in segments that merge when the last outgrow half of the one before, so that each row is copied
+    O(log D) times in all. Scores are those of one index, to the last bit.
+    """
+
+    base: LexicalIndex
+    segments: tuple[LexicalIndex, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.base.rows + sum(segment.rows for segment in self.segments)
+
+    def with_texts(self, texts: Sequence[str]) -> "GrownWords":
+        """With the words of more products."""
+        return self._with(self.base.more(texts))
+
+    def _with(self, last: LexicalIndex) -> "GrownWords":
+        kept, size = len(self.segments), last.rows
+        while kept and self.segments[kept - 1].rows < 2 * size:
+            kept -= 1
+            size += self.segments[kept].rows
+        last = _joined((*self.segments[kept:], last))
+        last.postings  # noqa: B018 (now, so that no query waits for it)
+        return GrownWords(self.base, (*self.segments[:kept], last))
+
+    def taken(self, at_M: np.ndarray) -> "GrownWords":
+        """The base and some of the inserted rows (ascending, counted from 0)."""
+        whole = _joined(self.segments)
+        entry_P, _ = entries(whole.start_N1[at_M], np.diff(whole.start_N1)[at_M])
+        start_N1 = np.concatenate(([0], np.cumsum(np.diff(whole.start_N1)[at_M])))
+        kept = replace(whole, start_N1=start_N1, term_P=whole.term_P[entry_P], weight_P=whole.weight_P[entry_P])
+        return GrownWords(self.base)._with(kept)
+
+    def scores(self, queries: Sequence[str], row_BC) -> np.ndarray:
+        """As `LexicalIndex.scores`, over all rows."""
+        row_BC, first = np.asarray(row_BC), self.base.rows
+        score_BC = self.base.scores(queries, np.where(row_BC >= first, -1, row_BC))
+        if row_BC.size and row_BC.max() >= self.rows:
+            raise InputError(
+                f"rows must be −1…{self.rows - 1}, found {row_BC.max()}; take index and trie from one release"
+            )
+        asked_B = [self.base.terms(query) if (row_C >= first).any() else None for query, row_C in zip(queries, row_BC)]
+        for segment in self.segments:
+            mine_BC = (row_BC >= first) & (row_BC < first + segment.rows)
+            for b in np.flatnonzero(mine_BC.any(1)).tolist():
+                if len(asked_B[b][0]):
+                    score_BC[b, mine_BC[b]] = segment.of_rows(*asked_B[b], row_BC[b, mine_BC[b]] - first)
+            first += segment.rows
+        return score_BC
+
+    def everywhere(self, queries: Sequence[str]) -> np.ndarray:
+        """float32 B×(N + D), as `LexicalIndex.everywhere`."""
+        score_BN = np.zeros((len(queries), self.rows), np.float32)
+        for score_N, query in zip(score_BN, queries):
+            asked, first = self.base.terms(query), 0
+            for part in (self.base, *self.segments):
+                part.add_everywhere(score_N[first : first + part.rows], *asked)
+                first += part.rows
+        return score_BN
+
+
+def _joined(parts: Sequence[LexicalIndex]) -> LexicalIndex:
+    """The rows of all, one part after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    count_N = np.concatenate([np.diff(part.start_N1) for part in parts])
+    return replace(
+        parts[0], start_N1=np.concatenate(([0], np.cumsum(count_N))),
+        term_P=np.concatenate([part.term_P for part in parts]), weight_P=np.concatenate([part.weight_P for part in parts]),
+    )  # fmt: skip
 
 
 def _weights(block: Block, idf_V: np.ndarray, mean_length: float) -> np.ndarray:

@@ -13,7 +13,7 @@ N rows of the base, D inserted products, L levels, B queries, K results, M rows 
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -25,25 +25,28 @@ import torch
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CapacityError, InputError
 from catid2_ray.retrieval.arrays import entries
-from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter, LiveFilterIndex
+from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
 from catid2_ray.retrieval.inserted import Inserted
-from catid2_ray.retrieval.products import ProductNames
+from catid2_ray.retrieval.live_filters import LiveFilterIndex
+from catid2_ray.retrieval.products import Newcomer, ProductNames, Products, check_value
 from catid2_ray.retrieval.trie import Trie
 
 
 @dataclass(frozen=True, eq=False)
 class LiveView:
-    """One state of a live trie; immutable, so that a search sees no change half-way.
+    """One state of a live trie and of all that is known of its products; immutable, so that a search sees no change half-way.
 
     `inserted`: None while there is none. `live_base` and `live_inserted`: the rows that count; the latter in the order
-    of insertion.
+    of insertion. `filters` and `products`: of the same rows, None where the live trie was made without.
     """
 
     base: Trie
     inserted: Inserted | None
     live_base: Filter
     live_inserted: Filter
-    _restricted: WeakKeyDictionary = field(default_factory=WeakKeyDictionary, repr=False)
+    filters: LiveFilterIndex | None = None
+    products: Products | None = None
+    _restricted: WeakKeyDictionary = field(init=False, default_factory=WeakKeyDictionary, repr=False)
 
     @property
     def codes_per_level(self) -> tuple[int, ...]:
@@ -80,6 +83,21 @@ class LiveView:
             inserted = Filter.of(allowed.inserted.allowed_N[: len(self.live_inserted)])
             self._restricted[allowed] = self.live_base & allowed.base, self._sorted(self.live_inserted & inserted)
         return self._restricted[allowed]
+
+    def compile(self, expression) -> LiveFilter:
+        """The filter of an expression for this view. Raises QueryError as `FilterIndex.compile`."""
+        if self.filters is None:
+            raise InputError("this live trie has no filter columns; give index=FilterIndex(…) when it is made")
+        return self.filters.compile(expression)
+
+    def with_live(self, rows: np.ndarray, live: bool) -> "LiveView":
+        """With these rows live, or none of them."""
+        size = self.base.rows
+        return replace(
+            self,
+            live_base=self.live_base.changed(rows[rows < size], live),
+            live_inserted=self.live_inserted.changed(rows[rows >= size] - size, live),
+        )
 
     def is_live(self, rows) -> np.ndarray:
         """bool, for each row. Raises IndexError for rows that do not exist."""
@@ -186,18 +204,32 @@ def result_rows(result, trie: Trie | LiveView, *, allowed=None, most: int | None
     return answers
 
 
+class _Change(NamedTuple):
+    """A change that fits the view it was checked against: newcomers with their IDs and the rows that they replace, the filter
+    columns after it, and the rows that get another value."""
+
+    newcomers: list[Newcomer]
+    codes_ML: np.ndarray
+    replaced: np.ndarray
+    filters: LiveFilterIndex | None
+    valued: np.ndarray
+    values: list[float | None]
+
+
 class LiveTrie:
-    """A base trie that takes changes. `view` is its state; every change makes a new one.
+    """A base trie that takes changes. `view` is its state; every change makes a new one, whole or not at all.
 
     `product_ids`: of the base's rows, in trie order (sequence, Arrow array, or `ProductNames` of the release); without
     them the base's products are named by row. `index`: the base's `FilterIndex`, for filters over inserted products too.
+    `products`: what is known of the base's rows, kept for the inserted ones too.
     A product that was withdrawn may be inserted anew with another ID, and its name means the row that was live last.
-    `most`: inserted products before the next release must take them over.
+    `most`: inserted products, live or withdrawn, before the next release must take them over; a row whose name has got
+    another row counts no more.
 
     A change by name costs O(log N) look-ups, and copies of D inserted products or of the base's N / 64 words of bits:
     1 to 2 ms for an insert at 49,000, less for a withdrawal among 10 million rows. The first search of a view with
     inserted products waits for their nodes, 2 to 3 ms at 49,000. Changes come from one thread at a time (a lock), views
-    may be read from any.
+    may be read from any. With `check_only` a change raises what it would raise, and changes nothing.
     """
 
     def __init__(
@@ -206,6 +238,7 @@ class LiveTrie:
         *,
         product_ids: Sequence[str] | pa.ChunkedArray | pa.Array | ProductNames | None = None,
         index: FilterIndex | None = None,
+        products: Products | None = None,
         most: int = 50_000,
     ):
         for name, part in (("product ids", product_ids), ("rows of filter columns", index and range(index.rows))):
@@ -213,16 +246,23 @@ class LiveTrie:
                 raise InputError(f"{len(part)} {name} for {base.rows} trie rows; take both from one release")
         named = product_ids is None or isinstance(product_ids, ProductNames)
         self.names = product_ids if named else ProductNames(product_ids)
-        self.filters = None if index is None else LiveFilterIndex(index)
         self.most, self.space = most, DocidSpace(base.codes_per_level)
         self.inserted: list[str] = []
         self._row_of: dict[str, int] = {}
+        self._counted = 0  # names whose row was inserted
         self._lock = threading.Lock()
-        self.view = LiveView(base, None, Filter.all_of(base.rows), Filter.of(np.empty(0, bool)))
+        filters = None if index is None else LiveFilterIndex(index)
+        self.view = LiveView(
+            base, None, Filter.all_of(base.rows), Filter.of(np.empty(0, bool)), filters=filters, products=products
+        )
 
     @property
     def base(self) -> Trie:
         return self.view.base
+
+    @property
+    def filters(self) -> LiveFilterIndex | None:
+        return self.view.filters
 
     @property
     def products(self) -> int:
@@ -236,10 +276,9 @@ class LiveTrie:
         return {} if self.filters is None else {name: str(kind) for name, kind in self.filters.index.types.items()}
 
     def compile(self, expression) -> LiveFilter:
-        """The filter of an expression for views taken before. Raises QueryError as `FilterIndex.compile`."""
-        if self.filters is None:
-            raise InputError("this live trie has no filter columns; give index=FilterIndex(…) when it is made")
-        return self.filters.compile(expression)
+        """The filter of an expression over the columns as they are now, for this view and those taken before. Raises
+        QueryError as `FilterIndex.compile`."""
+        return self.view.compile(expression)
 
     def insert(self, product_id: str, codes_L, columns: Mapping | None = None) -> int:
         """Add one product, its columns as one value each; returns its row. Raises as `insert_many`."""
@@ -247,74 +286,159 @@ class LiveTrie:
         return self.insert_many([product_id], [codes_L], columns)[0]
 
     def insert_many(self, product_ids: Sequence[str], codes_ML, columns: Mapping | pa.Table | None = None) -> list[int]:
-        """Add products with their IDs (integers M×L), all or none; returns their rows. `columns`: for filters, as
-        `LiveFilterIndex.rows_of` takes them; the product ids are filled in.
+        """Add products with their IDs, as `put`, but refuse those that are live; returns their rows."""
+        return self.put([Newcomer(one, "") for one in product_ids], codes_ML, columns, only_new=True)
 
-        Raises InputError for a code out of range, a product that is live already, columns that do not fit, or, unless
-        the trie is shared, an ID that a live product has; CapacityError beyond `most`.
+    def put(
+        self, newcomers: Sequence[Newcomer], codes_ML, columns: Mapping | pa.Table | None = None, *,
+        changed: Mapping[str, Mapping] | None = None, values: Mapping[str, float | None] | None = None,
+        only_new: bool = False, check_only: bool = False,
+    ) -> list[int]:  # fmt: skip
+        """Add products with their IDs (integers M×L) and change others in place, all or nothing; returns the new rows.
+
+        A newcomer takes the place of the live product of its name, and may take its ID; with `only_new` it is refused.
+        `columns`: the newcomers', for filters, as `LiveFilterIndex.rows_of` takes them; the product ids are filled in.
+        `changed`: product id → {column: value, None for a missing one} of live products; their other columns stay.
+        `values`: product id → business value of live products, None for none. Neither makes a row.
+
+        Raises InputError for a code out of range, a product named twice, columns, vectors or values that do not fit, changes
+        of products that are not live, or, unless the trie is shared, an ID that another live product has; CapacityError
+        beyond `most`.
         """
-        codes_ML, product_ids = self.space.check(codes_ML), list(product_ids)
-        if len(product_ids) != len(codes_ML):
-            raise InputError(f"{len(product_ids)} products to insert, but {len(codes_ML)} IDs; give one ID per product")
         with self._lock:
-            if len(self.inserted) + len(product_ids) > self.most:
-                raise CapacityError(
-                    f"{len(self.inserted)} products are inserted already, {len(product_ids)} more pass the limit of "
-                    f"{self.most}; publish a release that holds them"
-                )
-            self._claim(product_ids, self.space.pack(codes_ML), codes_ML)
-            table = self._table(product_ids, columns)
-            if not product_ids:
+            view, change = self.view, self._checked(newcomers, codes_ML, columns, changed or {}, values or {}, only_new)
+            if check_only:
                 return []
-            if table is not None:
-                # Before the view, so that a filter never has fewer rows than a view taken before it.
-                self.filters.insert(table)
-            view = self.view
-            rows = [view.rows + i for i in range(len(product_ids))]
-            inserted = (view.inserted or Inserted.none(view.base)).with_products(view.base, codes_ML)
-            live = Filter.of(np.append(view.live_inserted.allowed_N, np.ones(len(rows), bool)))
-            self.inserted += product_ids
-            self._row_of |= dict(zip(product_ids, rows))
-            self.view = LiveView(view.base, inserted, view.live_base, live)
+            rows = [view.rows + i for i in range(len(change.newcomers))]
+            self.view = self._with(view, change)
+            self.inserted += [one.product_id for one in change.newcomers]
+            self._means([one.product_id for one in change.newcomers], rows)
         return rows
 
-    def _table(self, product_ids: list[str], columns) -> pa.Table | None:
-        if self.filters is None:
-            if columns is not None:
+    @staticmethod
+    def _with(view: LiveView, change: _Change) -> LiveView:
+        now = view.with_live(change.replaced, False)
+        inserted, live, products = now.inserted, now.live_inserted, now.products
+        if change.newcomers:
+            inserted = (inserted or Inserted.none(view.base)).with_products(view.base, change.codes_ML)
+            live = Filter.of(np.append(live.allowed_N, np.ones(len(change.newcomers), bool)))
+        if products is not None:
+            products = products.with_newcomers(change.newcomers).with_values(change.valued, change.values)
+        return replace(now, inserted=inserted, live_inserted=live, filters=change.filters, products=products)
+
+    def _checked(self, newcomers, codes_ML, columns, changed: Mapping, values: Mapping, only_new: bool) -> _Change:
+        newcomers, view = list(newcomers), self.view
+        if not newcomers and not len(codes_ML):
+            codes_ML = np.empty((0, self.space.levels), np.int64)
+        codes_ML, names = self.space.check(codes_ML), [one.product_id for one in newcomers]
+        if len(names) != len(codes_ML):
+            raise InputError(f"{len(names)} products to insert, but {len(codes_ML)} IDs; give one ID per product")
+        self._refuse_many(names)
+        row_M = self._rows_named(names)
+        row_M = row_M[row_M >= 0]
+        replaced = row_M[view.is_live(row_M)]
+        self._refuse_twice(names, live=replaced if only_new else [])
+        self._refuse_taken_ids(names, codes_ML, view.with_live(replaced, False))
+        for name in (*changed, *values):
+            if name in names:
+                raise InputError(f"product {name!r} is put and changed in one request; put it with what it shall have")
+        valued = self._live_rows(list(values))
+        for name, value in values.items():
+            check_value(name, value)
+        if values and (view.products is None or view.products.values is None):
+            raise InputError(
+                f"product {next(iter(values))!r} gets a value, but the release has no values; publish one that has"
+            )
+        if view.products is not None:
+            view.products.check_newcomers(newcomers)
+        filters = self._filters(names, columns, changed)
+        return _Change(newcomers, codes_ML, replaced, filters, valued, list(values.values()))
+
+    def _refuse_many(self, names: list[str]) -> None:
+        size = self.base.rows
+        more = sum(self._row_of.get(name, -1) < size for name in set(names))
+        if names and self._counted + more > self.most:
+            raise CapacityError(
+                f"{self._counted} products are inserted already, {more} more pass the limit of {self.most}; publish a "
+                "release that holds them"
+            )
+
+    def _filters(self, product_ids: list[str], columns, changed: Mapping[str, Mapping]) -> LiveFilterIndex | None:
+        filters = self.filters
+        if filters is None:
+            if columns is not None or changed:
                 raise InputError("columns of inserted products need index=FilterIndex(…), which this live trie lacks")
             return None
-        name = self.filters.index.product_column
-        if name in self.filters.index.types:
+        name = filters.index.product_column
+        if name in filters.index.types:
             keys = columns.column_names if isinstance(columns, pa.Table) else columns or ()
             columns = {key: columns[key] for key in keys} | {name: product_ids}
-        return self.filters.rows_of(columns, len(product_ids))
+        later = filters.later_of(changed, self._live_rows(list(changed)))
+        return filters.with_later(later).with_rows(filters.rows_of(columns, len(product_ids)))
+
+    def _live_rows(self, names: list[str]) -> np.ndarray:
+        row_M = self._rows(names)
+        gone = np.flatnonzero(~self.view.is_live(row_M))
+        if len(gone):
+            raise InputError(f"product {names[gone[0]]!r} is withdrawn; restore it before it changes, or put it")
+        return row_M
 
     def row(self, product_id: str) -> int:
         """The row that a product id means: of the products of that name the one that was live last. Raises InputError."""
         return int(self._rows(product_id)[0])
 
-    def withdraw(self, products: Sequence[str] | Sequence[int]) -> None:
+    def withdraw(self, products: Sequence[str] | Sequence[int], *, check_only: bool = False) -> None:
         """Take products out of every answer, by product id or row; those already out stay out. Raises InputError."""
         with self._lock:
-            self._set_live(self._rows(products), False)
+            rows = self._rows(products)
+            if not check_only:
+                self.view = self.view.with_live(rows, False)
 
-    def restore(self, products: Sequence[str] | Sequence[int]) -> None:
+    def restore(self, products: Sequence[str] | Sequence[int], *, check_only: bool = False) -> None:
         """Bring withdrawn products back with the IDs they had; those already live stay. Raises InputError where a live
         product is of the same name or, unless the trie is shared, has the same ID."""
         with self._lock:
             rows = np.unique(self._rows(products))
             rows = rows[~self.view.is_live(rows)]
-            names, codes_ML = [self._name(row) for row in rows.tolist()], codes_of(self.view, rows)
-            self._claim(names, self.space.pack(codes_ML), codes_ML)
-            self._row_of |= {name: row for name, row in zip(names, rows.tolist()) if name is not None}
-            self._set_live(rows, True)
+            names = [self._name(row) for row in rows.tolist()]
+            named = [name for name in names if name is not None]
+            row_M = self._rows_named(named)
+            self._refuse_twice(named, live=row_M[self.view.is_live(row_M)])
+            self._refuse_taken_ids(names, codes_of(self.view, rows), self.view)
+            if not check_only:
+                self._means(named, [row for row, name in zip(rows.tolist(), names) if name is not None])
+                self.view = self.view.with_live(rows, True)
 
-    def _set_live(self, rows: np.ndarray, live: bool) -> None:
-        view, size = self.view, self.base.rows
-        base = view.live_base.changed(rows[rows < size], live)
-        self.view = LiveView(
-            view.base, view.inserted, base, view.live_inserted.changed(rows[rows >= size] - size, live)
-        )
+    def _means(self, names: list[str], rows: list[int]) -> None:
+        """From now on these names mean these rows."""
+        size = self.base.rows
+        self._counted += sum((row >= size) - (self._row_of.get(name, -1) >= size) for name, row in zip(names, rows))
+        self._row_of |= dict(zip(names, rows))
+
+    def _refuse_twice(self, names: list[str], *, live: Sequence[int]) -> None:
+        """Raise InputError where one of the rows `live` stands in the way, or a name is given twice."""
+        taken = [self._name(row) for row in live] + [name for name, count in Counter(names).items() if count > 1]
+        if taken:
+            raise InputError(f"product {taken[0]!r} is live already or given twice; withdraw it first")
+
+    def _refuse_taken_ids(self, names: list[str | None], codes_ML: np.ndarray, view: LiveView) -> None:
+        """Raise InputError unless products with these IDs may become live together in `view`."""
+        if view.base.shared or not len(codes_ML):
+            return
+        packed_M, node_M = self.space.pack(codes_ML), view.base.nodes_of(codes_ML)[:, -1].astype(np.int64)
+        clash = node_M >= 0
+        # Without shared IDs a node of the last depth is a row.
+        clash[clash] = view.live_base.allows(node_M[clash])
+        if view.inserted is not None:
+            clash |= view.live_sorted.count(*view.inserted.range_of(packed_M)) > 0
+        _, id_M, count_U = np.unique(packed_M, return_inverse=True, return_counts=True)
+        clash |= count_U[id_M] > 1
+        if clash.any():
+            first = int(np.argmax(clash))
+            raise InputError(
+                f"product {names[first]!r} would share the ID {self.space.text(codes_ML[first])} with a live product; "
+                "give it another, withdraw the other, or build the trie with shared=True"
+            )
 
     def _name(self, row: int) -> str | None:
         if row >= self.base.rows:
@@ -344,30 +468,3 @@ class LiveTrie:
         if rows.dtype.kind not in "iu" or (len(rows) and not 0 <= rows.min() <= rows.max() <= last):
             raise InputError(f"products are named by product id or by row 0…{last}, found {products[:3]}")
         return rows.astype(np.int64)
-
-    def _claim(self, names: list[str | None], packed_M: np.ndarray, codes_ML: np.ndarray) -> None:
-        """Raise InputError unless these products with these IDs may become live together."""
-        named = [name for name in names if name is not None]
-        rows = self._rows_named(named)
-        known = np.flatnonzero(rows >= 0)
-        taken = [named[i] for i in known[self.view.is_live(rows[known])].tolist()]
-        taken += [name for name, count in Counter(named).items() if count > 1]
-        if taken:
-            raise InputError(f"product {taken[0]!r} is live already or given twice; withdraw it first")
-        view = self.view
-        if view.base.shared or not len(packed_M):
-            return
-        node_M = view.base.nodes_of(codes_ML)[:, -1].astype(np.int64)
-        clash = node_M >= 0
-        # Without shared IDs a node of the last depth is a row.
-        clash[clash] = view.live_base.allows(node_M[clash])
-        if view.inserted is not None:
-            clash |= view.live_sorted.count(*view.inserted.range_of(packed_M)) > 0
-        _, id_M, count_U = np.unique(packed_M, return_inverse=True, return_counts=True)
-        clash |= count_U[id_M] > 1
-        if clash.any():
-            first = int(np.argmax(clash))
-            raise InputError(
-                f"product {names[first]!r} would share the ID {self.space.text(codes_ML[first])} with a live product; "
-                "give it another, withdraw the other, or build the trie with shared=True"
-            )

@@ -10,7 +10,6 @@ Immutable: a change gives a new object, so a search that began before sees no ha
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.errors import InputError, ReleaseError
-from catid2_ray.retrieval.arrays import pointer_type, read_array
-from catid2_ray.retrieval.lexical import LexicalIndex
-from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
+from catid2_ray.retrieval.arrays import Growing, pointer_type, read_array
+from catid2_ray.retrieval.filter_columns import Later, laid_over
+from catid2_ray.retrieval.lexical import GrownWords, LexicalIndex
+from catid2_ray.retrieval.vectors import GrownVectors, VectorStore, halves
 
 _NAMES = "product_names"
 # From this many names on, one scan of all product ids is cheaper than a binary search for each.
 _MANY = 1000
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def arrow_strings(values) -> pa.ChunkedArray | pa.Array | None:
@@ -45,9 +46,45 @@ class Newcomer:
 
 
 @dataclass(frozen=True, eq=False)
+class Values:
+    """The business value of each row, float32, −inf where a product has none: N of the release, D inserted, and what has
+    changed since."""
+
+    base_N: np.ndarray
+    grown: Growing
+    later: tuple[Later, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.base_N) + len(self.grown)
+
+    def with_rows(self, values: Sequence[float | None]) -> "Values":
+        return replace(self, grown=self.grown.with_rows(_valued(values)))
+
+    def with_later(self, row_M: np.ndarray, values: Sequence[float | None]) -> "Values":
+        return replace(self, later=laid_over(self.later, Later.of(row_M, pa.array(_valued(values)))))
+
+    def of(self, row_M: np.ndarray) -> np.ndarray:
+        """float32, the value of each row."""
+        new_M = row_M >= len(self.base_N)
+        value_M = np.empty(len(row_M), np.float32)
+        value_M[~new_M] = self.base_N[row_M[~new_M]]
+        value_M[new_M] = self.grown.rows[row_M[new_M] - len(self.base_N)]
+        for later in self.later:
+            at_M = np.minimum(np.searchsorted(later.row_X, row_M), len(later.row_X) - 1)
+            mine_M = later.row_X[at_M] == row_M
+            value_M[mine_M] = later.values.to_numpy()[at_M[mine_M]]
+        return value_M
+
+
+def _valued(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([-np.inf if value is None else value for value in values], np.float32)
+
+
+@dataclass(frozen=True, eq=False)
 class Products:
-    """`product_ids`, `titles`: Arrow, one per row of the release (titles may be absent); `values_N` float32; `vectors`;
-    `lexical`: each None where the release has none. `newcomers`: D products inserted since."""
+    """`product_ids`, `titles`: Arrow, one per row of the release (titles may be absent); `values_N` float32; `base_vectors`;
+    `base_lexical`: each None where the release has none. `newcomers`: D products inserted since, without their vectors; the
+    last three are what the release has and theirs."""
 
     product_ids: pa.Array | pa.ChunkedArray
     titles: pa.Array | pa.ChunkedArray | None = None
@@ -55,6 +92,13 @@ class Products:
     base_vectors: VectorStore | None = None
     base_lexical: LexicalIndex | None = None
     newcomers: tuple[Newcomer, ...] = field(default=(), repr=False)
+    values: Values | None = field(default=None, repr=False)
+    grown_vectors: GrownVectors | None = field(default=None, repr=False)
+    grown_words: GrownWords | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        if self.values is None and self.values_N is not None:
+            object.__setattr__(self, "values", Values(self.values_N, Growing.of(np.empty(0, np.float32))))
 
     def check(self, rows: int) -> None:
         """Raise ReleaseError where a column has not `rows` entries."""
@@ -66,8 +110,46 @@ class Products:
             if length != rows:
                 raise ReleaseError(f"{length} {name} for {rows} trie rows; take both from one release")
 
+    def check_newcomers(self, more: Sequence[Newcomer], *, complete: bool = True) -> None:
+        """Raise InputError for newcomers that cannot be added: text that is no UTF-8, a value that is not finite, a vector
+        that does not fit; also one without a vector where the release has vectors and they must be `complete`."""
+        for one in more:
+            if not all(isinstance(text, str) and _is_utf8(text) for text in (one.product_id, one.title)):
+                raise InputError(f"product {one.product_id!r}: product id and title must be text that UTF-8 can hold")
+            check_value(one.product_id, one.value)
+            if self.base_vectors is not None and (one.vector_D is not None or complete):
+                self._half(one)
+
+    def _half(self, one: Newcomer) -> np.ndarray:
+        width, vector_D = self.base_vectors.width, np.asarray(one.vector_D)
+        if vector_D.shape != (width,) or vector_D.dtype.kind not in "fiu" or not np.isfinite(vector_D).all():
+            raise InputError(f"the vector of product {one.product_id!r} must be {width} finite numbers")
+        return halves(vector_D.astype(np.float32)[None], self.base_vectors)[0]
+
     def with_newcomers(self, more: Sequence[Newcomer]) -> "Products":
-        return replace(self, newcomers=(*self.newcomers, *more))
+        """These and `more`, as `check_newcomers` wants them."""
+        if not more:
+            return self
+        changed = {"newcomers": (*self.newcomers, *(replace(one, vector_D=None) for one in more))}
+        if self.values is not None:
+            changed["values"] = self.values.with_rows([one.value for one in more])
+        if self.base_vectors is not None:
+            grown = self.grown_vectors or GrownVectors.of(self.base_vectors, ())
+            changed["grown_vectors"] = grown.with_halves(np.stack([self._half(one) for one in more]))
+        if self.base_lexical is not None:
+            changed["grown_words"] = (self.grown_words or GrownWords(self.base_lexical)).with_texts(
+                [one.title for one in more]
+            )
+        return replace(self, **changed)
+
+    def with_values(self, row_M: np.ndarray, values: Sequence[float | None]) -> "Products":
+        """Other values of some rows."""
+        return replace(self, values=self.values.with_later(row_M, values)) if len(row_M) else self
+
+    @property
+    def of_release(self) -> "Products":
+        """Without what has come or changed since."""
+        return Products(self.product_ids, self.titles, self.values_N, self.base_vectors, self.base_lexical)
 
     def name(self, row: int) -> str:
         # Row by row: `take` on a chunked column costs time in proportion to the catalogue, an index does not.
@@ -80,37 +162,32 @@ class Products:
             return self.newcomers[row - size].title
         return None if self.titles is None else self.titles[row].as_py()
 
-    @cached_property
-    def values(self) -> np.ndarray | None:
-        """float32 N + D, −inf where a product has no value."""
-        if self.values_N is None or not self.newcomers:
-            return self.values_N
-        values = [-np.inf if one.value is None else one.value for one in self.newcomers]
-        return np.append(self.values_N, np.array(values, np.float32))
-
-    @cached_property
+    @property
     def vectors(self) -> VectorStore | GrownVectors | None:
-        if self.base_vectors is None or not self.newcomers:
-            return self.base_vectors
-        return GrownVectors.of(self.base_vectors, np.stack([one.vector_D for one in self.newcomers]))
+        return self.grown_vectors or self.base_vectors
 
-    @cached_property
-    def _more_words(self) -> LexicalIndex:
-        return self.base_lexical.more([one.title for one in self.newcomers])
+    @property
+    def _words(self) -> LexicalIndex | GrownWords:
+        return self.grown_words or self.base_lexical
 
     def lexical_scores(self, queries: Sequence[str], row_BC) -> np.ndarray:
         """float32 B×C, BM25 of each candidate, as `LexicalIndex.scores`."""
-        row_BC = np.asarray(row_BC)
-        new_BC = row_BC >= self.base_lexical.rows
-        score_BC = self.base_lexical.scores(queries, np.where(new_BC, -1, row_BC))
-        if new_BC.any():
-            score_BC += self._more_words.scores(queries, np.where(new_BC, row_BC - self.base_lexical.rows, -1))
-        return score_BC
+        return self._words.scores(queries, row_BC)
 
     def all_lexical_scores(self, queries: Sequence[str]) -> np.ndarray:
         """float32 B×(N + D), BM25 of every product, as `LexicalIndex.everywhere`."""
-        score_BN = self.base_lexical.everywhere(queries)
-        return np.hstack((score_BN, self._more_words.everywhere(queries))) if self.newcomers else score_BN
+        return self._words.everywhere(queries)
+
+
+def check_value(product_id: str, value) -> None:
+    """Raise InputError unless `value` is None or a number that float32 can hold."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if value is not None and not (number and abs(value) <= _LARGEST):
+        raise InputError(f"the value of product {product_id!r} must be a finite number, found {value!r}")
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 class ProductNames:

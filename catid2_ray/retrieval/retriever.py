@@ -6,8 +6,7 @@ its node is near. Products may be inserted, withdrawn and restored while queries
 A k wider than the beam widens the beam, but where products are re-scored: there k is a cut of the candidates.
 """
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, Protocol
 
@@ -86,12 +85,13 @@ class Retriever:
         codes = trie.codes_per_level
         self.decoder = decoder_for(model, codes_per_level=codes, weights=weights)
         self.tokenizer, self.space = tokenizer, DocidSpace(tuple(codes))
-        self.products = products or Products(arrow_strings(product_ids), arrow_strings(titles))
-        self.products.check(trie.rows)
+        products = products or Products(arrow_strings(product_ids), arrow_strings(titles))
+        products.check(trie.rows)
         self.live = LiveTrie(
             trie,
-            product_ids=names or self.products.product_ids,
-            index=index or FilterIndex({"product_id": self.products.product_ids}),
+            product_ids=names or products.product_ids,
+            index=index or FilterIndex({"product_id": products.product_ids}),
+            products=products,
         )
         self.widths = (
             [beam_width] * trie.levels if isinstance(beam_width, int) else [int(width) for width in beam_width]
@@ -116,7 +116,6 @@ class Retriever:
             self.nodes = LiveNodes(nodes, trie)
         self.max_query_chars, self.query_tokens = max_query_chars, query_tokens
         self.normalize, self.release, self.batch = normalize, release, batch
-        self._changing = threading.Lock()
 
     @classmethod
     def open(cls, folder, **options) -> "Retriever":
@@ -126,6 +125,11 @@ class Retriever:
     @property
     def trie(self) -> Trie:
         return self.live.base
+
+    @property
+    def products(self) -> Products:
+        """What is known of each row now; a search reads those of its view."""
+        return self.live.view.products
 
     @property
     def beam_width(self) -> int:
@@ -159,10 +163,10 @@ class Retriever:
             self.check(query, k=k)
         if filters is not None and len(filters) != len(queries):
             raise QueryError(f"{len(filters)} filters for {len(queries)} queries; give one, or None, for each")
-        # The view first: filters and products then have at least its rows.
-        view, products = self.live.view, self.products
+        view = self.live.view
+        products = view.products
         if filters is not None and allowed is None:
-            chosen = [self.compile(one) for one in filters]
+            chosen = [None if one is None else view.compile(one) for one in filters]
         else:
             if isinstance(allowed, Filter):
                 # A filter of the release allows no product that was inserted since.
@@ -184,7 +188,7 @@ class Retriever:
         if found >= k:
             return None
         view = self.live.view
-        base, inserted = view.restricted(self.compile(expression))
+        base, inserted = view.restricted(None if expression is None else view.compile(expression))
         return "search" if base.total + inserted.total > found else "catalogue"
 
     def _needed(self, k: int) -> int:
@@ -238,8 +242,7 @@ class Retriever:
             return None
         words = None
         if self.lookahead.lexical_weight:
-            # Products may have come since the view was taken.
-            words = best_words(products.all_lexical_scores(queries)[:, : view.rows], view, allowed)
+            words = best_words(products.all_lexical_scores(queries), view, allowed)
         nodes = self.nodes.at(view, products.vectors)
         return Ahead(self.lookahead, nodes, query_BD, device=self.decoder.device, words=words)
 
@@ -252,7 +255,7 @@ class Retriever:
             logp_L = exact_scores(
                 self.decoder, self.trie, ids_BT, mask_BT, levels=self.levels, normalize=self.normalize, memory=memory
             )
-        ahead = self._ahead(queries, query_BD, view, self.products, [None] * len(queries))
+        ahead = self._ahead(queries, query_BD, view, view.products, [None] * len(queries))
         if ahead is None:
             return Exact(logp_L, logp_L)
         score_L = ahead.every_node(self.trie, self.levels, logp_L)
@@ -265,14 +268,15 @@ class Retriever:
         """What the release's search finds with other widths, one per level, before products are taken of it: IDs, or where
         `levels` (None: as released) ends it earlier, prefixes. `allowed`: as `retrieve` takes it. `scored_as`: other
         filters, one per query or None, whose products' best words count below a node; `allowed` then only leaves prefixes out."""
-        queries, view, products = list(queries), self.live.view, self.products
+        queries, view = list(queries), self.live.view
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
         chosen = filters_for(allowed, view, len(queries))
         return constrained_beam_search(
             self.decoder, view, ids_BT, mask_BT, beam_width=list(widths), top_k=top_k, allowed=chosen,
             normalize=self.normalize, levels=levels or self.levels, memory=memory,
             ahead=self._ahead(
-                queries, query_BD, view, products, chosen if scored_as is None else filters_for(scored_as, view, len(queries))
+                queries, query_BD, view, view.products,
+                chosen if scored_as is None else filters_for(scored_as, view, len(queries)),
             ),
         )  # fmt: skip
 
@@ -286,8 +290,7 @@ class Retriever:
             dense_BE = None if self.encode_query else getattr(self._encoded(list(queries))[2], "dense_BE", None)
             query_BD = self._vectors(list(queries), dense_BE)
             query_BD = torch.nn.functional.normalize(query_BD, dim=-1) if expansion.unit_vectors else query_BD
-        # Products that came since have vectors, too, but no row of the published trie.
-        products = self.products if trie is not None else replace(self.products, newcomers=())
+        products = self.products.of_release if trie is None else getattr(trie, "products", self.products)
         return expanded_hits(
             result, trie or self.trie, products, expansion, queries=queries, query_BD=query_BD, k=k, allowed=None,
             asked=self._asks,
@@ -312,34 +315,54 @@ class Retriever:
             raise InputError("there is no encoder for vectors of queries and new products; give encode_query")
         return vector_BD if self.adapter is None else torch.from_numpy(getattr(self.adapter, of)(vector_BD.numpy()))
 
-    def insert(self, newcomers: Sequence[Newcomer], codes_ML, columns=None) -> None:
-        """New products with their IDs (integers M×L), found from the next search on, all or none of them.
+    def insert(
+        self, newcomers: Sequence[Newcomer], codes_ML, columns=None, *, check_only: bool = False
+    ) -> None:  # fmt: skip
+        """As `put`, for products that are new: one that is live is refused."""
+        self._put(newcomers, codes_ML, columns, only_new=True, check_only=check_only)
 
-        `columns`: values for filters, as `LiveTrie.insert_many` takes them. A newcomer without a vector gets that of its
+    def put(
+        self, newcomers: Sequence[Newcomer] = (), codes_ML=(), columns=None, *,
+        changed: Mapping[str, Mapping] | None = None, values: Mapping[str, float | None] | None = None,
+        check_only: bool = False,
+    ) -> None:  # fmt: skip
+        """Insert or replace products with their IDs (integers M×L), and change others in place: from the next search on, all
+        of it or nothing. A search that runs sees the state before.
+
+        `newcomers`, `columns` (name → a value, or None, for each newcomer), `changed` (product id → {column: value}) and
+        `values` (product id → business value): as `LiveTrie.put` takes them. A newcomer without a vector gets that of its
         title where the release has vectors; one that it brings lies among the release's (V d, where there is an adapter).
-        Raises InputError as `insert_many`.
+        `check_only`: raise what the change would raise, and change nothing.
+        Raises InputError and CapacityError as `LiveTrie.put`; what is refused leaves no trace.
         """
-        with self._changing:
-            before = self.products
-            if before.base_vectors is not None:
-                newcomers = self._with_vectors(newcomers)
-            # Names and vectors first: whoever sees the new view finds them.
-            self.products = before.with_newcomers(newcomers)
-            try:
-                self.live.insert_many([one.product_id for one in newcomers], codes_ML, columns)
-            except BaseException:
-                self.products = before
-                raise
+        self._put(newcomers, codes_ML, columns, changed=changed, values=values, check_only=check_only)
 
-    def _with_vectors(self, newcomers: Sequence[Newcomer]) -> list[Newcomer]:
-        width, complete = self.products.base_vectors.width, []
-        for one in newcomers:
-            vector_D = one.vector_D
-            if vector_D is None:
-                dense_BE = None if self.encode_query else getattr(self._encoded([one.title])[2], "dense_BE", None)
-                vector_D = self._vectors([one.title], dense_BE, of="products")[0]
-            vector_D = np.asarray(vector_D, np.float32)
-            if vector_D.shape != (width,) or not np.isfinite(vector_D).all():
-                raise InputError(f"the vector of product {one.product_id!r} must be {width} finite numbers")
-            complete.append(Newcomer(one.product_id, one.title, vector_D, one.value))
-        return complete
+    def withdraw(self, products: Sequence[str], *, check_only: bool = False) -> None:
+        """As `LiveTrie.withdraw`."""
+        self.live.withdraw(products, check_only=check_only)
+
+    def restore(self, products: Sequence[str], *, check_only: bool = False) -> None:
+        """As `LiveTrie.restore`."""
+        self.live.restore(products, check_only=check_only)
+
+    def _put(self, newcomers: Sequence[Newcomer], codes_ML, columns, *, check_only: bool, **options) -> None:
+        newcomers, products = list(newcomers), self.products
+        products.check_newcomers(newcomers, complete=False)
+        wanting = [at for at, one in enumerate(newcomers) if one.vector_D is None]
+        if products.base_vectors is not None and wanting:
+            # Only to be checked, any vector will do: its title's fits.
+            vector_MD = np.zeros((len(wanting), products.base_vectors.width), np.float32)
+            if not check_only:
+                vector_MD = self._title_vectors([newcomers[at].title for at in wanting])
+            for at, vector_D in zip(wanting, vector_MD):
+                newcomers[at] = replace(newcomers[at], vector_D=vector_D)
+        self.live.put(newcomers, codes_ML, columns, check_only=check_only, **options)
+
+    def _title_vectors(self, titles: list[str]) -> np.ndarray:
+        """float32 M×D, as the release's products have them."""
+        vectors = []
+        # One by one, so that a vector does not depend on who comes beside it.
+        for title in titles:
+            dense_BE = None if self.encode_query else getattr(self._encoded([title])[2], "dense_BE", None)
+            vectors.append(np.asarray(self._vectors([title], dense_BE, of="products")[0], np.float32))
+        return np.stack(vectors)

@@ -9,13 +9,14 @@ N rows (products), D width of a vector, B queries, M rows asked for.
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from catid2_ray.errors import ArtifactError, InputError
-from catid2_ray.retrieval.arrays import read_header
+from catid2_ray.retrieval.arrays import Growing, read_header
 
 FORMAT = 1
 HEADER = "vectors.json"
@@ -162,14 +163,20 @@ class GrownVectors:
     """The vectors of a release, and those of products inserted since: rows N … N + D − 1. Scores as `VectorStore`."""
 
     base: VectorStore
-    inserted: VectorStore
+    grown: Growing
 
     @classmethod
     def of(cls, base: VectorStore, inserted_DD) -> "GrownVectors":
         """`inserted_DD`: floats D×width, scaled to length 1 if the base's are. Raises InputError as `VectorStore.write`."""
-        inserted = np.asarray(inserted_DD, np.float32).reshape(-1, base.width)
-        half = _half(inserted, base.rows, base.width, base.normalized) if len(inserted) else inserted.astype(np.float16)
-        return cls(base, VectorStore(half, base.normalized))
+        return cls(base, Growing.of(np.empty((0, base.width), np.float16))).with_halves(halves(inserted_DD, base))
+
+    def with_halves(self, half_MD: np.ndarray) -> "GrownVectors":
+        """These and M more, as `halves` gives them."""
+        return GrownVectors(self.base, self.grown.with_rows(half_MD))
+
+    @cached_property
+    def inserted(self) -> VectorStore:
+        return VectorStore(self.grown.rows, self.base.normalized)
 
     @property
     def rows(self) -> int:
@@ -201,6 +208,12 @@ class GrownVectors:
         score_M[~new_M] = self.base.scores(query_1D, row_M[~new_M])
         score_M[new_M] = self.inserted.scores(query_1D, row_M[new_M] - self.base.rows)
         return score_M
+
+
+def halves(vector_MD, base: VectorStore) -> np.ndarray:
+    """float16 M×width: floats M×width as the store `base` would hold them. Raises InputError as `VectorStore.write`."""
+    vector_MD = np.asarray(vector_MD, np.float32).reshape(-1, base.width)
+    return _half(vector_MD, base.rows, base.width, base.normalized) if len(vector_MD) else vector_MD.astype(np.float16)
 
 
 def _rows(half_ND: torch.Tensor, row_R: np.ndarray) -> torch.Tensor:

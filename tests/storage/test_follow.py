@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from catid2_ray.artifacts import history, uses
 from catid2_ray.artifacts import release as releases
-from catid2_ray.artifacts import uses
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ReleaseError, StorageError
 from catid2_ray.on_ray.serve import opened as opened_module
@@ -20,7 +20,7 @@ from catid2_ray.on_ray.serve.opened import (
     stored_answers,
 )
 from catid2_ray.on_ray.serve.settings import AppSettings
-from tests.stored import unpack
+from tests.stored import two_releases, unpack
 
 
 class Fake:
@@ -31,9 +31,11 @@ class Fake:
             if name in names:
                 raise kind(f"{name} is not good")
         self.name, self.beside, self.ended, self.caught_up = name, beside, False, 0
-        self.updates = SimpleNamespace(follow=lambda every_s: None, catch_up=self._caught_up)
 
-    def _caught_up(self):
+    def follow(self):
+        pass
+
+    def catch_up(self):
         self.caught_up += 1
 
     def end(self):
@@ -153,6 +155,40 @@ def test_a_real_release_is_opened_whole(earlier):
     assert uses.of_releases(store) == {name: 1} and opened.retriever.retrieve(["hinge"], k=1)[0]
     opened.end()
     assert uses.of_releases(store) == {}
+
+
+def test_changes_of_the_release_before_are_carried_before_the_new_one_is_served(tmp_path):
+    """What was withdrawn stays withdrawn, after a swap and after the way back."""
+    store, first, second = two_releases(tmp_path)
+    history.rollback(store, first)
+    one = Serving(store, AppSettings(store=store.uri, follow_s=1e6))
+    gone = one.now.retriever.retrieve(["hinge"], k=1)[0][0].product_id
+    one.now.updates.change(lambda: {"kind": "withdraw", "products": [gone]})
+    history.rollback(store, second)
+    assert one.look() and one.now.name == second
+    assert gone not in [hit.product_id for hit in one.now.retriever.retrieve(["hinge"], k=50)[0]]
+    one.now.updates.change(lambda: {"kind": "restore", "products": [gone]})
+    history.rollback(store, first)
+    assert one.look() and one.now.name == first
+    assert gone in [hit.product_id for hit in one.now.retriever.retrieve(["hinge"], k=50)[0]]
+    one.end()
+
+
+def test_the_first_release_is_served_where_changes_cannot_be_carried_and_a_second_is_not(earlier, monkeypatch, capfd):
+    store, name = earlier
+    monkeypatch.setattr(opened_module.Carrier, "carry", raising(StorageError("nothing may be written")))
+    opened = Opened(store, name, AppSettings(store=store.uri))
+    assert not opened.carried and "event=live_changes_not_carried" in capfd.readouterr().err
+    with pytest.raises(StorageError, match="nothing may be written"):
+        Opened(store, name, AppSettings(store=store.uri), beside=True)
+    opened.end()
+
+
+def raising(error):
+    def call(*_, **__):
+        raise error
+
+    return call
 
 
 def test_no_use_stays_where_opening_fails(earlier, monkeypatch):

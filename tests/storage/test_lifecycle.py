@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import time
 
 import pytest
@@ -17,10 +16,11 @@ from catid2_ray.evaluation.report import age_text, size_text
 from catid2_ray.on_ray.commands import append_items, reindex, run_verb
 from catid2_ray.on_ray.commands import publish as publish_recipe
 from catid2_ray.on_ray.job import Job
+from catid2_ray.on_ray.machine.live_log import LiveLog
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica
 from tests.command import run_here
-from tests.stored import unpack
+from tests.stored import two_releases, unpack
 
 
 def publish(store, chain, *words) -> list[str]:
@@ -251,19 +251,7 @@ def test_gc_frees_this_nodes_copies_of_what_it_removed(store, chain, tmp_path):
 @pytest.fixture
 def stored(tmp_path):
     """The store of an earlier version, with a second release that other settings of serving made."""
-    recipe = unpack(tmp_path)
-    store = Store(recipe.store)
-    first = releases.current(store)
-    parts = first.manifests(store)
-    for part in ("serving", "evaluation"):
-        one = parts[part]
-        parents = one.parents | ({"serving": parts["serving"].digest} if "serving" in one.parents else {})
-        attempt = Attempt(store, part, settings=one.settings | {"k": 7}, parents=parents, recipe=one.recipe)
-        shutil.copytree(store.path(one.folder), store.path(attempt.folder))
-        entries = [{**file, "name": attempt.name(file["name"])} for file in one.files]
-        entries.append(store.write_file(attempt.name("note.txt"), part.encode()))
-        parts[part] = attempt.commit(entries, rows=one.rows, metrics=one.metrics)
-    return store, first.name, releases.publish(store, parts)[0].name
+    return two_releases(tmp_path)
 
 
 def test_a_stored_release_is_listed_rolled_back_to_and_outlives_gc(stored, tmp_path):
@@ -275,7 +263,9 @@ def test_a_stored_release_is_listed_rolled_back_to_and_outlives_gc(stored, tmp_p
     assert rows[second]["current"] and not rows[first]["current"] and rows[first]["documents"] == 150
     assert set(rows[first]["recall"]) == {"served", "beam"} and rows[first]["bytes"] < rows[second]["bytes"]
 
+    LiveLog(store, second).write(1, {"kind": "withdraw", "products": ["p0000001"]})
     back = run_here("rollback", "--store", store.uri)
+    assert "Live changes that are younger than its catalogue: 1. The service carries over what it lacks" in back.stdout
     assert f"Release {first} is current again; it was {second}." in back.stdout and back.returncode == 0
     assert "current already" in run_here("rollback", first, "--store", store.uri).stdout
     nowhere = run_here("rollback", "--store", store.uri)

@@ -13,7 +13,7 @@ from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.identifiers import ledger
-from catid2_ray.on_ray.serve.newcomers import Newcomers
+from catid2_ray.on_ray.serve.newcomers import Newcomers, asked_again
 from catid2_ray.quantizer.adapter import LinearAdapter
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.retrieval.live import LiveTrie
@@ -106,7 +106,9 @@ def test_vectors_of_newcomers_are_adapted_as_those_of_the_release(local_store, p
     entries = local_store.upload(tmp_path / "adapter", attempt.folder)
     newcomers = Newcomers(local_store, parts | {"adapter": attempt.commit(entries, metrics={"adopted": True})})
     given = [product("n", "oak shelf"), product("m", "x", vector=plain[0]["vector"])]
-    found = [one["vector"] for one in newcomers.prepare(given, view_of([[0, 0]]), vectors=True)]
+    made = newcomers.prepare(given, view_of([[0, 0]]), vectors=True)
+    found = [one["vector"] for one in made]
+    assert asked_again(made[1]) == given[1], "the vector as it was sent, not as it is searched"
     expected = adapter.products([plain[0]["vector"]])[0].tolist()
     assert found == [expected, expected], "whether the text or the encoder's vector came"
     with pytest.raises(InputError, match="the vector of product 'n' has 2 numbers, the release's 4"):
@@ -145,6 +147,8 @@ def test_the_id_of_a_product_that_left_waits_for_it(local_store, parts):
         [product("left", "anything"), product("m", "x", docid="<a_1><b_3>")], elsewhere, vectors=False
     )
     assert back["docid"] == free["docid"] and chosen["docid"] == "<a_1><b_3>", "its quarantine is over"
+    assert newcomers.may_have(free["docid"], "left", elsewhere)
+    assert not newcomers.may_have(free["docid"], "m", elsewhere)
     with pytest.raises(InputError, match="waits for product 'left', which left .*; send another docid for product 'm'"):
         newcomers.prepare([product("m", "x", docid=free["docid"])], elsewhere, vectors=False)
 
@@ -152,7 +156,20 @@ def test_the_id_of_a_product_that_left_waits_for_it(local_store, parts):
 def test_what_the_caller_gives_is_kept(local_store, parts):
     newcomers = Newcomers(Store(local_store.uri), parts)
     given = product("n", "anything", docid="<a_2><b_3>", vector=[1.0, 0, 0, 0])
-    assert newcomers.prepare([given], view_of([[0, 0]]), vectors=True) == [given]
+    (kept,) = newcomers.prepare([given], view_of([[0, 0]]), vectors=True)
+    assert kept == given | {"said": {"docid": "<a_2><b_3>", "vector": None}}
+    assert asked_again(kept) == {name: given[name] for name in ("product_id", "title", "vector")}
+    more = {"description": "d", "category_path": ["x"], "value": 2.0, "columns": {"price": 1.0}}
+    (described,) = newcomers.prepare([product("n", "oak shelf", **more)], view_of([[0, 0]]), vectors=True)
+    assert asked_again(described) == product("n", "oak shelf", **more), "another release makes it anew of this"
+    assert asked_again(product("n", "of an older version", docid="<a_2><b_3>", vector=[1.0])) == product(
+        "n", "of an older version"
+    )
+    view = view_of([[0, 0], [2, 1]])
+    free = {f"<a_{a}><b_{b}>" for a in range(3) for b in range(4)} - {"<a_0><b_0>", "<a_2><b_1>"}
+    assert {
+        d for d in [*free, "<a_0><b_0>", "<a_2><b_1>", "<a_9><b_0>", "x"] if newcomers.may_have(d, "n", view)
+    } == free
     with pytest.raises(InputError, match="the vector of product 'n' has 2 numbers, the release's 4"):
         newcomers.prepare([product("n", "x", vector=[1.0, 2.0])], view_of([[0, 0]]), vectors=True)
     for unusable in ([1e39, 0, 0, 0], [0, 0, 0, 0]):

@@ -167,12 +167,8 @@ def _past(store: Store, name: str, product_id: str) -> dict | None:
 
 def _changes(store: Store, release: Release, product_id: str) -> list[dict]:
     """The live changes of the release that name the product."""
-    log, number, changes = LiveLog(store, release.name), 1, []
-    while (record := log.read(number)) is not None:
-        for one in record["products"]:
-            name = one["product_id"] if isinstance(one, dict) else one
-            if name == product_id:
-                docid = one["docid"] if isinstance(one, dict) else None
-                changes.append({"number": number, "kind": record["kind"], "docid": docid})
-        number += 1
-    return changes
+    return [
+        {"number": number, "kind": step.kind, "docid": dict(zip(step.names, step.docids)).get(product_id)}
+        for number, step in enumerate(LiveLog(store, release.name).steps(), 1)
+        if product_id in step.names
+    ]

@@ -1,31 +1,36 @@
 """Changes to a serving release, in the store: a numbered series of small objects, each created only if absent.
 
 `live/RELEASE/0000000001.json`, …: every replica of the release applies them in order, so all come to the same state, also
-after a restart; a change that does not fit (a product that is live already, say) is refused by all of them alike. A change
-belongs to the release that it was made on: a release published later starts from its own catalogue and an empty series. An
-append on top of it lets new products keep the IDs that they were given here (`assign/served.py`).
+after a restart. Whoever writes a change first tries it on the state at exactly the position that it writes to, so that what does
+not fit (a product that is live already, say) is refused and leaves nothing. Series of older versions may hold such changes: all
+replicas pass them over. An append on top of the release lets new products keep the IDs that they were given here (`assign`).
 """
 
-import contextlib
 import json
 import threading
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
-from catid2_ray.errors import ArtifactError, CommitConflict, InputError, StorageError
+from catid2_ray.errors import ArtifactError, CapacityError, CommitConflict, InputError
 from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine.live_names import Step
+from catid2_ray.retrieval.live import codes_of
 from catid2_ray.retrieval.products import Newcomer
 from catid2_ray.retrieval.retriever import Retriever
 
-KINDS = ("insert", "withdraw", "restore")
+KINDS = ("insert", "withdraw", "restore", "skipped")
 _ATTEMPTS = 20  # writers that may come first before a change is given up
+_AT_ONCE = 256  # changes in memory while a series is read
+_LONGEST_WAIT_S = 30.0  # between two attempts to follow a series that cannot be read or applied
 
 
 class LiveLog:
-    """The series of one release."""
+    """The series of one release. Numbers count from 1 on, without a gap."""
 
     def __init__(self, store: Store, release: str):
         self.store, self.release = store, release
@@ -33,43 +38,39 @@ class LiveLog:
     def _name(self, number: int) -> str:
         return f"live/{self.release}/{number:010d}.json"
 
-    def read(self, number: int) -> dict | None:
-        """The change of this number (from 1 on), None where there is none yet: one look-up, however long the series is."""
-        if not self.store.exists(self._name(number)):
-            return None
+    def count(self, after: int = 0) -> int:
+        """The number of the last change, `after` where there is none beyond it; one listing."""
+        return releases.last_change(self.store, self.release, after)
+
+    def after(self, number: int) -> Iterator[dict]:
+        """The changes beyond this number, in order: one look-up where there is none, else one listing and several records at a
+        time. Raises ArtifactError for a damaged one, StorageError."""
+        if not self.store.exists(self._name(number + 1)):
+            return
+        last = self.count(number)
+        while number < last:
+            names = [self._name(n) for n in range(number + 1, min(number + _AT_ONCE, last) + 1)]
+            yield from map(self._record, names, self.store.read_many(names))
+            number += len(names)
+
+    def _record(self, name: str, data: bytes) -> dict:
         try:
-            record = json.loads(self.store.read(self._name(number)))
+            record = json.loads(data)
             if record["kind"] not in KINDS or not isinstance(record["products"], list):
                 raise ValueError(f"kind {record['kind']!r}")
+            Step.of(record)
+            if "of" in record:
+                origin(record)
         except (ValueError, TypeError, KeyError) as error:
             raise ArtifactError(
-                f"{self.store.uri_of(self._name(number))} is no change of products ({error!r}); publish a release that holds "
-                "the changes after it, or delete it and those after it"
+                f"{self.store.uri_of(name)} is no change of products ({error!r}); publish a release that holds the changes after "
+                "it, or delete it and those after it"
             ) from None
         return record
 
-    def given(self) -> dict[str, str]:
-        """Product → ID (text) of what was inserted and is live at the end of the series.
-
-        An insert of a product or an ID that an earlier one holds counts for nothing, as replicas refuse it; what the
-        release itself holds is not known here. Raises ArtifactError for a damaged change, StorageError.
-        """
-        had: dict[str, str] = {}
-        live: dict[str, str] = {}
-        number = 1
-        while (record := self.read(number)) is not None:
-            number += 1
-            if record["kind"] == "insert":
-                new = {one["product_id"]: one["docid"] for one in record["products"]}
-                if not (new.keys() & live.keys() or set(new.values()) & set(live.values())):
-                    had |= new
-                    live |= new
-            elif record["kind"] == "withdraw":
-                for name in record["products"]:
-                    live.pop(name, None)
-            else:
-                live |= {name: had[name] for name in record["products"] if name in had}
-        return live
+    def steps(self) -> list[Step]:
+        """What the whole series does to names and IDs."""
+        return [Step.of(record) for record in self.after(0)]
 
     def write(self, number: int, record: dict) -> None:
         """Raises CommitConflict where the number is taken."""
@@ -77,74 +78,157 @@ class LiveLog:
 
 
 class LiveUpdates:
-    """Keeps a retriever at the end of its release's series, and adds to it. `applied`: changes seen so far."""
+    """Keeps a retriever at the end of its release's series, and adds to it.
+
+    `applied`: changes that it has; `carried`: release and number of those that were made on another release first; `failing`: why
+    the follower cannot go on now, None where it can.
+    """
 
     def __init__(self, retriever: Retriever, log: LiveLog):
         self.retriever, self.log, self.applied = retriever, log, 0
+        self.carried: set[tuple[str, int]] = set()
+        self.failing: Exception | None = None
+        self._at_end_s = time.monotonic()
         self._lock, self._ended = threading.Lock(), threading.Event()
 
+    @property
+    def lag_s(self) -> float:
+        """Seconds since it last was at the end of the series."""
+        return time.monotonic() - self._at_end_s
+
     def catch_up(self) -> int:
-        """Apply what others wrote; returns how many changes that were. Raises StorageError."""
+        """Apply what others wrote; returns how many changes that were. Raises StorageError, and what applying raised: the change
+        does not count then, and is applied by the next call."""
         with self._lock:
             return self._catch_up()
 
     def _catch_up(self) -> int:
         before = self.applied
-        while (record := self.log.read(self.applied + 1)) is not None:
-            with contextlib.suppress(InputError):  # whoever wrote it was told
-                self._apply(record)
-            self.applied += 1
+        for record in self.log.after(self.applied):
+            try:
+                apply(self.retriever, record)
+            except InputError as error:  # an older version wrote first and validated then
+                self._say("live_change_refused", number=self.applied + 1, reason=repr(str(error)))
+            self._count(record)
+        self._at_end_s = time.monotonic()
         return self.applied - before
 
-    def change(self, build: Callable[[], dict]) -> dict:
-        """Write the change that `build` makes of the state as it is now, and apply it; returns it, with its number.
+    def change(self, build: Callable[[], dict | None]) -> dict | None:
+        """Write the change that `build` makes of the state as it is now, and apply it; returns it, with its number. None where
+        `build` finds that nothing is to be changed.
 
-        `build` is called again where another writer came first. Raises InputError where the change does not fit,
-        CommitConflict where others always come first, StorageError.
+        `build` is called again where another writer came first. Raises InputError where the change does not fit, CommitConflict
+        where others always come first, StorageError; then nothing is written. What else applying raises says that this replica
+        does not have the change yet: the series has it.
         """
         with self._lock:
             for _ in range(_ATTEMPTS):
                 self._catch_up()
                 record = build()
+                if record is None:
+                    return None
+                check(self.retriever, record)
                 try:
                     self.log.write(self.applied + 1, record)
                 except CommitConflict:
                     continue
-                self.applied += 1
-                self._apply(record)
+                apply(self.retriever, record)
+                self._count(record)
                 return record | {"number": self.applied}
         raise CommitConflict(f"{_ATTEMPTS} other changes came first; try again")
 
-    def _apply(self, record: dict) -> None:
-        retriever, products = self.retriever, record["products"]
-        if record["kind"] == "withdraw":
-            retriever.live.withdraw(products)
-        elif record["kind"] == "restore":
-            retriever.live.restore(products)
-        else:
-            names = sorted({name for one in products for name in one.get("columns", {})})
-            columns = {name: [one.get("columns", {}).get(name) for one in products] for name in names}
-            newcomers = [
-                Newcomer(one["product_id"], one["title"], _vector(one.get("vector")), one.get("value"))
-                for one in products
-            ]
-            codes = np.array([retriever.space.parse(one["docid"]) for one in products], np.int64)
-            retriever.insert(newcomers, codes, columns or None)
+    def _count(self, record: dict) -> None:
+        self.applied += 1
+        if "of" in record:
+            self.carried.add(origin(record))
 
-    def follow(self, every_s: float) -> None:
-        """Catch up now and then, in a thread of this process, until `end`. A store that cannot be reached is tried again."""
+    def follow(self, every_s: float, also: Callable[[], object] | None = None) -> None:
+        """Catch up now and then, and call `also`, in a thread of this process, until `end`.
+
+        No error ends it: it is said once for each kind, and tried again after twice the time, _LONGEST_WAIT_S at most.
+        """
 
         def work() -> None:
-            while not self._ended.wait(every_s):
+            wait_s, said = every_s, set()
+            while not self._ended.wait(wait_s):
                 try:
                     self.catch_up()
-                except StorageError as error:
-                    progress.event("live_changes_not_read", release=self.log.release, reason=repr(str(error)))
+                    if also is not None:
+                        also()
+                except Exception as error:
+                    self.failing, kind = error, type(error).__name__
+                    if kind not in said:
+                        self._say("live_changes_not_followed", reason=repr(f"{kind}: {error}"))
+                    said.add(kind)
+                    wait_s = max(every_s, min(2 * wait_s, _LONGEST_WAIT_S))
+                else:
+                    if said:
+                        self._say("live_changes_followed_again", applied=self.applied)
+                    self.failing, wait_s, said = None, every_s, set()
 
         threading.Thread(target=work, name="live-changes", daemon=True).start()
 
+    def _say(self, event: str, **values) -> None:
+        progress.event(event, release=self.log.release, **values)
+
     def end(self) -> None:
         self._ended.set()
+
+
+def origin(record: dict) -> tuple[str, int]:
+    """Release and number of a change that was carried over from the release that it was made on."""
+    release, number = record["of"]
+    return release, number
+
+
+def check(retriever: Retriever, record: dict) -> None:
+    """Raise InputError where the retriever would refuse the change; nothing changes."""
+    live, products = retriever.live, record["products"]
+    with live._lock:
+        if record["kind"] == "withdraw":
+            live._rows(products)
+        elif record["kind"] == "skipped":
+            return
+        elif record["kind"] == "restore":
+            rows = np.unique(live._rows(products))
+            rows = rows[~live.view.is_live(rows)]
+            codes_ML = codes_of(live.view, rows)
+            live._claim([live._name(row) for row in rows.tolist()], live.space.pack(codes_ML), codes_ML)
+        else:
+            newcomers, codes_ML, columns = _newcomers(retriever, record)
+            codes_ML = live.space.check(codes_ML)
+            if len(live.inserted) + len(newcomers) > live.most:
+                raise CapacityError(
+                    f"{len(live.inserted)} products are inserted already, {len(newcomers)} more pass the limit of {live.most}; "
+                    "publish a release that holds them"
+                )
+            if retriever.products.base_vectors is not None:
+                retriever._with_vectors(newcomers)
+            names = [one.product_id for one in newcomers]
+            live._claim(names, live.space.pack(codes_ML), codes_ML)
+            live._table(names, columns)
+
+
+def apply(retriever: Retriever, record: dict) -> None:
+    """Raises InputError where the change does not fit."""
+    if record["kind"] == "withdraw":
+        retriever.live.withdraw(record["products"])
+    elif record["kind"] == "restore":
+        retriever.live.restore(record["products"])
+    elif record["kind"] == "insert":
+        retriever.insert(*_newcomers(retriever, record))
+
+
+def _newcomers(retriever: Retriever, record: dict) -> tuple[list[Newcomer], np.ndarray, dict | None]:
+    """Newcomers, their codes M×L and columns, as `Retriever.insert` takes them."""
+    products = record["products"]
+    names = sorted({name for one in products for name in one.get("columns", {})})
+    columns = {name: [one.get("columns", {}).get(name) for one in products] for name in names}
+    newcomers = [
+        Newcomer(one["product_id"], one["title"], _vector(one.get("vector")), one.get("value")) for one in products
+    ]
+    codes_ML = np.array([retriever.space.parse(one["docid"]) for one in products], np.int64)
+    return newcomers, codes_ML, columns or None
 
 
 def _vector(values: list[float] | None) -> np.ndarray | None:

@@ -92,10 +92,8 @@ def answer_of(opened: Opened, request: RetrieveRequest, found: list[Hit] | list[
     if request.explain:
         whole = explained(retriever, request.query, found, expression=request.filter)
         said = [Explain(levels=[Level(**vars(level)) for level in one.levels], terms=one.terms) for one in whole]
-    products = [
-        Product.of(hit, category_path=category_of(retriever.live, hit.row), explain=one)
-        for hit, one in zip(found, said)
-    ]
+    view = retriever.live.view
+    products = [Product.of(hit, category_path=category_of(view, hit.row), explain=one) for hit, one in zip(found, said)]
     return Answer(products=products, fewer=fewer)
 
 
@@ -108,7 +106,7 @@ def product_of(opened: Opened, product_id: str) -> ProductResponse:
         raise Unserved(404, str(error)) from None
     return ProductResponse(
         release=opened.name, product_id=product_id, docid=retriever.space.text(codes_of(view, [row])[0]),
-        title=retriever.products.title(row), category_path=category_of(retriever.live, row),
+        title=retriever.products.title(row), category_path=category_of(view, row),
         live=bool(view.is_live([row])[0]),
     )  # fmt: skip
 

@@ -211,7 +211,7 @@ class NamesRequest(_Sound):
 
 
 class ChangeResponse(BaseModel):
-    release: str = Field(description="that the change was made on; a later release does not have it")
+    release: str = Field(description="that the change was made on; younger releases carry it over")
     change: int = Field(description="its number; /healthz of a replica tells how many it has applied")
 
 

@@ -21,7 +21,7 @@ from ray import serve
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
-from catid2_ray.errors import InputError, QueryError, RecipeError
+from catid2_ray.errors import InputError, QueryError, RecipeError, StorageError
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.serve import answers as answering
 from catid2_ray.on_ray.serve import metrics, reference
@@ -50,6 +50,7 @@ from catid2_ray.on_ray.serve.settings import AppSettings
 MAX_ONGOING, MAX_QUEUED = 64, 256
 BATCHES = {"size": 16, "wait_s": 0.005, "most_waiting": 256}
 FEW = 100  # products that are put into words without a thread
+LAG_S = 60.0  # a replica that cannot apply changes for so long is replaced
 # Threads of each kind of work, so that none waits behind another. Batches come one at a time.
 THREADS = {"search": 1, "filters": 2, "changes": 1, "health": 1}
 
@@ -117,11 +118,17 @@ class RetrieverReplica:
         self.batches.size, self.batches.wait_s = user_config["max_batch_size"], user_config["batch_wait_timeout_s"]
 
     async def check_health(self) -> None:
-        """A replica that answers is healthy, however long its queue; one that does not must answer a query in time."""
-        now, asked = self.serving.now, time.monotonic()
+        """A replica that answers is healthy, however long its queue; one that does not must answer a query in time. One that cannot
+        apply the changes of its series is not: another may. A store that is away is no fault of a replica, nor a damaged record."""
+        now, updates = self.serving.now, self.serving.now.updates
         if now.created:
             metrics.put("catid2_release_age_s", metrics.seconds_since(now.created), release=now.name)
-        metrics.put("catid2_changes", now.updates.applied, release=now.name)
+        metrics.put("catid2_changes", updates.applied, release=now.name)
+        metrics.put("catid2_lag_s", updates.lag_s, release=now.name)
+        metrics.put("catid2_swaps", self.serving.swaps)
+        if updates.lag_s > LAG_S and not isinstance(updates.failing, StorageError | None):
+            raise RuntimeError(f"changes have not been applied for {updates.lag_s:.0f} s: {updates.failing}")
+        asked = time.monotonic()
         canary = self._run("health", lambda: self.serving.now.retriever.retrieve([CANARY_QUERY], k=1))
         try:
             await asyncio.wait_for(canary, self.canary_deadline_s)

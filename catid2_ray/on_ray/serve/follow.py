@@ -30,7 +30,7 @@ class Serving:
         self.refused: tuple[str, str] | None = None
         self._ended, self._seen, self.swaps, self.failures = threading.Event(), 0, 0, 0
         self.now = self._first() if settings.follows else self._opened(self._named())
-        self.now.updates.follow(settings.poll_s)
+        self.now.follow()
         if settings.follows:
             threading.Thread(target=self._follow, name="releases", daemon=True).start()
 
@@ -80,13 +80,13 @@ class Serving:
         began, before = time.monotonic(), self.now
         if self.last is not None and self.last.name == name:
             new = self.last
-            new.updates.catch_up()
+            new.catch_up()
         else:
             if self.last is not None:  # three at once would not fit
                 self.last.end()
                 self.last = None
             new = self._opened(name, beside=True)
-            new.updates.follow(self.settings.poll_s)
+            new.follow()
         self.now, self.last = new, before
         self.swaps += 1
         progress.event("serves", release=name, before=before.name, seconds=f"{time.monotonic() - began:.1f}")

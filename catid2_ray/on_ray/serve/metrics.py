@@ -34,6 +34,8 @@ METRICS = {
     ),
     "catid2_release_age_s": Metric(Gauge, "seconds since the release that is served was published", ("release",)),
     "catid2_changes": Metric(Gauge, "changes to products that the replica has applied", ("release",)),
+    "catid2_lag_s": Metric(Gauge, "seconds since the replica last knew of no change that it lacks", ("release",)),
+    "catid2_swaps": Metric(Gauge, "changes of release since the replica began"),
 }
 
 

@@ -32,6 +32,7 @@ from catid2_ray.quantizer.coder import encode, load_coder
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.retrieval.live import LiveView, codes_of
 
+_SAID = ("description", "category_path", "docid", "vector")
 _ROWS = 16  # of one padded forward pass
 
 
@@ -94,10 +95,11 @@ class Newcomers:
         return DocidSpace(tuple(self.parts["ids"].metrics["codes_per_level"]))
 
     def prepare(self, products: Sequence[dict], view: LiveView, *, vectors: bool) -> list[dict]:
-        """The products with `docid` (text) and, where `vectors` are asked for, `vector` (list of D floats).
+        """The products with `docid` (text), where `vectors` are asked for `vector` (list of D floats), and, from which another
+        release makes them anew, `said`: description, category_path, docid and vector as given (`asked_again`).
 
-        `products`: dicts with product_id, title, and optionally description, category_path, docid, vector. Raises InputError
-        where something is missing that cannot be made.
+        `products`: dicts with product_id, title, and optionally description, category_path, docid, vector, value, columns. Raises
+        InputError where something is missing that cannot be made.
         """
         wanting = [one for one in products if one.get("vector") is None and (vectors or one.get("docid") is None)]
         encoded = dict(zip(map(id, wanting), self._encode(self._texts(wanting)))) if wanting else {}
@@ -115,8 +117,20 @@ class Newcomers:
             kept["docid"] = one.get("docid") or docids[id(one)]
             if vectors:
                 kept["vector"] = vector_of[id(one)].tolist()
-            prepared.append(kept)
+            said = {name: one[name] for name in _SAID if one.get(name)}
+            if vectors and self._adapter is None and "vector" in said:
+                said["vector"] = None  # it is the one beside
+            prepared.append(kept | ({"said": said} if said else {}))
         return prepared
+
+    def may_have(self, docid: str, product_id: str, view: LiveView) -> bool:
+        """Whether an ID (text) is one of this release that no other product has, had or waits for."""
+        try:
+            codes_L = self._space.parse(docid)
+            packed = int(self._space.pack(self._space.check([codes_L]))[0])
+        except InputError:
+            return False
+        return self._gone.get(packed, product_id) == product_id and codes_L[-1] not in _taken(view, codes_L[:-1])
 
     def _adapted(self, vector) -> np.ndarray:
         """V d of a vector as the encoder makes them, so that it lies among the release's; one of another width as it is."""
@@ -189,6 +203,14 @@ class Newcomers:
             taken.add(free[0])
             docids.append(space.text([*prefix, free[0]]))
         return docids
+
+
+def asked_again(product: dict) -> dict:
+    """What the caller asked for, of a product as `prepare` gave it, without its docid."""
+    said = {name: value for name, value in product.get("said", {}).items() if name != "docid"}
+    if "vector" in said and said["vector"] is None:
+        said["vector"] = product["vector"]
+    return {name: product[name] for name in ("product_id", "title", "value", "columns") if name in product} | said
 
 
 def _refuse_unusable(products: Sequence[dict]) -> None:

@@ -15,10 +15,11 @@ from catid2_ray.artifacts import uses
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.stages import ANSWERS
 from catid2_ray.artifacts.store import Store
-from catid2_ray.errors import CatidError, ReleaseError
+from catid2_ray.errors import CatidError, ReleaseError, StorageError
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from catid2_ray.on_ray.serve.carry import Carrier
 from catid2_ray.on_ray.serve.newcomers import Newcomers
 from catid2_ray.on_ray.serve.settings import AppSettings
 from catid2_ray.retrieval.retriever import Retriever
@@ -42,7 +43,7 @@ class Opened:
 
     def __init__(self, store: Store, name: str, settings: AppSettings, *, beside: bool = False):
         release = releases.load(store, name)
-        self.name, self.created = release.name, release.created
+        self.name, self.created, self.settings = release.name, release.created, settings
         # Before it is opened: gc keeps the releases that replicas name.
         self.use = uses.served(store, name, command="catid2 serve", say=progress.event)
         try:
@@ -56,10 +57,28 @@ class Opened:
             check_answers(self.retriever, stored_answers(store, self.parts), name)
             self.newcomers = Newcomers(store, self.parts)
             self.updates = LiveUpdates(self.retriever, LiveLog(store, name))
+            self.carrier, self.carried = Carrier(store, self.updates, self.newcomers), False
             self.updates.catch_up()
+            try:
+                self.catch_up()
+            except StorageError as error:
+                if beside:
+                    raise
+                # The first release of a replica is better served without changes of the one before than not at all.
+                progress.event("live_changes_not_carried", release=name, reason=repr(str(error)))
         except BaseException:
             self.use.end()
             raise
+
+    def catch_up(self) -> None:
+        """Take over the changes of this release and, of the releases before, those that are younger than its catalogue."""
+        self.carrier.carry()
+        self.carried = True
+        self.updates.catch_up()
+
+    def follow(self) -> None:
+        """Go on doing so in a thread, until `end`."""
+        self.updates.follow(self.settings.poll_s, lambda: self.carrier.late() if self.carried else self.catch_up())
 
     def end(self) -> None:
         """Others may delete the release now; who still searches it may go on."""

@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from ray import serve
 
 from catid2_ray.artifacts import release as releases
-from catid2_ray.errors import InputError
+from catid2_ray.errors import ArtifactError, InputError, StorageError
 from catid2_ray.on_ray.serve import app
 from catid2_ray.on_ray.serve.answers import TIMEOUT_HEADER, deadline_of
 from catid2_ray.on_ray.serve.api import RetrieveRequest
@@ -35,10 +35,9 @@ def replica(folder):
     kind = RetrieverReplica.func_or_class
     made = object.__new__(kind)
     made.settings, made.keys = AppSettings(store="s", follow=False), Keys()
-    now = SimpleNamespace(
-        name="r1", created="2026-01-31T12:00:00Z", retriever=Retriever.open(folder), updates=SimpleNamespace(applied=0)
-    )
-    made.serving = SimpleNamespace(now=now, refused=None, end=lambda: None)
+    updates = SimpleNamespace(applied=0, lag_s=0.0, failing=None)
+    now = SimpleNamespace(name="r1", created="2026-01-31T12:00:00Z", retriever=Retriever.open(folder), updates=updates)
+    made.serving = SimpleNamespace(now=now, refused=None, swaps=0, end=lambda: None)
     made.pools, made.answered = {name: ThreadPoolExecutor(threads) for name, threads in THREADS.items()}, 0.0
     made.batches = app.Batches(made._search, made.pools["search"], **app.BATCHES)
     return made
@@ -170,7 +169,9 @@ def test_several_queries_are_answered_in_their_order(client):
     assert answer["products"] == [] and len(answer["answers"]) == 3
     for one, other in zip(answer["answers"], alone):
         assert [hit["product_id"] for hit in one["products"]] == [hit["product_id"] for hit in other["products"]]
-        assert [hit["score"] for hit in one["products"]] == pytest.approx([hit["score"] for hit in other["products"]], abs=1e-5)
+        assert [hit["score"] for hit in one["products"]] == pytest.approx(
+            [hit["score"] for hit in other["products"]], abs=1e-5
+        )
     assert [one["products"][0]["product_id"] for one in answer["answers"]] == ["p3", "p0", "p5"]
     for wrong, words in (
         ({"queries": []}, "queries: "), ({"queries": ["oak"] * 65}, "queries: "), ({}, "either `query` or `queries`"),
@@ -274,6 +275,16 @@ def test_a_busy_replica_is_healthy_and_a_stuck_one_is_not(replica, monkeypatch):
     asyncio.run(replica.check_health())
     replica.answered = 0.0
     with pytest.raises(TimeoutError):
+        asyncio.run(replica.check_health())
+
+
+def test_a_replica_that_cannot_apply_changes_is_replaced_and_one_without_its_store_is_not(replica, monkeypatch):
+    monkeypatch.setattr(replica.serving.now.updates, "lag_s", 61.0)
+    for failing in (None, StorageError("the store is away"), ArtifactError("change 7 is damaged")):
+        monkeypatch.setattr(replica.serving.now.updates, "failing", failing)
+        asyncio.run(replica.check_health())
+    monkeypatch.setattr(replica.serving.now.updates, "failing", KeyError("docid"))
+    with pytest.raises(RuntimeError, match="changes have not been applied for 61 s: 'docid'"):
         asyncio.run(replica.check_health())
 
 

@@ -26,7 +26,7 @@ from catid2_ray.errors import ArtifactError
 from catid2_ray.identifiers import ledger
 from catid2_ray.identifiers.realign import churn_of, inverse
 from catid2_ray.on_ray.job import Job, PreviousRelease
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import live_names, progress
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.live_log import LiveLog
 from catid2_ray.on_ray.machine.parts import map_parts
@@ -270,28 +270,38 @@ def served_ids(store: Store, previous: PreviousRelease, *, quarantine: int) -> p
     """Rows of a ledger, by product_id; None where there are none.
 
     The ledger of `previous` comes first: who is in it keeps what it says there, and an ID that it reserves is not given twice.
-    It is read file by file, so that memory is that of one file and of the products that were inserted. Cost 0: what such an
-    ID added was not kept.
+    It is read file by file, so that memory is that of one file and of the products that live changes name. Cost 0: what such
+    an ID added was not kept.
     """
-    given, ids = LiveLog(store, previous.release.name).given(), previous.parts["ids"]
-    space, number = DocidSpace(tuple(ids.metrics["codes_per_level"])), previous.number
-    names = pa.array(sorted(given), pa.string())
-    packed_M = space.pack(
-        np.array([space.parse(given[name]) for name in sorted(given)], np.int64).reshape(-1, space.levels)
-    )
-    free_M = np.ones(len(names), bool)
-    for entry in ids.named("ledger/") if given else []:
-        known = store.read_table(ids.file(entry["name"]), columns=["product_id", "codes", "status", "until"])
-        live = pc.not_equal(known["status"].cast(pa.string()), "retired")
-        reserved = known.filter(pc.or_(live, pc.greater(known["until"], number + 1)))
-        free_M &= ~pc.is_in(names, known["product_id"].combine_chunks()).to_numpy(zero_copy_only=False)
-        free_M &= ~np.isin(packed_M, space.pack(matrix(reserved["codes"]).astype(np.int64)))
-    if not free_M.any():
+    steps, ids = LiveLog(store, previous.release.name).steps(), previous.parts["ids"]
+    if not any(step.docids for step in steps):
         return None
-    count, codes_ML = int(free_M.sum()), space.unpack(packed_M[free_M]).astype(np.int32)
+    space, number = DocidSpace(tuple(ids.metrics["codes_per_level"])), previous.number
+    mentioned = pa.array(sorted({name for step in steps for name in step.names}), pa.string())
+    docids = sorted({docid for step in steps for docid in step.docids})
+    packed_M = space.pack(np.array([space.parse(docid) for docid in docids], np.int64))
+    base, known_names, reserved = {}, set(), set()
+    for entry in ids.named("ledger/"):
+        known = store.read_table(ids.file(entry["name"]), columns=["product_id", "codes", "status", "until"])
+        packed_N = space.pack(matrix(known["codes"]).astype(np.int64))
+        named = pc.is_in(known["product_id"], mentioned).to_numpy()
+        of_interest = np.flatnonzero(named | np.isin(packed_N, packed_M))
+        for row in known.take(pa.array(of_interest)).to_pylist():
+            docid, live = space.text(row["codes"]), row["status"] != "retired"
+            known_names.add(row["product_id"])
+            if live:
+                base[row["product_id"]] = docid
+            if live or row["until"] > number + 1:
+                reserved.add(docid)
+    given = live_names.given(steps, base)
+    free = {name: docid for name, docid in given.items() if name not in known_names and docid not in reserved}
+    if not free:
+        return None
+    names, count = pa.array(list(free), pa.string()), len(free)
+    codes_ML = np.array([space.parse(docid) for docid in free.values()], np.int32)
     return pa.table(
         [
-            names.filter(pa.array(free_M)), fixed_lists(codes_ML, pa.int32()),
+            names, fixed_lists(codes_ML, pa.int32()),
             pa.DictionaryArray.from_arrays(np.zeros(count, np.int8), ["retired"]), np.full(count, number, np.int32),
             np.full(count, number + 1 + max(1, quarantine), np.int32), np.zeros(count, np.float32),
         ],

@@ -1,0 +1,161 @@
+"""Changes outlive a swap: live changes that are younger than a release's catalogue are carried over from the releases before.
+
+Which they are, the moves of the pointer say (`artifacts.history.sources`), by numbers, not by clocks. Each is written into the
+release's own series, as a change that names the one that it came `of`: release and number where it was made first. So all
+replicas carry at once, and end with one series in one order; and a change that went from release to release is taken once. What
+cannot be carried is written as "skipped" with the reason, so that it is said and counted and never tried again.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from catid2_ray.artifacts import history
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.store import Store
+from catid2_ray.errors import ArtifactError, InputError
+from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates, check, origin
+from catid2_ray.on_ray.serve.newcomers import Newcomers, asked_again
+
+
+class Carried(NamedTuple):
+    """Changes that this replica wrote: those that took effect, and those of which nothing could be carried."""
+
+    count: int = 0
+    skipped: int = 0
+
+
+class Carrier:
+    """Carries changes over to the release that `updates` keeps. Several replicas may do so at once."""
+
+    def __init__(self, store: Store, updates: LiveUpdates, newcomers: Newcomers):
+        self.store, self.updates, self.newcomers, self.release = store, updates, newcomers, updates.log.release
+        self._seen: dict[str, int] = {}
+        self._at: dict[str, int] = {}  # source → its last change that was looked at
+        self._left: set[str] = set()
+        self._quantizers: dict[str, str | None] = {}
+
+    def carry(self) -> Carried:
+        """Carry all that is known now: before the release is served, and when the pointer moved back to it. Raises StorageError."""
+        moves = history.entries(self.store)
+        self._seen = history.sources(moves, self.release)
+        # The release that was left is served by some replicas a while longer.
+        lately = [move for move in moves if move.release == self.release and move.after]
+        self._left = {lately[0].after.release, lately[-1].after.release} & self._seen.keys() if lately else set()
+        return self._from(self._seen)
+
+    def late(self) -> Carried:
+        """Carry what came meanwhile to the release that was left: one request where nothing did. For followers."""
+        return self._from({name: self._seen[name] for name in self._left})
+
+    def _from(self, sources: dict[str, int]) -> Carried:
+        total = Carried()
+        for source, seen in sources.items():
+            start, done = max(seen, self._at.get(source, 0)), Carried()
+            for number, record in enumerate(LiveLog(self.store, source).after(start), start + 1):
+                one = self._one(source, number, record)
+                done = Carried(done.count + one.count, done.skipped + one.skipped)
+                self._at[source] = number
+            if done != Carried():
+                progress.event(
+                    "live_changes_carried", release=self.release, of=source, changes=done.count, skipped=done.skipped
+                )
+            total = Carried(total.count + done.count, total.skipped + done.skipped)
+        return total
+
+    def _one(self, source: str, number: int, record: dict) -> Carried:
+        of = origin(record) if "of" in record else (source, number)
+        if record["kind"] == "skipped" or of[0] == self.release or of[1] <= self._seen.get(of[0], 0):
+            return Carried()
+        written = self.updates.change(lambda: self._rebuilt(source, of, record))
+        if written is None:
+            return Carried()
+        return Carried(skipped=1) if written["kind"] == "skipped" else Carried(1)
+
+    def _rebuilt(self, source: str, of: tuple[str, int], record: dict) -> dict | None:
+        """The change as it fits the release now; None where another replica carried it."""
+        if of in self.updates.carried:
+            return None
+        left_out: dict[str, str] = {}
+        suited = {"insert": self._inserts, "withdraw": self._withdraws, "restore": self._restores}[record["kind"]]
+        candidates, make = suited(source, record["products"], left_out)
+        changed = {"kind": record["kind"], "products": self._most(record["kind"], candidates, make, left_out)}
+        if not changed["products"]:
+            changed = {"kind": "skipped", "products": [], "why": "; ".join(sorted(set(left_out.values())))}
+        return changed | {"of": list(of)} | ({"left_out": left_out} if left_out else {})
+
+    def _most(self, kind: str, candidates: list, make: Callable[[list], list], left_out: dict[str, str]) -> list:
+        """What `make` makes of as many of the candidates as fit together; the others, by name, with the reason, in `left_out`."""
+        kept, made = [], []
+
+        def add(more: list) -> None:
+            nonlocal kept, made
+            try:
+                products = make([*kept, *more])
+                check(self.updates.retriever, {"kind": kind, "products": products})
+            except InputError as error:
+                if len(more) == 1:
+                    left_out[more[0] if isinstance(more[0], str) else more[0]["product_id"]] = str(error)
+                else:
+                    add(more[: len(more) // 2])
+                    add(more[len(more) // 2 :])
+            else:
+                kept, made = [*kept, *more], products
+
+        if candidates:
+            add(candidates)
+        return made
+
+    def _inserts(self, source: str, products: list[dict], left_out: dict[str, str]) -> tuple[list, Callable]:
+        """Those that the release lacks, made by its own encoder and quantizer. They keep the IDs that they have where the IDs come
+        from the same quantizer and are free."""
+        live, same = self.updates.retriever.live, self._quantizer(source) == self.newcomers.parts["quantizer"].digest
+        candidates = []
+        for one in products:
+            if self._is(one["product_id"]):
+                left_out[one["product_id"]] = f"release {self.release} has it"
+            else:
+                candidates.append(one)
+
+        def make(chosen: list[dict]) -> list[dict]:
+            asked = [asked_again(one) for one in chosen]
+            for one, again in zip(chosen, asked):
+                if same and self.newcomers.may_have(one["docid"], one["product_id"], live.view):
+                    again["docid"] = one["docid"]
+            made = self.newcomers.prepare(
+                asked, live.view, vectors=self.updates.retriever.products.base_vectors is not None
+            )
+            for one, product in zip(chosen, made):
+                product.get("said", {}).pop("docid", None)
+                if docid := one.get("said", {}).get("docid"):
+                    product["said"] = product.get("said", {}) | {"docid": docid}
+            return made
+
+        return candidates, make
+
+    def _withdraws(self, source: str, names: list[str], left_out: dict[str, str]) -> tuple[list, Callable]:
+        left_out |= {name: f"release {self.release} lacks it" for name in names if self._is(name) is None}
+        return [name for name in names if name not in left_out], list
+
+    def _restores(self, source: str, names: list[str], left_out: dict[str, str]) -> tuple[list, Callable]:
+        reasons = {None: f"release {self.release} lacks it", True: f"it is live in release {self.release}"}
+        left_out |= {name: reasons[live] for name in names if (live := self._is(name)) in reasons}
+        return [name for name in names if name not in left_out], list
+
+    def _is(self, name: str) -> bool | None:
+        """Whether a product is live; None where the release never had it."""
+        live = self.updates.retriever.live
+        try:
+            row = live.row(name)
+        except InputError:
+            return None
+        return bool(live.view.is_live([row])[0])
+
+    def _quantizer(self, release: str) -> str | None:
+        """The digest of a release's quantizer, None where the release is gone."""
+        if release not in self._quantizers:
+            try:
+                self._quantizers[release] = releases.load(self.store, release).parts["quantizer"]["digest"]
+            except ArtifactError:
+                self._quantizers[release] = None
+        return self._quantizers[release]

@@ -1,0 +1,177 @@
+"""A replica under constant load while a release is swapped, rolled back and refused, while the store is away, and while changes
+arrive: no request fails, and every answer is that of the one release that it names."""
+
+import asyncio
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from ray import serve
+
+from catid2_ray.artifacts import history
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.store import Store
+from catid2_ray.errors import StorageError
+from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica, api
+from catid2_ray.on_ray.serve.opened import Opened
+from tests.stored import two_releases
+
+QUERIES: list[str] = []  # titles of the release
+ASKERS = 8
+
+
+class Load:
+    """Requests without a pause, in threads of their own, until `end`. `seen`: (release, query, products) of every answer."""
+
+    def __init__(self, base):
+        self.base, self.seen, self.failed = base, [], []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(ASKERS)]
+        for one in self._threads:
+            one.start()
+
+    def _ask(self, number: int) -> None:
+        with httpx.Client(base_url=self.base, timeout=60) as client:
+            while not self._stop.is_set():
+                query = QUERIES[number % len(QUERIES)]
+                number += 1
+                answer = client.post("/v1/retrieve", json={"query": query, "k": 5})
+                if answer.status_code != 200:
+                    self.failed.append(answer.text)
+                    continue
+                body = answer.json()
+                self.seen.append((body["release"], query, [one["product_id"] for one in body["products"]]))
+
+    def more(self, answers: int = 40) -> None:
+        """Wait until so many more answers have come."""
+        until = len(self.seen) + answers
+        while len(self.seen) < until:
+            assert not self.failed, self.failed[0]
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        self._stop.set()
+        for one in self._threads:
+            one.join(60)
+        assert not self.failed, self.failed[0]
+
+
+@pytest.fixture
+def replica(tmp_path, monkeypatch):
+    """A replica behind a server of HTTP, in this process; `first` is current."""
+    store, first, second = two_releases(tmp_path)
+    expected = {}
+    for name in (first, second):
+        opened = Opened(store, name, AppSettings(store=store.uri))
+        QUERIES[:] = [opened.retriever.products.title(row) for row in range(0, 150, 25)]
+        expected[name] = {
+            query: [hit.product_id for hit in opened.retriever.retrieve([query], k=5)[0]] for query in QUERIES
+        }
+        opened.end()
+    assert expected[first] != expected[second]
+    history.rollback(store, first)
+    kind = RetrieverReplica.func_or_class.__mro__
+    own = next(one for one in kind if one.__init__.__qualname__ == "RetrieverReplica.__init__")
+    made = own(AppSettings(store=store.uri, updates=True, poll_s=0.05, follow_s=0.05))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=made))
+    monkeypatch.setattr(api, "middleware_stack", None)
+    with served(api) as base:
+        yield SimpleNamespace(store=store, first=first, second=second, expected=expected, own=made, base=base)
+    made.serving.end()
+
+
+class served:
+    """The interface on a free port of this machine."""
+
+    def __init__(self, app):
+        import uvicorn
+
+        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
+
+    def __enter__(self) -> str:
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.02)
+        return f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(20)
+
+
+def until(true) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_release_is_swapped_rolled_back_and_refused_under_load(replica):
+    serving, load = replica.own.serving, Load(replica.base)
+    load.more()
+    history.rollback(replica.store, replica.second)
+    until(lambda: serving.now.name == replica.second)
+    load.more()
+    history.rollback(replica.store, replica.first)
+    until(lambda: serving.now.name == replica.first)
+    load.more()
+    bad = releases.load(replica.store, replica.second).parts["ids"]["key"]
+    (manifest,) = [
+        one for one in releases.load(replica.store, replica.second).manifests(replica.store).values() if one.key == bad
+    ]
+    serving.last.end()
+    serving.last = None  # so that it has to be opened anew
+    lost = manifest.file("trie/trie.json")
+    kept = replica.store.read(lost)
+    replica.store.write(lost, kept + b" ")
+    number = releases.pointer(replica.store)[0]
+    replica.store.create(f"current/{number + 1:010d}.json", f'{{"release": "{replica.second}"}}'.encode())
+    until(lambda: serving.refused is not None)
+    load.more()
+    load.end()
+    assert serving.now.name == replica.first and serving.refused[0] == replica.second
+    assert {name for name, _, _ in load.seen} == {replica.first, replica.second}
+    for name, query, products in load.seen:
+        assert products == replica.expected[name][query]
+
+
+def test_it_answers_while_the_store_is_away_and_takes_changes_when_it_is_back(replica, monkeypatch):
+    def away(*_, **__):
+        raise StorageError("the store is away")
+
+    load = Load(replica.base)
+    load.more()
+    updates = replica.own.serving.now.updates
+    with monkeypatch.context() as patch:
+        for name in ("names", "exists", "read", "create"):
+            patch.setattr(Store, name, away)
+        until(lambda: updates.lag_s > 0.5)
+        load.more()
+        refused = httpx.post(f"{replica.base}/v1/withdraw", json={"product_ids": ["p1"]}, timeout=60)
+        assert refused.status_code == 503
+    gone = replica.expected[replica.first][QUERIES[0]][0]
+    until(
+        lambda: httpx.post(f"{replica.base}/v1/withdraw", json={"product_ids": [gone]}, timeout=60).status_code == 200
+    )
+    load.more()
+    load.end()
+    last = [products for _, query, products in load.seen if query == QUERIES[0]][-1]
+    assert gone not in last
+    for _, query, products in load.seen:
+        assert products == replica.expected[replica.first][query] or gone in replica.expected[replica.first][query]
+
+
+def test_hundreds_of_changes_arrive_under_load(replica):
+    load, gone = Load(replica.base), replica.expected[replica.first][QUERIES[0]][0]
+    with httpx.Client(base_url=replica.base, timeout=60) as client:
+        for path in ["withdraw", "restore"] * 100:
+            assert client.post(f"/v1/{path}", json={"product_ids": [gone]}).status_code == 200
+        assert client.get("/healthz").json()["changes"] == 200
+    load.more()
+    load.end()
+    for _, query, products in load.seen:
+        whole = replica.expected[replica.first][query]
+        assert products == whole or (gone in whole and gone not in products)
