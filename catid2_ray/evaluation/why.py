@@ -139,7 +139,7 @@ def _steps(
 
 
 def _alone(retriever: Retriever, query: str, own: LiveFilter, levels: int) -> BeamResult:
-    return retriever.searched([query], widths=[1] * levels, levels=levels, top_k=1, allowed=own, scored_as_without=True)
+    return retriever.searched([query], widths=[1] * levels, levels=levels, top_k=1, allowed=own, scored_as=[None])
 
 
 def _scores(result: BeamResult) -> torch.Tensor:

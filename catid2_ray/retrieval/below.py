@@ -34,6 +34,12 @@ def below(live: LiveTrie, view: LiveView, prefix: tuple[int, ...]) -> Below:
     return Below(len(rows), next_codes, categories, rows[:_MOST].tolist())
 
 
+def category_of(view: LiveView, row: int) -> list[str] | None:
+    """The path of a row, root first; None where it has none, and where category_path is no filter column of the release."""
+    found = [] if view.filters is None else view.filters.most_common("category_path", np.array([row]), 1)
+    return found[0][0] if found else None
+
+
 def _rows(view: LiveView, prefix: tuple[int, ...]) -> np.ndarray:
     """int64 M: those of the base, then those inserted since, both in ID order."""
     rows = np.arange(*view.base.item_range(prefix))

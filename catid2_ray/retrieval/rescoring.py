@@ -1,7 +1,7 @@
 """From the beams of a batch to its products: in the order of the beams, or expanded and re-scored."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
@@ -16,7 +16,7 @@ class Hit:
     """One product. `score` is what ranks it: `logp`, natural log of P(ID, or the cluster's prefix | query), where the release
     looks ahead S of the ID, and where it re-scores, the sum of dense, path and lexical terms. `logp` is None where the search
     did not ask the generator. `dense`: q · d, `lexical`: BM25; None where not used.
-    `title` is None where the retriever has no titles."""
+    `title` is None where the retriever has no titles. `row`: of the trie that was searched."""
 
     product_id: str
     docid_text: str
@@ -25,6 +25,7 @@ class Hit:
     logp: float | None = None
     dense: float | None = None
     lexical: float | None = None
+    row: int = field(default=-1, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,4 +133,4 @@ def expanded_hits(
 
 
 def _hit(products: Products, row: int, docid_text: str, **scores) -> Hit:
-    return Hit(products.name(row), docid_text, title=products.title(row), **scores)
+    return Hit(products.name(row), docid_text, title=products.title(row), row=row, **scores)

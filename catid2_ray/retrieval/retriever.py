@@ -149,12 +149,14 @@ class Retriever:
         return None if expression is None else self.live.compile(expression)
 
     def retrieve(
-        self, queries: Sequence[str], *, k: int, filters: Sequence | None = None, allowed=None
-    ) -> list[list[Hit]]:
+        self, queries: Sequence[str], *, k: int, filters: Sequence | None = None, allowed=None,
+        beam_width: int | None = None,
+    ) -> list[list[Hit]]:  # fmt: skip
         """At most `k` products per query, best first.
 
         `filters`: a JSON expression, or None, for each query. `allowed`, instead: a `Filter` or bool per trie row for all of
-        them. Raises QueryError when any query, filter or k cannot be answered.
+        them. `beam_width`: at every level, in place of the release's. Raises QueryError when any query, filter or k cannot be
+        answered.
         """
         for query in queries:
             self.check(query, k=k)
@@ -169,13 +171,14 @@ class Retriever:
                 # A filter of the release allows no product that was inserted since.
                 allowed = LiveFilter(allowed, Filter.of(np.zeros(len(view.live_inserted), bool)))
             chosen = filters_for(allowed, view, len(queries))
-        widest = max(*self.widths[: self.levels], self._needed(k))
+        widths = self.widths_for(k, beam_width)
+        widest = max(widths)
         size, answers = max(1, min(self.batch, self.batch * 100 // widest)), []
         if self.lookahead and self.lookahead.lexical_weight:
             size = max(1, min(size, _SCORES // view.rows))
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
-            answers += self._answers(list(queries[part]), view, products, k, chosen[part])
+            answers += self._answers(list(queries[part]), view, products, k, chosen[part], widths)
         return answers
 
     def why_fewer(self, found: int, *, k: int, expression=None) -> Literal["search", "catalogue"] | None:
@@ -190,13 +193,14 @@ class Retriever:
     def _needed(self, k: int) -> int:
         return k if self.expansion is None else 1
 
-    def widths_for(self, k: int) -> list[int]:
-        """Beams at each level that is searched, for `k` products."""
-        return [max(width, self._needed(k)) for width in self.widths[: self.levels]]
+    def widths_for(self, k: int, beam_width: int | None = None) -> list[int]:
+        """Beams at each level that is searched, for `k` products; `beam_width`: in place of the release's."""
+        return [max(beam_width or width, self._needed(k)) for width in self.widths[: self.levels]]
 
-    def _answers(self, queries: list[str], view: LiveView, products: Products, k: int, allowed) -> list[list[Hit]]:
+    def _answers(
+        self, queries: list[str], view: LiveView, products: Products, k: int, allowed, widths
+    ) -> list[list[Hit]]:
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
-        widths = self.widths_for(k)
         result = constrained_beam_search(
             self.decoder, view, ids_BT, mask_BT, beam_width=widths, top_k=widths[-1] if self.expansion else k,
             allowed=allowed, normalize=self.normalize, levels=self.levels, memory=memory,
@@ -257,11 +261,11 @@ class Retriever:
 
     def searched(
         self, queries: Sequence[str], *, widths: Sequence[int], levels: int | None = None, top_k: int, allowed=None,
-        scored_as_without: bool = False,
+        scored_as: Sequence | None = None,
     ) -> BeamResult:  # fmt: skip
         """What the release's search finds with other widths, one per level, before products are taken of it: IDs, or where
-        `levels` (None: as released) ends it earlier, prefixes. `allowed`: as `retrieve` takes it; with `scored_as_without` it
-        leaves prefixes out but changes the score of none (the best words below a node may be those of other products)."""
+        `levels` (None: as released) ends it earlier, prefixes. `allowed`: as `retrieve` takes it. `scored_as`: other
+        filters, one per query or None, whose products' best words count below a node; `allowed` then only leaves prefixes out."""
         queries, view = list(queries), self.live.view
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
         chosen = filters_for(allowed, view, len(queries))
@@ -269,7 +273,8 @@ class Retriever:
             self.decoder, view, ids_BT, mask_BT, beam_width=list(widths), top_k=top_k, allowed=chosen,
             normalize=self.normalize, levels=levels or self.levels, memory=memory,
             ahead=self._ahead(
-                queries, query_BD, view, view.products, [None] * len(queries) if scored_as_without else chosen
+                queries, query_BD, view, view.products,
+                chosen if scored_as is None else filters_for(scored_as, view, len(queries)),
             ),
         )  # fmt: skip
 

@@ -6,8 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from catid2_ray.on_ray.serve.refusals import MOST_NODES, sound
 from catid2_ray.retrieval.rescoring import Hit
+from catid2_ray.retrieval.retriever import MAX_K
 
 MOST = 1000  # products of one request
+MOST_QUERIES = 64  # of one request
 
 
 class _Sound(BaseModel):
@@ -20,10 +22,56 @@ class _Sound(BaseModel):
 
 
 class RetrieveRequest(_Sound):
-    query: str = Field(description="what the shopper typed")
+    query: str | None = Field(None, description="what the shopper typed")
+    queries: list[str] | None = Field(
+        None, min_length=1, max_length=MOST_QUERIES, description="in place of `query`: several, answered in `answers`"
+    )
     k: int = Field(10, strict=True, description="products to return, 1 to 1000")
     filter: dict | None = Field(
         None, description='an expression over the release\'s filter columns, such as {"column": "price", "to": 20}'
+    )
+    beam_width: int | None = Field(
+        None, strict=True, ge=1, le=MAX_K, description="IDs kept at every level; null = as the release says. Wider finds more "
+        "and takes longer",
+    )  # fmt: skip
+    mode: Literal["products", "clusters"] = Field(
+        "products", description="clusters: the beginnings of IDs that the search finds, in place of products"
+    )
+    explain: bool = Field(False, description="say of each product how its ID was found and what its score is made of")
+    timeout_s: float | None = Field(
+        None, gt=0, description="seconds that the caller waits: a query whose search has not begun by then is not searched (504). "
+        "The header x-request-timeout-seconds says the same; the shorter one counts",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _one_or_several(self):
+        if (self.query is None) == (self.queries is None):
+            raise ValueError("give either `query` or `queries`")
+        if self.explain and self.mode == "clusters":
+            raise ValueError("explain: only products are explained, not clusters")
+        return self
+
+    def each(self) -> list["RetrieveRequest"]:
+        """One request per query."""
+        if self.queries is None:
+            return [self]
+        return [self.model_copy(update={"query": query, "queries": None}) for query in self.queries]
+
+
+class Level(BaseModel):
+    token: str
+    logp: float | None = Field(
+        description="natural log of P(ID up to this token | query); null where the search does not ask the generator"
+    )
+    score: float = Field(
+        description="what the search chose the ID up to this token by: logp, or where it looks ahead S"
+    )
+
+
+class Explain(BaseModel):
+    levels: list[Level] = Field(description="those searched; fewer of a product that has gone meanwhile")
+    terms: dict[str, float] = Field(
+        description="what each part of the mixture adds to the score: path, and where the release re-scores dense and BM25"
     )
 
 
@@ -41,20 +89,51 @@ class Product(BaseModel):
     dense: float | None = Field(description="product of query and product vector, where the release re-scores by it")
     lexical: float | None = Field(description="BM25, where the release re-scores by it")
     title: str | None
+    category_path: list[str] | None = Field(
+        description="root first; null where the product has none, or category_path is no filter column of the release"
+    )
+    explain: Explain | None = None
 
     @classmethod
-    def of(cls, hit: Hit) -> "Product":
+    def of(cls, hit: Hit, **more) -> "Product":
         names = ("product_id", "score", "logp", "dense", "lexical", "title")
-        return cls(docid=hit.docid_text, **{name: getattr(hit, name) for name in names})
+        return cls(docid=hit.docid_text, **{name: getattr(hit, name) for name in names}, **more)
 
 
-class RetrieveResponse(BaseModel):
-    release: str
-    products: list[Product] = Field(description="best first")
-    fewer: Literal["search", "catalogue"] | None = Field(
-        description="why there are fewer than k: search = the beams of this release hold no more; catalogue = no more products are "
-        "there or pass the filter; null where there are k"
+class Cluster(BaseModel):
+    prefix: str = Field(description="the beginning of an ID, such as <a_65><b_225>")
+    score: float = Field(description="what the search found it by: logp, or where it looks ahead S")
+    logp: float | None = Field(
+        description="natural log of P(prefix | query); null where the search does not ask the generator"
     )
+    products: int = Field(description="products below it that can be found now, whether they pass the filter or not")
+
+
+class Answer(BaseModel):
+    products: list[Product] = Field(description="best first; empty where clusters were asked for")
+    clusters: list[Cluster] | None = Field(None, description="best first, where they were asked for")
+    fewer: Literal["search", "catalogue"] | None = Field(
+        None, description="why there are fewer products than k: search = the beams hold no more; catalogue = no more products are "
+        "there or pass the filter; null where there are k",
+    )  # fmt: skip
+
+
+class RetrieveResponse(Answer):
+    release: str
+    answers: list[Answer] | None = Field(
+        None, description="where `queries` were asked: one for each, in their order; `products` is empty then"
+    )
+
+
+class ProductResponse(BaseModel):
+    release: str
+    product_id: str
+    docid: str
+    title: str | None
+    category_path: list[str] | None = Field(
+        description="root first; null where the product has none, or category_path is no filter column of the release"
+    )
+    live: bool = Field(description="false: it was withdrawn, so that no search finds it")
 
 
 class HealthResponse(BaseModel):

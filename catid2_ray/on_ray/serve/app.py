@@ -23,35 +23,33 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
 from catid2_ray.errors import InputError, QueryError, RecipeError, StorageError
 from catid2_ray.on_ray.machine import cluster
-from catid2_ray.on_ray.serve import reference
+from catid2_ray.on_ray.serve import answers as answering
+from catid2_ray.on_ray.serve import metrics, reference
 from catid2_ray.on_ray.serve.api import (
+    Answer,
     BelowResponse,
-    Category,
     ChangeResponse,
     HealthResponse,
     Inserted,
     InsertRequest,
     InsertResponse,
-    Member,
     NamesRequest,
-    NextCode,
-    Product,
+    ProductResponse,
     ReadyResponse,
     ReleaseResponse,
     RetrieveRequest,
     RetrieveResponse,
 )
-from catid2_ray.on_ray.serve.batches import Batches
+from catid2_ray.on_ray.serve.batches import Batch, Batches
 from catid2_ray.on_ray.serve.follow import Serving
 from catid2_ray.on_ray.serve.keys import Keys
 from catid2_ray.on_ray.serve.opened import CANARY_QUERY, Opened
-from catid2_ray.on_ray.serve.refusals import RESPONSES, install, refused
+from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, install, refused
 from catid2_ray.on_ray.serve.settings import AppSettings
-from catid2_ray.retrieval.below import below
-from catid2_ray.retrieval.live import codes_of
 
 MAX_ONGOING, MAX_QUEUED = 64, 256
 BATCHES = {"size": 16, "wait_s": 0.005, "most_waiting": 256}
+FEW = 100  # products that are put into words without a thread
 LAG_S = 60.0  # a replica that cannot apply changes for so long is replaced
 # Threads of each kind of work, so that none waits behind another. Batches come one at a time.
 THREADS = {"search": 1, "filters": 2, "changes": 1, "health": 1}
@@ -60,6 +58,7 @@ PAGE = Path(__file__).with_name("page.html")
 
 api = FastAPI(title="catid2-ray retriever", docs_url=None, redoc_url=None)
 install(api)
+api.add_middleware(metrics.Counted)
 
 
 def _may(right: str):
@@ -73,6 +72,7 @@ def _may(right: str):
 
 READ, WRITE = [_may("read")], [_may("write")]
 READ_REFUSALS = {401: RESPONSES[401]}
+RETRIEVE_REFUSALS = {status: RESPONSES[status] for status in (400, 401, 413, 422, 503, 504)} | {408: LATE}
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -96,7 +96,7 @@ class RetrieverReplica:
         torch.set_num_threads(settings.threads)
         self.settings, self.keys = settings, Keys.of(settings.keys)
         self.pools = {name: ThreadPoolExecutor(threads, name) for name, threads in THREADS.items()}
-        self.batches = Batches(self._search, self.pools["search"], **BATCHES)
+        self.batches = Batches(self._search, self.pools["search"], tell=self._tell, **BATCHES)
         self.answered = time.monotonic()  # when a search last came to its end
         self.serving = Serving(Store(settings.store), settings)
         self.serving.now.retriever.retrieve([CANARY_QUERY], k=1)
@@ -120,7 +120,12 @@ class RetrieverReplica:
     async def check_health(self) -> None:
         """A replica that answers is healthy, however long its queue; one that does not must answer a query in time. One that cannot
         apply the changes of its series is not: another may. A store that is away is no fault of a replica, nor a damaged record."""
-        updates = self.serving.now.updates
+        now, updates = self.serving.now, self.serving.now.updates
+        if now.created:
+            metrics.put("catid2_release_age_s", metrics.seconds_since(now.created), release=now.name)
+        metrics.put("catid2_changes", updates.applied, release=now.name)
+        metrics.put("catid2_lag_s", updates.lag_s, release=now.name)
+        metrics.put("catid2_swaps", self.serving.swaps)
         if updates.lag_s > LAG_S and not isinstance(updates.failing, StorageError | None):
             raise RuntimeError(f"changes have not been applied for {updates.lag_s:.0f} s: {updates.failing}")
         asked = time.monotonic()
@@ -175,23 +180,38 @@ class RetrieverReplica:
     @api.get("/v1/docids/{prefix}", dependencies=READ, responses={422: RESPONSES[422], **READ_REFUSALS})
     async def docids(self, prefix: str) -> BelowResponse:
         """Say what lives below the first codes of an ID, such as <a_65><b_225>."""
-        return await self._run("filters", _below, self.serving.now, prefix)
+        return await self._run("filters", answering.below_of, self.serving.now, prefix)
 
-    @api.post("/v1/retrieve", dependencies=READ, responses=RESPONSES)
-    async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
-        """Find the `k` best products for a query, among those that the filter allows."""
+    @api.get("/v1/products/{product_id:path}", dependencies=READ, responses={404: RESPONSES[404], **READ_REFUSALS})
+    async def product(self, product_id: str) -> ProductResponse:
+        """Say what the release knows of a product, whether it can be found now or was withdrawn."""
+        return await self._run("filters", answering.product_of, self.serving.now, product_id)
+
+    @api.post("/v1/retrieve", dependencies=READ, responses=RETRIEVE_REFUSALS)
+    async def retrieve(self, request: RetrieveRequest, asked: Request) -> RetrieveResponse:
+        """Find the `k` best products for a query, or for each of several, among those that the filter allows."""
         # Taken once: whatever becomes current meanwhile, this request is answered from one release.
-        now = self.serving.now
-        now.retriever.check(request.query, k=request.k)
+        now, deadline, each = self.serving.now, answering.deadline_of(request, asked.headers), request.each()
+        for one in each:
+            now.retriever.check(one.query, k=one.k)
         if request.filter is not None:
             # Refused here, it cannot spoil a batch; it is kept for the search.
             await self._run("filters", now.retriever.compile, request.filter)
-        hits = await self.batches.ask((now, request))
-        fewer = None
-        if len(hits) < request.k:
-            why = lambda: now.retriever.why_fewer(len(hits), k=request.k, expression=request.filter)  # noqa: E731
-            fewer = await self._run("filters", why)
-        return RetrieveResponse(release=now.name, products=[Product.of(hit) for hit in hits], fewer=fewer)
+        answers = await asyncio.gather(*(self._answer(now, one, deadline) for one in each))
+        if request.queries is None:
+            return RetrieveResponse(release=now.name, **dict(answers[0]))
+        return RetrieveResponse(release=now.name, products=[], answers=answers)
+
+    async def _answer(self, now: Opened, request: RetrieveRequest, deadline: float | None) -> Answer:
+        found = await self.batches.ask((now, request), deadline=deadline)
+        if request.explain or request.k > FEW or len(found) < request.k:
+            answer = await self._run("filters", answering.answer_of, now, request, found)
+        else:
+            answer = answering.answer_of(now, request, found)
+        metrics.count("catid2_empty_answers", not found)
+        if answer.fewer:
+            metrics.count("catid2_fewer_answers", reason=answer.fewer)
+        return answer
 
     @api.post("/v1/products", dependencies=WRITE, responses=RESPONSES)
     async def insert(self, request: InsertRequest) -> InsertResponse:
@@ -232,39 +252,16 @@ class RetrieverReplica:
             )
 
     def _search(self, requests: list[tuple[Opened, RetrieveRequest]]) -> list:
-        """Requests of one release and beam width go together: a k above the beam widens it, and must not widen it for others."""
-        groups: dict[tuple, list[int]] = {}
-        for number, (opened, request) in enumerate(requests):
-            width = max(opened.retriever.beam_width, request.k)
-            groups.setdefault((opened.name, width), []).append(number)
-        answers = [None] * len(requests)
-        for numbers in groups.values():
-            opened, mine = requests[numbers[0]][0], [requests[number][1] for number in numbers]
-            hits_of_group = opened.retriever.retrieve(
-                [one.query for one in mine], k=max(one.k for one in mine), filters=[one.filter for one in mine]
-            )
-            for number, one, hits in zip(numbers, mine, hits_of_group):
-                answers[number] = hits[: one.k]
+        answers = answering.search(requests)
         self.answered = time.monotonic()
         return answers
 
-
-def _below(opened: Opened, prefix: str) -> BelowResponse:
-    retriever, view = opened.retriever, opened.retriever.live.view
-    codes, space = retriever.space.parse_prefix(prefix), retriever.space
-    seen = below(retriever.live, view, codes)
-    tokens = [(space.text((*codes, code))[len(prefix) :], number) for code, number in seen.next_codes]
-    members = zip(seen.rows, codes_of(view, seen.rows))
-    names = retriever.products
-    return BelowResponse(
-        release=opened.name, prefix=prefix, count=seen.products,
-        next_codes=[NextCode(token=token, products=number) for token, number in tokens],
-        categories=[Category(path=path, products=number) for path, number in seen.categories],
-        products=[
-            Member(product_id=names.name(row), docid=space.text(codes_L), title=names.title(row))
-            for row, codes_L in members
-        ],
-    )  # fmt: skip
+    def _tell(self, batch: Batch) -> None:
+        metrics.count("catid2_dropped", batch.dropped)
+        if batch.searched:
+            metrics.observe("catid2_batch_size", batch.searched)
+            metrics.observe("catid2_wait_ms", 1e3 * batch.waited_s)
+            metrics.observe("catid2_search_ms", 1e3 * batch.search_s)
 
 
 def build(settings: AppSettings):

@@ -30,8 +30,8 @@ _LONGEST = 2000  # characters of an error, which may quote the request
 
 
 class Unserved(CatidError):
-    """A request that is not served: `status` 401 or 403 because of its key, 503 because too many wait already, 504 because its
-    time is over."""
+    """A request that is not served: `status` 401 or 403 because of its key, 404 because there is no such thing, 503 because too
+    many wait already, 504 because its time is over."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -48,12 +48,20 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         400: "The body is no JSON",
         401: "The service has keys, and the request has none of them",
         403: "The key may not change products",
+        404: "The release has no such product",
         409: "Somebody else changed the products meanwhile: send the change again",
         413: "The body is too large",
         422: "The query, k, filter or change cannot be answered",
         503: "The queue is full, or the store does not answer: try again later",
         504: "The time that the request was given ended before its search began",
     }.items()
+}
+
+
+LATE: dict[str, Any] = {
+    "description": "The time that the header x-request-timeout-seconds gave, or the proxy gives each request, is over; Ray's proxy "
+    "says so in plain text",
+    "content": {"text/plain": {"schema": {"type": "string"}}},
 }
 
 

@@ -21,6 +21,8 @@ from ray import serve
 from catid2_ray.artifacts import release as releases
 from catid2_ray.errors import ArtifactError, InputError, StorageError
 from catid2_ray.on_ray.serve import app
+from catid2_ray.on_ray.serve.answers import TIMEOUT_HEADER, deadline_of
+from catid2_ray.on_ray.serve.api import RetrieveRequest
 from catid2_ray.on_ray.serve.app import THREADS, AppSettings, RetrieverReplica, api, build, check_port
 from catid2_ray.on_ray.serve.keys import VARIABLE, Keys
 from catid2_ray.on_ray.serve.refusals import MOST_BYTES, sound
@@ -35,7 +37,7 @@ def replica(folder):
     made.settings, made.keys = AppSettings(store="s", follow=False), Keys()
     updates = SimpleNamespace(applied=0, lag_s=0.0, failing=None)
     now = SimpleNamespace(name="r1", created="2026-01-31T12:00:00Z", retriever=Retriever.open(folder), updates=updates)
-    made.serving = SimpleNamespace(now=now, refused=None, end=lambda: None)
+    made.serving = SimpleNamespace(now=now, refused=None, swaps=0, end=lambda: None)
     made.pools, made.answered = {name: ThreadPoolExecutor(threads) for name, threads in THREADS.items()}, 0.0
     made.batches = app.Batches(made._search, made.pools["search"], **app.BATCHES)
     return made
@@ -71,7 +73,7 @@ JSON = {"content-type": "application/json"}
         (b'{"query": "oak", "k": 1000000}', "k must be a whole number from 1 to 1000"),
         (b'{"query": "oak", "k": "many"}', "k: Input should be a valid integer"),
         (b'{"query": "\\u0000\\u0007"}', "at least one letter or digit"),
-        (b'{"k": 3}', "query: Field required"),
+        (b'{"k": 3}', "give either `query` or `queries`"),
         (b"[1, 2]", "body: "),
         (b'{"query": "oak", "filter": {"products": [' + b",".join([b'"x"'] * 30_000) + b"]}}", "too large"),
         (b'{"query": "oak", "filter": ' + b'{"not": ' * 80 + b"{}" + b"}" * 80 + b"}", "too large"),
@@ -93,7 +95,7 @@ def test_other_refusals_have_the_same_shape(client):
         wrong = client.post("/v1/retrieve", content=b"{}", headers={"content-type": kind})
         refused(wrong, 422, f"content-type: application/json; found '{kind}'")
     odd = client.post("/v1/retrieve", content=b"{}", headers={"content-type": "Application/JSON; charset=utf-8"})
-    refused(odd, 422, "query: Field required")
+    refused(odd, 422, "give either `query` or `queries`")
     quoted = client.get("/" + "x" * 60_000)
     assert quoted.status_code == 404 and len(quoted.json()["error"]) < 2100
     large = b'{"query": "' + b"x" * MOST_BYTES["/v1/retrieve"] + b'"}'
@@ -157,6 +159,98 @@ def test_it_says_what_lives_below_a_prefix(client):
         refused(client.get(f"/v1/docids/{wrong}"), 422, "")
 
 
+def test_several_queries_are_answered_in_their_order(client):
+    body = {"queries": ["oak door", "steel hinge", "garden hose"], "k": 2, "filter": {"products": ["p0", "p3", "p5"]}}
+    answer = client.post("/v1/retrieve", json=body).json()
+    alone = [
+        client.post("/v1/retrieve", json={"query": query, **{name: body[name] for name in ("k", "filter")}}).json()
+        for query in body["queries"]
+    ]
+    assert answer["products"] == [] and len(answer["answers"]) == 3
+    for one, other in zip(answer["answers"], alone):
+        assert [hit["product_id"] for hit in one["products"]] == [hit["product_id"] for hit in other["products"]]
+        assert [hit["score"] for hit in one["products"]] == pytest.approx(
+            [hit["score"] for hit in other["products"]], abs=1e-5
+        )
+    assert [one["products"][0]["product_id"] for one in answer["answers"]] == ["p3", "p0", "p5"]
+    for wrong, words in (
+        ({"queries": []}, "queries: "), ({"queries": ["oak"] * 65}, "queries: "), ({}, "either `query` or `queries`"),
+        ({"query": "oak", "queries": ["oak"]}, "either `query` or `queries`"), ({"queries": ["oak", "?"]}, "letter or digit"),
+    ):  # fmt: skip
+        refused(client.post("/v1/retrieve", json=wrong), 422, words)
+
+
+def test_an_answer_explains_itself(client):
+    for query in ("oak door", "brass hinge"):
+        answer = client.post("/v1/retrieve", json={"query": query, "k": 3, "explain": True}).json()
+        for product in answer["products"]:
+            levels, terms = product["explain"]["levels"], product["explain"]["terms"]
+            assert "".join(level["token"] for level in levels) == product["docid"]
+            assert levels[0]["logp"] >= levels[1]["logp"] == pytest.approx(product["logp"], abs=1e-4)
+            assert sum(terms.values()) == pytest.approx(product["score"])
+    plain = client.post("/v1/retrieve", json={"query": "oak door", "k": 3}).json()
+    assert [product["explain"] for product in plain["products"]] == [None] * 3
+
+
+def test_clusters_are_the_beginnings_of_ids(client):
+    found = client.post("/v1/retrieve", json={"query": "oak door", "k": 3, "mode": "clusters"}).json()
+    assert found["products"] == [] and found["fewer"] is None and len(found["clusters"]) == 3
+    assert found["clusters"][0]["prefix"] == "<a_1>" and found["clusters"][0]["products"] == 2
+    scores = [one["score"] for one in found["clusters"]]
+    assert scores == sorted(scores, reverse=True) and scores == [one["logp"] for one in found["clusters"]]
+    only = client.post("/v1/retrieve", json={"query": "oak", "mode": "clusters", "filter": {"products": ["p0"]}}).json()
+    assert [one["prefix"] for one in only["clusters"]] == ["<a_0>"]
+    wrong = client.post("/v1/retrieve", json={"query": "oak", "mode": "clusters", "explain": True})
+    refused(wrong, 422, "only products are explained")
+
+
+def test_a_request_may_ask_for_another_beam(client):
+    assert len(client.post("/v1/retrieve", json={"query": "oak", "k": 6}).json()["products"]) == 6
+    narrow = client.post("/v1/retrieve", json={"query": "oak", "k": 1, "beam_width": 1}).json()["products"]
+    assert len(narrow) == 1
+    for width in (0, 1001, "2", True):
+        refused(client.post("/v1/retrieve", json={"query": "oak", "beam_width": width}), 422, "beam_width: ")
+
+
+def test_a_request_that_is_late_costs_no_search(client, replica, monkeypatch):
+    """Whether the body or the header says how long the caller waits."""
+    waits = threading.Event()
+    searched = []
+    monkeypatch.setattr(
+        replica.batches, "search", lambda requests: searched.append(requests) or waits.wait(20) and [[]]
+    )
+    with client, ThreadPoolExecutor(3) as pool:  # one event loop for all of them
+        first = pool.submit(client.post, "/v1/retrieve", json={"query": "oak"})
+        while not searched:
+            time.sleep(0.01)
+        late = [
+            pool.submit(client.post, "/v1/retrieve", json={"query": "door", "timeout_s": 0.01}),
+            pool.submit(client.post, "/v1/retrieve", json={"query": "door"}, headers={TIMEOUT_HEADER: "0.01"}),
+        ]
+        while replica.batches.waiting < 2:
+            time.sleep(0.01)
+        time.sleep(0.02)
+        waits.set()
+        for one in late:
+            refused(one.result(), 504, "its time is over")
+        assert first.result().status_code == 200 and len(searched) == 1
+    for none in ("soon", "-1", "nan"):
+        assert deadline_of(RetrieveRequest(query="oak"), {TIMEOUT_HEADER: none}) is None
+    refused(client.post("/v1/retrieve", json={"query": "oak", "timeout_s": 0}), 422, "timeout_s: ")
+
+
+def test_it_says_what_it_knows_of_a_product(client, replica):
+    known = {"release": "r1", "product_id": "p3", "docid": "<a_1><b_1>", "title": "oak door", "category_path": None}
+    assert client.get("/v1/products/p3").json() == known | {"live": True}
+    replica.serving.now.retriever.live.withdraw(["p3"])
+    try:
+        assert client.get("/v1/products/p3").json() == known | {"live": False}
+    finally:
+        replica.serving.now.retriever.live.restore(["p3"])
+    for unknown in ("nobody", "a/b", "%20", "%ED%A0%80"):
+        refused(client.get(f"/v1/products/{unknown}"), 404, "")
+
+
 def test_a_replica_that_answers_nothing_is_alive_but_not_ready(client, replica, monkeypatch):
     assert client.get("/readyz").json() == {"status": "ready", "release": "r1"}
     monkeypatch.setattr(replica.serving.now, "retriever", None)
@@ -168,7 +262,8 @@ def test_every_status_is_documented_with_its_body():
     paths = api.openapi()["paths"]
     for path in ("/v1/retrieve", "/v1/products", "/v1/withdraw", "/v1/restore"):
         responses = paths[path]["post"]["responses"]
-        assert {"200", "400", "401", "403", "409", "413", "422", "503"} <= set(responses)
+        documented = {"200", "400", "401", "413", "422", "503"}
+        assert documented | ({"408", "504"} if path == "/v1/retrieve" else {"403", "409"}) <= set(responses)
         assert responses["422"]["content"]["application/json"]["schema"]["$ref"].endswith("/Refusal")
 
 

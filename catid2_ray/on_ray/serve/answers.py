@@ -1,0 +1,130 @@
+"""From requests to answers, with one release: the search of a batch, and what is said of a product beside its score.
+
+All of it is slow work for a thread, and knows neither HTTP nor Ray.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+
+from catid2_ray.errors import InputError
+from catid2_ray.on_ray.serve.api import (
+    Answer,
+    BelowResponse,
+    Category,
+    Cluster,
+    Explain,
+    Level,
+    Member,
+    NextCode,
+    Product,
+    ProductResponse,
+    RetrieveRequest,
+)
+from catid2_ray.on_ray.serve.opened import Opened
+from catid2_ray.on_ray.serve.refusals import Unserved
+from catid2_ray.retrieval.below import below, category_of
+from catid2_ray.retrieval.explain import explained
+from catid2_ray.retrieval.live import codes_of
+from catid2_ray.retrieval.rescoring import Hit
+
+TIMEOUT_HEADER = "x-request-timeout-seconds"  # Ray's proxy reads it, too
+
+
+def deadline_of(request: RetrieveRequest, headers: Mapping[str, str]) -> float | None:
+    """A time of `time.monotonic()`; None where the caller waits for ever. As Ray does, what is no number above 0 is none."""
+    try:
+        told = float(headers.get(TIMEOUT_HEADER, "inf"))
+    except ValueError:
+        told = math.inf
+    waits = min(told if told > 0 else math.inf, request.timeout_s or math.inf)
+    return time.monotonic() + waits if waits < math.inf else None
+
+
+def search(requests: list[tuple[Opened, RetrieveRequest]]) -> list[list[Hit] | list[Cluster]]:
+    """Requests of one release and one beam go together: a k above the beam widens it, and must not widen it for others. Each has
+    one query."""
+    groups: dict[tuple, list[int]] = {}
+    for number, (opened, request) in enumerate(requests):
+        width = max(request.beam_width or opened.retriever.beam_width, request.k)
+        groups.setdefault((opened.name, request.mode, request.beam_width, width), []).append(number)
+    answers: list = [None] * len(requests)
+    for (_, mode, beam_width, _), numbers in groups.items():
+        opened, mine = requests[numbers[0]][0], [requests[number][1] for number in numbers]
+        if mode == "clusters":
+            found = [_clusters(opened, one) for one in mine]
+        else:
+            found = opened.retriever.retrieve(
+                [one.query for one in mine], k=max(one.k for one in mine), filters=[one.filter for one in mine],
+                beam_width=beam_width,
+            )  # fmt: skip
+        for number, one, hits in zip(numbers, mine, found):
+            answers[number] = hits[: one.k]
+    return answers
+
+
+def _clusters(opened: Opened, request: RetrieveRequest) -> list[Cluster]:
+    """Of the level at which the release's search ends or, where that is the last one, of the level above products."""
+    retriever = opened.retriever
+    levels = max(1, min(retriever.levels, retriever.trie.levels - 1))
+    widths = [max(width, request.k) for width in retriever.widths_for(request.k, request.beam_width)[:levels]]
+    result = retriever.searched(
+        [request.query], widths=widths, levels=levels, top_k=request.k, allowed=retriever.compile(request.filter)
+    )
+    count, clusters, live = int(result.count_B[0]), [], retriever.live
+    scores = (result.logp_BK if result.score_BK is None else result.score_BK)[0, :count].tolist()
+    asked = retriever.lookahead is None or retriever.lookahead.logp_weight != 0
+    for codes, logp, score in zip(result.docid_BKL[0, :count].tolist(), result.logp_BK[0, :count].tolist(), scores):
+        products = below(live, live.view, tuple(codes)).products
+        prefix = retriever.space.text(codes)
+        clusters.append(Cluster(prefix=prefix, score=score, logp=logp if asked else None, products=products))
+    return clusters
+
+
+def answer_of(opened: Opened, request: RetrieveRequest, found: list[Hit] | list[Cluster]) -> Answer:
+    """`found`: what `search` gave for this request of one query."""
+    if request.mode == "clusters":
+        return Answer(products=[], clusters=found)
+    retriever, fewer = opened.retriever, None
+    if len(found) < request.k:
+        fewer = retriever.why_fewer(len(found), k=request.k, expression=request.filter)
+    said: list[Explain | None] = [None] * len(found)
+    if request.explain:
+        whole = explained(retriever, request.query, found, expression=request.filter)
+        said = [Explain(levels=[Level(**vars(level)) for level in one.levels], terms=one.terms) for one in whole]
+    view = retriever.live.view
+    products = [Product.of(hit, category_path=category_of(view, hit.row), explain=one) for hit, one in zip(found, said)]
+    return Answer(products=products, fewer=fewer)
+
+
+def product_of(opened: Opened, product_id: str) -> ProductResponse:
+    """Raises Unserved (404) for a product that neither the release nor a change to it has."""
+    retriever, view = opened.retriever, opened.retriever.live.view
+    try:
+        row = retriever.live.row(product_id)
+    except InputError as error:
+        raise Unserved(404, str(error)) from None
+    return ProductResponse(
+        release=opened.name, product_id=product_id, docid=retriever.space.text(codes_of(view, [row])[0]),
+        title=retriever.products.title(row), category_path=category_of(view, row),
+        live=bool(view.is_live([row])[0]),
+    )  # fmt: skip
+
+
+def below_of(opened: Opened, prefix: str) -> BelowResponse:
+    """Raises InputError for what begins no ID."""
+    retriever, view = opened.retriever, opened.retriever.live.view
+    codes, space = retriever.space.parse_prefix(prefix), retriever.space
+    seen = below(retriever.live, view, codes)
+    tokens = [(space.text((*codes, code))[len(prefix) :], number) for code, number in seen.next_codes]
+    members = zip(seen.rows, codes_of(view, seen.rows))
+    names = retriever.products
+    return BelowResponse(
+        release=opened.name, prefix=prefix, count=seen.products,
+        next_codes=[NextCode(token=token, products=number) for token, number in tokens],
+        categories=[Category(path=path, products=number) for path, number in seen.categories],
+        products=[
+            Member(product_id=names.name(row), docid=space.text(codes_L), title=names.title(row))
+            for row, codes_L in members
+        ],
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""What a replica counts for Prometheus, through Ray, which puts `ray_` before each name and `_total` behind that of a counter.
+
+docs/operations.md says what to alert on; deploy/grafana.json shows it.
+"""
+
+import calendar
+import functools
+import time
+from typing import NamedTuple
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+
+
+class Metric(NamedTuple):
+    kind: type
+    about: str
+    tags: tuple[str, ...] = ()
+    bounds: tuple[int, ...] = ()
+
+
+METRICS = {
+    "catid2_requests": Metric(Counter, "requests, by call and by status of the answer", ("call", "status")),
+    "catid2_request_ms": Metric(Histogram, "milliseconds from request to answer inside a replica", ("call",), _MS),
+    "catid2_wait_ms": Metric(Histogram, "milliseconds that the oldest query of a batch waited", (), _MS),
+    "catid2_search_ms": Metric(Histogram, "milliseconds that the search of a batch took", (), _MS),
+    "catid2_batch_size": Metric(Histogram, "queries of a batch", (), _SIZES),
+    "catid2_dropped": Metric(Counter, "queries dropped before their search: the caller had gone, or it was too late"),
+    "catid2_empty_answers": Metric(Counter, "queries for which no product was found"),
+    "catid2_fewer_answers": Metric(
+        Counter, "queries with fewer products than asked for, by reason (search or catalogue)", ("reason",)
+    ),
+    "catid2_release_age_s": Metric(Gauge, "seconds since the release that is served was published", ("release",)),
+    "catid2_changes": Metric(Gauge, "changes to products that the replica has applied", ("release",)),
+    "catid2_lag_s": Metric(Gauge, "seconds since the replica last knew of no change that it lacks", ("release",)),
+    "catid2_swaps": Metric(Gauge, "changes of release since the replica began"),
+}
+
+
+@functools.cache
+def _meter(name: str):
+    """Made at the first use, inside a replica, whose name Ray then puts to it."""
+    kind, about, tags, bounds = METRICS[name]
+    return kind(name, about, **({"boundaries": bounds} if bounds else {}), tag_keys=tags)
+
+
+def count(name: str, value: float = 1, **tags: str) -> None:
+    if value:
+        _meter(name).inc(value, tags)
+
+
+def observe(name: str, value: float, **tags: str) -> None:
+    _meter(name).observe(value, tags)
+
+
+def put(name: str, value: float, **tags: str) -> None:
+    _meter(name).set(value, tags)
+
+
+def seconds_since(created: str) -> float:
+    """`created`: when a release was published, as it says so itself."""
+    return time.time() - calendar.timegm(time.strptime(created, "%Y-%m-%dT%H:%M:%SZ"))
+
+
+class Counted:
+    """ASGI middleware: counts each request, and times it."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status = time.perf_counter(), "500"  # what an exception that passes here becomes
+
+        async def sent(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sent)
+        finally:
+            # The route, such as /v1/docids/{prefix}: paths that do not exist would be metrics without end.
+            call = getattr(scope.get("route"), "path", "none")
+            count("catid2_requests", call=call, status=status)
+            observe("catid2_request_ms", 1e3 * (time.perf_counter() - start), call=call)
