@@ -75,7 +75,10 @@ def _extend(
     children = arrays.children(level, beams.place, beams.score_BM > -torch.inf, beams.prefix_BML, filters)
     logp_BMC = near_BMC = None
     if step_logp_BMK is not None:
-        logp_BMC = beams.logp_BM[..., None] + step_logp_BMK.gather(-1, children.code_BMC)
+        step_BMC = step_logp_BMK.gather(-1, children.code_BMC)
+        if ahead is not None:
+            step_BMC = arrays.fair(level, beams.place, children, step_BMC)
+        logp_BMC = beams.logp_BM[..., None] + step_BMC
     score_BMC = logp_BMC
     if ahead is not None:
         score_BMC, near_BMC = ahead.scores(level + 1, arrays, children, beams.near_BM, logp_BMC)
