@@ -16,7 +16,7 @@ from torch import Tensor
 
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.decoders import checked_queries, decoder_for
-from catid2_ray.retrieval.live import LiveView, filters_for
+from catid2_ray.retrieval.live_view import LiveView, filters_for
 from catid2_ray.retrieval.lookahead import Ahead
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.trie_tensors import LiveTensors, TrieTensors, filter_tensors, tensors

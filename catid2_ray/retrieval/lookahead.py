@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from catid2_ray.errors import InputError
-from catid2_ray.retrieval.live import LiveView
 from catid2_ray.retrieval.live_nodes import NodesOfView
+from catid2_ray.retrieval.live_view import LiveView
 from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.trie_tensors import Children, LiveTensors, TrieTensors

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from catid2_ray.retrieval.filters import Filter, FilterTensors, LiveFilter, allowed_before, stacked
 from catid2_ray.retrieval.inserted import Inserted
-from catid2_ray.retrieval.live import LiveView
+from catid2_ray.retrieval.live_view import LiveView
 from catid2_ray.retrieval.trie import Trie
 
 

@@ -12,7 +12,8 @@ from catid2_ray.retrieval import live_nodes, lookahead
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.exact import exact_scores, replayed
 from catid2_ray.retrieval.filters import Filter
-from catid2_ray.retrieval.live import LiveTrie, codes_of, filters_for
+from catid2_ray.retrieval.live import LiveTrie
+from catid2_ray.retrieval.live_view import codes_of, filters_for
 from catid2_ray.retrieval.lookahead import Ahead, Lookahead, best_words
 from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import Newcomer, Products
