@@ -289,8 +289,9 @@ def report(figures: dict) -> str:
         }
         rows.append(
             [
-                f"HTTP, {connections} connections" + (f", {each} queries a request" if each > 1 else ""), middle["queries_a_second"],
-                middle["queries_a_second"] / alone["queries_a_second"], middle["replica_cpu_ms"], middle["proxy_cpu_ms"],
+                f"HTTP, {connections} connections" + (f", {each} queries a request" if each > 1 else ""),
+                middle["queries_a_second"], middle["queries_a_second"] / alone["queries_a_second"],
+                middle["replica_cpu_ms"], middle["proxy_cpu_ms"],
                 (middle["replica_cpu_ms"] + middle["proxy_cpu_ms"]) / alone["cpu_ms"], *(middle[name] for name in _QUANTILES),
             ]
         )  # fmt: skip

@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from catid2_ray.on_ray.serve.app import MAX_ONGOING, AppSettings, RetrieverReplica, api
+from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica, api
 from tests.stored import unpack
 
 CALLS = [(verb, path) for path, verbs in api.openapi()["paths"].items() for verb in verbs]
@@ -34,16 +34,14 @@ def replica(tmp_path_factory):
     recipe = unpack(tmp_path_factory.mktemp("stored"))
     kind = RetrieverReplica.func_or_class
     bare = next(one for one in kind.__mro__ if one.__init__.__qualname__ == "RetrieverReplica.__init__")
-    made = bare(AppSettings(store=recipe.store, updates=True))
+    made = bare(AppSettings(store=recipe.store, updates=True, follow=False))
     yield made
-    made.updates.end()
-    made.use.end()
+    made.serving.end()
 
 
 @pytest.fixture(scope="module")
 def served(replica):
-    limits = SimpleNamespace(max_ongoing_requests=MAX_ONGOING)
-    context = SimpleNamespace(servable_object=replica, _deployment_config=limits)
+    context = SimpleNamespace(servable_object=replica)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve, "get_replica_context", lambda: context)
         # What the first request builds cannot be pickled, and other tests of this process deploy the same interface.

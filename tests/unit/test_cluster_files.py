@@ -31,6 +31,8 @@ def test_the_head_does_no_work_and_the_pools_exist(cluster):
 
 
 def test_serve_file_is_valid_and_its_numbers_fit_each_other():
+    from catid2_ray.on_ray.serve import app as serve_app
+
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     ServeDeploySchema.model_validate(config)
     deployment = config["applications"][0]["deployments"][0]
@@ -41,6 +43,15 @@ def test_serve_file_is_valid_and_its_numbers_fit_each_other():
     assert scaling["metrics_interval_s"] < scaling["upscale_delay_s"] < scaling["downscale_delay_s"]
     assert scaling["look_back_period_s"] < scaling["downscale_delay_s"]
     assert config["http_options"]["host"] == "127.0.0.1"
+    # Replicas that are busy must be seen to be: more may be under way in one than autoscaling aims at, by as much as makes it add.
+    assert deployment["max_ongoing_requests"] >= 2 * scaling["target_ongoing_requests"]
+    assert scaling["metrics_interval_s"] * 2 <= scaling["look_back_period_s"], "an average of one report is none"
+    # A replica that goes must have time for what it has taken; and one that is busy must not be taken for dead.
+    assert deployment["graceful_shutdown_timeout_s"] >= config["http_options"]["request_timeout_s"]
+    assert serve_app.RetrieverReplica.func_or_class.canary_deadline_s < deployment["health_check_timeout_s"]
+    assert user["batch_wait_timeout_s"] * 20 <= config["http_options"]["request_timeout_s"]
+    # What Serve may send to a replica, the replica takes: beyond it the proxy refuses, which costs the replica nothing.
+    assert deployment["max_ongoing_requests"] <= serve_app.BATCHES["most_waiting"] + user["max_batch_size"]
 
 
 def test_serve_file_names_what_the_code_has():
