@@ -5,7 +5,7 @@
 Learned by `quantizer.adapter.fit` in one process from pairs of relevance ≥ 2.33; epochs and the weight of BM25 are chosen on
 validation queries, figures are of test queries. `--vectors`: a folder that keeps products.npy and queries.npy between runs, the
 rows of the one in the order of product_id, of the other in that of queries.parquet, and gets adapted_products.npy and
-adapted_queries.npy (W and V, seed 0), which other benchmarks read.
+adapted_queries.npy (W and V, seed 0; adapted_1_products.npy … of other seeds), which other benchmarks read.
 Data and encoder are not part of the project: without --root this says so and ends.
 
 Q queries, N products, P pairs, S seeds.
@@ -90,9 +90,9 @@ def encoded(options, name: str, texts: list[str]) -> np.ndarray:
     return vectors
 
 
-def keep(folder: Path, adapter: LinearAdapter) -> None:
+def keep(folder: Path, adapter: LinearAdapter, seed: int) -> None:
     for name, adapted in (("products", adapter.products), ("queries", adapter.queries)):
-        np.save(folder / f"adapted_{name}.npy", adapted(np.load(folder / f"{name}.npy")))
+        np.save(folder / f"adapted_{f'{seed}_' * (seed > 0)}{name}.npy", adapted(np.load(folder / f"{name}.npy")))
 
 
 def learned(data: Data, kind: str, seed: int) -> tuple[LinearAdapter, dict]:
@@ -143,8 +143,8 @@ def measure(options) -> dict:
                 adapter, about = learned(data, kind, seed)
                 runs.append(about)
                 print(json.dumps(about), flush=True)
-                if options.vectors and kind == W_AND_V and seed == 0:
-                    keep(options.vectors, adapter)
+                if options.vectors and kind == W_AND_V:
+                    keep(options.vectors, adapter, seed)
             weight = best_weight(validation, adapter)
             weights.setdefault(kind, []).append(weight)
             for method, of_bm25 in ((f"dense, {kind}", 0.0), (f"BM25 + dense, {kind}", weight)):
