@@ -289,8 +289,8 @@ def report(figures: dict) -> str:
         "# Looking ahead by node vectors\n",
         f"Written by `benchmarks/lookahead.py`, seeds {', '.join(map(str, figures['seeds']))}: Home Depot, 54,667 products, "
         "IDs of residual k-means (K 256, L 4, unique), no generator but where a time says so. Nothing is trained but the "
-        "adapter. recall@k of relevant products, averaged over the seeds query by query, with 95 % intervals over queries; in the last column @50 of each "
-        f"seed. One thread of {figures['machine']}.\n",
+        "adapter. recall@k of relevant products, averaged over the seeds query by query, with 95 % intervals over queries; "
+        f"in the last column @50 of each seed. One thread of {figures['machine']}.\n",
     ]
     head = ("", "vectors of products read", *(f"@{k}" for k in KS), "@50 by seed")
     text += [table(head, rows, title=name) for name, rows in figures["tables"].items()]
