@@ -37,7 +37,7 @@ from catid2_ray.generator.model import small_t5
 from catid2_ray.identifiers.collisions import assign_unique
 from catid2_ray.quantizer.kmeans import nearest, residual_kmeans
 from catid2_ray.retrieval.beam import constrained_beam_search
-from catid2_ray.retrieval.live import result_rows
+from catid2_ray.retrieval.live_view import result_rows
 from catid2_ray.retrieval.lookahead import Ahead, Lookahead, best_words
 from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.trie import Trie
