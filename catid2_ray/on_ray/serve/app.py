@@ -46,7 +46,7 @@ from catid2_ray.on_ray.serve.api import (
 from catid2_ray.on_ray.serve.newcomers import Newcomers
 from catid2_ray.on_ray.serve.refusals import RESPONSES, install, refused
 from catid2_ray.retrieval.below import below
-from catid2_ray.retrieval.live import codes_of
+from catid2_ray.retrieval.live_view import codes_of
 
 CANARY_QUERY, CANARY_DEADLINE_S = "canary", 10.0
 MAX_ONGOING, MAX_QUEUED = 64, 256
