@@ -7,7 +7,8 @@ import pyarrow as pa
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.retrieval.filters import FilterIndex
-from catid2_ray.retrieval.live import LiveTrie, codes_of
+from catid2_ray.retrieval.live import LiveTrie
+from catid2_ray.retrieval.live_view import codes_of
 from catid2_ray.retrieval.products import Products
 from catid2_ray.retrieval.trie import Trie
 

@@ -15,7 +15,7 @@ from catid2_ray.errors import CommitConflict, InputError
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 from catid2_ray.on_ray.serve.carry import Carried, Carrier
-from catid2_ray.retrieval.live import codes_of
+from catid2_ray.retrieval.live_view import codes_of
 from tests.live_shop import Shop
 from tests.oracles.carry import World
 

@@ -10,7 +10,7 @@ from catid2_ray.errors import ArtifactError, InputError, StorageError
 from catid2_ray.on_ray.machine import live_log
 from catid2_ray.on_ray.machine.live_log import LiveLog, apply
 from catid2_ray.on_ray.machine.live_net import Net
-from catid2_ray.retrieval.live import codes_of
+from catid2_ray.retrieval.live_view import codes_of
 from tests.storage.test_carry import CODES, Replica, catalogue
 
 CATALOGUE = catalogue(*range(12))

@@ -30,7 +30,7 @@ from catid2_ray.on_ray.machine.vectors import open_adapter
 from catid2_ray.quantizer.adapter import LinearAdapter
 from catid2_ray.quantizer.coder import encode, load_coder
 from catid2_ray.quantizer.model import ResidualQuantizer
-from catid2_ray.retrieval.live import LiveView, codes_of
+from catid2_ray.retrieval.live_view import LiveView, codes_of
 
 _SAID = ("description", "category_path", "vector")
 _ROWS = 16  # of one padded forward pass

@@ -15,7 +15,7 @@ from catid2_ray.errors import InputError
 from catid2_ray.on_ray.machine.live_log import LiveUpdates
 from catid2_ray.on_ray.serve.newcomers import Newcomers
 from catid2_ray.retrieval.below import below
-from catid2_ray.retrieval.live import codes_of
+from catid2_ray.retrieval.live_view import codes_of
 from catid2_ray.retrieval.retriever import Retriever
 
 _TEXT = ("title", "description", "category_path", "vector", "docid")
