@@ -28,6 +28,8 @@ from catid2_ray.retrieval.arrays import entries
 from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
 from catid2_ray.retrieval.inserted import Inserted
 from catid2_ray.retrieval.live_filters import LiveFilterIndex
+from catid2_ray.retrieval.live_nodes import NodesOfView
+from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import Newcomer, ProductNames, Products, check_value
 from catid2_ray.retrieval.trie import Trie
 
@@ -37,7 +39,7 @@ class LiveView:
     """One state of a live trie and of all that is known of its products; immutable, so that a search sees no change half-way.
 
     `inserted`: None while there is none. `live_base` and `live_inserted`: the rows that count; the latter in the order
-    of insertion. `filters` and `products`: of the same rows, None where the live trie was made without.
+    of insertion. `filters`, `products`, `nodes`: of the same rows, None where the live trie was made without.
     """
 
     base: Trie
@@ -46,6 +48,7 @@ class LiveView:
     live_inserted: Filter
     filters: LiveFilterIndex | None = None
     products: Products | None = None
+    nodes: NodesOfView | None = None
     _restricted: WeakKeyDictionary = field(init=False, default_factory=WeakKeyDictionary, repr=False)
 
     @property
@@ -204,6 +207,16 @@ def result_rows(result, trie: Trie | LiveView, *, allowed=None, most: int | None
     return answers
 
 
+def _followed(view: LiveView, gone: np.ndarray, come: np.ndarray) -> LiveView:
+    """The view with the vectors of its nodes, from one in which the rows `gone` were live and `come` were not."""
+    if view.nodes is None:
+        return view
+    rows = np.concatenate((gone, come))
+    return replace(
+        view, nodes=view.nodes.with_rows(view, rows, np.arange(len(rows)) >= len(gone), codes_of(view, rows))
+    )
+
+
 class _Change(NamedTuple):
     """A change that fits the view it was checked against: newcomers with their IDs and the rows that they replace, the filter
     columns after it, and the rows that get another value."""
@@ -221,7 +234,8 @@ class LiveTrie:
 
     `product_ids`: of the base's rows, in trie order (sequence, Arrow array, or `ProductNames` of the release); without
     them the base's products are named by row. `index`: the base's `FilterIndex`, for filters over inserted products too.
-    `products`: what is known of the base's rows, kept for the inserted ones too.
+    `products`: what is known of the base's rows, kept for the inserted ones too. `nodes`: the base's node vectors, which follow
+    the products' vectors.
     A product that was withdrawn may be inserted anew with another ID, and its name means the row that was live last.
     `most`: inserted products, live or withdrawn, before the next release must take them over; a row whose name has got
     another row counts no more.
@@ -239,6 +253,7 @@ class LiveTrie:
         product_ids: Sequence[str] | pa.ChunkedArray | pa.Array | ProductNames | None = None,
         index: FilterIndex | None = None,
         products: Products | None = None,
+        nodes: NodeVectors | None = None,
         most: int = 50_000,
     ):
         for name, part in (("product ids", product_ids), ("rows of filter columns", index and range(index.rows))):
@@ -251,10 +266,13 @@ class LiveTrie:
         self._row_of: dict[str, int] = {}
         self._counted = 0  # names whose row was inserted
         self._lock = threading.Lock()
-        filters = None if index is None else LiveFilterIndex(index)
+        if nodes is not None:
+            nodes.check(base)
         self.view = LiveView(
-            base, None, Filter.all_of(base.rows), Filter.of(np.empty(0, bool)), filters=filters, products=products
-        )
+            base, None, Filter.all_of(base.rows), Filter.of(np.empty(0, bool)),
+            filters=None if index is None else LiveFilterIndex(index), products=products,
+            nodes=None if nodes is None else NodesOfView(nodes),
+        )  # fmt: skip
 
     @property
     def base(self) -> Trie:
@@ -310,7 +328,7 @@ class LiveTrie:
             if check_only:
                 return []
             rows = [view.rows + i for i in range(len(change.newcomers))]
-            self.view = self._with(view, change)
+            self.view = _followed(self._with(view, change), change.replaced, np.array(rows, np.int64))
             self.inserted += [one.product_id for one in change.newcomers]
             self._means([one.product_id for one in change.newcomers], rows)
         return rows
@@ -351,6 +369,7 @@ class LiveTrie:
             )
         if view.products is not None:
             view.products.check_newcomers(newcomers)
+        self._check_moves(newcomers)
         filters = self._filters(names, columns, changed)
         return _Change(newcomers, codes_ML, replaced, filters, valued, list(values.values()))
 
@@ -390,9 +409,11 @@ class LiveTrie:
     def withdraw(self, products: Sequence[str] | Sequence[int], *, check_only: bool = False) -> None:
         """Take products out of every answer, by product id or row; those already out stay out. Raises InputError."""
         with self._lock:
-            rows = self._rows(products)
+            rows = np.unique(self._rows(products))
+            rows = rows[self.view.is_live(rows)]
+            self._check_moves(rows)
             if not check_only:
-                self.view = self.view.with_live(rows, False)
+                self.view = _followed(self.view.with_live(rows, False), rows, rows[:0])
 
     def restore(self, products: Sequence[str] | Sequence[int], *, check_only: bool = False) -> None:
         """Bring withdrawn products back with the IDs they had; those already live stay. Raises InputError where a live
@@ -405,9 +426,15 @@ class LiveTrie:
             row_M = self._rows_named(named)
             self._refuse_twice(named, live=row_M[self.view.is_live(row_M)])
             self._refuse_taken_ids(names, codes_of(self.view, rows), self.view)
+            self._check_moves(rows)
             if not check_only:
+                self.view = _followed(self.view.with_live(rows, True), rows[:0], rows)
                 self._means(named, [row for row, name in zip(rows.tolist(), names) if name is not None])
-                self.view = self.view.with_live(rows, True)
+
+    def _check_moves(self, rows) -> None:
+        view = self.view
+        if view.nodes is not None and len(rows):
+            view.nodes.check(None if view.products is None else view.products.vectors)
 
     def _means(self, names: list[str], rows: list[int]) -> None:
         """From now on these names mean these rows."""

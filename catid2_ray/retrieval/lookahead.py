@@ -13,7 +13,6 @@ B batch, M beams, C children of the widest node of a level, n nodes of a depth, 
 X nodes whose products have changed, K codes of a level.
 """
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,14 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
-from catid2_ray.retrieval.filters import Filter
-from catid2_ray.retrieval.live import LiveView, codes_of
-from catid2_ray.retrieval.node_vectors import NodeVectors, mean_of
+from catid2_ray.retrieval.live import LiveView
+from catid2_ray.retrieval.live_nodes import NodesOfView
+from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.trie_tensors import Children, LiveTensors, TrieTensors
-from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
 
 _ROWS = 1024  # node vectors that are widened at a time, half as many bytes as the processor's second cache holds
 
@@ -44,112 +41,14 @@ class Lookahead:
     lexical_weight: float = 0.0
 
 
-class _Depth(NamedTuple):
-    """One depth of a view: `changed_X` nodes (ascending) with vectors of their own, `inserted_nD` of the inserted nodes."""
-
-    changed_X: np.ndarray
-    changed_XD: np.ndarray
-    inserted_nD: np.ndarray | None
-
-
-@dataclass(frozen=True, eq=False)
-class NodesOfView:
-    """The vectors of a release's nodes, and of those that live changes have moved; immutable. `depths`: one for each depth
-    with means, empty while nothing has changed."""
-
-    base: NodeVectors
-    depths: tuple[_Depth, ...] = ()
-
-
-class LiveNodes:
-    """Keeps the vectors of nodes at the mean of their live products. Tails stay those of the release.
-
-    A change costs one pass over the vectors of the products below the d nodes above it, at the first search of its view.
-    Means are those of a trie rebuilt from the live products, to the last bit.
-    """
-
-    def __init__(self, nodes: NodeVectors, trie: Trie):
-        nodes.check(trie)
-        self._space, self._lock = DocidSpace(trie.codes_per_level), threading.Lock()
-        self._live = (Filter.all_of(trie.rows).words_W, np.zeros(1, np.uint64))
-        # By depth: packed prefix → (its node of the base, −1 where it has none; its vector).
-        self._moved: list[dict[int, tuple[int, np.ndarray]]] = [{} for _ in nodes.means]
-        self._view, self._nodes = None, NodesOfView(nodes)
-
-    def at(self, view: LiveView, vectors: VectorStore | GrownVectors | None) -> NodesOfView:
-        """The vectors as they are in `view`. `vectors`: of its products, and maybe of later ones; may be None while nothing
-        has come or gone, else InputError."""
-        with self._lock:
-            if view is not self._view:
-                self._follow(view, vectors)
-            return self._nodes
-
-    def _follow(self, view: LiveView, vectors) -> None:
-        live = (view.live_base.words_W, view.live_inserted.words_W)
-        base, inserted = (_differing(before_W, now_W) for before_W, now_W in zip(self._live, live))
-        rows = np.concatenate((base, view.base.rows + inserted))
-        if len(rows):
-            if vectors is None:
-                raise InputError(
-                    "products have come or gone, but the release has no vectors of products, so the vectors of its nodes "
-                    "cannot follow; make its serving part again"
-                )
-            # A view taken earlier, by a search that still runs, does not know the rows inserted since.
-            known = view if self._view is None or view.rows >= self._view.rows else self._view
-            codes_ML = codes_of(known, rows)
-            for depth, moved in enumerate(self._moved, 1):
-                moved |= self._recomputed(view, vectors, codes_ML, depth)
-        self._live, self._view = live, view
-        depths = tuple(self._depth(view, depth) for depth in range(1, len(self._moved) + 1))
-        untouched = view.inserted is None and not self._moved[0]
-        self._nodes = NodesOfView(self._nodes.base, () if untouched else depths)
-
-    def _recomputed(self, view: LiveView, vectors, codes_ML: np.ndarray, depth: int) -> dict:
-        """What `_moved` holds, of the nodes of a depth above these IDs."""
-        recomputed = {}
-        packed_P, first_P = np.unique(self._space.prefix_of(self._space.pack(codes_ML), depth), return_index=True)
-        inserted = view.inserted
-        prefix_D = np.empty(0, np.int64) if inserted is None else self._space.prefix_of(inserted.packed_D, depth)
-        ranges = np.searchsorted(prefix_D, [packed_P, packed_P + 1]).T
-        for packed, first, (low, high) in zip(packed_P.tolist(), first_P.tolist(), ranges.tolist()):
-            start, end = view.base.item_range(codes_ML[first, :depth])
-            node = int(view.base.row_start[depth].holding(np.array([start]))[0]) if end > start else -1
-            below = np.arange(start, end)
-            if high > low:
-                below = np.append(below, view.base.rows + inserted.order_D[low:high])
-            recomputed[packed] = node, mean_of(vectors, below[view.is_live(below)])
-        return recomputed
-
-    def _depth(self, view: LiveView, depth: int) -> _Depth:
-        moved, width = self._moved[depth - 1], self._nodes.base.width
-        changed = sorted(((node, vector_D) for node, vector_D in moved.values() if node >= 0), key=lambda pair: pair[0])
-        changed_X = np.array([node for node, _ in changed], np.int64)
-        changed_XD = np.array([vector_D for _, vector_D in changed], np.float16).reshape(-1, width)
-        if view.inserted is None:
-            return _Depth(changed_X, changed_XD, None)
-        first_n = view.inserted.arrays.row_start[depth][:-1]
-        packed_n = self._space.prefix_of(view.inserted.packed_D[first_n], depth)
-        # What was inserted and withdrawn between two searches has not moved anything: no beam reaches it alone.
-        nowhere = (-1, np.zeros(width, np.float16))
-        return _Depth(changed_X, changed_XD, np.stack([moved.get(packed, nowhere)[1] for packed in packed_n.tolist()]))
-
-
-def _differing(one_W: np.ndarray, two_W: np.ndarray) -> np.ndarray:
-    """int64, the rows whose bits differ; words that one side lacks are 0."""
-    words = max(len(one_W), len(two_W))
-    both_W = np.bitwise_xor(*(np.pad(each_W, (0, words - len(each_W))) for each_W in (one_W, two_W)))
-    word = np.flatnonzero(both_W)
-    at, bit = np.nonzero(np.unpackbits(both_W[word].view(np.uint8), bitorder="little").reshape(-1, 64))
-    return word[at] * 64 + bit
-
-
 class _Tables(NamedTuple):
-    """A depth on a device: float16 means of the base, and what `_Depth` says, None where nothing has changed."""
+    """A depth on a device: float16 means of the base, and what `live_nodes.Depth` says, None where nothing has changed."""
 
     mean_nD: Tensor
     changed_X: Tensor | None = None
-    changed_XD: Tensor | None = None
-    inserted_nD: Tensor | None = None
+    slot_X: Tensor | None = None
+    inserted_slot_n: Tensor | None = None
+    moved_SD: Tensor | None = None
 
 
 class _OnDevice(NamedTuple):
@@ -219,10 +118,11 @@ class Ahead:
         None where the generator is not asked."""
         base_BMC, inserted_BMC = arrays.nodes(children)
         if depth <= len(self._tables):
-            near_BMC = self._near(self._tables[depth - 1], base_BMC, children.live_BMC[..., : base_BMC.shape[2]])
+            tables = self._tables[depth - 1]
+            near_BMC = self._near(tables, base_BMC, children.live_BMC[..., : base_BMC.shape[2]])
             if inserted_BMC is not None:
-                of_inserted = _all_near(self._tables[depth - 1].inserted_nD, self.query_BD)
-                near_BMC = torch.cat((near_BMC, _picked(of_inserted, inserted_BMC)), 2)
+                slot_BMC = tables.inserted_slot_n[inserted_BMC]
+                near_BMC = torch.cat((near_BMC, _picked(_all_near(tables.moved_SD, self.query_BD), slot_BMC)), 2)
         else:
             tail_KD = self._tails[depth - 1 - len(self._tables)]
             near_BMC = near_BM[..., None] + _picked(_all_near(tail_KD, self.query_BD), children.code_BMC)
@@ -260,7 +160,7 @@ class Ahead:
         """float32 B×n, ⟨q, v⟩ of all nodes of a depth."""
         near_Bn = _all_near(tables.mean_nD, self.query_BD)
         if tables.changed_X is not None and len(tables.changed_X):
-            near_Bn[:, tables.changed_X] = _all_near(tables.changed_XD, self.query_BD)
+            near_Bn[:, tables.changed_X] = _all_near(tables.moved_SD, self.query_BD)[:, tables.slot_X]
         return near_Bn
 
     def _near(self, tables: _Tables, node_BMC: Tensor, live_BMC: Tensor) -> Tensor:
@@ -274,7 +174,7 @@ class Ahead:
             if tables.changed_X is not None and len(tables.changed_X):
                 place_R = torch.searchsorted(tables.changed_X, node_R[part]).clamp(max=len(tables.changed_X) - 1)
                 moved_R = tables.changed_X[place_R] == node_R[part]
-                vector_RD[moved_R] = tables.changed_XD[place_R[moved_R]]
+                vector_RD[moved_R] = tables.moved_SD[tables.slot_X[place_R[moved_R]]]
             near_R = (vector_RD.float() * self.query_BD[query_R[part]]).sum(1)
             near_BMC.view(-1)[at[part]] = near_R
         return near_BMC

@@ -23,7 +23,7 @@ from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.exact import Exact, exact_scores
 from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
 from catid2_ray.retrieval.live import LiveTrie, LiveView, filters_for
-from catid2_ray.retrieval.lookahead import Ahead, LiveNodes, Lookahead, best_words
+from catid2_ray.retrieval.lookahead import Ahead, Lookahead, best_words
 from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import Newcomer, ProductNames, Products, arrow_strings
 from catid2_ray.retrieval.rescoring import Expansion, Hit, beam_hits, expanded_hits
@@ -87,11 +87,15 @@ class Retriever:
         self.tokenizer, self.space = tokenizer, DocidSpace(tuple(codes))
         products = products or Products(arrow_strings(product_ids), arrow_strings(titles))
         products.check(trie.rows)
+        if lookahead is not None and (nodes is None or (lookahead.lexical_weight and products.base_lexical is None)):
+            lacks = "node vectors" if nodes is None else "a lexical index"
+            raise InputError(f"looking ahead needs {lacks}, which the release lacks; make its serving part again")
         self.live = LiveTrie(
             trie,
             product_ids=names or products.product_ids,
             index=index or FilterIndex({"product_id": products.product_ids}),
             products=products,
+            nodes=None if lookahead is None else nodes,
         )
         self.widths = (
             [beam_width] * trie.levels if isinstance(beam_width, int) else [int(width) for width in beam_width]
@@ -109,11 +113,6 @@ class Retriever:
             expansion.check(self.products)
         self.expansion, self.encode_query, self.adapter = expansion, encode_query, adapter
         self.lookahead = lookahead
-        if lookahead is not None:
-            if nodes is None or (lookahead.lexical_weight and self.products.base_lexical is None):
-                lacks = "node vectors" if nodes is None else "a lexical index"
-                raise InputError(f"looking ahead needs {lacks}, which the release lacks; make its serving part again")
-            self.nodes = LiveNodes(nodes, trie)
         self.max_query_chars, self.query_tokens = max_query_chars, query_tokens
         self.normalize, self.release, self.batch = normalize, release, batch
 
@@ -243,8 +242,7 @@ class Retriever:
         words = None
         if self.lookahead.lexical_weight:
             words = best_words(products.all_lexical_scores(queries), view, allowed)
-        nodes = self.nodes.at(view, products.vectors)
-        return Ahead(self.lookahead, nodes, query_BD, device=self.decoder.device, words=words)
+        return Ahead(self.lookahead, view.nodes, query_BD, device=self.decoder.device, words=words)
 
     def exact(self, queries: Sequence[str]) -> Exact:
         """Of each node of the release, per depth searched, the score by which the search would choose it, had it pruned none: log P

@@ -53,8 +53,7 @@ class Reader:
 
     def __exit__(self, *error) -> None:
         if self.replica:
-            self.replica.updates.end()
-            self.replica.use.end()
+            self.replica.serving.end()
 
     def follow(self, block: Block) -> None:
         """Do what the block shows; AssertionError, or what it raises, where that does not work."""
@@ -62,7 +61,9 @@ class Reader:
             for command in block.commands:
                 (self._check if block.reason else self._run)(shlex.split(command))
         elif block.language == "python":
-            exec(compile(block.text, block.place, "exec"), self.names)
+            code = compile(block.text, block.place, "exec")
+            if block.reason is None:
+                exec(code, self.names)
         elif block.language == "json":
             json.loads(block.text)
         elif block.language == "yaml" and block.mark != "part of another file":
@@ -101,6 +102,7 @@ class Reader:
         parser.add_argument("-s", action="store_true")
         parser.add_argument("-H")
         parser.add_argument("-d")
+        parser.add_argument("-X", choices=["PUT"])
         asked = parser.parse_args(words)
         host, _, path = asked.url.removeprefix("http://").partition("/")
         assert host == "localhost:8000" and (asked.d is None or asked.H == "content-type: application/json")
@@ -110,7 +112,8 @@ class Reader:
             context = SimpleNamespace(servable_object=self.replica, _deployment_config=limits)
             self.patch.setattr("ray.serve.get_replica_context", lambda: context)
         if asked.d:
-            answer = self.client.post(f"/{path}", content=asked.d, headers={"content-type": "application/json"})
+            kind = {"content-type": "application/json"}
+            answer = self.client.request(asked.X or "POST", f"/{path}", content=asked.d, headers=kind)
         else:
             answer = self.client.get(f"/{path}")
         assert answer.status_code == 200, f"{asked.url} gave {answer.status_code}: {answer.text}"

@@ -1,7 +1,7 @@
 """Live changes across releases, by a clock: a release holds every change that is younger than its catalogue.
 
-A slow model: sets of products, and every change with the time at which it was made. From one release to the next goes what took
-effect; what a release left out goes on from where it was made.
+A slow model: per release a dict of its products, whether each is live and its price, and every change with the time at which it
+was made. A change goes on from release to release in the order of the release that it comes from, whole, whatever that could take.
 """
 
 from dataclasses import dataclass, field
@@ -9,24 +9,50 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Change:
+    """`kind`: insert, put (with a text of its own), price (in place), withdraw or restore."""
+
     made: int
     release: str
-    number: int
     kind: str
+    names: tuple[str, ...]
+    price: int | None = None
 
 
 @dataclass
 class Release:
-    """`read`: when its catalogue was read; `series`: what each change did here."""
+    """`read`: when its catalogue was read; `price`: of all products that it ever had."""
 
-    catalogue: set[str]
     read: int
+    price: dict[str, int | None]
     live: set[str] = field(default_factory=set)
-    known: set[str] = field(default_factory=set)
-    series: dict[Change, set[str]] = field(default_factory=dict)
+    series: list[Change] = field(default_factory=list)
 
     def __post_init__(self):
-        self.live, self.known = set(self.catalogue), set(self.catalogue)
+        self.live = set(self.price)
+
+    def fits(self, change):
+        if change.kind == "insert":
+            return not self.live & set(change.names)
+        if change.kind == "put":
+            return True
+        return all(name in (self.live if change.kind == "price" else self.price) for name in change.names)
+
+    def take(self, change):
+        for name in change.names:
+            is_live, is_known = name in self.live, name in self.price
+            if change.kind in ("put", "price") and (is_live or change.kind == "put"):
+                self.price[name] = change.price
+            elif change.kind == "insert" and not is_live:
+                self.price[name] = None
+            if change.kind == "put" or change.kind == "insert" or (change.kind == "restore" and is_known):
+                self.live.add(name)
+            elif change.kind == "withdraw":
+                self.live.discard(name)
+        self.series.append(change)
+
+    @property
+    def prices(self):
+        return {name: self.price[name] for name in self.live}
 
 
 class World:
@@ -34,42 +60,26 @@ class World:
         self.clock, self.releases, self.moves = 0, {}, []
 
     def publish(self, name, catalogue, read):
-        self.releases[name] = Release(set(catalogue), read)
+        self.releases[name] = Release(read, dict.fromkeys(catalogue, 1))
         self.moves.append(name)
 
     def roll_back(self, name):
         self.moves.append(name)
 
-    def change(self, release, kind, names):
+    def change(self, release, kind, names, price=None):
         """Made on a release itself. False where it does not fit, which changes nothing."""
-        mine, names = self.releases[release], set(names)
-        if kind == "insert" and names & mine.live or kind != "insert" and names - mine.known:
+        change = Change(self.clock + 1, release, kind, tuple(names), price)
+        if not self.releases[release].fits(change):
             return False
         self.clock += 1
-        number = sum(change.release == release for change in mine.series)
-        change = Change(self.clock, release, number, kind)
-        self._take(mine, change, names)
-        mine.series[change] = names  # as it was asked for, whether or not it changed anything here
+        self.releases[release].take(change)
         return True
-
-    def _take(self, release, change, names):
-        suited = {"insert": names - release.live, "withdraw": names & release.known}
-        names = suited.get(change.kind, (names & release.known) - release.live)
-        if change.kind == "withdraw":
-            release.live -= names
-        else:
-            release.live |= names
-            release.known |= names
-        release.series[change] = names
 
     def carry(self, name):
         """To a release from all that were current before it was last."""
         mine = self.releases[name]
         last = max(place for place, move in enumerate(self.moves) if move == name)
         for source in dict.fromkeys(self.moves[:last]):
-            if source == name:
-                continue
-            for change, names in self.releases[source].series.items():
-                younger = change.made > mine.read and change.release != name
-                if names and younger and change not in mine.series:
-                    self._take(mine, change, names)
+            for change in [] if source == name else self.releases[source].series:
+                if change.made > mine.read and change.release != name and change not in mine.series:
+                    mine.take(change)

@@ -167,9 +167,15 @@ def test_it_answers_while_the_store_is_away_and_takes_changes_when_it_is_back(re
 def test_hundreds_of_changes_arrive_under_load(replica):
     load, gone = Load(replica.base), replica.expected[replica.first][QUERIES[0]][0]
     with httpx.Client(base_url=replica.base, timeout=60) as client:
-        for path in ["withdraw", "restore"] * 100:
+        for number, path in enumerate(["withdraw", "restore"] * 60):
             assert client.post(f"/v1/{path}", json={"product_ids": [gone]}).status_code == 200
-        assert client.get("/healthz").json()["changes"] == 200
+            price = {"product_id": gone, "columns": {"price": number / 4}}
+            assert client.put("/v1/products", json={"products": [price]}).status_code == (
+                422 if number % 2 == 0 else 200
+            )
+        assert client.get("/healthz").json()["changes"] == 180
+        asked = {"query": QUERIES[0], "k": 5, "filter": {"column": "price", "from": 29.75, "to": 29.75}}
+        assert gone in [one["product_id"] for one in client.post("/v1/retrieve", json=asked).json()["products"]]
     load.more()
     load.end()
     for _, query, products in load.seen:

@@ -170,5 +170,5 @@ def _changes(store: Store, release: Release, product_id: str) -> list[dict]:
     return [
         {"number": number, "kind": step.kind, "docid": dict(zip(step.names, step.docids)).get(product_id)}
         for number, step in enumerate(LiveLog(store, release.name).steps(), 1)
-        if product_id in step.names
+        if product_id in (*step.names, *step.changed)
     ]

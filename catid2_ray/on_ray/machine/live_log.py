@@ -11,22 +11,30 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
-from catid2_ray.errors import ArtifactError, CapacityError, CommitConflict, InputError
+from catid2_ray.errors import ArtifactError, CommitConflict, InputError
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.live_names import Step
-from catid2_ray.retrieval.live import codes_of
 from catid2_ray.retrieval.products import Newcomer
 from catid2_ray.retrieval.retriever import Retriever
 
-KINDS = ("insert", "withdraw", "restore", "skipped")
+KINDS = ("insert", "withdraw", "restore", "put", "skipped")
 _ATTEMPTS = 20  # writers that may come first before a change is given up
 _AT_ONCE = 256  # changes in memory while a series is read
 _LONGEST_WAIT_S = 30.0  # between two attempts to follow a series that cannot be read or applied
+
+
+class Content(NamedTuple):
+    """What a product was last put as: digests of its text and of all of it, and the number of that change."""
+
+    text: str
+    whole: str
+    number: int
 
 
 class LiveLog:
@@ -53,12 +61,19 @@ class LiveLog:
             yield from map(self._record, names, self.store.read_many(names))
             number += len(names)
 
+    def find(self, number: int) -> dict | None:
+        """The change of this number, None where there is none. Raises ArtifactError for a damaged one, StorageError."""
+        name = self._name(number)
+        return self._record(name, self.store.read(name)) if self.store.exists(name) else None
+
     def _record(self, name: str, data: bytes) -> dict:
         try:
             record = json.loads(data)
             if record["kind"] not in KINDS or not isinstance(record["products"], list):
                 raise ValueError(f"kind {record['kind']!r}")
             Step.of(record)
+            if record["kind"] == "put":
+                [Content(*digests, 0) for digests in record["content"].values()]
             if "of" in record:
                 origin(record)
         except (ValueError, TypeError, KeyError) as error:
@@ -80,13 +95,16 @@ class LiveLog:
 class LiveUpdates:
     """Keeps a retriever at the end of its release's series, and adds to it.
 
-    `applied`: changes that it has; `carried`: release and number of those that were made on another release first; `failing`: why
+    `applied`: changes that it has; `carried`: release and number of those that were made on another release first; `contents`: what
+    each product was last put as; `keys`: idempotency key → the number of its change, and a digest of what was asked. `failing`: why
     the follower cannot go on now, None where it can.
     """
 
     def __init__(self, retriever: Retriever, log: LiveLog):
         self.retriever, self.log, self.applied = retriever, log, 0
         self.carried: set[tuple[str, int]] = set()
+        self.contents: dict[str, Content] = {}
+        self.keys: dict[str, tuple[int, str]] = {}
         self.failing: Exception | None = None
         self._at_end_s = time.monotonic()
         self._lock, self._ended = threading.Lock(), threading.Event()
@@ -141,6 +159,14 @@ class LiveUpdates:
         self.applied += 1
         if "of" in record:
             self.carried.add(origin(record))
+        if record["kind"] != "put":
+            for name in Step.of(record).names:
+                self.contents.pop(name, None)
+            return
+        for name, digests in record["content"].items():
+            self.contents[name] = Content(*digests, self.applied)
+        if "key" in record:
+            self.keys[record["key"]] = self.applied, record["request"]
 
     def follow(self, every_s: float, also: Callable[[], object] | None = None) -> None:
         """Catch up now and then, and call `also`, in a thread of this process, until `end`.
@@ -183,52 +209,37 @@ def origin(record: dict) -> tuple[str, int]:
 
 def check(retriever: Retriever, record: dict) -> None:
     """Raise InputError where the retriever would refuse the change; nothing changes."""
-    live, products = retriever.live, record["products"]
-    with live._lock:
-        if record["kind"] == "withdraw":
-            live._rows(products)
-        elif record["kind"] == "skipped":
-            return
-        elif record["kind"] == "restore":
-            rows = np.unique(live._rows(products))
-            rows = rows[~live.view.is_live(rows)]
-            codes_ML = codes_of(live.view, rows)
-            live._claim([live._name(row) for row in rows.tolist()], live.space.pack(codes_ML), codes_ML)
-        else:
-            newcomers, codes_ML, columns = _newcomers(retriever, record)
-            codes_ML = live.space.check(codes_ML)
-            if len(live.inserted) + len(newcomers) > live.most:
-                raise CapacityError(
-                    f"{len(live.inserted)} products are inserted already, {len(newcomers)} more pass the limit of {live.most}; "
-                    "publish a release that holds them"
-                )
-            if retriever.products.base_vectors is not None:
-                retriever._with_vectors(newcomers)
-            names = [one.product_id for one in newcomers]
-            live._claim(names, live.space.pack(codes_ML), codes_ML)
-            live._table(names, columns)
+    apply(retriever, record, check_only=True)
 
 
-def apply(retriever: Retriever, record: dict) -> None:
-    """Raises InputError where the change does not fit."""
-    if record["kind"] == "withdraw":
-        retriever.live.withdraw(record["products"])
-    elif record["kind"] == "restore":
-        retriever.live.restore(record["products"])
-    elif record["kind"] == "insert":
-        retriever.insert(*_newcomers(retriever, record))
+def apply(retriever: Retriever, record: dict, *, check_only: bool = False) -> None:
+    """Raises InputError where the change does not fit; it is applied whole or not at all."""
+    kind, products = record["kind"], record["products"]
+    if kind == "withdraw":
+        retriever.withdraw(products, check_only=check_only)
+    elif kind == "restore":
+        retriever.restore(products, check_only=check_only)
+    elif kind == "insert":
+        retriever.insert(*_newcomers(retriever, products), check_only=check_only)
+    elif kind == "put":
+        changed = record["changed"]
+        retriever.put(
+            *_newcomers(retriever, products),
+            changed={one["product_id"]: one["columns"] for one in changed if one.get("columns")},
+            values={one["product_id"]: one["value"] for one in changed if "value" in one},
+            check_only=check_only,
+        )
 
 
-def _newcomers(retriever: Retriever, record: dict) -> tuple[list[Newcomer], np.ndarray, dict | None]:
-    """Newcomers, their codes M×L and columns, as `Retriever.insert` takes them."""
-    products = record["products"]
+def _newcomers(retriever: Retriever, products: list[dict]) -> tuple[list[Newcomer], np.ndarray, dict | None]:
+    """Newcomers, their codes M×L and columns, as `Retriever.put` takes them."""
     names = sorted({name for one in products for name in one.get("columns", {})})
     columns = {name: [one.get("columns", {}).get(name) for one in products] for name in names}
     newcomers = [
         Newcomer(one["product_id"], one["title"], _vector(one.get("vector")), one.get("value")) for one in products
     ]
     codes_ML = np.array([retriever.space.parse(one["docid"]) for one in products], np.int64)
-    return newcomers, codes_ML, columns or None
+    return newcomers, codes_ML.reshape(-1, retriever.space.levels), columns or None
 
 
 def _vector(values: list[float] | None) -> np.ndarray | None:

@@ -9,17 +9,19 @@ from typing import NamedTuple
 
 
 class Step(NamedTuple):
-    """One change. `docids`: of an insert or put, one a name, as text."""
+    """One change. `docids`: of an insert or put, one a name, as text; `changed`: products that keep row and ID."""
 
     kind: str
     names: tuple[str, ...]
     docids: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, record: dict) -> "Step":
         products = record["products"]
         if record["kind"] in ("insert", "put"):
-            return cls(record["kind"], *(tuple(one[key] for one in products) for key in ("product_id", "docid")))
+            names, docids = (tuple(one[key] for one in products) for key in ("product_id", "docid"))
+            return cls(record["kind"], names, docids, tuple(one["product_id"] for one in record.get("changed", ())))
         return cls(record["kind"], tuple(products))
 
 

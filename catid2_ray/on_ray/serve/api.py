@@ -187,9 +187,9 @@ class BelowResponse(BaseModel):
     products: list[Member] = Field(description="10 at most, in the order of their IDs")
 
 
-class NewProduct(_Sound):
+class PutProduct(_Sound):
     product_id: str = Field(min_length=1)
-    title: str = Field(min_length=1)
+    title: str | None = Field(None, min_length=1, description="needed where the product is not live")
     description: str | None = Field(None, description="for the vector, if none is given")
     category_path: list[str] = Field([], description="root first; for the vector and the ID, if none are given")
     docid: str | None = Field(
@@ -198,7 +198,19 @@ class NewProduct(_Sound):
     )
     vector: list[float] | None = Field(None, description="by the encoder of the products; none = made of the text")
     value: float | None = Field(None, description="what the product is worth to the business")
-    columns: dict = Field({}, description="values of the release's filter columns; those left out are missing values")
+    columns: dict = Field(
+        {},
+        description="values of the release's filter columns; of a live product those left out stay, of a new one they are missing",
+    )
+
+
+class PutRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # products are checked one by one
+    products: list[PutProduct] = Field(min_length=1, max_length=MOST)
+
+
+class NewProduct(PutProduct):
+    title: str = Field(min_length=1)
 
 
 class InsertRequest(BaseModel):
@@ -222,3 +234,13 @@ class Inserted(BaseModel):
 
 class InsertResponse(ChangeResponse):
     products: list[Inserted]
+
+
+class Put(Inserted):
+    did: Literal["inserted", "replaced", "changed", "unchanged"] = Field(
+        description="replaced: its text is another, so it has a new row; changed: in place"
+    )
+
+
+class PutResponse(ChangeResponse):
+    products: list[Put] = Field(description="in the order of the request")

@@ -8,13 +8,13 @@ Changes of products go through a series in the store (`live_log.py`), which ever
 import asyncio
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Header, Request
 from fastapi.responses import HTMLResponse, Response
 from ray import serve
 
@@ -24,7 +24,7 @@ from catid2_ray.config import ClusterRecipe
 from catid2_ray.errors import InputError, QueryError, RecipeError, StorageError
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.serve import answers as answering
-from catid2_ray.on_ray.serve import metrics, reference
+from catid2_ray.on_ray.serve import metrics, reference, rpc
 from catid2_ray.on_ray.serve.api import (
     Answer,
     BelowResponse,
@@ -35,6 +35,9 @@ from catid2_ray.on_ray.serve.api import (
     InsertResponse,
     NamesRequest,
     ProductResponse,
+    Put,
+    PutRequest,
+    PutResponse,
     ReadyResponse,
     ReleaseResponse,
     RetrieveRequest,
@@ -190,8 +193,22 @@ class RetrieverReplica:
     @api.post("/v1/retrieve", dependencies=READ, responses=RETRIEVE_REFUSALS)
     async def retrieve(self, request: RetrieveRequest, asked: Request) -> RetrieveResponse:
         """Find the `k` best products for a query, or for each of several, among those that the filter allows."""
+        return await self._retrieve(request, asked.headers)
+
+    async def Retrieve(self, message, grpc_context):  # noqa: N802 (the name in retriever.proto)
+        """The same over gRPC."""
+        try:
+            headers = rpc.headers_of(grpc_context.invocation_metadata())
+            self.keys.check(headers, "read")
+            return rpc.message_of(await self._retrieve(rpc.request_of(message), headers))
+        except Exception as error:
+            grpc_context.set_code(rpc.code_of(error))
+            grpc_context.set_details(str(error))
+            raise
+
+    async def _retrieve(self, request: RetrieveRequest, headers: Mapping[str, str]) -> RetrieveResponse:
         # Taken once: whatever becomes current meanwhile, this request is answered from one release.
-        now, deadline, each = self.serving.now, answering.deadline_of(request, asked.headers), request.each()
+        now, deadline, each = self.serving.now, answering.deadline_of(request, headers), request.each()
         for one in each:
             now.retriever.check(one.query, k=one.k)
         if request.filter is not None:
@@ -213,9 +230,20 @@ class RetrieverReplica:
             metrics.count("catid2_fewer_answers", reason=answer.fewer)
         return answer
 
-    @api.post("/v1/products", dependencies=WRITE, responses=RESPONSES)
+    @api.put("/v1/products", dependencies=WRITE, responses=RESPONSES)
+    async def put(
+        self, request: PutRequest, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
+    ) -> PutResponse:
+        """Insert products, or update those that are live: all of it or nothing. Prices, stock and other columns change in place; a
+        product whose text changes keeps its ID. The same content again changes nothing."""
+        self._check_updates()
+        asked, now = [product.model_dump() for product in request.products], self.serving.now
+        done = await self._run("changes", lambda: now.puts.put(asked, key=idempotency_key))
+        return PutResponse(release=now.name, change=done.number, products=[Put(**one) for one in done.products])
+
+    @api.post("/v1/products", dependencies=WRITE, responses=RESPONSES, deprecated=True)
     async def insert(self, request: InsertRequest) -> InsertResponse:
-        """Add products to the release that is served. All replicas find them within seconds."""
+        """Add products that are not live yet. PUT takes its place: this call will go with the next minor version."""
         self._check_updates()
         asked, now = [product.model_dump() for product in request.products], self.serving.now
 

@@ -16,6 +16,7 @@ from catid2_ray.errors import ArtifactError, InputError
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates, check, origin
 from catid2_ray.on_ray.serve.newcomers import Newcomers, asked_again
+from catid2_ray.on_ray.serve.puts import Puts, standing
 
 
 class Carried(NamedTuple):
@@ -30,6 +31,7 @@ class Carrier:
 
     def __init__(self, store: Store, updates: LiveUpdates, newcomers: Newcomers):
         self.store, self.updates, self.newcomers, self.release = store, updates, newcomers, updates.log.release
+        self.puts = Puts(updates, newcomers)
         self._seen: dict[str, int] = {}
         self._at: dict[str, int] = {}  # source → its last change that was looked at
         self._left: set[str] = set()
@@ -65,7 +67,12 @@ class Carrier:
 
     def _one(self, source: str, number: int, record: dict) -> Carried:
         of = origin(record) if "of" in record else (source, number)
-        if record["kind"] == "skipped" or of[0] == self.release or of[1] <= self._seen.get(of[0], 0):
+        if of[0] == self.release or of in self.updates.carried or of[1] <= self._seen.get(of[0], 0):
+            return Carried()
+        if "of" in record and (record["kind"] in ("skipped", "put") or "left_out" in record):
+            # What the source could not take of it, this release may.
+            source, record = of[0], LiveLog(self.store, of[0]).find(of[1]) or record
+        if record["kind"] == "skipped":
             return Carried()
         written = self.updates.change(lambda: self._rebuilt(source, of, record))
         if written is None:
@@ -77,22 +84,23 @@ class Carrier:
         if of in self.updates.carried:
             return None
         left_out: dict[str, str] = {}
-        suited = {"insert": self._inserts, "withdraw": self._withdraws, "restore": self._restores}[record["kind"]]
-        candidates, make = suited(source, record["products"], left_out)
-        changed = {"kind": record["kind"], "products": self._most(record["kind"], candidates, make, left_out)}
-        if not changed["products"]:
+        suited = {"insert": self._inserts, "put": self._puts, "withdraw": self._withdraws, "restore": self._restores}
+        candidates, make = suited[record["kind"]](source, record, left_out)
+        changed = self._most(candidates, make, left_out)
+        if changed is None:
             changed = {"kind": "skipped", "products": [], "why": "; ".join(sorted(set(left_out.values())))}
         return changed | {"of": list(of)} | ({"left_out": left_out} if left_out else {})
 
-    def _most(self, kind: str, candidates: list, make: Callable[[list], list], left_out: dict[str, str]) -> list:
-        """What `make` makes of as many of the candidates as fit together; the others, by name, with the reason, in `left_out`."""
-        kept, made = [], []
+    def _most(self, candidates: list, make: Callable[[list], dict], left_out: dict[str, str]) -> dict | None:
+        """The change that `make` makes of as many of the candidates as fit together, None where none does; the others, by name,
+        with the reason, in `left_out`."""
+        kept, made = [], None
 
         def add(more: list) -> None:
             nonlocal kept, made
             try:
-                products = make([*kept, *more])
-                check(self.updates.retriever, {"kind": kind, "products": products})
+                changed = make([*kept, *more])
+                check(self.updates.retriever, changed)
             except InputError as error:
                 if len(more) == 1:
                     left_out[more[0] if isinstance(more[0], str) else more[0]["product_id"]] = str(error)
@@ -100,56 +108,80 @@ class Carrier:
                     add(more[: len(more) // 2])
                     add(more[len(more) // 2 :])
             else:
-                kept, made = [*kept, *more], products
+                kept, made = [*kept, *more], changed
 
         if candidates:
             add(candidates)
         return made
 
-    def _inserts(self, source: str, products: list[dict], left_out: dict[str, str]) -> tuple[list, Callable]:
-        """Those that the release lacks, made by its own encoder and quantizer. They keep the IDs that they have where the IDs come
-        from the same quantizer and are free."""
-        live, same = self.updates.retriever.live, self._quantizer(source) == self.newcomers.parts["quantizer"].digest
-        candidates = []
-        for one in products:
+    def _inserts(self, source: str, record: dict, left_out: dict[str, str]) -> tuple[list, Callable]:
+        """Those that the release lacks, made by its own encoder and quantizer."""
+        retriever, candidates = self.updates.retriever, []
+        for one in record["products"]:
             if self._is(one["product_id"]):
                 left_out[one["product_id"]] = f"release {self.release} has it"
             else:
                 candidates.append(one)
 
-        def make(chosen: list[dict]) -> list[dict]:
-            asked = [asked_again(one) for one in chosen]
-            for one, again in zip(chosen, asked):
-                if same and self.newcomers.may_have(one["docid"], one["product_id"], live.view):
-                    again["docid"] = one["docid"]
-            made = self.newcomers.prepare(
-                asked, live.view, vectors=self.updates.retriever.products.base_vectors is not None
-            )
-            for one, product in zip(chosen, made):
-                product.get("said", {}).pop("docid", None)
-                if docid := one.get("said", {}).get("docid"):
-                    product["said"] = product.get("said", {}) | {"docid": docid}
-            return made
+        def make(chosen: list[dict]) -> dict:
+            asked, vectors = list(map(asked_again, chosen)), retriever.products.base_vectors is not None
+            made = self.newcomers.prepare(asked, retriever.live.view, vectors=vectors, keeps=self._kept(source, chosen))
+            return {"kind": "insert", "products": made}
 
         return candidates, make
 
-    def _withdraws(self, source: str, names: list[str], left_out: dict[str, str]) -> tuple[list, Callable]:
-        left_out |= {name: f"release {self.release} lacks it" for name in names if self._is(name) is None}
-        return [name for name in names if name not in left_out], list
+    def _kept(self, source: str, products: list[dict]) -> dict[str, str]:
+        """Product → ID that it has on the source, where that is of the same quantizer and free here."""
+        if self._quantizer(source) != self.newcomers.parts["quantizer"].digest:
+            return {}
+        view, pairs = self.updates.retriever.live.view, [(one["product_id"], one["docid"]) for one in products]
+        return {name: docid for name, docid in pairs if self.newcomers.may_have(docid, name, view)}
 
-    def _restores(self, source: str, names: list[str], left_out: dict[str, str]) -> tuple[list, Callable]:
+    def _puts(self, source: str, record: dict, left_out: dict[str, str]) -> tuple[list, Callable]:
+        """What was put, put again. What was new on the source, and is in this release's catalogue, changes only columns and value;
+        so does what changed in place."""
+        did = {one["product_id"]: one["did"] for one in record["answer"]}
+        in_place = list(record["changed"])
+        candidates, new = [], []
+        for one in record["products"]:
+            if did[one["product_id"]] == "inserted" and self._is(one["product_id"]):
+                in_place.append(one)
+            else:
+                new.append(one)
+                candidates.append(asked_again(one))
+        for one in in_place:
+            if not self._is(one["product_id"]):
+                left_out[one["product_id"]] = f"it is not live in release {self.release}"
+            elif not one.keys() & {"columns", "value"}:
+                left_out[one["product_id"]] = f"release {self.release} has it"
+            else:
+                candidates.append({key: one[key] for key in ("product_id", "columns", "value") if key in one})
+        # The caller's own words, so that the same content again is known here, too.
+        said = {key: record[key] for key in ("key", "request") if key in record}
+
+        def make(chosen: list[dict]) -> dict:
+            changed = self.puts.record(chosen, keeps=self._kept(source, new))
+            names = {one["product_id"] for one in chosen}
+            content = {name: digests for name, digests in record["content"].items() if name in names}
+            return changed | {"content": content} | said
+
+        return candidates, make
+
+    def _withdraws(self, source: str, record: dict, left_out: dict[str, str]) -> tuple[list, Callable]:
+        names = record["products"]
+        left_out |= {name: f"release {self.release} lacks it" for name in names if self._is(name) is None}
+        return [name for name in names if name not in left_out], lambda kept: {"kind": "withdraw", "products": kept}
+
+    def _restores(self, source: str, record: dict, left_out: dict[str, str]) -> tuple[list, Callable]:
+        names = record["products"]
         reasons = {None: f"release {self.release} lacks it", True: f"it is live in release {self.release}"}
         left_out |= {name: reasons[live] for name in names if (live := self._is(name)) in reasons}
-        return [name for name in names if name not in left_out], list
+        return [name for name in names if name not in left_out], lambda kept: {"kind": "restore", "products": kept}
 
     def _is(self, name: str) -> bool | None:
         """Whether a product is live; None where the release never had it."""
-        live = self.updates.retriever.live
-        try:
-            row = live.row(name)
-        except InputError:
-            return None
-        return bool(live.view.is_live([row])[0])
+        row, live = standing(self.updates.retriever, name)
+        return None if row is None else live
 
     def _quantizer(self, release: str) -> str | None:
         """The digest of a release's quantizer, None where the release is gone."""

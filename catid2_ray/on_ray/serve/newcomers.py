@@ -9,7 +9,7 @@ D width of the embedding, L levels, K codes of the last level, Z width of its co
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,7 @@ from catid2_ray.quantizer.coder import encode, load_coder
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.retrieval.live import LiveView, codes_of
 
-_SAID = ("description", "category_path", "docid", "vector")
+_SAID = ("description", "category_path", "vector")
 _ROWS = 16  # of one padded forward pass
 
 
@@ -94,13 +94,18 @@ class Newcomers:
     def _space(self) -> DocidSpace:
         return DocidSpace(tuple(self.parts["ids"].metrics["codes_per_level"]))
 
-    def prepare(self, products: Sequence[dict], view: LiveView, *, vectors: bool) -> list[dict]:
+    def prepare(
+        self, products: Sequence[dict], view: LiveView, *, vectors: bool, keeps: Mapping[str, str] | None = None
+    ) -> list[dict]:
         """The products with `docid` (text), where `vectors` are asked for `vector` (list of D floats), and, from which another
-        release makes them anew, `said`: description, category_path, docid and vector as given (`asked_again`).
+        release makes them anew, `said`: description, category_path and vector as given (`asked_again`).
 
-        `products`: dicts with product_id, title, and optionally description, category_path, docid, vector, value, columns. Raises
-        InputError where something is missing that cannot be made.
+        `products`: dicts with product_id, title, and optionally description, category_path, docid, vector, value, columns.
+        `keeps`: product → ID that it shall keep, where no docid is given. Raises InputError where something is missing that
+        cannot be made.
         """
+        kept_ids = keeps or {}
+        products = [{**one, "docid": one.get("docid") or kept_ids.get(one["product_id"])} for one in products]
         wanting = [one for one in products if one.get("vector") is None and (vectors or one.get("docid") is None)]
         encoded = dict(zip(map(id, wanting), self._encode(self._texts(wanting)))) if wanting else {}
         _refuse_unusable(products)
@@ -207,7 +212,7 @@ class Newcomers:
 
 def asked_again(product: dict) -> dict:
     """What the caller asked for, of a product as `prepare` gave it, without its docid."""
-    said = {name: value for name, value in product.get("said", {}).items() if name != "docid"}
+    said = dict(product.get("said", {}))
     if "vector" in said and said["vector"] is None:
         said["vector"] = product["vector"]
     return {name: product[name] for name in ("product_id", "title", "value", "columns") if name in product} | said

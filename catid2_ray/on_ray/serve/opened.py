@@ -21,6 +21,7 @@ from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.serve.carry import Carrier
 from catid2_ray.on_ray.serve.newcomers import Newcomers
+from catid2_ray.on_ray.serve.puts import Puts
 from catid2_ray.on_ray.serve.settings import AppSettings
 from catid2_ray.retrieval.retriever import Retriever
 
@@ -57,6 +58,7 @@ class Opened:
             check_answers(self.retriever, stored_answers(store, self.parts), name)
             self.newcomers = Newcomers(store, self.parts)
             self.updates = LiveUpdates(self.retriever, LiveLog(store, name))
+            self.puts = Puts(self.updates, self.newcomers)
             self.carrier, self.carried = Carrier(store, self.updates, self.newcomers), False
             self.updates.catch_up()
             try:

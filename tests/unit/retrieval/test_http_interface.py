@@ -19,12 +19,14 @@ from fastapi.testclient import TestClient
 from ray import serve
 
 from catid2_ray.artifacts import release as releases
-from catid2_ray.errors import ArtifactError, InputError, StorageError
+from catid2_ray.errors import ArtifactError, CatidError, InputError, StorageError
 from catid2_ray.on_ray.serve import app
 from catid2_ray.on_ray.serve.answers import TIMEOUT_HEADER, deadline_of
 from catid2_ray.on_ray.serve.api import RetrieveRequest
 from catid2_ray.on_ray.serve.app import THREADS, AppSettings, RetrieverReplica, api, build, check_port
 from catid2_ray.on_ray.serve.keys import VARIABLE, Keys
+from catid2_ray.on_ray.serve.proto import retriever_pb2 as messages
+from catid2_ray.on_ray.serve.puts import Done
 from catid2_ray.on_ray.serve.refusals import MOST_BYTES, sound
 from catid2_ray.retrieval.retriever import Retriever
 
@@ -388,3 +390,56 @@ def test_the_page_finds_products_in_a_browser(replica, client):
         json.dumps(shown)[-2000:]
     )
     assert "2 products below this prefix" in shown and "table" in shown
+
+
+class Call:
+    """What a replica is told of a call over gRPC."""
+
+    def __init__(self, **metadata):
+        self.metadata, self.code, self.details = metadata, None, None
+
+    def invocation_metadata(self):
+        return list(self.metadata.items())
+
+    def set_code(self, code):
+        self.code = code
+
+    def set_details(self, details):
+        self.details = details
+
+
+def test_a_call_over_grpc_is_answered_and_refused_as_over_http(client, replica, monkeypatch):
+    asked = {"query": "oak door", "k": 3}
+    over_http = client.post("/v1/retrieve", json=asked).json()
+    message = asyncio.run(replica.Retrieve(messages.RetrieveRequest(**asked), Call()))
+    assert message.release == "r1" and [(one.product_id, one.score) for one in message.products] == [
+        (one["product_id"], one["score"]) for one in over_http["products"]
+    ]
+    monkeypatch.setattr(replica, "keys", Keys("read " + "r" * 20))
+    for call, fields, code, words in (
+        (Call(), asked, "UNAUTHENTICATED", "Bearer KEY"),
+        (Call(authorization="Bearer " + "r" * 20), {"query": "?"}, "INVALID_ARGUMENT", "at least one letter or digit"),
+    ):
+        with pytest.raises(CatidError):
+            asyncio.run(replica.Retrieve(messages.RetrieveRequest(**fields), call))
+        assert call.code.name == code and words in call.details
+
+
+def test_products_are_put(client, replica, monkeypatch):
+    replica_puts = []
+
+    def put(asked, *, key):
+        replica_puts.append((asked, key))
+        return Done(4, [{"product_id": "p0", "docid": "<a_1><b_0>", "did": "changed"}])
+
+    monkeypatch.setattr(replica.settings, "updates", True)
+    monkeypatch.setattr(replica.serving.now, "puts", SimpleNamespace(put=put), raising=False)
+    body = {"products": [{"product_id": "p0", "columns": {"price": 5}}]}
+    answer = client.put("/v1/products", json=body, headers={"Idempotency-Key": "night-7"})
+    assert answer.json() == {
+        "release": "r1", "change": 4, "products": [{"product_id": "p0", "docid": "<a_1><b_0>", "did": "changed"}],
+    }  # fmt: skip
+    ((asked, key),) = replica_puts
+    assert key == "night-7" and asked[0]["columns"] == {"price": 5} and asked[0]["title"] is None
+    refused(client.put("/v1/products", json={"products": []}), 422, "products: List should have at least 1 item")
+    refused(client.put("/v1/products", json={"products": [{"product_id": ""}]}), 422, "products.0.product_id")

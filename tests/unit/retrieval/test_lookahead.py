@@ -1,21 +1,23 @@
 """The search that looks ahead against a slow one by its definition: all weights, filters, ties, live products."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catid2_ray.errors import InputError
-from catid2_ray.retrieval import lookahead
+from catid2_ray.retrieval import live_nodes, lookahead
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.exact import exact_scores, replayed
 from catid2_ray.retrieval.filters import Filter
 from catid2_ray.retrieval.live import LiveTrie, codes_of, filters_for
-from catid2_ray.retrieval.lookahead import Ahead, LiveNodes, Lookahead, best_words
+from catid2_ray.retrieval.lookahead import Ahead, Lookahead, best_words
 from catid2_ray.retrieval.node_vectors import NodeVectors
+from catid2_ray.retrieval.products import Newcomer, Products
 from catid2_ray.retrieval.trie import Trie
-from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
+from catid2_ray.retrieval.vectors import VectorStore
 from tests.oracles.beam import Table
 from tests.oracles.lookahead import means_of, score_of, slow_lookahead, tails_of
 from tests.unit.retrieval.test_beam import listed, random_queries
@@ -132,19 +134,20 @@ def test_after_any_live_changes_it_is_the_trie_rebuilt(history, seed, depth, sha
     codes_per_level, ids, shared, changes = history
     depth, random = min(depth, len(codes_per_level)), np.random.default_rng(seed)
     base = Trie.build(np.array(ids), codes_per_level=codes_per_level, shared=shared)
-    live = LiveTrie(base, product_ids=[f"p{row}" for row in range(len(ids))])
     # Vectors of one 1 among zeros: sums are exact, so that many scores tie.
     vector_ND = np.eye(4, dtype=np.float16)[random.integers(0, 4, 40)]
-    grown = GrownVectors.of(VectorStore(vector_ND[: len(ids)], True), vector_ND[len(ids) :])
-    nodes = NodeVectors.write(tmp_path_factory.mktemp("base"), base, grown.base, depth=depth)
-    followed, alive = LiveNodes(nodes, base), [True] * len(ids)
+    names, of_base = [f"p{row}" for row in range(len(ids))], VectorStore(vector_ND[: len(ids)], True)
+    nodes = NodeVectors.write(tmp_path_factory.mktemp("base"), base, of_base, depth=depth)
+    live = LiveTrie(base, product_ids=names, products=Products(pa.array(names), base_vectors=of_base), nodes=nodes)
+    alive = [True] * len(ids)
     for what, docid, number, looked in changes:
         if what == "insert":
-            alive += [True] * tried(live.insert, f"p{len(alive)}", docid)
+            newcomer = Newcomer(f"p{len(alive)}", "", vector_ND[len(alive)])
+            alive += [True] * tried(live.put, [newcomer], [docid])
         elif tried(getattr(live, what), [number % len(alive)]):
             alive[number % len(alive)] = what == "restore"
         if looked:
-            followed.at(live.view, grown)
+            assert len(live.view.nodes.depths) in (0, depth)
     rows = np.flatnonzero(live.view.is_live(np.arange(live.view.rows)))
     if not len(rows):
         return
@@ -157,7 +160,7 @@ def test_after_any_live_changes_it_is_the_trie_rebuilt(history, seed, depth, sha
     table, (query, mask) = Table(codes_per_level, 2, seed), random_queries([3, 2], seed)
     found = []
     for trie, mine, row_R in (
-        (live.view, followed.at(live.view, grown), np.arange(live.view.rows)),
+        (live.view, live.view.nodes, np.arange(live.view.rows)),
         (rebuilt, NodeVectors(fresh.means, nodes.tails), of_rebuilt),
     ):
         allowed = None if share is None else chosen_N[row_R]
@@ -176,20 +179,60 @@ def test_after_any_live_changes_it_is_the_trie_rebuilt(history, seed, depth, sha
 
 def test_a_search_of_an_older_view_finds_the_older_vectors(tmp_path):
     _, trie, store = catalogue(CODES, 40, 5, shared=False)
-    live, nodes = LiveTrie(trie), NodeVectors.write(tmp_path, trie, store, depth=2)
+    nodes, names = NodeVectors.write(tmp_path, trie, store, depth=2), pa.array([f"p{row}" for row in range(trie.rows)])
+    live = LiveTrie(trie, product_ids=names, products=Products(names, base_vectors=store), nodes=nodes)
     free = next(code for code in range(5) if trie.nodes_of(np.array([[1, 1, code]]))[0, 2] < 0)
-    followed, before = LiveNodes(nodes, trie), live.view
-    assert followed.at(before, None).depths == ()
-    live.insert("new", (1, 1, free))
-    vectors = GrownVectors.of(store, unit_vectors(1, 5, 9))
-    after = followed.at(live.view, vectors).depths[1]
+    before = live.view
+    live.put([Newcomer("new", "", unit_vectors(1, 5, 9)[0])], [(1, 1, free)])
+    assert before.nodes.depths == ()
+    after = live.view.nodes.depths[1]
     (node,) = after.changed_X.tolist()
     assert node == trie.nodes_of(np.array([[1, 1, free]]))[0, 1]
-    assert not np.array_equal(after.changed_XD[0], nodes.means[1][node])
-    np.testing.assert_array_equal(followed.at(before, vectors).depths[1].changed_XD[0], nodes.means[1][node])
-    np.testing.assert_array_equal(followed.at(live.view, vectors).depths[1].changed_XD, after.changed_XD)
-    with pytest.raises(InputError, match="products have come or gone, but the release has no vectors of products"):
-        LiveNodes(nodes, trie).at(live.view, None)
+    moved_D = after.moved_SD[after.slot_X[0]].copy()
+    assert not np.array_equal(moved_D, nodes.means[1][node])
+    live.withdraw(["new"])
+    back = live.view.nodes.depths[1]
+    np.testing.assert_array_equal(back.moved_SD[back.slot_X[0]], nodes.means[1][node])
+    np.testing.assert_array_equal(after.moved_SD[after.slot_X[0]], moved_D)
+    lacking = LiveTrie(trie, product_ids=names, products=Products(names), nodes=nodes)
+    for change in (lambda: lacking.withdraw(["p1"]), lambda: lacking.put([Newcomer("new", "")], [(1, 1, free)])):
+        with pytest.raises(InputError, match="products cannot come or go: the release has no vectors of products"):
+            change()
+    assert lacking.products == trie.rows
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), few=st.sampled_from([0, 2, 256]))
+def test_means_of_changed_nodes_are_those_summed_anew(seed, few, tmp_path_factory):
+    _, trie, store = catalogue(CODES, 40, seed)
+    random, names = np.random.default_rng(seed), [f"p{row}" for row in range(trie.rows)]
+    nodes = NodeVectors.write(tmp_path_factory.mktemp("nodes"), trie, store, depth=2)
+    live = LiveTrie(trie, product_ids=names, products=Products(pa.array(names), base_vectors=store), nodes=nodes)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, number in (("_FEW", few), ("_BLOCK", 3), ("_NODES", 2)):
+            patch.setattr(live_nodes, name, number)
+        for step in range(30):
+            chosen = random.choice(live.view.rows, 3)
+            if step % 3 == 0:
+                codes = [[random.integers(k) for k in CODES] for _ in range(4)]
+                named = [f"p{number}" for number in random.choice(live.view.rows + 4, 4, replace=False)]
+                live.put([Newcomer(one, "", vector) for one, vector in zip(named, unit_vectors(4, 5, step))], codes)
+            elif step % 3 == 1:
+                live.withdraw(chosen)
+            else:
+                tried(live.restore, chosen)
+    view = live.view
+    rows = np.flatnonzero(view.is_live(np.arange(view.rows)))
+    ids = [tuple(docid) for docid in codes_of(view, rows).tolist()]
+    means = means_of(ids, view.products.vectors.unit(rows).numpy(), 2)
+    for depth, found in enumerate(view.nodes.depths, 1):
+        vector_nD = nodes.means[depth - 1].copy()
+        vector_nD[found.changed_X] = found.moved_SD[found.slot_X]
+        of_base = trie.prefixes(depth, np.arange(trie.nodes(depth))).tolist()
+        first_n = view.inserted.arrays.row_start[depth][:-1]
+        of_inserted = live.space.unpack(view.inserted.packed_D[first_n])[:, :depth].tolist()
+        for prefix, vector_D in [*zip(of_base, vector_nD), *zip(of_inserted, found.moved_SD[found.inserted_slot_n])]:
+            np.testing.assert_array_equal(vector_D, means.get(tuple(prefix), np.zeros(5, np.float16)))
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
