@@ -214,7 +214,13 @@ class RetrieverReplica:
         if request.filter is not None:
             # Refused here, it cannot spoil a batch; it is kept for the search.
             await self._run("filters", now.retriever.compile, request.filter)
-        answers = await asyncio.gather(*(self._answer(now, one, deadline) for one in each))
+        tasks = [asyncio.ensure_future(self._answer(now, one, deadline)) for one in each]
+        try:
+            answers = await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:  # of what nobody waits for, nothing is searched
+                task.cancel()
+            raise
         if request.queries is None:
             return RetrieveResponse(release=now.name, **dict(answers[0]))
         return RetrieveResponse(release=now.name, products=[], answers=answers)
