@@ -3,7 +3,9 @@
     python benchmarks/adapter.py --root DATA/home_depot --encoder FOLDER [--vectors FOLDER] [--seeds 3] [--json F] [--render F]
 
 Learned by `quantizer.adapter.fit` in one process from pairs of relevance ≥ 2.33; epochs and the weight of BM25 are chosen on
-validation queries, figures are of test queries. `--vectors`: a folder that keeps products.npy and queries.npy between runs.
+validation queries, figures are of test queries. `--vectors`: a folder that keeps products.npy and queries.npy between runs, the
+rows of the one in the order of product_id, of the other in that of queries.parquet, and gets adapted_products.npy and
+adapted_queries.npy (W and V, seed 0; adapted_1_products.npy … of other seeds), which other benchmarks read.
 Data and encoder are not part of the project: without --root this says so and ends.
 
 Q queries, N products, P pairs, S seeds.
@@ -47,10 +49,14 @@ class Data(NamedTuple):
 def load(options) -> Data:
     products = pq.read_table(options.root / "products.parquet", columns=["product_id", "title"]).sort_by("product_id")
     pairs = pq.read_table(options.root / "pairs.parquet")
+    queries = pairs.group_by(["query_id", "query"]).aggregate([]).sort_by("query_id")
+    texts = queries["query"].to_pylist()
+    product_ND = encoded(options, "products", products["title"].to_pylist())
+    query_TD = encoded(options, "queries", texts)
+    if options.vectors:
+        pq.write_table(queries, options.vectors / "queries.parquet")
     pairs = pairs.filter(pc.is_in(pairs["product_id"], products["product_id"].combine_chunks()))
-    texts, query_P = np.unique(pairs["query"].to_numpy().astype(object), return_inverse=True)
-    vectors = {"products": products["title"].to_pylist(), "queries": texts.tolist()}
-    product_ND, query_TD = (encoded(options, name, text) for name, text in vectors.items())
+    query_P = pc.index_in(pairs["query_id"], queries["query_id"].combine_chunks()).to_numpy()
     product_P = pc.index_in(pairs["product_id"], products["product_id"].combine_chunks()).to_numpy()
     split_P, relevance_P = pairs["split"].to_numpy(), pairs["relevance"].to_numpy()
     teaches_P = (split_P == "train") & (relevance_P >= TAUGHT)
@@ -82,6 +88,11 @@ def encoded(options, name: str, texts: list[str]) -> np.ndarray:
         kept.parent.mkdir(parents=True, exist_ok=True)
         np.save(kept, vectors)
     return vectors
+
+
+def keep(folder: Path, adapter: LinearAdapter, seed: int) -> None:
+    for name, adapted in (("products", adapter.products), ("queries", adapter.queries)):
+        np.save(folder / f"adapted_{f'{seed}_' * (seed > 0)}{name}.npy", adapted(np.load(folder / f"{name}.npy")))
 
 
 def learned(data: Data, kind: str, seed: int) -> tuple[LinearAdapter, dict]:
@@ -132,6 +143,8 @@ def measure(options) -> dict:
                 adapter, about = learned(data, kind, seed)
                 runs.append(about)
                 print(json.dumps(about), flush=True)
+                if options.vectors and kind == W_AND_V:
+                    keep(options.vectors, adapter, seed)
             weight = best_weight(validation, adapter)
             weights.setdefault(kind, []).append(weight)
             for method, of_bm25 in ((f"dense, {kind}", 0.0), (f"BM25 + dense, {kind}", weight)):

@@ -1,6 +1,6 @@
 """The Home Depot recipe from start to end; writes its closing table, with the machine named, to benchmarks/results/.
 
-    python benchmarks/home_depot.py --root DATA/home_depot [--encoder FOLDER] [--store URI] [--render JSON]
+    python benchmarks/home_depot.py --root DATA/home_depot [--encoder FOLDER] [--store URI] [--seed 0] [--render JSON]
 
 Data and encoder are not part of the project: without --root this says so and ends. `--render` writes the report from the
 JSON of an earlier run instead of running. The last line printed is the run's JSON.
@@ -41,11 +41,12 @@ def main() -> None:
     )
     parser.add_argument("--encoder", help="folder of the sentence encoder, where the machine reaches no model hub")
     parser.add_argument("--store", help="default: a temporary folder")
+    parser.add_argument("--seed", type=int, default=0, help="of the recipe: adapter, quantizer, generator")
     options = parser.parse_args()
     if not (options.root or options.render):
         print(json.dumps({"skipped": "no Home Depot data: give --root FOLDER or set HOME_DEPOT"}))
         return
-    overrides = [f"catalog.root={options.root or 'unused'}"]
+    overrides = [f"catalog.root={options.root or 'unused'}", f"seed={options.seed}"]
     if options.encoder:
         overrides += [f"embedding.encoder={options.encoder}", f"generator.encoder={options.encoder}"]
     with tempfile.TemporaryDirectory() as folder:

@@ -8,8 +8,9 @@ are missing, and adapted_products.npy and adapted_queries.npy, which `benchmarks
 to `--work`, a folder, and is not run again. A seed is a whole run: order, k-means, labels' shuffling, proxy.
 
 Choices are made on *pooled* queries: those of the validation split and 2,000 of the train split, which the proxy does not learn
-from here. Known-item search on the tables beside `--root`, bigbasket and mwpd_gpc, has gold categories. `--test` adds the test
-split to the page, once. Shares are compared by the paired bootstrap over queries.
+from here. Known-item search on the tables beside `--root`, bigbasket and mwpd_gpc, has gold categories; TASKS are its spaces.
+`--test` adds the test split to the page, once. Shares are compared by the paired bootstrap over queries. A table of the page
+is written from the runs of its space in `--work`, and stays as it is where there are none.
 """
 
 import json
@@ -24,24 +25,58 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from harness import RESULTS, finish, machine, parser_of, table
+from harness import KEPT, RESULTS, finish, machine, parser_of, table
 from transformers import AutoModel, AutoTokenizer
 
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.catalog.text import HuggingFaceEncoder
 from catid2_ray.config.quantizer import QuantizerRecipe
+from catid2_ray.docid import DocidSpace
 from catid2_ray.evaluation.metrics import bootstrap_means
 from catid2_ray.evaluation.proxy import Questions, ranked, recall_of, train
+from catid2_ray.generator.batches import Examples
+from catid2_ray.generator.model import small_t5
+from catid2_ray.generator.step import fit as fit_generator
+from catid2_ray.generator.vocabulary import PAD, starts_word, tokenize, train_tokenizer
 from catid2_ray.identifiers.collisions import assign_unique
 from catid2_ray.identifiers.quality import id_quality, neighbour_agreement
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.quantizer.sampler import exchange_paths
 from catid2_ray.quantizer.step import SAMPLE_ROWS, LossWeights, epoch_order, fit
+from catid2_ray.retrieval.beam import constrained_beam_search
+from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie
 
 KS, HELD_OUT, LEARN_FROM, RELEVANT = (10, 50, 100), 2_000, 2.33, 2.67
 BASE = "tiger"
-CODES = {"bigbasket": 64, "mwpd_gpc": 128, "mwpd_gpc_words": 128}  # a level, where not 256
+CODES = (256,) * 4  # of Home Depot
+
+
+class Task(NamedTuple):
+    """A space of known-item search. `table`: folder beside `--root`; `codes`: K of each level; `untuned`: vectors of
+    WordMean; `reads_words`: a small T5 learns the IDs and is searched, not the proxy."""
+
+    table: str
+    codes: tuple[int, ...]
+    title: str = "known item"
+    untuned: bool = False
+    reads_words: bool = False
+
+
+# MWPD's tree has H = 3 levels, so that IDs of three codes have H = L, and IDs of two H > L.
+TASKS = {
+    "bigbasket": Task("bigbasket", (64,) * 4),
+    "mwpd_gpc": Task("mwpd_gpc", (128,) * 4),
+    "mwpd_gpc_3": Task(
+        "mwpd_gpc", (256,) * 3, "known item, IDs of three codes, as many as the tree has levels (H = L)"
+    ),
+    "mwpd_gpc_2": Task("mwpd_gpc", (512,) * 2, "known item, IDs of two codes, fewer than the tree has levels (H > L)"),
+    "mwpd_gpc_t5": Task("mwpd_gpc", (128,) * 4, "known item, by a small T5 that reads words", reads_words=True),
+    "mwpd_gpc_words": Task("mwpd_gpc", (128,) * 4, untuned=True),
+}
+# The T5: its sizes, and the budget of a run, about five minutes of one core with its search.
+T5 = {"width": 128, "layers": 1, "heads": 4, "feed_forward": 512, "dropout": 0.0}
+VOCABULARY, TOKENS, STEPS, T5_BATCH, T5_RATE = 8_000, 48, 1_000, 128, 2e-3
 # kind: other settings of the budget. The printed kinds begin at random and get what 2 cores allow of the paper's 300 epochs.
 PRINTED = {"epochs": 30, "learning_rate": 1e-3}
 KINDS = {
@@ -53,12 +88,20 @@ ARMS = {
     "5 % flipped": ({"category_noise": 0.05}, None), "20 % flipped": ({"category_noise": 0.2}, None),
     "50 % flipped": ({"category_noise": 0.5}, None), "30 % missing": ({}, "missing_30"), "60 % missing": ({}, "missing_60"),
     "tags": ({}, "tags"), "query–item .03": ({"query_item": 0.03}, None),
+    "on_prefix shuffled": ({"category_on": "prefix", "category_noise": 1.0}, None),
+    "on_residual shuffled": ({"category_on": "residual", "category_noise": 1.0}, None),
 }  # fmt: skip
 PLAN = [f"adapted:{kind}:{seed}" for seed in range(3) for kind in list(KINDS)[:5]]
-PLAN += [f"{task}:{kind}:{seed}" for task in CODES for seed in range(3) for kind in list(KINDS)[:5]]
+PLAN += [f"{task}:{kind}:{seed}" for task in ("bigbasket", "mwpd_gpc") for seed in range(3) for kind in list(KINDS)[:5]]
 PLAN += [f"adapted:{kind}:0" for kind in list(KINDS)[5:]] + [f"raw:{kind}:0" for kind in KINDS]
-PLAN += [f"mwpd_gpc:{arm}:{seed}" for seed in range(3) for arm in ARMS] + [f"adapted:{arm}:0" for arm in ARMS]
-PLAN += [f"mwpd_gpc_words:{kind}:{seed}" for seed in range(3) for kind in ("tiger", "cat_id2", "cat_id2_shuffled")]
+PLAN += [f"mwpd_gpc:{arm}:{seed}" for seed in range(3) for arm in ARMS]
+PLAN += [f"adapted:{arm}:0" for arm in list(ARMS)[:7]]
+THREE, BY_LEVEL = ("tiger", "cat_id2", "cat_id2_shuffled"), ("on_prefix", "on_residual")  # eq. 4 as printed is by level
+PLAN += [f"{task}:{kind}:{seed}" for task in ("mwpd_gpc_words", "mwpd_gpc_t5") for seed in range(3) for kind in THREE]
+DEEP = [*THREE, *BY_LEVEL, *(f"{kind} shuffled" for kind in BY_LEVEL)]
+PLAN += [f"{task}:{kind}:{seed}" for task in ("mwpd_gpc_3", "mwpd_gpc_2") for seed in range(3) for kind in DEEP]
+PLAN += [f"mwpd_gpc:{kind}:{seed}" for seed in range(3) for kind in BY_LEVEL]
+CONTROLS = {"cat_id2": "cat_id2_shuffled", **{kind: f"{kind} shuffled" for kind in BY_LEVEL}}
 
 
 class Shop(NamedTuple):
@@ -68,6 +111,7 @@ class Shop(NamedTuple):
     category_NH: np.ndarray
     learn: Questions
     asked: dict[str, Questions]
+    texts: dict[str, list[str]] = {}  # of the queries of `learn` and of each of `asked`, where there are
 
 
 def vectors(folder: Path, space: str, products: pa.Table, pairs: pa.Table, encoder: str | None) -> tuple:
@@ -190,7 +234,8 @@ def known_item_shop(root: Path, folder: Path, encoder: str | None, *, untuned: b
     taxonomy = Taxonomy.build(sorted({tuple(path) for path in products["category_path"].to_pylist() if path}), depth=3)
     category_NH = taxonomy.category_ids(products["category_path"])
     names, titles = products["product_id"].to_pylist(), products["title"].to_pylist()
-    return Shop(names, titles, arrays["products"], category_NH, learn, {"pooled": ask})
+    texts = {split: [sentences[row] for row in rows] for split, rows in (("learn", taught), ("pooled", asked))}
+    return Shop(names, titles, arrays["products"], category_NH, learn, {"pooled": ask}, texts)
 
 
 def model_of(recipe: QuantizerRecipe, data: Shop, seed: int, labels: str | None) -> ResidualQuantizer:
@@ -220,9 +265,35 @@ def model_of(recipe: QuantizerRecipe, data: Shop, seed: int, labels: str | None)
     return model.eval()
 
 
-def run(data: Shop, kind: str, seed: int, codes: int) -> dict:
+def found_by_words(data: Shop, codes_NL: np.ndarray, trie: Trie, seed: int) -> dict[str, np.ndarray]:
+    """Of each of `asked` int64 Q×100, what `proxy.ranked` gives, by a small T5 over words: it learns from sentences and, half of
+    their words left out, from titles, as often one as the other."""
+    space = DocidSpace(trie.codes_per_level)
+    tokenizer = train_tokenizer([*data.titles, *data.texts["learn"]], size=VOCABULARY)
+    model = small_t5(vocabulary=len(tokenizer), codes_per_level=space.codes_per_level, seed=seed, **T5)
+    ids = {"query": data.texts["learn"], "title": data.titles}
+    examples = Examples(
+        input_ids={kind: tokenize(tokenizer, texts, length=TOKENS) for kind, texts in ids.items()},
+        codes={"query": codes_NL[data.learn.product_P], "title": codes_NL},
+        ratio={"title": len(data.texts["learn"]) / len(data.titles)}, starts_word_V=starts_word(tokenizer),
+    )  # fmt: skip
+    fit_generator(model, examples, space=space, steps=STEPS, batch=T5_BATCH, learning_rate=T5_RATE, seed=seed)
+    decoder, found = decoder_for(model.eval(), codes_per_level=space.codes_per_level), {}
+    for split in data.asked:
+        token_QT, found[split] = tokenize(tokenizer, data.texts[split], length=TOKENS), []
+        for start in range(0, len(token_QT), 32):
+            some_BT = token_QT[start : start + 32]
+            some_BT = some_BT[:, : (some_BT != PAD).sum(1).max()]
+            beams = constrained_beam_search(decoder, trie, some_BT, some_BT != PAD, beam_width=max(KS), top_k=max(KS))
+            there_BK = np.arange(max(KS)) < beams.count_B.numpy()[:, None]
+            found[split].append(np.where(there_BK, trie.order_N[beams.row_range_BK2[..., 0].numpy()], -1))
+        found[split] = np.concatenate(found[split])
+    return found
+
+
+def run(data: Shop, kind: str, seed: int, codes: tuple[int, ...], *, reads_words: bool = False) -> dict:
     settings, labels = ARMS.get(kind, (KINDS.get(kind, {}), None))
-    recipe = QuantizerRecipe(kind="cat_id2" if kind in ARMS else kind, codes_per_level=(codes,) * 4, **settings)
+    recipe = QuantizerRecipe(kind="cat_id2" if kind in ARMS else kind, codes_per_level=codes, **settings)
     start = time.process_time()
     # Trainings multiply in bfloat16 where the processor can: half of the time. IDs and search are in float32.
     torch.set_float32_matmul_precision("medium")
@@ -232,14 +303,15 @@ def run(data: Shop, kind: str, seed: int, codes: int) -> dict:
     raw_NL, books = encoded.codes_BL.numpy(), [book.detach().numpy() for book in model.codebooks]
     ids = assign_unique(raw_NL, encoded.residual_BZ.numpy(), books, data.product_ids, method="exact")
     made = time.process_time()
-    torch.set_float32_matmul_precision("medium")
-    proxy = train(data.vector_ND, ids.codes_NL, recipe.codes_per_level, data.learn, seed=seed)
-    torch.set_float32_matmul_precision("highest")
     trie = Trie.build(ids.codes_NL, codes_per_level=recipe.codes_per_level)
-    recalls = {
-        name: recall_of(ranked(proxy, trie, asked.query_QD), asked, KS).round(5).tolist()
-        for name, asked in data.asked.items()
-    }
+    if reads_words:
+        found = found_by_words(data, ids.codes_NL, trie, seed)
+    else:
+        torch.set_float32_matmul_precision("medium")
+        proxy = train(data.vector_ND, ids.codes_NL, recipe.codes_per_level, data.learn, seed=seed)
+        torch.set_float32_matmul_precision("highest")
+        found = {name: ranked(proxy, trie, asked.query_QD) for name, asked in data.asked.items()}
+    recalls = {name: recall_of(found[name], asked, KS).round(5).tolist() for name, asked in data.asked.items()}
     scored = time.process_time()
     quality = id_quality(ids.codes_NL[::4], data.category_NH[::4], recipe.codes_per_level)
     near = neighbour_agreement(ids.codes_NL, data.vector_ND, sample=1_000, seed=0)
@@ -259,25 +331,33 @@ def difference(of_space: dict[str, dict], kind: str, base: str, split: str) -> l
     return [f"{i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}]" for i in bootstrap_means(np.mean(gains, 0))[:2]]
 
 
-def page(runs: dict[str, dict], *, test: bool) -> str:
-    """A table of all runs that are there, for each split and task."""
+def page(runs: dict[str, dict], *, test: bool, before: str = "") -> str:
+    """A table of all runs that are there, for each split and task; that of the page `before` where a space has no run."""
     about = (
         "# Which IDs find most\n\nWritten by `benchmarks/ids.py`. Home Depot: 54,667 titles by all-MiniLM-L6-v2 (*raw*), or moved "
         "by linear adapters (*adapted*; those learned from all training queries, also from the 2,000 held out here, which is the "
-        "same for every kind). Unique IDs of four levels. The proxy generator learns from pairs and titles and is searched "
-        f"with a beam of 100. Seconds are those of one core. Machine: {machine()}.\n"
+        "same for every kind). Unique IDs, of four levels where nothing else is said. The proxy generator learns from pairs and "
+        f"titles and is searched with a beam of 100. *Small T5*: width {T5['width']}, {T5['layers']} + {T5['layers']} layers, "
+        f"{STEPS:,} batches of {T5_BATCH}, half sentences, half titles of which half lose half of their words; the same beam. "
+        f"Seconds are those of one core. Machine: {machine()}.\n"
     )
+    stood = {part.split("\n", 1)[0]: f"### {part.rstrip()}\n" for part in before.partition(KEPT)[0].split("\n### ")[1:]}
     tasks = [
         ("adapted", "pooled", "Home Depot, adapted, pooled queries"),
         ("raw", "pooled", "Home Depot, raw, pooled queries"),
     ]
-    tasks += [(task, "pooled", f"{task}, known item, products whose sentences taught nothing") for task in CODES]
+    tasks += [
+        (task, "pooled", f"{task}, {about.title}, products whose sentences taught nothing")
+        for task, about in TASKS.items()
+    ]
     tasks += [(space, "test", f"Home Depot, {space}, test queries") for space in ("adapted", "raw") if test]
     tables = []
     for space, split, title in tasks:
         of_space = {key.split(":", 1)[1]: value for key, value in runs.items() if key.startswith(f"{space}:")}
         if of_space:
             tables.append(_task_table(of_space, split, title))
+        elif title in stood:
+            tables.append(stood[title])
     return "\n".join([about, *tables])
 
 
@@ -299,11 +379,12 @@ def _task_table(of_space: dict[str, dict], split: str, title: str) -> str:
         "kind", "seeds", "recall@10, 50, 100", "half the seeds' range @50", f"@10 − {BASE}", f"@50 − {BASE}",
         "neighbours with c1, c1c2", "AMI by depth", "collisions", "seconds: IDs + proxy",
     ]  # fmt: skip
-    control = difference(of_space, "cat_id2", "cat_id2_shuffled", split)
-    text = (
-        f"\n`cat_id2` − its shuffled control: {control[0]} at 10, {control[1]} at 50.\n" if "–" not in control else ""
-    )
-    return table(names, rows, title=title) + text
+    text = [table(names, rows, title=title)]
+    for kind, control in CONTROLS.items():
+        less = difference(of_space, kind, control, split)
+        if "–" not in less:
+            text.append(f"`{kind}` − its shuffled control: {less[0]} at 10, {less[1]} at 50.\n")
+    return "\n".join(text)
 
 
 def main() -> None:
@@ -329,9 +410,10 @@ def main() -> None:
         if space not in shops and space in ("raw", "adapted"):
             shops = {space: shop(options.root, options.vectors, space, options.encoder)}
         elif space not in shops:
-            root, untuned = options.root.parent / space.removesuffix("_words"), space.endswith("_words")
+            root, untuned = options.root.parent / TASKS[space].table, TASKS[space].untuned
             shops = {space: known_item_shop(root, options.vectors, options.encoder, untuned=untuned)}
-        figures = run(shops[space], kind, int(seed), CODES.get(space, 256))
+        codes, reads_words = (TASKS[space].codes, TASKS[space].reads_words) if space in TASKS else (CODES, False)
+        figures = run(shops[space], kind, int(seed), codes, reads_words=reads_words)
         path.write_text(json.dumps(figures))
         print(key, figures["seconds"], np.mean(figures["recall"]["pooled"], 0).round(3).tolist(), flush=True)
     runs = {path.stem.replace("-", ":"): json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
@@ -339,7 +421,8 @@ def main() -> None:
     runs = dict(sorted(runs.items(), key=lambda one: (order.get(one[0].split(":")[1], 99), one[0])))
     summary = {key: {**value, "recall": {split: np.mean(rows, 0).tolist() for split, rows in value["recall"].items()}}
                for key, value in runs.items()}  # fmt: skip
-    finish(summary, lambda _: page(runs, test=options.test), options)
+    before = options.out.read_text() if options.out.exists() else ""
+    finish(summary, lambda _: page(runs, test=options.test, before=before), options)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What a search finds that looks ahead by node vectors, without any generator, beside dense search, BM25 and both.
 
     python benchmarks/lookahead.py --root DATA/home_depot --vectors FOLDER [--splits validation,test] [--beams 100]
-        [--spaces adapted_,] [--keep FOLDER] [--lexical 0.05] [--seed 0] [--json FILE] [--out benchmarks/results/lookahead.md]
+        [--spaces adapted_,] [--keep FOLDER] [--lexical 0.05] [--seeds 0] [--json FILE] [--out benchmarks/results/lookahead.md]
 
 `--vectors` holds float32 matrices of unit rows: products.npy in the order of products.parquet, queries.npy in that of its own
 queries.parquet (query_id, …), and where a linear adapter was learned adapted_products.npy and adapted_queries.npy; `--spaces`
 are the beginnings of these names. IDs are those of residual k-means (K 256, L 4) made unique; `--keep` keeps them between runs.
-Data and vectors are not part of the project. Recall of relevant products (relevance ≥ 2.67), 95 % intervals over queries. Times
+A seed s is that of k-means, and beyond 0 the adapter's too: adapted_1_products.npy …, as `benchmarks/adapter.py` leaves them.
+Recall is averaged over seeds query by query. Data and vectors are not part of the project. Recall of relevant products
+(relevance ≥ 2.67), 95 % intervals over queries. Times
 are of one thread and of batches of 16, all ways in turns; the generator timed is an untrained T5 of the recipe's size.
 
 The functions are for other benchmarks too: `codes_of`, `Tree`, `Asked`, `looked_ahead`, `mixed`.
@@ -37,7 +39,7 @@ from catid2_ray.generator.model import small_t5
 from catid2_ray.identifiers.collisions import assign_unique
 from catid2_ray.quantizer.kmeans import nearest, residual_kmeans
 from catid2_ray.retrieval.beam import constrained_beam_search
-from catid2_ray.retrieval.live import result_rows
+from catid2_ray.retrieval.live_view import result_rows
 from catid2_ray.retrieval.lookahead import Ahead, Lookahead, best_words
 from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.trie import Trie
@@ -166,22 +168,37 @@ class Data:
         return recall_QK[[len(one) > 0 for one in wanted]]
 
 
-def row_of(name: str, recall_QK: np.ndarray) -> list:
-    return [name, *(f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in bootstrap_means(recall_QK))]
+class Found(NamedTuple):
+    """`read`: products whose vectors are read a query; `recall_QK`: recall at KS."""
+
+    read: float
+    recall_QK: np.ndarray
+
+
+def rows_of(seeds: list[dict[str, Found]]) -> list[list]:
+    """Rows of a table: name, products read, recall at KS over the seeds with intervals, the recall at 50 of each seed."""
+    rows = []
+    for name in seeds[0]:
+        found = [of_seed[name] for of_seed in seeds]
+        means = bootstrap_means(np.mean([one.recall_QK for one in found], 0))
+        rows.append([
+            name, round(float(np.mean([one.read for one in found]))),
+            *(f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in means),
+            " ".join(f"{one.recall_QK[:, KS.index(50)].mean():.3f}" for one in found),
+        ])  # fmt: skip
+    return rows
 
 
 def measured(
     data: Data, tree: Tree, vector_ND: np.ndarray, asked: Asked, beams: list[int], lexical: float
-) -> list[list]:
-    """Rows of a table: name, products whose vectors are read a query, then recall at KS. `lexical`: the weight of BM25 beside
-    the cosine, in S and in the re-scoring."""
-    rows = []
+) -> dict[str, Found]:
+    """What each way finds. `lexical`: the weight of BM25 beside the cosine, in S and in the re-scoring."""
+    rows = {}
 
     def add(name: str, ranked: list[np.ndarray], pool: list[np.ndarray] | None = None) -> None:
-        size = len(vector_ND) if pool is None else round(float(np.mean([len(products) for products in pool])))
-        rows.append(row_of(name, data.recall(asked, ranked)))
-        rows[-1].insert(1, size)
-        print(*rows[-1], sep=" | ", flush=True)
+        size = len(vector_ND) if pool is None else float(np.mean([len(products) for products in pool]))
+        rows[name] = Found(size, data.recall(asked, ranked))
+        print(name, f"{size:.0f}", rows[name].recall_QK.mean(0).round(4), flush=True)
 
     add("dense", mixed(asked, vector_ND, 0.0))
     add("BM25 + dense", mixed(asked, vector_ND, lexical))
@@ -235,18 +252,19 @@ def main() -> None:
     parser.add_argument("--beams", type=wholes, default=[100])
     parser.add_argument("--lexical", type=float, default=0.05, help="weight of BM25 beside the cosine")
     parser.add_argument("--keep", type=Path, help="folder for codes")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=wholes, default=[0])
     options = parser.parse_args()
     if not (options.root and options.vectors):
         print(json.dumps({"skipped": "no data: give --root and --vectors"}))
         return
     torch.set_num_threads(1)
-    data, tables, sizes, times = Data(options.root, options.vectors), {}, {}, {}
-    for space in options.spaces.split(","):
-        vector_ND, query_ND = (np.load(options.vectors / f"{space}{name}.npy") for name in ("products", "queries"))
-        kept = options.keep and options.keep / f"{space}codes_{options.seed}.npy"
+    data, found, sizes, times = Data(options.root, options.vectors), {}, {}, {}
+    for space, seed in ((space, seed) for space in options.spaces.split(",") for seed in options.seeds):
+        begins = f"{space}{seed}_" if space and seed else space
+        vector_ND, query_ND = (np.load(options.vectors / f"{begins}{name}.npy") for name in ("products", "queries"))
+        kept = options.keep and options.keep / f"{space}codes_{seed}.npy"
         stored = kept and kept.exists()
-        codes_NL = np.load(kept) if stored else codes_of(vector_ND, data.product_ids, seed=options.seed)
+        codes_NL = np.load(kept) if stored else codes_of(vector_ND, data.product_ids, seed=seed)
         if kept:
             np.save(kept, codes_NL)
         tree = Tree(codes_NL, vector_ND)
@@ -254,12 +272,12 @@ def main() -> None:
             asked = data.asked(split, query_ND)
             times = times or milliseconds(tree, asked, beam=100)
             name = f"{'Adapted vectors' if space else 'Vectors as they are'}, {split} ({len(asked.query_QD):,} queries)"
-            tables[name] = measured(data, tree, vector_ND, asked, options.beams, options.lexical)
+            found.setdefault(name, []).append(measured(data, tree, vector_ND, asked, options.beams, options.lexical))
         sizes |= {depth: [tree.nodes(depth).nbytes, tree.seconds[depth]] for depth in (1, 2, 3, 4)}
     figures = {
         **where("lookahead"),
-        "seed": options.seed,
-        "tables": tables,
+        "seeds": options.seeds,
+        "tables": {name: rows_of(seeds) for name, seeds in found.items()},
         "nodes": sizes,
         "milliseconds": rounded(times),
     }
@@ -269,11 +287,12 @@ def main() -> None:
 def report(figures: dict) -> str:
     text = [
         "# Looking ahead by node vectors\n",
-        f"Written by `benchmarks/lookahead.py`, seed {figures['seed']}: Home Depot, 54,667 products, IDs of residual k-means "
-        "(K 256, L 4, unique), no generator but where a time says so. Nothing is trained but the adapter. recall@k of relevant "
-        f"products with 95 % intervals over queries. One thread of {figures['machine']}.\n",
+        f"Written by `benchmarks/lookahead.py`, seeds {', '.join(map(str, figures['seeds']))}: Home Depot, 54,667 products, "
+        "IDs of residual k-means (K 256, L 4, unique), no generator but where a time says so. Nothing is trained but the "
+        "adapter. recall@k of relevant products, averaged over the seeds query by query, with 95 % intervals over queries; "
+        f"in the last column @50 of each seed. One thread of {figures['machine']}.\n",
     ]
-    head = ("", "vectors of products read", *(f"@{k}" for k in KS))
+    head = ("", "vectors of products read", *(f"@{k}" for k in KS), "@50 by seed")
     text += [table(head, rows, title=name) for name, rows in figures["tables"].items()]
     rows = [[f"1 … {depth}", size, f"{seconds:.1f}"] for depth, (size, seconds) in figures["nodes"].items()]
     text.append(table(("depths with means", "bytes", "seconds to make"), rows, title="Node vectors"))

@@ -4,7 +4,8 @@
 
 `--store` holds a release of jobs/recipes/home_depot.yaml (`benchmarks/home_depot.py --store` leaves one); without it this says so
 and ends. One process, no Ray. Fitted weights are those of `retrieval/mixture.py`; "validation" is cross-fitted. The candidates
-are the first 200 of each query by the recipe's weights. The rival's weight of BM25 is chosen on validation.
+are the first 200 of each query by the recipe's weights. The rivals' weights of BM25 are chosen on validation: BM25 + adapted
+dense, and BM25 + dense as it is, that is without the adapter.
 
 N products, Q queries.
 """
@@ -14,15 +15,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from harness import RESULTS, finish, parser_of, table, where
 
 from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.evaluation.metrics import bootstrap_means
 from catid2_ray.evaluation.protocol import Judgements, per_query_recalls
+from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.stages import evaluate
 from catid2_ray.retrieval.mixture import Judged, cross_fitted, fitted
 from catid2_ray.retrieval.rescoring import Expansion, Hit
@@ -73,18 +78,32 @@ def searched(retriever: Retriever, judgements: Judgements, k: int) -> list[list[
     return [hits for at in range(0, len(queries), BATCH) for hits in retriever.retrieve(queries[at : at + BATCH], k=k)]
 
 
-def rivals(retriever: Retriever, judgements: Judgements, lexical: tuple[float, ...]) -> dict[float, list[list[str]]]:
-    """By weight of BM25, the 100 products of each query that are best by cosine + weight · BM25, of all."""
+def as_they_are(store: Store, parts: dict[str, Manifest], retriever: Retriever) -> np.ndarray:
+    """float32 N×D, rows of length 1: the products' vectors before the adapter, in the trie's order."""
+    of = ProductVectors(store, parts["embeddings"], None)
+    table = pa.concat_tables([of.read(part["name"], ["product_id", "embedding"]) for part in of.embeddings.parts()])
+    row_N = pc.index_in(retriever.products.product_ids, table["product_id"].combine_chunks()).to_numpy()
+    vector_ND = matrix(table["embedding"]).astype(np.float32)[row_N]
+    return vector_ND / np.linalg.norm(vector_ND, axis=1, keepdims=True)
+
+
+def rivals(
+    retriever: Retriever, judgements: Judgements, lexical: tuple[float, ...], raw_ND: np.ndarray | None = None
+) -> dict[float, list[list[str]]]:
+    """By weight of BM25, the 100 products of each query that are best by cosine + weight · BM25, of all. `raw_ND`: the
+    products' vectors where the adapter has no say, neither in the queries'."""
     products, ranked = retriever.products, {weight: [] for weight in lexical}
+    adapter, retriever.adapter = retriever.adapter, None if raw_ND is not None else retriever.adapter
     every_N, names = np.arange(retriever.trie.rows), products.product_ids.to_pylist()
     for at in range(0, len(judgements.queries), BATCH):
         queries = judgements.queries[at : at + BATCH]
         query_BD = torch.nn.functional.normalize(retriever._asked(queries)[-1], dim=-1).numpy()
         for query_D, lexical_N in zip(query_BD, products.all_lexical_scores(queries)):
-            dense_N = products.vectors.scores(query_D[None], every_N)
+            dense_N = products.vectors.scores(query_D[None], every_N) if raw_ND is None else raw_ND @ query_D
             for weight, lists in ranked.items():
                 best = np.argsort(-(dense_N + weight * lexical_N), kind="stable")[: max(KS)]
                 lists.append([names[row] for row in best])
+    retriever.adapter = adapter
     return ranked
 
 
@@ -143,8 +162,17 @@ def measured(store: Store, cache: Path) -> dict:
             served = [[hit.product_id for hit in one] for one in hits]
             rows.append(["… as served, all products of the beams", shown, None, mean_recall(test.judgements, served)])
             rows[-1].append(differences(test.judgements, served, rival))
+    raw_ND = as_they_are(store, parts, retriever)
+    by_weight = rivals(retriever, validation.judgements, LEXICAL, raw_ND)
+    weight = max(LEXICAL, key=lambda one: np.mean(mean_recall(validation.judgements, by_weight[one])))
+    of_raw = rivals(retriever, test.judgements, (weight,), raw_ND)[weight]
+    raw = {"weight": weight, "recall": mean_recall(test.judgements, of_raw), "less": {}}
+    for name, lists in (("served", served), ("BM25 + adapted dense", rival)):
+        raw["less"][name] = differences(test.judgements, lists, of_raw)
+    print(raw, flush=True)
     queries = {split: len(one.judgements.queries) for split, one in asked.items()}
-    return {**where("mixture"), "release": release.name, "queries": queries, "rows": rows}
+    settings = {"release": release.name, "seed": parts["generator"].recipe["seed"]}
+    return {**where("mixture"), **settings, "queries": queries, "rows": rows, "raw": raw}
 
 
 def report(figures: dict) -> str:
@@ -154,9 +182,10 @@ def report(figures: dict) -> str:
     asked = figures["queries"]
     text = [
         "# The mixture that ranks what the beams found\n",
-        f"Written by `benchmarks/mixture.py`: Home Depot, release {figures['release']}, {asked['validation']:,} validation and "
-        f"{asked['test']:,} test queries. Weights are in the order of the terms, dense = 1. P: of the path to depth 2. *Named*: by "
-        f"a training pair, as *seen*. 95 % intervals, paired, over queries. {figures['machine']}.\n",
+        f"Written by `benchmarks/mixture.py`: Home Depot, release {figures['release']}, seed {figures['seed']}, "
+        f"{asked['validation']:,} validation and {asked['test']:,} test queries. Weights are in the order of the terms, "
+        "dense = 1. P: of the path to depth 2. *Named*: by a training pair, as *seen*. 95 % intervals, paired, over "
+        f"queries. {figures['machine']}.\n",
     ]
     head = ("ranked by", "weights", *(f"{split} @{k}" for split in ("validation", "test") for k in KS))
     rows = [[name, weights, *recall(one), *recall(two)] for name, weights, one, two, _ in figures["rows"]]
@@ -168,6 +197,15 @@ def report(figures: dict) -> str:
         ]
         title = f"Test, {group} products: less BM25 + adapted dense"
         text.append(table(("ranked by", *(f"@{k}" for k in KS)), rows, title=title))
+    raw = figures["raw"]
+    rows = [
+        [f"{name}, {group} products", *(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in differ[group])]
+        for name, differ in raw["less"].items()
+        for group in ("all", "seen", "unseen")
+    ]
+    found = " ".join(f"{value:.3f}" for value in raw["recall"])
+    title = f"Test: less BM25 + dense as it is, which finds {found} with weights 1 {raw['weight']:g}"
+    text.append(table(("", *(f"@{k}" for k in KS)), rows, title=title))
     return "\n".join(text)
 
 

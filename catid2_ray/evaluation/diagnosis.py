@@ -15,7 +15,7 @@ import numpy as np
 from catid2_ray.errors import InputError
 from catid2_ray.evaluation.metrics import bootstrap_means, recalls
 from catid2_ray.retrieval.exact import Replay, decoder_rows, replayed
-from catid2_ray.retrieval.live import result_rows
+from catid2_ray.retrieval.live_view import result_rows
 from catid2_ray.retrieval.retriever import Retriever
 from catid2_ray.retrieval.trie import Trie
 

@@ -14,7 +14,7 @@ import torch
 
 from catid2_ray.retrieval.beam import BeamResult
 from catid2_ray.retrieval.filters import LiveFilter
-from catid2_ray.retrieval.live import codes_of, result_rows
+from catid2_ray.retrieval.live_view import codes_of, result_rows
 from catid2_ray.retrieval.rescoring import Hit, beam_hits
 from catid2_ray.retrieval.retriever import MAX_K, Retriever
 

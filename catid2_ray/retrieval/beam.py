@@ -16,7 +16,7 @@ from torch import Tensor
 
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.decoders import checked_queries, decoder_for
-from catid2_ray.retrieval.live import LiveView, filters_for
+from catid2_ray.retrieval.live_view import LiveView, filters_for
 from catid2_ray.retrieval.lookahead import Ahead
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.trie_tensors import LiveTensors, TrieTensors, filter_tensors, tensors
@@ -75,7 +75,10 @@ def _extend(
     children = arrays.children(level, beams.place, beams.score_BM > -torch.inf, beams.prefix_BML, filters)
     logp_BMC = near_BMC = None
     if step_logp_BMK is not None:
-        logp_BMC = beams.logp_BM[..., None] + step_logp_BMK.gather(-1, children.code_BMC)
+        step_BMC = step_logp_BMK.gather(-1, children.code_BMC)
+        if ahead is not None:
+            step_BMC = arrays.fair(level, beams.place, children, step_BMC)
+        logp_BMC = beams.logp_BM[..., None] + step_BMC
     score_BMC = logp_BMC
     if ahead is not None:
         score_BMC, near_BMC = ahead.scores(level + 1, arrays, children, beams.near_BM, logp_BMC)

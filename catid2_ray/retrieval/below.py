@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from catid2_ray.retrieval.live import LiveTrie, LiveView, codes_of
+from catid2_ray.retrieval.live import LiveTrie
+from catid2_ray.retrieval.live_view import LiveView, codes_of
 
 _MOST = 10  # next codes, categories and products that are named
 

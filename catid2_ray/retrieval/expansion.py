@@ -17,7 +17,7 @@ from torch import Tensor
 
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.beam import BeamResult
-from catid2_ray.retrieval.live import LiveView, codes_of, result_rows
+from catid2_ray.retrieval.live_view import LiveView, codes_of, result_rows
 from catid2_ray.retrieval.products import Values
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import GrownVectors, VectorStore

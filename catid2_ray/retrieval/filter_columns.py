@@ -350,6 +350,11 @@ class Later:
         row_X, last_X = np.unique(row_M[::-1], return_index=True)
         return cls(row_X, values.take(pa.array(len(row_M) - 1 - last_X)))
 
+    def below(self, end: int) -> "Later":
+        """Of the rows below `end` alone."""
+        count = int(np.searchsorted(self.row_X, end))
+        return Later(self.row_X[:count], self.values.slice(0, count))
+
 
 def laid_over(blocks: Sequence[Later], later: Later) -> tuple[Later, ...]:
     """`blocks`, oldest first, and `later` on top. Blocks merge when the last outgrow half of the one before, so a row is

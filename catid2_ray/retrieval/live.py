@@ -1,220 +1,34 @@
-"""New, withdrawn and returned products in a trie that serves, without a rebuild: base + inserted products + bits of rows.
+"""New, changed, withdrawn and returned products in a trie that serves, without a rebuild.
 
 The base stays memory-mapped and untouched, a search walks it and the inserted products side by side (`trie_tensors.py`)
-and finds what it would in a trie rebuilt from the live products. The next release's trie has them in it.
+and finds what it would in a trie rebuilt from the live products. The next release's trie has them in it. What a search reads
+is a view (`live_view.py`).
 
-Rows have two numberings. A product's row never changes: 0 … N − 1 in the base, N + i for the i-th that was inserted;
-filters, names and `result_rows` speak of these. Results speak of ranges: `row_range_BK2` in the base, and
-`inserted_range_BK2`, N + j for the j-th inserted product in the ID order of the view that was searched.
-
-N rows of the base, D inserted products, L levels, B queries, K results, M rows of one query.
+N rows of the base, D inserted products, L levels, M rows of one change.
 """
 
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CapacityError, InputError
-from catid2_ray.retrieval.arrays import entries
 from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
 from catid2_ray.retrieval.inserted import Inserted
 from catid2_ray.retrieval.live_filters import LiveFilterIndex
 from catid2_ray.retrieval.live_nodes import NodesOfView
+from catid2_ray.retrieval.live_state import followed, state_of, view_with
+from catid2_ray.retrieval.live_view import LiveView, codes_of
 from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import Newcomer, ProductNames, Products, check_value
 from catid2_ray.retrieval.trie import Trie
 
-
-@dataclass(frozen=True, eq=False)
-class LiveView:
-    """One state of a live trie and of all that is known of its products; immutable, so that a search sees no change half-way.
-
-    `inserted`: None while there is none. `live_base` and `live_inserted`: the rows that count; the latter in the order
-    of insertion. `filters`, `products`, `nodes`: of the same rows, None where the live trie was made without.
-    """
-
-    base: Trie
-    inserted: Inserted | None
-    live_base: Filter
-    live_inserted: Filter
-    filters: LiveFilterIndex | None = None
-    products: Products | None = None
-    nodes: NodesOfView | None = None
-    _restricted: WeakKeyDictionary = field(init=False, default_factory=WeakKeyDictionary, repr=False)
-
-    @property
-    def codes_per_level(self) -> tuple[int, ...]:
-        return self.base.codes_per_level
-
-    @property
-    def levels(self) -> int:
-        return self.base.levels
-
-    @property
-    def rows(self) -> int:
-        """N + D, live or not."""
-        return self.base.rows + len(self.live_inserted)
-
-    @cached_property
-    def live_sorted(self) -> Filter:
-        """`live_inserted` in ID order."""
-        return self._sorted(self.live_inserted)
-
-    @cached_property
-    def whole(self) -> bool:
-        """Whether every row of the base is live."""
-        return self.live_base.total == self.base.rows
-
-    def _sorted(self, inserted: Filter) -> Filter:
-        order_D = np.empty(0, np.int64) if self.inserted is None else self.inserted.order_D
-        return Filter.of(inserted.allowed_N[order_D])
-
-    def restricted(self, allowed: LiveFilter | None) -> tuple[Filter, Filter]:
-        """Live rows that a request allows: of the base, and inserted ones in ID order. Kept with the filter."""
-        if allowed is None:
-            return self.live_base, self.live_sorted
-        if allowed not in self._restricted:
-            inserted = Filter.of(allowed.inserted.allowed_N[: len(self.live_inserted)])
-            self._restricted[allowed] = self.live_base & allowed.base, self._sorted(self.live_inserted & inserted)
-        return self._restricted[allowed]
-
-    def compile(self, expression) -> LiveFilter:
-        """The filter of an expression for this view. Raises QueryError as `FilterIndex.compile`."""
-        if self.filters is None:
-            raise InputError("this live trie has no filter columns; give index=FilterIndex(…) when it is made")
-        return self.filters.compile(expression)
-
-    def with_live(self, rows: np.ndarray, live: bool) -> "LiveView":
-        """With these rows live, or none of them."""
-        size = self.base.rows
-        return replace(
-            self,
-            live_base=self.live_base.changed(rows[rows < size], live),
-            live_inserted=self.live_inserted.changed(rows[rows >= size] - size, live),
-        )
-
-    def is_live(self, rows) -> np.ndarray:
-        """bool, for each row. Raises IndexError for rows that do not exist."""
-        return LiveFilter(self.live_base, self.live_inserted).allows(rows)
-
-    def row_of(self, numbers) -> np.ndarray:
-        """The row of each number of a result's range: itself below N, else N + i of the product that stands there."""
-        numbers = np.asarray(numbers, np.int64)
-        if self.inserted is None:
-            return numbers
-        order_D, size = self.inserted.order_D, self.base.rows
-        return np.where(numbers < size, numbers, size + order_D[np.maximum(numbers - size, 0)])
-
-
-def codes_of(trie: Trie | LiveView, rows) -> np.ndarray:
-    """int64 M×L, the whole ID of each row (of a live view: inserted ones too)."""
-    rows, base = np.asarray(rows, np.int64), trie.base if isinstance(trie, LiveView) else trie
-    codes_ML, old_M = np.empty((len(rows), base.levels), np.int64), rows < base.rows
-    codes_ML[old_M] = base.prefixes(base.levels, base.row_start[-1].holding(rows[old_M]))
-    if not old_M.all():
-        place_D = np.argsort(trie.inserted.order_D)
-        packed_M = trie.inserted.packed_D[place_D[rows[~old_M] - base.rows]]
-        codes_ML[~old_M] = DocidSpace(base.codes_per_level).unpack(packed_M)
-    return codes_ML
-
-
-def filters_for(allowed, trie: Trie | LiveView, queries: int) -> list[Filter | LiveFilter | None]:
-    """The filter of each query, None where it may find every row.
-
-    `allowed`: one filter, or None, for all queries, or a list with one of these per query. A filter is, of a trie, a
-    `Filter` or bool N; of a live view, a `LiveFilter`, bool over base rows and inserted products, or a `Filter` while
-    nothing is inserted. Raises InputError for anything else, and for a filter over other rows than the trie's.
-    """
-    several = isinstance(allowed, (list, tuple)) and not all(isinstance(one, (bool, np.bool_)) for one in allowed)
-    if several and len(allowed) != queries:
-        raise InputError(f"allowed has {len(allowed)} filters for {queries} queries; give one for each, or None")
-    given = allowed if several else [allowed] * queries
-    # One object stays one object: it is put on the device once.
-    filters = {id(one): None if one is None else _filter(one, trie) for one in given}
-    return [filters[id(one)] for one in given]
-
-
-def _filter(allowed, trie: Trie | LiveView) -> Filter | LiveFilter:
-    if not isinstance(trie, LiveView):
-        filter_ = allowed if isinstance(allowed, Filter) else Filter.of(_booleans(allowed, trie.rows))
-        if len(filter_) != trie.rows:
-            raise InputError(
-                f"the filter is over {len(filter_)} rows, the trie has {trie.rows}; take both from one release"
-            )
-        return filter_
-    if isinstance(allowed, LiveFilter):
-        filter_ = allowed
-    elif isinstance(allowed, Filter):
-        filter_ = LiveFilter(allowed, Filter.of(np.empty(0, bool)))
-    else:
-        filter_ = LiveFilter.of(_booleans(allowed, trie.rows), trie.base.rows)
-    if len(filter_.base) != trie.base.rows or len(filter_.inserted) < len(trie.live_inserted):
-        raise InputError(
-            f"the filter is over {len(filter_.base)} rows and {len(filter_.inserted)} inserted products, the live trie "
-            f"has {trie.base.rows} and {len(trie.live_inserted)}; take the view first, then compile the filter"
-        )
-    return filter_
-
-
-def _booleans(allowed, rows: int) -> np.ndarray:
-    try:
-        allowed = torch.as_tensor(allowed)
-        kind = f"{allowed.dtype} of {tuple(allowed.shape)}"
-    except (TypeError, ValueError, RuntimeError):
-        kind = type(allowed).__name__
-    if kind != f"torch.bool of {(rows,)}":
-        raise InputError(f"allowed must be a filter or {rows} booleans, one per trie row, found {kind}")
-    return allowed.cpu().numpy()
-
-
-class ResultRows(NamedTuple):
-    """Of one query, in the order of its results: rows (int64 M) and which of the K results each belongs to. Rows of one
-    result: the base's, then the inserted ones in the order of insertion (for a cluster: in ID order)."""
-
-    row_M: np.ndarray
-    result_M: np.ndarray
-
-
-def result_rows(result, trie: Trie | LiveView, *, allowed=None, most: int | None = None) -> list[ResultRows]:
-    """The live and allowed products of each query's results, at most `most` (None: all), best result first.
-
-    `result`: a BeamResult of a search over `trie` with the same `allowed` (as `filters_for` takes it).
-    """
-    live, answers = isinstance(trie, LiveView), []
-    filters = filters_for(allowed, trie, len(result.count_B))
-    for b, (count, filter_) in enumerate(zip(result.count_B.tolist(), filters)):
-        parts = [result.row_range_BK2[b, :count].numpy()]
-        if result.inserted_range_BK2 is not None:
-            parts.append(result.inserted_range_BK2[b, :count].numpy())
-        # Result by result: its range in the base, then its range among the inserted.
-        range_R2 = np.stack(parts, 1).reshape(-1, 2)
-        number_M, range_M = entries(range_R2[:, 0], range_R2[:, 1] - range_R2[:, 0])
-        result_M = range_M // len(parts)
-        row_M = trie.row_of(number_M) if live else number_M
-        kept_M = trie.is_live(row_M) if live else np.ones(len(row_M), bool)
-        if filter_ is not None:
-            kept_M &= filter_.allows(row_M)
-        answers.append(ResultRows(row_M[kept_M][:most], result_M[kept_M][:most]))
-    return answers
-
-
-def _followed(view: LiveView, gone: np.ndarray, come: np.ndarray) -> LiveView:
-    """The view with the vectors of its nodes, from one in which the rows `gone` were live and `come` were not."""
-    if view.nodes is None:
-        return view
-    rows = np.concatenate((gone, come))
-    return replace(
-        view, nodes=view.nodes.with_rows(view, rows, np.arange(len(rows)) >= len(gone), codes_of(view, rows))
-    )
+_SPARE = 1000  # rows that no name means, beside as many as count, before they are left out
 
 
 class _Change(NamedTuple):
@@ -238,7 +52,7 @@ class LiveTrie:
     the products' vectors.
     A product that was withdrawn may be inserted anew with another ID, and its name means the row that was live last.
     `most`: inserted products, live or withdrawn, before the next release must take them over; a row whose name has got
-    another row counts no more.
+    another row counts no more, and where such rows are most, they are left out and the others numbered anew.
 
     A change by name costs O(log N) look-ups, and copies of D inserted products or of the base's N / 64 words of bits:
     1 to 2 ms for an insert at 49,000, less for a withdrawal among 10 million rows. The first search of a view with
@@ -273,6 +87,7 @@ class LiveTrie:
             filters=None if index is None else LiveFilterIndex(index), products=products,
             nodes=None if nodes is None else NodesOfView(nodes),
         )  # fmt: skip
+        self._fresh = self.view
 
     @property
     def base(self) -> Trie:
@@ -328,10 +143,47 @@ class LiveTrie:
             if check_only:
                 return []
             rows = [view.rows + i for i in range(len(change.newcomers))]
-            self.view = _followed(self._with(view, change), change.replaced, np.array(rows, np.int64))
+            self.view = followed(self._with(view, change), change.replaced, np.array(rows, np.int64))
             self.inserted += [one.product_id for one in change.newcomers]
             self._means([one.product_id for one in change.newcomers], rows)
-        return rows
+            if len(self.inserted) > 2 * self._counted + _SPARE:
+                self._compact()
+            return [self.view.rows - len(rows) + i for i in range(len(rows))]
+
+    def state(self) -> dict[str, pa.Table]:
+        """The net state of all changes since the release: tables "newcomers" (product_id, codes, live, and as the release has
+        them title, value, vector and a struct of filter columns), "withdrawn" (rows of the release) and "changed" (rows of the
+        release whose columns or values have changed in place). Rows that no name means are left out."""
+        with self._lock:
+            return self._state()
+
+    def _state(self) -> dict[str, pa.Table]:
+        size = self.base.rows
+        counted = {row - size: name for name, row in self._row_of.items() if row >= size}
+        return state_of(self.view, counted, self._base_ids)
+
+    def restore_state(self, state: Mapping[str, pa.Table]) -> None:
+        """Apply what `state` gave to a live trie of the same release that has taken no change: it then answers as the one
+        that gave it. Raises InputError where it has, and for a state of another release."""
+        with self._lock:
+            if self.view is not self._fresh:
+                raise InputError("a state is restored before any change; open the release anew")
+            self._adopt(view_with(self._fresh, state, self._base_ids), state["newcomers"])
+
+    def _compact(self) -> None:
+        """Leave out rows that no name means; the others get new numbers, in the same order."""
+        state = self._state()
+        self._adopt(view_with(self._fresh, state, self._base_ids, nodes=self.view.nodes), state["newcomers"])
+
+    def _adopt(self, view: LiveView, newcomers: pa.Table) -> None:
+        size, names = self.base.rows, newcomers["product_id"].to_pylist()
+        of_base = {name: row for name, row in self._row_of.items() if row < size}
+        self.view, self.inserted, self._counted = view, names, len(names)
+        self._row_of = of_base | {name: size + at for at, name in enumerate(names)}
+
+    @property
+    def _base_ids(self):
+        return None if self.names is None else self.names.product_ids
 
     @staticmethod
     def _with(view: LiveView, change: _Change) -> LiveView:
@@ -413,7 +265,7 @@ class LiveTrie:
             rows = rows[self.view.is_live(rows)]
             self._check_moves(rows)
             if not check_only:
-                self.view = _followed(self.view.with_live(rows, False), rows, rows[:0])
+                self.view = followed(self.view.with_live(rows, False), rows, rows[:0])
 
     def restore(self, products: Sequence[str] | Sequence[int], *, check_only: bool = False) -> None:
         """Bring withdrawn products back with the IDs they had; those already live stay. Raises InputError where a live
@@ -428,7 +280,7 @@ class LiveTrie:
             self._refuse_taken_ids(names, codes_of(self.view, rows), self.view)
             self._check_moves(rows)
             if not check_only:
-                self.view = _followed(self.view.with_live(rows, True), rows[:0], rows)
+                self.view = followed(self.view.with_live(rows, True), rows[:0], rows)
                 self._means(named, [row for row, name in zip(rows.tolist(), names) if name is not None])
 
     def _check_moves(self, rows) -> None:

@@ -25,7 +25,7 @@ from catid2_ray.retrieval.node_vectors import NodeVectors
 
 if TYPE_CHECKING:
     from catid2_ray.retrieval.inserted import Inserted
-    from catid2_ray.retrieval.live import LiveView
+    from catid2_ray.retrieval.live_view import LiveView
     from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
 
 _FEW = 256

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from catid2_ray.errors import InputError, ReleaseError
 from catid2_ray.retrieval.arrays import Growing, pointer_type, read_array
-from catid2_ray.retrieval.filter_columns import Later, laid_over
+from catid2_ray.retrieval.filter_columns import Later, laid_over, merged
 from catid2_ray.retrieval.lexical import GrownWords, LexicalIndex
 from catid2_ray.retrieval.vectors import GrownVectors, VectorStore, halves
 
@@ -62,6 +62,12 @@ class Values:
 
     def with_later(self, row_M: np.ndarray, values: Sequence[float | None]) -> "Values":
         return replace(self, later=laid_over(self.later, Later.of(row_M, pa.array(_valued(values)))))
+
+    def changed(self) -> Later:
+        """What has changed; there is something."""
+        later = merged(self.later)
+        values = later.values.to_numpy()
+        return Later(later.row_X, pa.array(values, mask=np.isneginf(values)))
 
     def of(self, row_M: np.ndarray) -> np.ndarray:
         """float32, the value of each row."""
@@ -126,8 +132,8 @@ class Products:
             raise InputError(f"the vector of product {one.product_id!r} must be {width} finite numbers")
         return halves(vector_D.astype(np.float32)[None], self.base_vectors)[0]
 
-    def with_newcomers(self, more: Sequence[Newcomer]) -> "Products":
-        """These and `more`, as `check_newcomers` wants them."""
+    def with_newcomers(self, more: Sequence[Newcomer], *, stored: np.ndarray | None = None) -> "Products":
+        """These and `more`, as `check_newcomers` wants them. `stored`: their vectors as these products keep them (float16)."""
         if not more:
             return self
         changed = {"newcomers": (*self.newcomers, *(replace(one, vector_D=None) for one in more))}
@@ -135,7 +141,8 @@ class Products:
             changed["values"] = self.values.with_rows([one.value for one in more])
         if self.base_vectors is not None:
             grown = self.grown_vectors or GrownVectors.of(self.base_vectors, ())
-            changed["grown_vectors"] = grown.with_halves(np.stack([self._half(one) for one in more]))
+            stored = np.stack([self._half(one) for one in more]) if stored is None else stored
+            changed["grown_vectors"] = grown.with_halves(stored)
         if self.base_lexical is not None:
             changed["grown_words"] = (self.grown_words or GrownWords(self.base_lexical)).with_texts(
                 [one.title for one in more]

@@ -7,7 +7,7 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.beam import BeamResult
 from catid2_ray.retrieval.expansion import DENSE, expand, rescore
-from catid2_ray.retrieval.live import LiveView, result_rows
+from catid2_ray.retrieval.live_view import LiveView, result_rows
 from catid2_ray.retrieval.products import Products
 
 

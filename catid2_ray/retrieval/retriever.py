@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Literal, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -22,7 +23,8 @@ from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.exact import Exact, exact_scores
 from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
-from catid2_ray.retrieval.live import LiveTrie, LiveView, filters_for
+from catid2_ray.retrieval.live import LiveTrie
+from catid2_ray.retrieval.live_view import LiveView, filters_for
 from catid2_ray.retrieval.lookahead import Ahead, Lookahead, best_words
 from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import Newcomer, ProductNames, Products, arrow_strings
@@ -342,6 +344,14 @@ class Retriever:
     def restore(self, products: Sequence[str], *, check_only: bool = False) -> None:
         """As `LiveTrie.restore`."""
         self.live.restore(products, check_only=check_only)
+
+    def live_state(self) -> dict[str, pa.Table]:
+        """As `LiveTrie.state`: what a snapshot of all changes holds."""
+        return self.live.state()
+
+    def restore_state(self, state: Mapping[str, pa.Table]) -> None:
+        """As `LiveTrie.restore_state`, on a retriever of the same release that has taken no change."""
+        self.live.restore_state(state)
 
     def _put(self, newcomers: Sequence[Newcomer], codes_ML, columns, *, check_only: bool, **options) -> None:
         newcomers, products = list(newcomers), self.products

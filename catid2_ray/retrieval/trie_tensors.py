@@ -17,7 +17,7 @@ from torch import Tensor
 
 from catid2_ray.retrieval.filters import Filter, FilterTensors, LiveFilter, allowed_before, stacked
 from catid2_ray.retrieval.inserted import Inserted
-from catid2_ray.retrieval.live import LiveView
+from catid2_ray.retrieval.live_view import LiveView
 from catid2_ray.retrieval.trie import Trie
 
 
@@ -107,6 +107,10 @@ class TrieTensors:
         child_BMC = torch.where(live_BMC, child_BMC, 0)
         return Children(_taken(self.token[level + 1], child_BMC), child_BMC, live_BMC, self.widest[level])
 
+    def fair(self, level: int, place: tuple[Tensor], children: Children, step_BMC: Tensor) -> Tensor:
+        """`step_BMC` as it is: the generator has learnt all nodes. See `LiveTensors.fair`."""
+        return step_BMC
+
     def kept(self, level: int, children: Children, index_BW: Tensor, code_BW: Tensor) -> tuple[Tensor]:
         """The places of the children at `index_BW` (0 … M·C − 1)."""
         return (children.rank_BMC.flatten(1).gather(1, index_BW),)
@@ -173,6 +177,19 @@ class LiveTensors:
             covered_BMC &= allowed_before(of_base, end_BMC) > allowed_before(of_base, first_BMC)
         code_BMC = _taken(self.token[level + 1], child_BMC)
         return _InsertedChildren(child_BMC, code_BMC, live_BMC), live_BMC & ~covered_BMC
+
+    def fair(self, level: int, place, children: Children, step_BMC: Tensor) -> Tensor:
+        """log p of each child given its beam, at least log 1 / (C + 1) for a node that the trie lacks, where its parent has C
+        children in the trie: the generator has never met such a node, so its own word would bury what came since."""
+        (node_BM, inner_BM), (base_BMC, mine) = place, children.rest
+        # A node of the trie whose rows are all withdrawn is known by its twin.
+        twin_BM = _taken(self.twin[level], inner_BM.clamp(min=0)).masked_fill(inner_BM < 0, -1)
+        node_BM = torch.where(node_BM >= 0, node_BM, twin_BM)
+        first_BM, end_BM = (self.base.child_start[level].at(node_BM.clamp(min=0) + i) for i in (0, 1))
+        share_BM = -torch.log1p(((end_BM - first_BM) * (node_BM >= 0)).float())
+        new_BMC = _taken(self.twin[level + 1], mine.child_BMC) < 0
+        floor_BMC = torch.where(new_BMC, share_BM[..., None], -torch.inf)
+        return torch.maximum(step_BMC, torch.nn.functional.pad(floor_BMC, (base_BMC.shape[2], 0), value=-torch.inf))
 
     def kept(self, level: int, children: Children, index_BW: Tensor, code_BW: Tensor) -> tuple[Tensor, Tensor]:
         base_BMC, mine = children.rest

@@ -44,7 +44,9 @@ class Block(NamedTuple):
 
     @property
     def commands(self) -> list[str]:
-        """Of a block of shell: one text a command, lines that go on joined, comments left out."""
+        """Of a block of shell: one text a command, lines that go on joined, comments left out; of others none."""
+        if self.language != "sh":
+            return []
         joined = re.sub(r"\\\n\s*", "", self.text)
         return [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 

@@ -4,28 +4,37 @@
 after a restart. Whoever writes a change first tries it on the state at exactly the position that it writes to, so that what does
 not fit (a product that is live already, say) is refused and leaves nothing. Series of older versions may hold such changes: all
 replicas pass them over. An append on top of the release lets new products keep the IDs that they were given here (`assign`).
+
+`live/RELEASE/snapshots/0000001000`, …: the net state after every thousand, from which a replica starts (`live_net.py`). Without
+it all changes give the same.
 """
 
+import contextlib
+import functools
+import itertools
 import json
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, CommitConflict, InputError
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.live_names import Step
+from catid2_ray.on_ray.machine.live_net import Net, apply_net
 from catid2_ray.retrieval.products import Newcomer
 from catid2_ray.retrieval.retriever import Retriever
 
 KINDS = ("insert", "withdraw", "restore", "put", "skipped")
 _ATTEMPTS = 20  # writers that may come first before a change is given up
 _AT_ONCE = 256  # changes in memory while a series is read
+SNAPSHOT_EVERY = 1000  # changes
 _LONGEST_WAIT_S = 30.0  # between two attempts to follow a series that cannot be read or applied
 
 
@@ -87,6 +96,24 @@ class LiveLog:
         """What the whole series does to names and IDs."""
         return [Step.of(record) for record in self.after(0)]
 
+    def snapshot(self, most: int | None = None) -> Net:
+        """The newest state that can be read, after at most `most` changes; an empty one where there is none."""
+        names = [name for name in self.store.names(f"live/{self.release}/snapshots") if name.isdigit()]
+        for name in reversed(names):
+            if most is not None and int(name) > most:
+                continue
+            path = f"live/{self.release}/snapshots/{name}"
+            try:
+                return Net.of_bytes(self.store.read(path))
+            except (ArtifactError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+                progress.event("snapshot_passed_over", uri=self.store.uri_of(path), reason=repr(str(error)))
+        return Net()
+
+    def write_snapshot(self, net: Net) -> None:
+        """Nothing happens where there is one already."""
+        with contextlib.suppress(CommitConflict):
+            self.store.create(f"live/{self.release}/snapshots/{net.number:010d}", net.to_bytes())
+
     def write(self, number: int, record: dict) -> None:
         """Raises CommitConflict where the number is taken."""
         self.store.create(self._name(number), json.dumps({**record, "by": uuid.uuid4().hex}).encode())
@@ -106,6 +133,9 @@ class LiveUpdates:
         self.contents: dict[str, Content] = {}
         self.keys: dict[str, tuple[int, str]] = {}
         self.failing: Exception | None = None
+        self._begun_at: int | None = None  # the change of the snapshot that it began with
+        self._refused: set[int] = set()
+        self.snapshotting: threading.Thread | None = None
         self._at_end_s = time.monotonic()
         self._lock, self._ended = threading.Lock(), threading.Event()
 
@@ -121,11 +151,14 @@ class LiveUpdates:
             return self._catch_up()
 
     def _catch_up(self) -> int:
+        if self._begun_at is None:
+            self._begin()
         before = self.applied
         for record in self.log.after(self.applied):
             try:
                 apply(self.retriever, record)
             except InputError as error:  # an older version wrote first and validated then
+                self._refused.add(self.applied + 1)
                 self._say("live_change_refused", number=self.applied + 1, reason=repr(str(error)))
             self._count(record)
         self._at_end_s = time.monotonic()
@@ -152,8 +185,49 @@ class LiveUpdates:
                     continue
                 apply(self.retriever, record)
                 self._count(record)
+                if self.applied % SNAPSHOT_EVERY == 0:
+                    self._snapshot_later()
                 return record | {"number": self.applied}
         raise CommitConflict(f"{_ATTEMPTS} other changes came first; try again")
+
+    def _begin(self) -> None:
+        """Start from a snapshot, if there is one."""
+        net = self.log.snapshot()
+        if net.number:
+            try:
+                apply_net(
+                    net, self.retriever, lambda products: self.retriever.put(*_newcomers(self.retriever, products))
+                )
+            except InputError as error:
+                raise ArtifactError(
+                    f"the snapshot after change {net.number} of release {self.log.release} does not fit it ({error}); delete "
+                    f"{self.log.store.uri_of(f'live/{self.log.release}/snapshots')}, and all changes are applied instead"
+                ) from None
+            self.carried = {(release, number) for release, number in net.known["carried"]}
+            self.contents = {name: Content(*values) for name, values in net.known["contents"].items()}
+            self.keys = {key: (number, request) for key, (number, request) in net.known["keys"].items()}
+        self.applied = self._begun_at = net.number
+
+    def _snapshot_later(self) -> None:
+        """In a thread of its own: the change is done, and who waits for it need not wait for this."""
+        known = {"carried": sorted(self.carried), "contents": dict(self.contents), "keys": dict(self.keys)}
+        work = functools.partial(self._snapshot, self.applied, known)
+        self.snapshotting = threading.Thread(target=work, name="live-snapshot", daemon=True)
+        self.snapshotting.start()
+
+    def _snapshot(self, number: int, known: dict) -> None:
+        try:
+            net = self.log.snapshot(number)
+            if net.number < self._begun_at:
+                return  # which of the changes between are refused ones, this replica has not seen
+            for record in itertools.islice(self.log.after(net.number), number - net.number):
+                net.number += 1
+                if net.number not in self._refused:
+                    net.take(record)
+            net.known = known
+            self.log.write_snapshot(net)
+        except Exception as error:  # a replica does without; the next thousand is tried again
+            self._say("snapshot_not_written", number=number, reason=repr(f"{type(error).__name__}: {error}"))
 
     def _count(self, record: dict) -> None:
         self.applied += 1
@@ -242,5 +316,5 @@ def _newcomers(retriever: Retriever, products: list[dict]) -> tuple[list[Newcome
     return newcomers, codes_ML.reshape(-1, retriever.space.levels), columns or None
 
 
-def _vector(values: list[float] | None) -> np.ndarray | None:
+def _vector(values: Sequence[float] | np.ndarray | None) -> np.ndarray | None:
     return None if values is None else np.array(values, np.float32)

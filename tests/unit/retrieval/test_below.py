@@ -9,7 +9,8 @@ import pytest
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.below import below
 from catid2_ray.retrieval.filters import FilterIndex
-from catid2_ray.retrieval.live import LiveTrie, codes_of
+from catid2_ray.retrieval.live import LiveTrie
+from catid2_ray.retrieval.live_view import codes_of
 from catid2_ray.retrieval.trie import Trie
 from tests.oracles import below as oracle
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from catid2_ray.errors import ArtifactError, CapacityError, InputError, QueryError
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
-from catid2_ray.retrieval.live import LiveTrie, codes_of, result_rows
+from catid2_ray.retrieval.live import LiveTrie
+from catid2_ray.retrieval.live_view import codes_of, result_rows
 from catid2_ray.retrieval.products import ProductNames
 from catid2_ray.retrieval.trie import Trie
 from tests.oracles.beam import Table

@@ -12,7 +12,8 @@ from catid2_ray.retrieval import live_nodes, lookahead
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.exact import exact_scores, replayed
 from catid2_ray.retrieval.filters import Filter
-from catid2_ray.retrieval.live import LiveTrie, codes_of, filters_for
+from catid2_ray.retrieval.live import LiveTrie
+from catid2_ray.retrieval.live_view import codes_of, filters_for
 from catid2_ray.retrieval.lookahead import Ahead, Lookahead, best_words
 from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import Newcomer, Products
@@ -165,7 +166,7 @@ def test_after_any_live_changes_it_is_the_trie_rebuilt(history, seed, depth, sha
     ):
         allowed = None if share is None else chosen_N[row_R]
         words = best_words(word_BN[:, row_R], trie, filters_for(allowed, trie, 2))
-        for weights, width in (((0.0, 1.0, 0.0), 3), ((0.25, 2.0, 0.5), 2), ((0.0, 1.0, 0.25), 99)):
+        for weights, width in (((0.0, 1.0, 0.0), 3), ((0.0, 2.0, 0.5), 2), ((0.0, 1.0, 0.25), 99)):
             ahead = Ahead(settings_of(weights), mine, query_BD, words=words)
             found.append(
                 constrained_beam_search(
@@ -175,6 +176,44 @@ def test_after_any_live_changes_it_is_the_trie_rebuilt(history, seed, depth, sha
     for one, other in zip(found[:3], found[3:]):
         assert torch.equal(one.docid_BKL, other.docid_BKL) and torch.equal(one.count_B, other.count_B)
         torch.testing.assert_close(one.score_BK, other.score_BK, atol=1e-6, rtol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), depth=st.integers(1, 3), width=st.sampled_from([2, 5, 99]))
+def test_what_the_generator_never_met_has_a_fair_share(seed, depth, width, tmp_path_factory):
+    ids_NL, trie, store = catalogue(CODES, 12, seed, shared=False)
+    random, names = np.random.default_rng(seed), [f"p{row}" for row in range(trie.rows)]
+    nodes = NodeVectors.write(tmp_path_factory.mktemp("nodes"), trie, store, depth=depth)
+    live = LiveTrie(trie, product_ids=names, products=Products(pa.array(names), base_vectors=store), nodes=nodes)
+    for number in range(12):
+        newcomer = Newcomer(f"n{number}", "", unit_vectors(1, 5, seed + number + 1)[0])
+        tried(live.put, [newcomer], [[random.integers(k) for k in CODES]])
+    live.withdraw(random.choice(live.view.rows, 5, replace=False))
+    view = live.view
+    rows = np.flatnonzero(view.is_live(np.arange(view.rows)))
+    ids, known = [tuple(docid) for docid in codes_of(view, rows).tolist()], {tuple(docid) for docid in ids_NL.tolist()}
+    met = {docid[:length] for docid in known for length in range(4)}
+    means, tails = means_of(ids, view.products.vectors.unit(rows).numpy(), depth), {}
+    for number, tail_KD in enumerate(nodes.tails, depth):
+        tails |= {(number, code): vector_D for code, vector_D in enumerate(tail_KD)}
+    table, query_BD = Table(CODES, 2, seed), random.normal(size=(2, 5)).astype(np.float32)
+    ahead = Ahead(settings_of((0.5, 1.0, 0.0)), view.nodes, query_BD)
+    query, mask = random_queries([3, 3], seed)
+    result = constrained_beam_search(table, view, query, mask, beam_width=width, top_k=9, ahead=ahead)
+    for row in range(2):
+
+        def logp_of(prefix, row=row):
+            total = 0.0
+            for level, code in enumerate(prefix):
+                step = float(table.step_logp(row, prefix[:level], "level")[code])
+                siblings = {one for one in met if len(one) == level + 1 and one[:level] == prefix[:level]}
+                total += step if prefix[: level + 1] in met else max(step, -np.log(1 + len(siblings)))
+            return total
+
+        def score(prefix, row=row, logp_of=logp_of):
+            return score_of(prefix, query_BD[row], means, tails, depth, weights=(0.5, 1.0, 0.0), logp_of=logp_of)
+
+        same(scored(result, row), slow_lookahead(ids, score, [width] * 3)[:9])
 
 
 def test_a_search_of_an_older_view_finds_the_older_vectors(tmp_path):

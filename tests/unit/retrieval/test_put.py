@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from catid2_ray.errors import CapacityError, InputError
 from catid2_ray.retrieval.filters import FilterIndex
-from catid2_ray.retrieval.live import LiveTrie, codes_of
+from catid2_ray.retrieval.live import LiveTrie
+from catid2_ray.retrieval.live_view import codes_of
 from catid2_ray.retrieval.products import Newcomer, Products
 from catid2_ray.retrieval.retriever import Retriever
 from catid2_ray.retrieval.trie import Trie
