@@ -1,12 +1,14 @@
 """What serving over HTTP costs beside the bare retriever in a process of its own, at the same batch.
 
     python benchmarks/serve.py --store STORE [--release NAME] [--seconds 10] [--turns 3] [--replicas 1,2] [--cpus 8] [--json FILE]
-        [--out benchmarks/results/serve.md]
+        [--out benchmarks/results/serve.md] [--render JSON [--beside JSON]]
 
 Everything runs on this machine: a private Ray with one proxy, the retriever's deployment with a fixed number of replicas, and the
 asker, a process of its own. Closed loop: so many connections, each asks again as soon as it is answered. Open loop: questions come
 at seeded random times (Poisson) whether or not earlier ones were answered, and latency counts from the time that a question was
 due, so that a service which falls behind cannot hide it. The bare retriever and HTTP take turns, since machines are noisy.
+A proxy is Ray's own, or with RAY_SERVE_ENABLE_HA_PROXY=1 and RAY_SERVE_THROUGHPUT_OPTIMIZED=1 in the environment HAProxy, which
+listens on all interfaces: measure it in a network namespace (`unshare -n`, `ip link set lo up`) and show it with `--beside JSON`.
 Queries are the first words of seeded products of the release; every answer's products are compared with the bare retriever's.
 """
 
@@ -130,9 +132,9 @@ async def ask(options) -> dict:
 
 
 class Service:
-    """The deployment behind Ray's own proxy, on a free port. `cpu` and `memory`: of its processes, by their name in Ray."""
+    """The deployment behind its proxy, on a free port. `cpu` and `memory`: of its processes, by their command."""
 
-    NAMES = {"replica": "ray::ServeReplica", "proxy": "ray::ProxyActor"}
+    NAMES = {"replica": ("ray::ServeReplica",), "proxy": ("ray::ProxyActor", "ray::HAProxy", "haproxy")}
 
     def __init__(self, options):
         from ray import serve
@@ -173,9 +175,11 @@ class Service:
         found = {name: [] for name in self.NAMES}
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it ended meanwhile
-                words = process.cmdline()[:1]
-                for name, title in self.NAMES.items():
-                    found[name] += [process] * any(word.startswith(title) for word in words)
+                command = "".join(process.cmdline()[:1])
+                for name, titles in self.NAMES.items():
+                    found[name] += [process] * (
+                        command.startswith(titles) or command.endswith("/haproxy") and name == "proxy"
+                    )
         return found
 
     def cpu(self) -> dict[str, float]:
@@ -253,6 +257,7 @@ def main() -> None:
     parser.add_argument("--release", help="none = the current one")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--beside", type=Path, help="what --json wrote of a run with another proxy, for the same page")
     parser.add_argument("--replicas", type=wholes, default=[1, 2], help="numbers of replicas")
     parser.add_argument("--cpus", type=int, default=8, help="CPUs that Ray is told of; one a replica")
     parser.add_argument("--part", choices=("bare", "ask"))
@@ -268,17 +273,33 @@ def main() -> None:
     elif options.part == "ask":
         print(json.dumps(asyncio.run(ask(options))))
     elif options.render:
-        finish(json.loads(options.render.read_text()), report, options)
+        figures = json.loads(options.render.read_text())
+        if options.beside:
+            figures["beside"] = json.loads(options.beside.read_text())
+        finish(figures, report, options)
     elif not options.store:
         print(json.dumps({"skipped": "no store: give --store"}))
     else:
         with tempfile.TemporaryDirectory() as folder:
             options.queries = Path(folder) / "queries.json"
-            figures = where("serve") | {"load": os.getloadavg()[0]} | rounded(measured(options))
+            proxy = "HAProxy" if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else "Ray's own HTTP proxy"
+            figures = where("serve") | {"proxy": proxy, "load": os.getloadavg()[0]} | rounded(measured(options))
         finish(figures, report, options)
 
 
 def report(figures: dict) -> str:
+    bare = figures["bare"]
+    text = [
+        "# Serving over HTTP\n",
+        f"Written by `benchmarks/serve.py`: release {bare[0]['release']}, {bare[0]['products']:,} products, k {K}, one replica of "
+        f"one thread, proxy and asker on one machine: {figures['machine']}. Medians over turns.\n",
+    ]
+    for run in (figures, *([figures["beside"]] if "beside" in figures else [])):
+        text += [f"## {run['proxy']}\n", *_tables(run)]
+    return "\n".join(text)
+
+
+def _tables(figures: dict) -> list[str]:
     bare, closed, burst = figures["bare"], figures["closed"], figures["burst"]
     alone = {name: float(np.median([one[name] for one in bare])) for name in ("queries_a_second", "cpu_ms")}
     rows = [["bare, batches of 16", alone["queries_a_second"], 1.0, alone["cpu_ms"], None, None, None, None, None]]
@@ -292,24 +313,15 @@ def report(figures: dict) -> str:
                 f"HTTP, {connections} connections" + (f", {each} queries a request" if each > 1 else ""),
                 middle["queries_a_second"], middle["queries_a_second"] / alone["queries_a_second"],
                 middle["replica_cpu_ms"], middle["proxy_cpu_ms"],
-                (middle["replica_cpu_ms"] + middle["proxy_cpu_ms"]) / alone["cpu_ms"], *(middle[name] for name in _QUANTILES),
+                (middle["replica_cpu_ms"] + middle["proxy_cpu_ms"]) / alone["cpu_ms"],
+                *(middle[name] for name in _QUANTILES),
             ]
         )  # fmt: skip
-    head = (
-        "",
-        "queries/s",
-        "of bare",
-        "replica: ms of processor",
-        "proxy",
-        "both, × bare",
-        *(f"p{p} ms" for p in PERCENTILES),
-    )
+    quantiles = [f"p{p} ms" for p in PERCENTILES]
+    head = ("", "queries/s", "of bare", "replica: ms of processor a query", "proxy", "both, × bare", *quantiles)
+    wrong = sum(one["wrong"] for one in (*closed, *figures["open"], burst))
     text = [
-        "# Serving over HTTP\n",
-        f"Written by `benchmarks/serve.py`: release {bare[0]['release']}, {bare[0]['products']:,} products, k {K}, one replica of "
-        f"one thread, Ray's own HTTP proxy and the asker on one machine, load average {figures['load']:.1f} at the beginning: "
-        f"{figures['machine']}. Medians over turns. Answers that differ from the bare retriever's: "
-        f"{sum(one['wrong'] for one in (*closed, *figures['open'], burst))}.\n",
+        f"Load average {figures['load']:.1f} at the beginning. Answers that differ from the bare retriever's: {wrong}.\n",
         table(head, rows, title="Closed loop"),
     ]
     rows = [
@@ -317,20 +329,17 @@ def report(figures: dict) -> str:
          one["p99_ms"] / one["p50_ms"], one["replica_cpu_ms"], _said(one["statuses"])]
         for one in figures["open"]
     ]  # fmt: skip
-    head = ("of HTTP's saturation", "asked/s", "answered/s", *(f"p{p} ms" for p in PERCENTILES), "p99/p50",
-            "replica: ms of processor", "statuses")  # fmt: skip
+    head = ("of saturation", "asked/s", "answered/s", *quantiles, "p99/p50", "replica: ms of processor", "statuses")
     text.append(table(head, rows, title="Open loop"))
-    text.append(
-        f"A burst of {BURST} requests at once: {_said(burst['statuses'])}, the last answer after {burst['seconds']:.1f} s.\n"
-    )
+    said = _said(burst["statuses"])
+    text.append(f"A burst of {BURST} requests at once: {said}, the last answer after {burst['seconds']:.1f} s.\n")
     rows = [
         [one["replicas"], one["ready_s"], *(_mb(max(memory[name] for memory in one["memory"])) for name in ("rss", "pss")),
          _mb(sum(memory["pss"] for memory in one["memory"]))]
         for one in figures["replicas"]
     ]  # fmt: skip
-    head = ("replicas", "seconds until ready", "MB resident, each", "MB of its own and its share", "MB of all")
-    text.append(table(head, rows, title="Replicas"))
-    return "\n".join(text)
+    head = ("replicas", "seconds until ready", "MB resident, each", "MB with its share of what is shared", "MB of all")
+    return [*text, table(head, rows, title="Replicas")]
 
 
 def _said(statuses: dict[str, int]) -> str:

@@ -76,6 +76,7 @@ def test_every_answer_is_documented(served, verb, path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("verb", "path"), CALLS)
 def test_every_one_of_a_thousand_answers_is_documented(served, verb, path):
     fuzz(served, verb, path, examples=1000)

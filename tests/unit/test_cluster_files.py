@@ -50,8 +50,8 @@ def test_serve_file_is_valid_and_its_numbers_fit_each_other():
     assert deployment["graceful_shutdown_timeout_s"] >= config["http_options"]["request_timeout_s"]
     assert serve_app.RetrieverReplica.func_or_class.canary_deadline_s < deployment["health_check_timeout_s"]
     assert user["batch_wait_timeout_s"] * 20 <= config["http_options"]["request_timeout_s"]
-    # What Serve may send to a replica, the replica takes: beyond it the proxy refuses, which costs the replica nothing.
-    assert deployment["max_ongoing_requests"] <= serve_app.BATCHES["most_waiting"] + user["max_batch_size"]
+    # Requests wait in the replica, not at proxies, which try again only now and then; and it is the replica that refuses.
+    assert serve_app.BATCHES["most_waiting"] + user["max_batch_size"] < deployment["max_ongoing_requests"]
 
 
 def test_serve_file_names_what_the_code_has():
@@ -61,4 +61,6 @@ def test_serve_file_names_what_the_code_has():
     serve_app.AppSettings(**application["args"])
     assert application["import_path"] == f"{serve_app.__name__}:{serve_app.build.__name__}"
     assert application["deployments"][0]["name"] == serve_app.RetrieverReplica.name
-    assert application["deployments"][0]["max_ongoing_requests"] == serve_app.MAX_ONGOING
+    deployment = application["deployments"][0]
+    assert deployment["max_ongoing_requests"] == serve_app.MAX_ONGOING
+    assert deployment["max_queued_requests"] == serve_app.MAX_QUEUED
