@@ -22,8 +22,10 @@ Each message says what was wrong, where (URI, column, product_id), what was expe
     └── Interrupted                 130   a person pressed Ctrl-C; 143 where the job got SIGTERM
 
 `transient` errors may pass by themselves: a training whose workers met one is tried again, up to the recipe's max_failures.
-All others are the same on a rerun and end the job at once.
+All others are the same on a rerun and end the job at once. A message that quotes a secret of the environment hides it.
 """
+
+from catid2_ray.redaction import redacted
 
 
 class CatidError(Exception):
@@ -31,6 +33,9 @@ class CatidError(Exception):
 
     exit_code = 1
     transient = False
+
+    def __init__(self, *arguments):
+        super().__init__(*(redacted(one) if isinstance(one, str) else one for one in arguments))
 
 
 class RecipeError(CatidError, ValueError):

@@ -181,6 +181,11 @@ def number_column(table: pa.Table, name: str) -> pa.Array:
 def list_column(table: pa.Table, name: str, item: pa.DataType) -> pa.Array:
     """One column as lists of `item`, one chunk; lists of any type that can be read so pass."""
     column = plain(table[name])
+    inner = getattr(column.type, "value_type", None)
+    if pa.types.is_string(item) and (_is_binary(inner) or isinstance(inner, pa.BaseExtensionType)):
+        raise InputError(
+            f"column {name}: expected a list of {item} per row, found {column.type}; convert it: write lists of strings"
+        )
     try:
         # Through numpy's rules a double beyond float32 becomes an infinity, which the check then names row by row.
         return column.cast(pa.list_(item), safe=False)
@@ -189,6 +194,10 @@ def list_column(table: pa.Table, name: str, item: pa.DataType) -> pa.Array:
         raise InputError(
             f"column {name}: expected a list of {item} per row, found {column.type}; convert it: {how.format(name=name)}"
         ) from error
+
+
+def _is_binary(kind: pa.DataType | None) -> bool:
+    return kind is not None and any(fits(kind) for fits in (pa.types.is_binary, pa.types.is_large_binary))
 
 
 def path_column(table: pa.Table, name: str, separator: str | None) -> pa.Array:

@@ -216,8 +216,11 @@ def _load_pretrained(name: str):
     if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") != 1 and "/" in name):
         raise EncoderError(f"encoder {name!r}: no such folder; {remedy}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_folder)
-        model = AutoModel.from_pretrained(name, local_files_only=is_folder, dtype=torch.float32)
+        # False, not left out: transformers would ask whoever sits at the terminal whether to run a model's own code.
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_folder, trust_remote_code=False)
+        model = AutoModel.from_pretrained(
+            name, local_files_only=is_folder, dtype=torch.float32, trust_remote_code=False
+        )
     except Exception as error:  # the hub client, tokenizers and safetensors each have error trees of their own
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         if is_folder:

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from catid2_ray.redaction import redacted
+
 RecipeOption = Annotated[str, typer.Option("--recipe", help="YAML recipe, such as jobs/recipes/quickstart.yaml")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a recipe field; repeatable")
@@ -23,6 +25,5 @@ def console(least_width: int = 0) -> Console:
 
 def event(name: str, **values) -> None:
     """`progress.event`, without the second that importing Ray takes."""
-    print(
-        " ".join([f"event={name}", *(f"{key}={value}" for key, value in values.items())]), file=sys.stderr, flush=True
-    )
+    line = " ".join([f"event={name}", *(f"{key}={value}" for key, value in values.items())])
+    print(redacted(line), file=sys.stderr, flush=True)

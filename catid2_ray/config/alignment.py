@@ -93,7 +93,8 @@ class AlignmentRecipe(TrainingRecipe):
         64, "judged IDs, and IDs with a ranker's score, kept per query, best first", unit="IDs", paper=_OURS, ge=1, le=4096,
     )  # fmt: skip
     ranker: str | None = setting(
-        None, "a downstream ranker as module:function, called as function(query, product_ids) → scores", unit="name",
+        None, "a downstream ranker as module:function, called as function(query, product_ids) → scores; the environment variable "
+        "CATID2_RANKERS must list it, since it is imported", unit="name",
         paper=_OURS, min_length=3,
     )  # fmt: skip
     ranker_scores: str | None = setting(

@@ -8,7 +8,8 @@ from catid2_ray.config.section import Section, TrainingRecipe, setting
 
 
 class ClusterRecipe(Section):
-    """Where the job runs. Ignored, but for the memory of one task, when the job joins a running cluster."""
+    """Where the job runs. A job that joins a running cluster heeds workers' threads, GPUs and pools alone, and only such a job
+    heeds pools."""
 
     logical_cpus: int = setting(
         4, "CPUs that a Ray started by this job offers; more than the cores, so that data tasks fit beside training",
@@ -20,6 +21,14 @@ class ClusterRecipe(Section):
         ge=1,
     )  # fmt: skip
     gpus_per_worker: float = setting(0, "of a training worker; 0 = CPU with gloo", unit="GPUs", operational=True, ge=0)
+    data_pool: str | None = setting(
+        None, "where data work may run: nodes with the label pool of this name, as cluster.yaml gives it; none = any node",
+        unit="name", operational=True, min_length=1,
+    )  # fmt: skip
+    training_pool: str | None = setting(
+        None, "where training workers, and other work on GPUs, may run: nodes with the label pool of this name; none = any node",
+        unit="name", operational=True, min_length=1,
+    )  # fmt: skip
     worker_start_timeout_s: int = setting(300, "longest wait for the workers", unit="seconds", operational=True, ge=10)
 
 

@@ -175,7 +175,7 @@ def encoder_decoder(
 def pretrained(kind, name_or_folder: str, what: str, *, remedy: str = "or fix the id", **settings) -> nn.Module:
     """A model of a transformers class by hub id or folder, in float32. Raises EncoderError when it cannot be loaded."""
     try:
-        return kind.from_pretrained(name_or_folder, dtype=torch.float32, **settings)
+        return kind.from_pretrained(name_or_folder, dtype=torch.float32, trust_remote_code=False, **settings)
     except Exception as error:  # the hub client, safetensors and torch each have error trees of their own
         raise EncoderError(
             f"no {what} could be loaded from {name_or_folder!r} ({type(error).__name__}: {error}); offline, or an unknown id or "

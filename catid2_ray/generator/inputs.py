@@ -169,8 +169,9 @@ class Doc2Query:
     def __init__(self, name_or_folder: str, *, input_tokens: int = 64, output_tokens: int = 24, top_k: int = 10, batch: int = 64,
                  device: str = "cpu"):  # fmt: skip
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-            self.model = AutoModelForSeq2SeqLM.from_pretrained(name_or_folder).eval().to(device)
+            self.tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
+            model = AutoModelForSeq2SeqLM.from_pretrained(name_or_folder, trust_remote_code=False)
+            self.model = model.eval().to(device)
         except Exception as error:
             raise EncoderError(
                 f"no seq2seq model for synthetic queries could be loaded from {str(name_or_folder)!r} "

@@ -69,7 +69,9 @@ def load_generator(folder: str | os.PathLike) -> tuple[nn.Module, "PreTrainedTok
         model = _LOADERS[about["kind"]](folder, about)
         # AutoTokenizer would rebuild some tokenizers by the model's type and not as they were saved.
         saved = (folder / "tokenizer.json").exists()
-        tokenizer = (PreTrainedTokenizerFast if saved else AutoTokenizer).from_pretrained(folder)
+        tokenizer = (PreTrainedTokenizerFast if saved else AutoTokenizer).from_pretrained(
+            folder, trust_remote_code=False
+        )
     return model.eval(), tokenizer
 
 
@@ -117,7 +119,8 @@ def _load_encoder_decoder(folder: Path, about: dict) -> nn.Module:
 
     from catid2_ray.generator.encoder_decoder import EncoderDecoder, without_pooler
 
-    text = without_pooler(AutoModel.from_config(AutoConfig.from_pretrained(folder / "text")))
+    config = AutoConfig.from_pretrained(folder / "text", trust_remote_code=False)
+    text = without_pooler(AutoModel.from_config(config, trust_remote_code=False))
     model = EncoderDecoder(text, T5Config.from_dict(about["decoder"]), frozen=about["frozen"])
     with_head(model, getattr(model.config, "docid_head", "plain"), rank=getattr(model.config, "docid_head_rank", 1))
     load_model(model, str(folder / "model.safetensors"))
@@ -127,7 +130,7 @@ def _load_encoder_decoder(folder: Path, about: dict) -> nn.Module:
 def _load_causal(folder: Path, about: dict) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
     return CausalGenerator(model, DocidSpace(about["codes_per_level"]))
 
 

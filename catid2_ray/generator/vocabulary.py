@@ -92,7 +92,7 @@ def load_tokenizer(name_or_folder: str, *, kind: str = "t5") -> "PreTrainedToken
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
     except Exception as error:
         raise EncoderError(
             f"no tokenizer could be loaded from {str(name_or_folder)!r} ({type(error).__name__}: {error}); "

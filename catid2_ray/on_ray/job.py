@@ -15,7 +15,7 @@ from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, FormatError, RecipeError, ReleaseError
-from catid2_ray.on_ray.machine import cluster, progress, signals
+from catid2_ray.on_ray.machine import cluster, progress, ranker, signals
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class Job:
         committed.
         """
         _refuse_relative(recipe)
+        if recipe.alignment.enabled and "aligned" in only:
+            ranker.open_ranker(recipe.alignment.ranker)
         store = Store(recipe.store)
         store.check()
         job = cls(recipe=recipe, store=store, only=frozenset(only), **choices)

@@ -16,6 +16,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -385,6 +386,6 @@ class ResidualQuantizer(nn.Module):
         model = cls(**json.loads((folder / SETTINGS_FILE).read_text()))
         try:
             model.load_state_dict(load_file(folder / WEIGHTS_FILE))
-        except (RuntimeError, OSError) as error:
+        except (SafetensorError, RuntimeError, OSError) as error:
             raise ArtifactError(f"{folder / WEIGHTS_FILE} does not fit {SETTINGS_FILE}: {error}") from error
         return model

@@ -19,8 +19,9 @@ from catid2_ray.errors import InputError, RecipeError
 from catid2_ray.generator.model import small_t5
 from catid2_ray.generator.vocabulary import train_tokenizer, with_docid_tokens
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
+from catid2_ray.on_ray.machine.ranker import open_ranker
 from catid2_ray.on_ray.stages import prompts
-from catid2_ray.on_ray.stages.align import AlignTask, open_ranker
+from catid2_ray.on_ray.stages.align import AlignTask
 from catid2_ray.retrieval.trie import Trie
 from tests.conftest import TINY
 
@@ -176,6 +177,7 @@ def test_the_task_rolls_out_updates_measures_and_exports(shop, monkeypatch, tmp_
         "group": 4,
         "learning_rate": 0.01,
     }
+    monkeypatch.setenv("CATID2_RANKERS", "tests.on_ray.test_align_task:late")
     made, recipe = make(shop, monkeypatch, **settings, ranker="tests.on_ray.test_align_task:late", kl_weight=0.05)
     store, _, _, parents = shop
     task = AlignTask(recipe.alignment, store, {**parents, "prompts": made}, seed=0)
@@ -247,7 +249,9 @@ def test_pieces_of_a_step_keep_their_rollouts_apart(shop, monkeypatch):
     assert rolled == [number_N[order[at : at + 2]].tolist() for at in (0, 2, 8, 10)] and not task._rolled
 
 
-def test_a_ranker_that_cannot_be_called_is_refused_before_any_work():
+def test_a_ranker_that_cannot_be_called_is_refused(monkeypatch):
+    names = ["tests.on_ray.test_align_task:late", "nowhere:score", "tests.on_ray.test_align_task:QUERIES"]
+    monkeypatch.setenv("CATID2_RANKERS", ", ".join(names))
     assert open_ranker(None) is None
     assert open_ranker("tests.on_ray.test_align_task:late")("red hinge", ["p03"]) == [3.0]
     with pytest.raises(RecipeError, match="'nowhere:score' cannot be imported .*on the path of every worker"):

@@ -18,7 +18,7 @@ import ray
 
 from catid2_ray.artifacts.store import S3_ENVIRONMENT
 from catid2_ray.config import ClusterRecipe
-from catid2_ray.on_ray.machine import signals
+from catid2_ray.on_ray.machine import ranker, signals
 
 # For a Ray of our own only. Workers inherit this process's environment, which spares the set-up of a runtime_env; and idle
 # ones are kept, since on few cores Python was seen starting anew, second after second, for tasks that are short.
@@ -48,6 +48,8 @@ def worker_environment(cluster: ClusterRecipe) -> dict[str, str]:
     }
     if not cluster.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
+    if permitted := os.environ.get(ranker.VARIABLE):
+        environment[ranker.VARIABLE] = permitted
     return environment
 
 
@@ -100,6 +102,21 @@ def connect(cluster: ClusterRecipe, *, workers: int = 0, dashboard: bool = False
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = on_pool(cluster.data_pool)
+    context.set_config(_GPU_POOL, on_pool(cluster.training_pool))
+
+
+_GPU_POOL = "catid2_gpu_pool"
+
+
+def on_pool(pool: str | None) -> dict[str, str] | None:
+    """What a task must ask for to run on the nodes of a pool; None for any node, as in a Ray that this job started."""
+    return {"pool": pool} if pool and os.environ.get("RAY_ADDRESS") else None
+
+
+def on_gpu_pool() -> dict[str, str] | None:
+    """`on_pool` for data work that needs a GPU."""
+    return ray.data.DataContext.get_current().get_config(_GPU_POOL)
 
 
 @contextlib.contextmanager

@@ -116,6 +116,8 @@ def _results(
         max(1, min(workers, len(numbered))),
     )
     limits = {"batch_size": 1, "num_cpus": 1, "num_gpus": num_gpus or None}
+    if num_gpus:  # else the selector of all data work, which keeps off the nodes with GPUs
+        limits["label_selector"] = cluster.on_gpu_pool()
     if actors or num_gpus:
         pool = ActorPoolStrategy(size=size)
         dataset = dataset.map_batches(_Worker, fn_constructor_args=(handler_class, arguments), compute=pool, **limits)

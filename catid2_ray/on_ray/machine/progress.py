@@ -18,6 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from catid2_ray.redaction import redacted
+
 _ACTOR = "catid2-progress"
 # A log gets a line after a tenth of the work, but none within 10 s of the last one; of slow work at least one in 5 min.
 _LOG_AT_MOST_EVERY_S, _LOG_AT_LEAST_EVERY_S, _LOG_SHARE = 10.0, 300.0, 0.1
@@ -27,9 +29,8 @@ _POSITION: contextvars.ContextVar[str] = contextvars.ContextVar("position", defa
 
 def event(name: str, **values) -> None:
     """One log line: event=… key=value …"""
-    print(
-        " ".join([f"event={name}", *(f"{key}={value}" for key, value in values.items())]), file=sys.stderr, flush=True
-    )
+    line = " ".join([f"event={name}", *(f"{key}={value}" for key, value in values.items())])
+    print(redacted(line), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -4,9 +4,7 @@ Every worker rolls out its own queries with the weights of the step, and holds a
 with as the reference. The figures before and after are measured by rank 0 while the others wait, hence few queries.
 """
 
-import importlib
 import json
-import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import AlignmentRecipe
 from catid2_ray.docid import DocidSpace
-from catid2_ray.errors import RecipeError
 from catid2_ray.evaluation.alignment_report import measure
 from catid2_ray.generator.eg_grpo import AlignmentLoss, Objective, prompt_order
 from catid2_ray.generator.encoder_decoder import unrounded
@@ -29,6 +26,7 @@ from catid2_ray.generator.saved import load_generator, save_generator
 from catid2_ray.generator.step import parameter_groups
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine.arrays import matrix
+from catid2_ray.on_ray.machine.ranker import open_ranker
 from catid2_ray.on_ray.stages import prompts
 from catid2_ray.on_ray.training import worker
 from catid2_ray.on_ray.training.shards import PartReader
@@ -45,7 +43,6 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     recipe, trained = job.recipe.alignment, parts["generator"]
     if not recipe.enabled:
         return trained
-    open_ranker(recipe.ranker)  # a name that cannot be imported is found here, before any work
     parents = STAGES["aligned"].reads({**parts, "trained": trained, "prompts": prompts.run(job, parts)})
     last = job.recipe.generator.plan[-1]
     rate = recipe.learning_rate or (last.learning_rate or job.recipe.generator.learning_rate) / _SFT_TO_RL
@@ -89,23 +86,6 @@ def rules_of(recipe: AlignmentRecipe) -> Rules:
         group=recipe.group, source=recipe.rollout, beam_width=recipe.beam_width, temperature=recipe.temperature,
         valid=recipe.valid, invalid=recipe.invalid, least_expert=recipe.expert_min_reward, bonus=recipe.ranker_bonus,
     )  # fmt: skip
-
-
-def open_ranker(name: str | None):
-    """The function that `module:function` names, or None. RecipeError where it cannot be imported or is no function."""
-    if name is None:
-        return None
-    module, _, function = name.partition(":")
-    try:
-        ranker = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(
-            f"alignment.ranker {name!r} cannot be imported ({type(error).__name__}: {error}); its module must be on the path "
-            f"of every worker, such as PYTHONPATH, {sys.path[:3]} …"
-        ) from None
-    if not callable(ranker):
-        raise RecipeError(f"alignment.ranker {name!r} is a {type(ranker).__name__}, expected a function")
-    return ranker
 
 
 class AlignTask:

@@ -15,6 +15,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
 from catid2_ray.errors import CatidError, CollapseError, TrainingError, WorkerDied
 from catid2_ray.on_ray.machine import progress, signals
+from catid2_ray.on_ray.machine.cluster import on_pool
 from catid2_ray.on_ray.machine.parts import our_error
 from catid2_ray.on_ray.training import checkpoints
 from catid2_ray.on_ray.training.checkpoints import State
@@ -122,6 +123,7 @@ def _trainer(run: Run, cluster: ClusterRecipe) -> TorchTrainer:
             num_workers=settings.workers,
             use_gpu=bool(gpus),
             resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
+            label_selector=on_pool(cluster.training_pool),
         ),
         datasets={_rows_name(run, rank): span.dataset(store, run.task.reader) for rank, span in enumerate(_spans(run))},
         dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
