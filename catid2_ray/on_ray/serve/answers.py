@@ -25,7 +25,7 @@ from catid2_ray.on_ray.serve.opened import Opened
 from catid2_ray.on_ray.serve.refusals import Unserved
 from catid2_ray.retrieval.below import below, category_of
 from catid2_ray.retrieval.explain import explained
-from catid2_ray.retrieval.live import codes_of
+from catid2_ray.retrieval.live_view import codes_of
 from catid2_ray.retrieval.rescoring import Hit
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"  # Ray's proxy reads it, too
