@@ -47,6 +47,12 @@ class Shop:
     def restore(self, names, *, check_only=False):
         self.live.restore(names, check_only=check_only)
 
+    def live_state(self):
+        return self.live.state()
+
+    def restore_state(self, state):
+        self.live.restore_state(state)
+
     @property
     def rows(self) -> dict[str, int]:
         """Live product → its row."""

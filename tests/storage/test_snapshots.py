@@ -9,7 +9,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, InputError, StorageError
 from catid2_ray.on_ray.machine import live_log
 from catid2_ray.on_ray.machine.live_log import LiveLog, apply
-from catid2_ray.on_ray.machine.live_net import Net
+from catid2_ray.on_ray.machine.live_snapshot import Snapshot
 from catid2_ray.retrieval.live_view import codes_of
 from tests.storage.test_carry import CODES, Replica, catalogue
 
@@ -79,16 +79,6 @@ def test_the_state_by_snapshot_is_the_state_by_all_changes(local_store, every_20
     assert state(one) == state(two) and "0000000120" in local_store.names("live/r-1/snapshots")
 
 
-def test_vectors_come_back_as_they_were(local_store):
-    net = Net(number=2)
-    product = {"product_id": "a", "title": "ä", "docid": "<a_1><b_1>", "said": {"description": "not needed"}}
-    net.take({"kind": "insert", "products": [product | {"vector": [0.1, 2.0]}, product | {"product_id": "b"}]})
-    again = Net.of_bytes(net.to_bytes())
-    np.testing.assert_array_equal(again.products["a"].pop("vector"), np.array([0.1, 2.0], np.float32))
-    assert again.products["a"] == {key: product[key] for key in ("product_id", "title", "docid")}
-    assert "vector" not in again.products["b"] and again.number == 2
-
-
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "empty"])
 def test_a_damaged_snapshot_gives_way_to_the_one_before_and_that_to_the_changes(local_store, every_20, damage, capfd):
     rng, one = np.random.default_rng(9), replica(local_store)
@@ -102,7 +92,7 @@ def test_a_damaged_snapshot_gives_way_to_the_one_before_and_that_to_the_changes(
         assert ("event=snapshot_passed_over" in capfd.readouterr().err) == (damage != "gone")
     # The next one is made of all changes, by a replica that saw them all.
     changed(rng, two, 15)
-    assert Net.of_bytes(local_store.read("live/r-1/snapshots/0000000060")).number == 60
+    assert Snapshot.of_bytes(local_store.read("live/r-1/snapshots/0000000060")).number == 60
 
 
 def test_a_snapshot_leaves_out_what_an_older_version_refused(local_store, every_20):
@@ -116,26 +106,26 @@ def test_a_snapshot_leaves_out_what_an_older_version_refused(local_store, every_
     assert two.updates.catch_up() == 0 and two.shop.all == one.shop.all
 
 
-def test_a_snapshot_that_does_not_fit_says_the_way_out(local_store):
-    net = Net(number=1, hidden={"nobody"}, known={"carried": [], "contents": {}, "keys": {}})
-    LiveLog(local_store, "r-1").write_snapshot(net)
+def test_a_snapshot_that_does_not_fit_says_the_way_out(local_store, every_20):
+    changed(np.random.default_rng(4), replica(local_store), 20)
+    other = Replica(local_store, "r-1", catalogue(*range(3)))
     with pytest.raises(
-        ArtifactError, match=r"the snapshot after change 1 of release r-1 .*delete .*live/r-1/snapshots"
+        ArtifactError, match=r"the snapshot after change 20 of release r-1 .*delete .*live/r-1/snapshots"
     ):
-        replica(local_store).updates.catch_up()
+        other.updates.catch_up()
 
 
 def test_a_snapshot_that_cannot_be_written_loses_nothing(local_store, every_20, monkeypatch, capfd):
     one = replica(local_store)
 
-    def full(self, net):
+    def full(self, snapshot):
         raise StorageError("the disk is full")
 
     with monkeypatch.context() as patch:
         patch.setattr(LiveLog, "write_snapshot", full)
         changed(np.random.default_rng(2), one, 20)
     said = capfd.readouterr().err
-    assert "event=snapshot_not_written release=r-1 number=20 reason='StorageError: the disk is full'" in said
+    assert "event=snapshot_not_written release=r-1 reason='StorageError: the disk is full'" in said
     changed(np.random.default_rng(3), one, 20)
     assert local_store.names("live/r-1/snapshots") == ["0000000040"]
     two = replica(Store(local_store.uri))

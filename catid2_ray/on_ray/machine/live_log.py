@@ -5,13 +5,11 @@ after a restart. Whoever writes a change first tries it on the state at exactly 
 not fit (a product that is live already, say) is refused and leaves nothing. Series of older versions may hold such changes: all
 replicas pass them over. An append on top of the release lets new products keep the IDs that they were given here (`assign`).
 
-`live/RELEASE/snapshots/0000001000`, …: the net state after every thousand, from which a replica starts (`live_net.py`). Without
-it all changes give the same.
+`live/RELEASE/snapshots/0000001000`, …: the net state after every thousand, from which a replica starts (`live_snapshot.py`).
+Without it all changes give the same.
 """
 
 import contextlib
-import functools
-import itertools
 import json
 import threading
 import time
@@ -20,14 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, CommitConflict, InputError
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.live_names import Step
-from catid2_ray.on_ray.machine.live_net import Net, apply_net
+from catid2_ray.on_ray.machine.live_snapshot import Snapshot
 from catid2_ray.retrieval.products import Newcomer
 from catid2_ray.retrieval.retriever import Retriever
 
@@ -96,23 +93,20 @@ class LiveLog:
         """What the whole series does to names and IDs."""
         return [Step.of(record) for record in self.after(0)]
 
-    def snapshot(self, most: int | None = None) -> Net:
-        """The newest state that can be read, after at most `most` changes; an empty one where there is none."""
-        names = [name for name in self.store.names(f"live/{self.release}/snapshots") if name.isdigit()]
-        for name in reversed(names):
-            if most is not None and int(name) > most:
-                continue
+    def snapshot(self) -> Snapshot | None:
+        """The newest state that can be read, None where there is none."""
+        for name in reversed(self.store.names(f"live/{self.release}/snapshots")):
             path = f"live/{self.release}/snapshots/{name}"
             try:
-                return Net.of_bytes(self.store.read(path))
-            except (ArtifactError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+                return Snapshot.of_bytes(self.store.read(path))
+            except ArtifactError as error:
                 progress.event("snapshot_passed_over", uri=self.store.uri_of(path), reason=repr(str(error)))
-        return Net()
+        return None
 
-    def write_snapshot(self, net: Net) -> None:
+    def write_snapshot(self, snapshot: Snapshot) -> None:
         """Nothing happens where there is one already."""
         with contextlib.suppress(CommitConflict):
-            self.store.create(f"live/{self.release}/snapshots/{net.number:010d}", net.to_bytes())
+            self.store.create(f"live/{self.release}/snapshots/{snapshot.number:010d}", snapshot.to_bytes())
 
     def write(self, number: int, record: dict) -> None:
         """Raises CommitConflict where the number is taken."""
@@ -133,8 +127,7 @@ class LiveUpdates:
         self.contents: dict[str, Content] = {}
         self.keys: dict[str, tuple[int, str]] = {}
         self.failing: Exception | None = None
-        self._begun_at: int | None = None  # the change of the snapshot that it began with
-        self._refused: set[int] = set()
+        self._begun = False
         self.snapshotting: threading.Thread | None = None
         self._at_end_s = time.monotonic()
         self._lock, self._ended = threading.Lock(), threading.Event()
@@ -151,14 +144,13 @@ class LiveUpdates:
             return self._catch_up()
 
     def _catch_up(self) -> int:
-        if self._begun_at is None:
+        if not self._begun:
             self._begin()
         before = self.applied
         for record in self.log.after(self.applied):
             try:
                 apply(self.retriever, record)
             except InputError as error:  # an older version wrote first and validated then
-                self._refused.add(self.applied + 1)
                 self._say("live_change_refused", number=self.applied + 1, reason=repr(str(error)))
             self._count(record)
         self._at_end_s = time.monotonic()
@@ -186,48 +178,38 @@ class LiveUpdates:
                 apply(self.retriever, record)
                 self._count(record)
                 if self.applied % SNAPSHOT_EVERY == 0:
-                    self._snapshot_later()
+                    self.snapshotting = threading.Thread(target=self._snapshot, name="live-snapshot", daemon=True)
+                    self.snapshotting.start()
                 return record | {"number": self.applied}
         raise CommitConflict(f"{_ATTEMPTS} other changes came first; try again")
 
     def _begin(self) -> None:
         """Start from a snapshot, if there is one."""
-        net = self.log.snapshot()
-        if net.number:
+        if (snapshot := self.log.snapshot()) is not None:
             try:
-                apply_net(
-                    net, self.retriever, lambda products: self.retriever.put(*_newcomers(self.retriever, products))
-                )
+                self.retriever.restore_state(snapshot.tables)
             except InputError as error:
                 raise ArtifactError(
-                    f"the snapshot after change {net.number} of release {self.log.release} does not fit it ({error}); delete "
+                    f"the snapshot after change {snapshot.number} of release {self.log.release} does not fit it ({error}); delete "
                     f"{self.log.store.uri_of(f'live/{self.log.release}/snapshots')}, and all changes are applied instead"
                 ) from None
-            self.carried = {(release, number) for release, number in net.known["carried"]}
-            self.contents = {name: Content(*values) for name, values in net.known["contents"].items()}
-            self.keys = {key: (number, request) for key, (number, request) in net.known["keys"].items()}
-        self.applied = self._begun_at = net.number
+            known = snapshot.known
+            self.carried = {(release, number) for release, number in known["carried"]}
+            self.contents = {name: Content(*values) for name, values in known["contents"].items()}
+            self.keys = {key: (number, request) for key, (number, request) in known["keys"].items()}
+            self.applied = snapshot.number
+        self._begun = True
 
-    def _snapshot_later(self) -> None:
-        """In a thread of its own: the change is done, and who waits for it need not wait for this."""
-        known = {"carried": sorted(self.carried), "contents": dict(self.contents), "keys": dict(self.keys)}
-        work = functools.partial(self._snapshot, self.applied, known)
-        self.snapshotting = threading.Thread(target=work, name="live-snapshot", daemon=True)
-        self.snapshotting.start()
-
-    def _snapshot(self, number: int, known: dict) -> None:
+    def _snapshot(self) -> None:
+        """In a thread of its own: who waits for the change that completed the thousand need not wait for this. Changes that came
+        meanwhile are in it, too."""
         try:
-            net = self.log.snapshot(number)
-            if net.number < self._begun_at:
-                return  # which of the changes between are refused ones, this replica has not seen
-            for record in itertools.islice(self.log.after(net.number), number - net.number):
-                net.number += 1
-                if net.number not in self._refused:
-                    net.take(record)
-            net.known = known
-            self.log.write_snapshot(net)
+            with self._lock:
+                tables, number = self.retriever.live_state(), self.applied
+                known = {"carried": sorted(self.carried), "contents": dict(self.contents), "keys": dict(self.keys)}
+            self.log.write_snapshot(Snapshot(number, tables, known))
         except Exception as error:  # a replica does without; the next thousand is tried again
-            self._say("snapshot_not_written", number=number, reason=repr(f"{type(error).__name__}: {error}"))
+            self._say("snapshot_not_written", reason=repr(f"{type(error).__name__}: {error}"))
 
     def _count(self, record: dict) -> None:
         self.applied += 1
