@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from catid2_ray.errors import ArtifactError, InputError
 from catid2_ray.retrieval.arrays import entries, read_header
@@ -26,6 +27,7 @@ FORMAT = 1
 HEADER = "lexical.json"
 K1, B = 1.2, 0.75  # as in CHAP's baseline (Pyserini's names for them)
 _AGAIN = "Make the serving part again"
+_MANY = 500  # words from which on one pass over the vocabulary is cheaper than a binary search for each
 
 
 def words(text: str, *, indexed: bool = False, rules: int = RULES) -> list[str]:
@@ -148,10 +150,13 @@ class LexicalIndex:
         """An index of other texts (rows 0, 1, …) with this one's vocabulary and weights; words that it lacks count
         towards the length alone."""
         counted = count_words(texts, rules=self.rules)
-        places = {word: self._place(word) for word in counted.words.unique().to_pylist()}
-        term_P = np.array(
-            [-1 if places[word] is None else places[word] for word in counted.words.to_pylist()], np.int32
-        )
+        encoded = counted.words.dictionary_encode()
+        if len(encoded.dictionary) < _MANY:
+            places = [self._place(word) for word in encoded.dictionary.to_pylist()]
+        else:
+            places = pc.index_in(encoded.dictionary, self.vocabulary).to_pylist()
+        term_U = np.array([-1 if place is None else place for place in places], np.int32)
+        term_P = term_U[encoded.indices.to_numpy()]
         row_P, known_P = np.repeat(np.arange(len(texts)), counted.count_N), term_P >= 0
         count_N = np.bincount(row_P[known_P], minlength=len(texts))
         block = Block(count_N, counted.length_N, term_P[known_P], counted.times[known_P])
@@ -264,9 +269,7 @@ class GrownWords:
 
     def with_texts(self, texts: Sequence[str]) -> "GrownWords":
         """With the words of more products."""
-        return self._with(self.base.more(texts))
-
-    def _with(self, last: LexicalIndex) -> "GrownWords":
+        last = self.base.more(texts)
         kept, size = len(self.segments), last.rows
         while kept and self.segments[kept - 1].rows < 2 * size:
             kept -= 1
@@ -274,14 +277,6 @@ class GrownWords:
         last = _joined((*self.segments[kept:], last))
         last.postings  # noqa: B018 (now, so that no query waits for it)
         return GrownWords(self.base, (*self.segments[:kept], last))
-
-    def taken(self, at_M: np.ndarray) -> "GrownWords":
-        """The base and some of the inserted rows (ascending, counted from 0)."""
-        whole = _joined(self.segments)
-        entry_P, _ = entries(whole.start_N1[at_M], np.diff(whole.start_N1)[at_M])
-        start_N1 = np.concatenate(([0], np.cumsum(np.diff(whole.start_N1)[at_M])))
-        kept = replace(whole, start_N1=start_N1, term_P=whole.term_P[entry_P], weight_P=whole.weight_P[entry_P])
-        return GrownWords(self.base)._with(kept)
 
     def scores(self, queries: Sequence[str], row_BC) -> np.ndarray:
         """As `LexicalIndex.scores`, over all rows."""

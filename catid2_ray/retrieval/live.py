@@ -203,12 +203,7 @@ class LiveTrie:
         codes_ML, names = self.space.check(codes_ML), [one.product_id for one in newcomers]
         if len(names) != len(codes_ML):
             raise InputError(f"{len(names)} products to insert, but {len(codes_ML)} IDs; give one ID per product")
-        self._refuse_many(names)
-        row_M = self._rows_named(names)
-        row_M = row_M[row_M >= 0]
-        replaced = row_M[view.is_live(row_M)]
-        self._refuse_twice(names, live=replaced if only_new else [])
-        self._refuse_taken_ids(names, codes_ML, view.with_live(replaced, False))
+        replaced = self._replaced(names, codes_ML, only_new)
         for name in (*changed, *values):
             if name in names:
                 raise InputError(f"product {name!r} is put and changed in one request; put it with what it shall have")
@@ -224,6 +219,17 @@ class LiveTrie:
         self._check_moves(newcomers)
         filters = self._filters(names, columns, changed)
         return _Change(newcomers, codes_ML, replaced, filters, valued, list(values.values()))
+
+    def _replaced(self, names: list[str], codes_ML: np.ndarray, only_new: bool) -> np.ndarray:
+        """The live rows of the products of these names, which get these IDs."""
+        self._refuse_many(names)
+        row_M = self._rows_named(names)
+        row_M = row_M[row_M >= 0]
+        replaced = row_M[self.view.is_live(row_M)]
+        self._refuse_twice(names, live=replaced if only_new else [])
+        if names:
+            self._refuse_taken_ids(names, codes_ML, self.view.with_live(replaced, False))
+        return replaced
 
     def _refuse_many(self, names: list[str]) -> None:
         size = self.base.rows
@@ -244,8 +250,9 @@ class LiveTrie:
         if name in filters.index.types:
             keys = columns.column_names if isinstance(columns, pa.Table) else columns or ()
             columns = {key: columns[key] for key in keys} | {name: product_ids}
-        later = filters.later_of(changed, self._live_rows(list(changed)))
-        return filters.with_later(later).with_rows(filters.rows_of(columns, len(product_ids)))
+        if changed:
+            filters = filters.with_later(filters.later_of(changed, self._live_rows(list(changed))))
+        return filters.with_rows(filters.rows_of(columns, len(product_ids))) if product_ids or columns else filters
 
     def _live_rows(self, names: list[str]) -> np.ndarray:
         row_M = self._rows(names)

@@ -12,7 +12,7 @@ N rows of the base, M rows that come or go, P nodes that move, n nodes of a dept
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -110,8 +110,6 @@ class NodesOfView:
 
     def with_rows(self, view: LiveView, row_M: np.ndarray, come_M: np.ndarray, codes_ML: np.ndarray) -> NodesOfView:
         """The vectors in `view`, in which these rows, with these IDs, have come (`come_M` true) or gone."""
-        if not len(row_M):
-            return replace(self, inserted=view.inserted)
         space, moved = DocidSpace(view.codes_per_level), list(self.moved)
         moved = moved or [_Moved.none(self.base.width) for _ in self.base.means]
         packed_M, node_ML = space.pack(codes_ML), view.base.nodes_of(codes_ML)

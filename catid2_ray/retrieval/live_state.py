@@ -23,9 +23,9 @@ from catid2_ray.retrieval.products import Newcomer, Products
 
 def followed(view: LiveView, gone: np.ndarray, come: np.ndarray) -> LiveView:
     """The view with the vectors of its nodes, from one in which the rows `gone` were live and `come` were not."""
-    if view.nodes is None:
-        return view
     rows = np.concatenate((gone, come))
+    if view.nodes is None or not len(rows):
+        return view
     return replace(
         view, nodes=view.nodes.with_rows(view, rows, np.arange(len(rows)) >= len(gone), codes_of(view, rows))
     )
@@ -67,6 +67,7 @@ def _changed(view: LiveView, base_ids) -> pa.Table:
     if view.products is not None and view.products.values is not None and view.products.values.later:
         later["value"] = view.products.values.changed()
     of_base = {name: one.below(view.base.rows) for name, one in later.items()}
+    of_base = {name: one for name, one in of_base.items() if len(one.row_X)}
     row_X = np.unique(np.concatenate([np.empty(0, np.int64), *(one.row_X for one in of_base.values())]))
     to, changed = {}, {}
     for name, one in of_base.items():

@@ -136,7 +136,7 @@ class Products:
         """These and `more`, as `check_newcomers` wants them. `stored`: their vectors as these products keep them (float16)."""
         if not more:
             return self
-        changed = {"newcomers": (*self.newcomers, *(replace(one, vector_D=None) for one in more))}
+        changed = {"newcomers": (*self.newcomers, *map(_without_vector, more))}
         if self.values is not None:
             changed["values"] = self.values.with_rows([one.value for one in more])
         if self.base_vectors is not None:
@@ -184,6 +184,10 @@ class Products:
     def all_lexical_scores(self, queries: Sequence[str]) -> np.ndarray:
         """float32 B×(N + D), BM25 of every product, as `LexicalIndex.everywhere`."""
         return self._words.everywhere(queries)
+
+
+def _without_vector(one: Newcomer) -> Newcomer:
+    return one if one.vector_D is None else Newcomer(one.product_id, one.title, None, one.value)
 
 
 def check_value(product_id: str, value) -> None:

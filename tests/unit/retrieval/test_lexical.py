@@ -11,7 +11,8 @@ from catid2_ray.catalog.synthetic import generate
 from catid2_ray.catalog.text import join_text
 from catid2_ray.errors import ArtifactError, InputError
 from catid2_ray.evaluation.baselines.bm25 import Bm25
-from catid2_ray.retrieval.lexical import Block, LexicalIndex, count_words, words
+from catid2_ray.retrieval import lexical
+from catid2_ray.retrieval.lexical import Block, GrownWords, LexicalIndex, count_words, words
 
 MADE = generate(products=90, queries=30, seed=4)
 TEXTS = join_text(MADE.products, ("title", "description"))[:86] + [
@@ -64,6 +65,31 @@ def test_scores_of_every_row_are_those_of_candidates(tmp_path):
     np.testing.assert_allclose(index.everywhere(QUERIES), index.scores(QUERIES, every), rtol=1e-6)
     more = index.more(["oak hinge", "nothing known"])
     np.testing.assert_allclose(more.everywhere(QUERIES), more.scores(QUERIES, every[:, :2]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("many", [0, 1000])
+def test_words_that_grow_are_those_of_one_index(tmp_path, monkeypatch, many):
+    """Whatever the segments in which texts came, to the last bit."""
+    monkeypatch.setattr(lexical, "_MANY", many)
+    index, random = build(tmp_path, TEXTS[:40]), np.random.default_rng(0)
+    grown, texts = GrownWords(index), []
+    while len(texts) < 50:
+        more = [*random.choice(TEXTS, random.integers(1, 4)).tolist(), "zzz unknown"]
+        before, grown = grown, grown.with_texts(more)
+        assert before.rows == 40 + len(texts)
+        texts += more
+    assert len(grown.segments) <= 6
+    whole, rows = index.more(texts), 40 + len(texts)
+    expected = np.hstack((index.everywhere(QUERIES), whole.everywhere(QUERIES)))
+    np.testing.assert_array_equal(grown.everywhere(QUERIES), expected)
+    row_BC = np.stack([random.permutation(rows) for _ in QUERIES])
+    row_BC[:, :3] = -1
+    new_BC = row_BC >= 40
+    expected = index.scores(QUERIES, np.where(new_BC, -1, row_BC))
+    expected += whole.scores(QUERIES, np.where(new_BC, row_BC - 40, -1))
+    np.testing.assert_array_equal(grown.scores(QUERIES, row_BC), expected)
+    with pytest.raises(InputError, match=f"rows must be −1…{rows - 1}, found {rows}"):
+        grown.scores(QUERIES, np.full((len(QUERIES), 1), rows))
 
 
 def test_words_have_two_letters_and_are_no_stop_words():

@@ -95,7 +95,7 @@ def shown(live, trie, nodes):
     return {name: one for name, *one in zip(names, *parts)}, moved
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(changes=st.lists(CHANGE, max_size=25), later=st.lists(CHANGE, max_size=6), spare=st.sampled_from([0, 2]))
 def test_a_state_restored_and_rows_left_out_answer_as_before(changes, later, spare, tmp_path_factory):
     trie, options = release()

@@ -14,6 +14,7 @@ from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import Newcomer, Products
 from catid2_ray.retrieval.retriever import Retriever
 from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.trie_tensors import LiveTensors
 from catid2_ray.retrieval.vectors import VectorStore
 from tests.unit.retrieval.conftest import TITLES
 
@@ -217,6 +218,23 @@ def test_a_search_that_looks_ahead_ranks_by_s_or_rescores(served, parts, tmp_pat
     (hits,) = rescored.retrieve(["oak table"], k=6)
     assert [hit.title for hit in hits][:2] == ["oak table", "oak door"] and hits[0].dense > hits[1].dense
     assert (hits[0].logp is None) == (not logp_weight)
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_products_inserted_live_are_found_by_their_titles(served, tmp_path, monkeypatch, looks):
+    """Below first codes that the generator gives to other words; were its word taken for what it never met, they were not."""
+    weights = {"logp_weight": 0.1, "vector_weight": 1.0, "lexical_weight": 0.1}
+    plain = copy(served, tmp_path, search="lookahead", lookahead=weights, expansion=None, stop_level=None, beam_width=6)
+    NodeVectors.write(plain / "node_vectors", Trie.open(plain / "trie"), VectorStore.open(plain / "vectors"), depth=2)
+    if not looks:
+        monkeypatch.setattr(LiveTensors, "fair", lambda self, level, place, children, step_BMC: step_BMC)
+    retriever = Retriever.open(plain, encode_query=encode)
+    titles = ["oak hinge", "brass table", "copper door", "steel hose", "garden pipe"]
+    codes = [(1, 3), (0, 3), (2, 0), (3, 0), (2, 1)]
+    retriever.put([Newcomer(f"n{number}", title) for number, title in enumerate(titles)], codes)
+    first = [names[:1] == [f"n{number}"] for number, names in enumerate(names_of(retriever.retrieve(titles, k=12)))]
+    assert first == [looks] * 5
+    assert names_of(retriever.retrieve(TITLES, k=1)) == [[f"p{number}"] for number in range(6)]
 
 
 def test_a_live_beam_without_rescoring_finds_new_products_too(folder):

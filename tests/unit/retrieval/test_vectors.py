@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catid2_ray.errors import ArtifactError, InputError
+from catid2_ray.retrieval.arrays import Growing
 from catid2_ray.retrieval.vectors import VectorStore
 from tests.oracles import expansion as oracle
 
@@ -151,3 +152,18 @@ def test_queries_and_rows_that_do_not_fit_are_refused():
     store.vectors_ND[2, 0] = np.nan
     with pytest.raises(InputError, match="the dense score of row 2 is nan; the stored vector is damaged"):
         store.scores(np.ones((1, 3)), [0, 1, 2])
+
+
+def test_rows_that_grow_leave_those_before_as_they_were():
+    random, grown = np.random.default_rng(0), Growing.of(np.zeros((0, 2), np.int32))
+    seen, rows = [], np.zeros((0, 2), np.int32)
+    for step in range(60):
+        if step % 9 == 8:
+            # Another future of rows that have grown already.
+            grown, rows = seen[random.integers(len(seen))]
+        more = random.integers(0, 99, (random.integers(0, 9), 2)).astype(np.int32)
+        grown, rows = grown.with_rows(more), np.concatenate((rows, more))
+        seen.append((grown, rows))
+    for one, expected in seen:
+        np.testing.assert_array_equal(one.rows, expected)
+        assert len(one) == len(expected)

@@ -1,0 +1,172 @@
+"""What a live change costs: the change itself, the first search and the first filter after it, a snapshot and its restoring.
+
+    python benchmarks/changes.py [--rows 2e6] [--newcomers 20000] [--changes 50000] [--repeats 30] [--json FILE]
+        [--out benchmarks/results/changes.md]
+
+A catalogue of `--rows` products with vectors (96 numbers), words, node vectors of two depths and three filter columns, and
+`--newcomers` inserted since. One thread, medians in milliseconds:
+    a change    a product put, replaced, withdrawn; a price; each alone, and the price after `--changes` others
+    search      beam 100, one query, looking ahead by vectors and words: the first after a change, and the one after that
+    filter      compiling a price range and a brand before any price changed, and the first time after one has
+    state       made, and restored on the release, whole
+The last line printed is one JSON object.
+"""
+
+import statistics
+import time
+
+import numpy as np
+import pyarrow as pa
+from harness import finish, parser_of, rounded, table, where, whole
+
+from catid2_ray.retrieval.beam import constrained_beam_search
+from catid2_ray.retrieval.filters import FilterIndex
+from catid2_ray.retrieval.lexical import LexicalIndex
+from catid2_ray.retrieval.live import LiveTrie
+from catid2_ray.retrieval.lookahead import Ahead, Lookahead, best_words
+from catid2_ray.retrieval.node_vectors import NodeVectors, _means, _tails
+from catid2_ray.retrieval.products import Newcomer, Products
+from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.vectors import VectorStore
+
+CODES, WIDTH, VOCABULARY, LENGTH = (256,) * 4, 96, 50_000, 8
+PRICE, BRAND = {"column": "price", "from": 10, "to": 50}, {"column": "brand", "in": ["brand 7"]}
+
+
+def release(rows: int, random: np.random.Generator) -> dict:
+    """What a live trie of `rows` products is made of."""
+    trie = Trie.from_sorted(np.unique(random.integers(0, 256**4, rows)), codes_per_level=CODES)
+    rows = trie.rows
+    vector_ND = random.normal(size=(rows, WIDTH)).astype(np.float32)
+    vector_ND /= np.linalg.norm(vector_ND, axis=1, keepdims=True)
+    store = VectorStore(vector_ND.astype(np.float16), True)
+    term_P = np.sort(random.integers(0, VOCABULARY, (rows, LENGTH)).astype(np.int32), axis=1).ravel()
+    words = LexicalIndex(
+        np.arange(rows + 1) * LENGTH, term_P, np.ones(len(term_P), np.float32),
+        pa.array([f"w{number:05d}" for number in range(VOCABULARY)]), np.ones(VOCABULARY, np.float32), float(LENGTH),
+    )  # fmt: skip
+    names = pa.array(np.arange(rows)).cast(pa.string())
+    brands = pa.DictionaryArray.from_arrays(
+        pa.array(random.integers(0, 5000, rows).astype(np.int32)), pa.array([f"brand {n}" for n in range(5000)])
+    )
+    index = FilterIndex({"product_id": names, "price": pa.array(random.random(rows) * 100), "brand": brands})
+    means = tuple(np.concatenate(list(_means(trie, level, store))) for level in (1, 2))
+    nodes = NodeVectors(means, tuple(_tails(trie, store, means[-1], 2)))
+    products = Products(names, names, None, store, words)
+    return {"base": trie, "product_ids": names, "index": index, "products": products, "nodes": nodes}
+
+
+class Shop:
+    """A live trie, and changes of it drawn at random."""
+
+    def __init__(self, parts: dict, seed: int):
+        self.live, self.random, self.came = LiveTrie(**parts), np.random.default_rng(seed), 0
+
+    def newcomers(self, count: int) -> tuple:
+        named = [f"n{self.came + number}" for number in range(count)]
+        self.came += count
+        titles = [" ".join(f"w{number:05d}" for number in self.random.integers(0, VOCABULARY, LENGTH)) for _ in named]
+        vector_MD = self.random.normal(size=(count, WIDTH)).astype(np.float32)
+        codes_ML = np.stack([self.random.integers(0, 256, count) for _ in CODES], 1)
+        return (
+            [Newcomer(*one) for one in zip(named, titles, vector_MD)],
+            codes_ML,
+            {"price": self.random.random(count) * 99},
+        )
+
+    def put(self) -> None:
+        self.live.put(*self.newcomers(1))
+
+    def replace(self) -> None:
+        (made,), codes_ML, columns = self.newcomers(1)
+        self.live.put([Newcomer(f"n{self.random.integers(100)}", made.title, made.vector_D)], codes_ML, columns)
+
+    def price(self) -> None:
+        self.live.put([], [], changed={str(self.random.integers(self.live.base.rows)): {"price": 20.0}})
+
+    def withdraw(self) -> None:
+        self.live.withdraw([str(self.random.integers(self.live.base.rows))])
+
+    def search(self) -> None:
+        view = self.live.view
+        words = best_words(view.products.all_lexical_scores(["w00007 w00009"]), view, [None])
+        ahead = Ahead(Lookahead(logp_weight=0, lexical_weight=0.1), view.nodes, np.ones((1, WIDTH)), words=words)
+        constrained_beam_search(None, view, None, None, beam_width=100, top_k=10, ahead=ahead)
+
+    def fill(self, count: int, changes: int) -> None:
+        self.live.put(*self.newcomers(count))
+        names = self.random.integers(0, self.live.base.rows, changes)
+        for name in names.tolist():
+            self.live.put([], [], changed={str(name): {"price": 20.0}})
+
+
+def taken(work) -> float:
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1e3
+
+
+def measured(rows: int, newcomers: int, changes: int, repeats: int) -> dict:
+    parts = release(rows, np.random.default_rng(0))
+    shop = Shop(parts, 1)
+    figures = {"rows": shop.live.base.rows, "newcomers": newcomers, "changes": changes}
+    for name, expression in (("price", PRICE), ("brand", BRAND)):
+        shop.live.view.filters.index._cache.clear()
+        times = []
+        for _ in range(repeats):
+            shop.live.view.filters.index._cache.clear()
+            times.append(taken(lambda one=expression: shop.live.compile(one)))
+        figures[f"filter {name} before"] = statistics.median(times)
+    figures["price, the first ones"] = statistics.median(taken(shop.price) for _ in range(repeats))
+    figures[f"{newcomers:,} newcomers at once"] = taken(lambda: shop.fill(newcomers, 0))
+    figures[f"{changes:,} prices, one after the other"] = taken(lambda: shop.fill(0, changes))
+    shop.search()
+    for what in ("put", "replace", "withdraw", "price"):
+        change, first, second, filtered = [], [], [], []
+        for _ in range(repeats):
+            change.append(taken(getattr(shop, what)))
+            first.append(taken(shop.search))
+            second.append(taken(shop.search))
+            filtered.append(taken(lambda: shop.live.compile(PRICE)))
+            shop.live.compile(BRAND)
+        for name, times in (("change", change), ("first search", first), ("next search", second), ("filter", filtered)):
+            figures[f"{what}: {name}"] = statistics.median(times)
+    state = []
+    figures["state made"] = taken(lambda: state.append(shop.live.state()))
+    fresh = LiveTrie(**parts)
+    figures["state restored"] = taken(lambda: fresh.restore_state(state[0]))
+    figures["search after it"] = taken(lambda: Shop.search(type("Restored", (), {"live": fresh})))
+    return rounded(figures)
+
+
+def report(figures: dict) -> str:
+    rows, whats = [], ("put", "replace", "withdraw", "price")
+    for what in whats:
+        rows.append([what, *(figures[f"{what}: {one}"] for one in ("change", "first search", "next search", "filter"))])
+    others = [
+        [name, value]
+        for name, value in figures.items()
+        if ":" not in name and name not in ("rows", "newcomers", "changes")
+    ]
+    return "\n".join(
+        [
+            "# Live changes",
+            "",
+            f"Written by `benchmarks/changes.py`: {figures['rows']:,} products, {figures['newcomers']:,} inserted since and "
+            f"{figures['changes']:,} prices changed; one thread, medians in milliseconds. {where()}",
+            "",
+            table(["one change", "itself", "first search after it", "next search", "first filter by price"], rows),
+            "",
+            table(["", "ms"], others),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    parser = parser_of(__doc__, page="")
+    parser.add_argument("--rows", type=whole, default=2_000_000)
+    parser.add_argument("--newcomers", type=whole, default=20_000)
+    parser.add_argument("--changes", type=whole, default=50_000)
+    parser.add_argument("--repeats", type=whole, default=30)
+    options = parser.parse_args()
+    finish(measured(options.rows, options.newcomers, options.changes, options.repeats), report, options)
