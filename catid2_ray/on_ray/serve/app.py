@@ -52,7 +52,7 @@ from catid2_ray.on_ray.serve.settings import AppSettings
 
 # Requests wait in the replica, which takes the next batch at once and refuses beyond `most_waiting`. Those that wait at a proxy,
 # because a replica has MAX_ONGOING, are tried again ever more rarely, up to 0.5 s apart: 400 at once took five times as long.
-MAX_ONGOING, MAX_QUEUED = 384, 64
+MAX_ONGOING, MAX_QUEUED = 384, 256
 BATCHES = {"size": 16, "wait_s": 0.005, "most_waiting": 320}
 FEW = 100  # products that are put into words without a thread
 LAG_S = 60.0  # a replica that cannot apply changes for so long is replaced
