@@ -7,6 +7,8 @@ Immutable: a change writes the vectors of the nodes that it moves behind those t
 costs one vector per depth where a node's sum is known, else one pass over the products below the node. Sums are kept of
 nodes with more than 256 products: others are as quick to sum anew, and are too many.
 
+`view` is a `live_view.LiveView`, which holds these nodes and so imports this file.
+
 N rows of the base, M rows that come or go, P nodes that move, n nodes of a depth, S vectors of moved nodes, D width.
 """
 
@@ -25,7 +27,6 @@ from catid2_ray.retrieval.node_vectors import NodeVectors
 
 if TYPE_CHECKING:
     from catid2_ray.retrieval.inserted import Inserted
-    from catid2_ray.retrieval.live_view import LiveView
     from catid2_ray.retrieval.vectors import GrownVectors, VectorStore
 
 _FEW = 256
@@ -108,7 +109,7 @@ class NodesOfView:
                 "follow; make its serving part again"
             )
 
-    def with_rows(self, view: LiveView, row_M: np.ndarray, come_M: np.ndarray, codes_ML: np.ndarray) -> NodesOfView:
+    def with_rows(self, view, row_M: np.ndarray, come_M: np.ndarray, codes_ML: np.ndarray) -> NodesOfView:
         """The vectors in `view`, in which these rows, with these IDs, have come (`come_M` true) or gone."""
         space, moved = DocidSpace(view.codes_per_level), list(self.moved)
         moved = moved or [_Moved.none(self.base.width) for _ in self.base.means]
@@ -140,7 +141,7 @@ class _RowsBelow(NamedTuple):
     live_P: np.ndarray
 
     @classmethod
-    def of(cls, view: LiveView, depth: int, packed_P: np.ndarray, node_P: np.ndarray) -> _RowsBelow:
+    def of(cls, view, depth: int, packed_P: np.ndarray, node_P: np.ndarray) -> _RowsBelow:
         starts, known_P = view.base.row_start[depth], np.maximum(node_P, 0)
         first_P, end_P = (np.where(node_P >= 0, starts[known_P + i], 0).astype(np.int64) for i in (0, 1))
         low_P = high_P = np.zeros(len(packed_P), np.int64)
@@ -154,7 +155,7 @@ class _RowsBelow(NamedTuple):
         return _RowsBelow(*(part[at] for part in self))
 
 
-def _means(view: LiveView, rows: _RowsBelow, packed_P: np.ndarray, sums: dict, changed) -> tuple[np.ndarray, dict]:
+def _means(view, rows: _RowsBelow, packed_P: np.ndarray, sums: dict, changed) -> tuple[np.ndarray, dict]:
     """(float16 P×D, the sums after it). `changed`: rows, whether each came, and below which node it lies."""
     vectors, (row_M, come_M, node_M) = view.products.vectors, changed
     known_P = np.array([packed in sums for packed in packed_P.tolist()], bool)
@@ -176,7 +177,7 @@ def _means(view: LiveView, rows: _RowsBelow, packed_P: np.ndarray, sums: dict, c
     return (total_PD / np.maximum(rows.live_P, 1)[:, None]).astype(np.float16), sums
 
 
-def _add_below(total_PD: np.ndarray, view: LiveView, rows: _RowsBelow, at: np.ndarray) -> None:
+def _add_below(total_PD: np.ndarray, view, rows: _RowsBelow, at: np.ndarray) -> None:
     """Add the vectors of the live products below the nodes `at`."""
     size = view.base.rows
     first_R = np.stack((rows.first_P[at], size + rows.low_P[at]), 1).ravel()
