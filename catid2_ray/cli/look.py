@@ -84,6 +84,14 @@ def check(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOpti
     _show(figures, check_tables(figures), json_file)
 
 
+def show_dry_run(recipe: Recipe, choices: dict[str, bool], json_file: str | None) -> None:
+    from catid2_ray.evaluation.look_tables import dry_run_tables
+    from catid2_ray.on_ray.look.dry_run import dry_run
+
+    figures = dry_run(recipe, **choices)
+    _show(figures, dry_run_tables(figures), json_file)
+
+
 def inspect(
     product_id: str,
     store: StoreOption = DEFAULT_STORE,

@@ -23,6 +23,14 @@ def why_tables(found: Why) -> list[Table]:
     return tables
 
 
+def dry_run_tables(figures: Mapping) -> list[Table]:
+    """What a `reindex` would do, stage by stage."""
+    rows = [[row["stage"], row["does"], row["key"] or row["why"]] for row in figures["stages"]]
+    columns = [Column(name, number=False, whole=name != "key, or why") for name in ("stage", "does", "key, or why")]
+    base = f"builds on release {figures['release']}" if figures["release"] else "begins anew: nothing was published yet"
+    return [Table(f"A dry run; {base}", columns, rows)]
+
+
 def _pairs() -> list[Column]:
     return [Column("", number=False, whole=True), Column("", number=False)]
 
