@@ -88,13 +88,19 @@ def reindex(
             "--refresh-adapter", help="learn the adapter anew from today's pairs; products may change their IDs"
         ),
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="make nothing: say which stages would be found and which made")
+    ] = False,
 ) -> None:
     """The main job: embed, train, assign unique IDs, train the generator, evaluate, publish. Continues where it was left."""
     from catid2_ray.on_ray.commands import reindex as run
 
     choices = {"new_ledger": new_ledger, "refit_encoder": refit_encoder, "refresh_adapter": refresh_adapter}
-    run = functools.partial(run, wait=wait, **choices)
-    _run_and_show(run, Recipe.load(recipe, overrides or []), json_file)
+    loaded = Recipe.load(recipe, overrides or [])
+    if dry_run:
+        look.show_dry_run(loaded, choices, json_file)
+        return
+    _run_and_show(functools.partial(run, wait=wait, **choices), loaded, json_file)
 
 
 @app.command()

@@ -84,6 +84,37 @@ def check(recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOpti
     _show(figures, check_tables(figures), json_file)
 
 
+def plan(
+    recipe: RecipeOption,
+    products: Annotated[float, typer.Option(min=1, help="how many products, such as 1e8")],
+    prices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="YAML: cpu-data, gpu-train (an hour of a machine), storage (GB a month), transfer (GB)"
+        ),
+    ] = None,
+    width: Annotated[int, typer.Option(min=2, help="numbers of a vector, where the recipe does not say it")] = 384,
+    overrides: SetOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Estimate what a recipe takes at a size: machine-hours, memory, storage, transfer and cost, from measured rates."""
+    from catid2_ray.evaluation.look_tables import plan_tables
+    from catid2_ray.on_ray.look.plan import plan as run
+    from catid2_ray.on_ray.look.plan import read_prices
+
+    loaded = Recipe.load(recipe, overrides or [])
+    figures = run(loaded, products=int(products), width=width, prices=read_prices(prices) if prices else None)
+    _show(figures, plan_tables(figures), json_file)
+
+
+def show_dry_run(recipe: Recipe, choices: dict[str, bool], json_file: str | None) -> None:
+    from catid2_ray.evaluation.look_tables import dry_run_tables
+    from catid2_ray.on_ray.look.dry_run import dry_run
+
+    figures = dry_run(recipe, **choices)
+    _show(figures, dry_run_tables(figures), json_file)
+
+
 def inspect(
     product_id: str,
     store: StoreOption = DEFAULT_STORE,
@@ -133,4 +164,4 @@ def diagnose(
     _show(figures, diagnosis_tables(figures["diagnosis"]), json_file)
 
 
-COMMANDS = (init, check, inspect, why, diagnose)
+COMMANDS = (init, check, plan, inspect, why, diagnose)

@@ -23,6 +23,44 @@ def why_tables(found: Why) -> list[Table]:
     return tables
 
 
+def dry_run_tables(figures: Mapping) -> list[Table]:
+    """What a `reindex` would do, stage by stage."""
+    rows = [[row["stage"], row["does"], row["key"] or row["why"]] for row in figures["stages"]]
+    columns = [Column(name, number=False, whole=name != "key, or why") for name in ("stage", "does", "key, or why")]
+    base = f"builds on release {figures['release']}" if figures["release"] else "begins anew: nothing was published yet"
+    return [Table(f"A dry run; {base}", columns, rows)]
+
+
+def plan_tables(figures: Mapping) -> list[Table]:
+    """What a recipe takes, stage by stage and in all; the rates that nobody measured are named."""
+    priced = figures["cost"] is not None
+    headings = ["machines", "hours", "machine-hours", "GiB a worker", *(["cost"] if priced else [])]
+    rows = [
+        [row["stage"], row["pool"], f"{row['machines']:,}", f"{row['hours']:.2f}", f"{row['machine_hours']:.2f}",
+         f"{row['memory_gib']:.1f}", *([f"{row['cost']:,.2f}"] if priced else [])]
+        for row in figures["stages"]
+    ]  # fmt: skip
+    assumed = [name for name, rate in figures["rates"].items() if rate["source"] == "assumed"]
+    note = (
+        f"Assumed, not measured: {', '.join(assumed)}. Not counted: adapter, node vectors, serving, evaluation, the start "
+        "of machines. --json has every rate and its source."
+    )
+    columns = [
+        Column("stage", number=False, whole=True),
+        Column("pool", number=False, whole=True),
+        *map(Column, headings),
+    ]
+    whole = [
+        ["machine-hours", f"{sum(row['machine_hours'] for row in figures['stages']):,.2f}"],
+        ["memory of the job's own process, GiB", f"{figures['driver_gib']:,.1f}"],
+        ["stored, GB", f"{figures['storage_gb']:,.1f}"],
+        ["moved, GB", f"{figures['transfer_gb']:,.1f}"],
+        *([f"cost: {name}", f"{value:,.2f}"] for name, value in (figures["cost"] or {}).items()),
+    ]
+    totals = Table("In all", [Column("", number=False, whole=True), Column("")], whole)
+    return [Table(f"{figures['products']:,} products", columns, rows, note), totals]
+
+
 def _pairs() -> list[Column]:
     return [Column("", number=False, whole=True), Column("", number=False)]
 

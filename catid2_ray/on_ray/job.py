@@ -1,7 +1,6 @@
 """One run of a recipe: what is committed is found, what is not is made, and only then is Ray started."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -14,8 +13,8 @@ from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError, FormatError, RecipeError, ReleaseError
-from catid2_ray.on_ray.machine import cluster, progress, ranker, signals
+from catid2_ray.errors import ArtifactError, FormatError, ReleaseError
+from catid2_ray.on_ray.machine import cluster, preflight, progress, signals
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,7 @@ class Job:
         registers, so that gc leaves it alone. SIGINT and SIGTERM end it within seconds by Interrupted, which says what is
         committed.
         """
-        _refuse_relative(recipe)
-        if recipe.alignment.enabled and "aligned" in only:
-            ranker.open_ranker(recipe.alignment.ranker)
+        preflight.refuse(recipe, aligns="aligned" in only)
         store = Store(recipe.store)
         store.check()
         job = cls(recipe=recipe, store=store, only=frozenset(only), **choices)
@@ -165,11 +162,8 @@ class Job:
         """
         stage, history = stage or kind, history or {}
         settings = STAGES[stage].settings(settings)
-        digests = {role: parent.digest for role, parent in (parents | history).items()}
-        committed = artifact.find(self.store, kind, artifact.key_of(kind, settings, digests))
-        if committed is None and not anew:
-            committed = self._unchanged(kind, settings, {role: digests[role] for role in parents})
-        if committed:
+        digests = _digests(parents | history)
+        if committed := self.find(kind, settings, parents, history, anew=anew):
             artifact.verify(self.store, committed)
             self.committed[stage] = committed.key
             self.say("reuse", stage=stage, key=committed.key)
@@ -202,6 +196,15 @@ class Job:
         )
         return manifest
 
+    def find(
+        self, kind: str, settings: dict, parents: dict[str, Manifest], history: dict[str, Manifest], *, anew: bool
+    ) -> Manifest | None:
+        """What `produce` takes as it is; None where there is none. `settings`: with the stage's version."""
+        committed = artifact.find(self.store, kind, artifact.key_of(kind, settings, _digests(parents | history)))
+        if committed is None and not anew:
+            committed = self._unchanged(kind, settings, _digests(parents))
+        return committed
+
     def _unchanged(self, kind: str, settings: dict, digests: dict[str, str]) -> Manifest | None:
         """The artefact of the release that is built on, or one that it was made of in one more step, if it is of these settings
         and parents but for those of HISTORY."""
@@ -217,12 +220,5 @@ class Job:
         return None
 
 
-def _refuse_relative(recipe: Recipe) -> None:
-    """In a submitted job the working directory is a copy that Ray deletes, and that other nodes do not see."""
-    read = {"store": recipe.store, "catalog.root": recipe.catalog.root}
-    for name, uri in (read | {"alignment.ranker_scores": recipe.alignment.ranker_scores}).items():
-        if os.environ.get("RAY_ADDRESS") and uri and "://" not in uri and not os.path.isabs(uri):
-            raise RecipeError(
-                f"{name} {uri!r} is a relative path, but this job runs on a cluster, in a copy of the working directory "
-                f"that is deleted afterwards: set {name} to s3://… or to an absolute path that all nodes share"
-            )
+def _digests(parents: dict[str, Manifest]) -> dict[str, str]:
+    return {role: parent.digest for role, parent in parents.items()}

@@ -42,11 +42,11 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
         door.refuse_unfit(job.recipe, parts["pairs"])
         adapter.refuse_impossible(job.recipe, parts)
     if last not in ("catalog", "pairs"):
-        for name, run in _RUN.items():
+        for name, run in RUN.items():
             if name == "queries" and not job.recipe.quantizer.query_item:
                 continue
             if name == "examples":
-                _gate_churn(job.recipe, parts["ids"])
+                gate_churn(job.recipe, parts["ids"])
             if made := run(job, parts):  # adapter, node vectors and mixture are not always made
                 parts[STAGES[name].role] = made
             if name == last:
@@ -103,8 +103,8 @@ def _renamed_quantizer(job: Job, parts: dict[str, Manifest]) -> Manifest:
     return realign.run(job, {**parts, "quantizer": train_quantizer.run(job, parts)})
 
 
-# Of the stages in `artifacts.stages` that follow the tables; `prompts` is run by `aligned`, which alone reads it.
-_RUN = {
+# Of the stages in `artifacts.stages` that follow the tables, what runs each; `prompts` is run by `aligned`, which alone reads it.
+RUN = {
     "embeddings": embed.run,
     "adapter": adapter.run,
     "queries": embed.run_queries,
@@ -188,7 +188,7 @@ def append(job: Job) -> dict[str, Manifest]:
         parts["ids"] = assign.run(job, parts, keeps=True)
     for name in ("node_vectors", "serving", "mixture"):
         parts.pop(name, None)
-        if (made := _RUN[name](job, parts)) is not None:
+        if (made := RUN[name](job, parts)) is not None:
             parts[name] = made
     if parts == job.previous.parts:
         return parts
@@ -233,7 +233,7 @@ def _refuse_another_adapter(recipe: Recipe, previous: PreviousRelease) -> None:
         )
 
 
-def _gate_churn(recipe: Recipe, ids: Manifest) -> None:
+def gate_churn(recipe: Recipe, ids: Manifest) -> None:
     """Stops before a generator is trained on IDs that will not be published."""
     limit, churn = recipe.ids.max_churn, ids.metrics["churn"]
     if limit is None or not ids.metrics["base"]:

@@ -1,8 +1,9 @@
 """deploy/kuberay/ against the fields that its kinds have, against cluster.yaml's numbers, and against the files that it repeats.
 
-No cluster and no network: the fields of KubeRay's kinds are listed here. Their source is docs/reference/api.md of ray-project/kuberay
-at commit 0057210ed5a94e830c864af372577328c3542b44 (after 1.3), and for `authOptions` and a group's `labels` the pages "API Reference"
-and "KubeRay label-based scheduling" of docs.ray.io, which name KubeRay 1.5.1. What the autoscaler makes of a cluster is asked of Ray.
+No cluster and no network: the fields of KubeRay's kinds are listed here. Their source is docs/reference/api.md of
+ray-project/kuberay at commit 0057210ed5a94e830c864af372577328c3542b44, and for `authOptions` and a group's `labels` the pages "API
+Reference" and "KubeRay label-based scheduling" of docs.ray.io, which name KubeRay 1.5.1. What the autoscaler makes of a cluster is
+asked of Ray.
 """
 
 from pathlib import Path

@@ -10,7 +10,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.config.sizes import examples_an_epoch
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import cluster
+from catid2_ray.on_ray.machine import cluster, preflight
 from catid2_ray.on_ray.pipeline import begin, check_codes, size
 from catid2_ray.on_ray.stages import adapter, catalog, door, lay_out
 from catid2_ray.schedule import Phase, Plan
@@ -23,6 +23,7 @@ def check(recipe: Recipe) -> dict:
 
     Raises what `reindex` would raise before it trains, and what its serving stage would raise after.
     """
+    preflight.refuse(recipe, aligns=True, runs=False)
     store = Store(recipe.store)
     store.check()
     begins = Job(recipe=recipe, store=store)

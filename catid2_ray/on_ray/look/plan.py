@@ -1,0 +1,189 @@
+"""What a recipe takes at a given number of products: machine-hours, memory, storage, transfer and cost, stage by stage.
+
+Arithmetic over rates; nothing is read but the recipe. Each rate quotes the line of a benchmark's page that it comes from, and a
+test holds the two together; what nobody measured says "assumed". Rates of one core are taken to add up: an estimate of the order of
+size, not a promise. Not counted, as nobody measured their rates: adapter, node vectors, serving part, evaluation, the start of machines.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from catid2_ray.config import Recipe
+from catid2_ray.config.sizes import examples_an_epoch, sized
+from catid2_ray.errors import CapacityError, InputError
+
+ASSUMED = "assumed"
+
+
+class Rate(NamedTuple):
+    """`value` follows from `quote`, words of the page `source` (under benchmarks/results/); both empty where it is assumed."""
+
+    value: float
+    unit: str
+    source: str = ASSUMED
+    quote: str = ""
+
+
+RATES = {
+    # 10^7 products by two workers: 103 s of reading, 106 s of assigning, with the start of a job among them.
+    "read": Rate(1e7 / 103 / 2, "products/s a CPU", "assign.md", "| 10,000,000 | 11.4% | 0 | 103 s | 106 s |"),
+    "assign": Rate(1e7 / 106 / 2, "products/s a CPU", "assign.md", "| 10,000,000 | 11.4% | 0 | 103 s | 106 s |"),
+    "assign_memory": Rate(0.93, "GiB a worker", "assign.md", "| 3.6 GiB | 3.0 GiB | 0.93 GiB |"),
+    "read_memory": Rate(3.6 / 2, "GiB a worker", "assign.md", "| 3.6 GiB | 3.0 GiB | 0.93 GiB |"),
+    # 54,667 products of Home Depot by two workers, all-MiniLM-L6-v2, on a busy machine.
+    "embed": Rate(54_667 / 500.9 / 2, "products/s a CPU", "home_depot.md", "| embed | 500.9 s |"),
+    "embed_gpu": Rate(5_000, "products/s a GPU"),
+    "embed_memory": Rate(2.0, "GiB a worker"),
+    "quantizer": Rate(4096 / 0.4067, "rows/s a CPU", "quantizer_step.json", '"ours": 0.4067'),
+    "quantizer_memory": Rate(0.54, "GiB a worker", "quantizer_step.json", '"ours": 551.8'),
+    "generator_small": Rate(397.9, "examples/s a CPU", "generator_step.md", "| 0.643 | 397.9 |"),
+    "generator_encoder_decoder": Rate(140.5, "examples/s a CPU", "generator_step.md", "| 1.823 | 140.5 |"),
+    "generator_t5": Rate(5.1, "examples/s a CPU", "generator_step.md", "| 6.293 | 5.1 |"),
+    "generator_causal": Rate(5.1, "examples/s a CPU"),  # as a T5 of 205 million weights
+    "generator_memory": Rate(5.1, "GiB a worker", "generator_step.md", "| 40% | 5.10 GiB |"),
+    "gpu": Rate(30.0, "× a CPU, in training"),
+    "trie": Rate(0.2348, "µs an ID, in one process", "trie.md", "| 10,000,000 | 0.2348 |"),
+    "trie_memory": Rate(44.47 + 16, "bytes a product, of the job's own process", "trie.md", "| 44.47 |"),
+    "trie_bytes": Rate(7.445 + 1.855, "bytes a product", "trie.md", "| 7.445 | 1.855 |"),
+    "download": Rate(45.58, "MB/s a CPU", "store.md", "| 2.479 | 45.58 |"),
+    "text": Rate(500, "bytes a product, in parquet"),
+    "pairs": Rate(0.1, "training pairs a product"),
+    "transfers": Rate(3, "times that stages read what others wrote"),
+}
+_GIB, _HOUR = 2**30, 3600
+_CPUS = 16  # of a machine of the pool cpu-data (cluster.yaml)
+PRICES = ("cpu-data", "gpu-train", "storage", "transfer")
+
+
+class Row(NamedTuple):
+    """`seconds` by the clock, `machines` of `pool` at work meanwhile, `gib` of the largest worker."""
+
+    stage: str
+    pool: str
+    machines: int
+    seconds: float
+    gib: float
+
+    @property
+    def hours(self) -> float:
+        return self.machines * self.seconds / _HOUR
+
+
+def plan(recipe: Recipe, *, products: int, width: int = 384, prices: Mapping[str, float] | None = None) -> dict:
+    """Ready for JSON: `products`, `stages` (stage, pool, machines, hours by the clock, machine_hours, memory_gib a worker, cost),
+    `driver_gib`, `storage_gb`, `transfer_gb`, `cost` (its parts and the sum; None without prices), `rates` (value, unit, source).
+
+    `width`: D of the vectors, where the recipe does not say it. `prices`: of PRICES, an hour of a machine of each pool, a GB a
+    month, a GB moved. Raises CapacityError where the recipe has fewer IDs than products.
+    """
+    teaching = round(RATES["pairs"].value * products)
+    recipe = sized(recipe, products=products, teaching=teaching).recipe
+    quantizer = recipe.quantizer
+    if quantizer.coder != "tree" and quantizer.ids == "unique" and products > quantizer.space.capacity:
+        raise CapacityError(
+            f"{products:,} products do not fit into {quantizer.space.capacity:,} IDs of {list(quantizer.codes_per_level)}: raise "
+            "quantizer.codes_per_level"
+        )
+    width = recipe.embedding.width or width
+    rows = [_reading(recipe, products), *_embedding(recipe, products), *_training(recipe, products, teaching)]
+    rows.append(_assigning(recipe, products))
+    stored = products * (RATES["text"].value + 4 * width + 2 * width + RATES["trie_bytes"].value) / 1e9
+    figures = {
+        "products": products,
+        "stages": [_shown(row, prices) for row in rows],
+        "driver_gib": round(products * RATES["trie_memory"].value / _GIB, 2),
+        "storage_gb": round(stored, 1),
+        "transfer_gb": round(stored * RATES["transfers"].value, 1),
+        "rates": {
+            name: {"value": rate.value, "unit": rate.unit, "source": rate.source} for name, rate in RATES.items()
+        },
+    }
+    return figures | {"cost": _cost(figures, prices)}
+
+
+def _reading(recipe: Recipe, products: int) -> Row:
+    workers = recipe.catalog.workers
+    seconds = products / (RATES["read"].value * workers) + products * RATES["text"].value / (
+        1e6 * RATES["download"].value * workers
+    )
+    return Row("catalog", "cpu-data", _machines(workers), seconds, RATES["read_memory"].value)
+
+
+def _embedding(recipe: Recipe, products: int) -> list[Row]:
+    embedding = recipe.embedding
+    if embedding.source == "given" or embedding.encoder == "lsa":  # lsa is fast beside an encoder; nobody measured it
+        return []
+    gpus = embedding.gpus_per_worker
+    rate = RATES["embed_gpu" if gpus else "embed"].value * (gpus or 1)
+    machines = math.ceil(embedding.workers * gpus) if gpus else _machines(embedding.workers)
+    seconds = products / (rate * embedding.workers)
+    return [Row("embeddings", "gpu-train" if gpus else "cpu-data", machines, seconds, RATES["embed_memory"].value)]
+
+
+def _training(recipe: Recipe, products: int, teaching: int) -> list[Row]:
+    quantizer, generator, rows = recipe.quantizer, recipe.generator, []
+    if quantizer.coder == "rq_vae":
+        work = products * quantizer.epochs / RATES["quantizer"].value
+        rows.append(_trained(recipe, "quantizer", work, quantizer.workers, RATES["quantizer_memory"].value))
+    examples = sum(
+        stage.epochs * examples_an_epoch(stage.mix, teaching=teaching, products=products) for stage in generator.plan
+    )
+    work = examples / RATES[f"generator_{generator.kind}"].value
+    rows.append(_trained(recipe, "generator", work, generator.workers, RATES["generator_memory"].value))
+    return rows
+
+
+def _trained(recipe: Recipe, stage: str, cpu_seconds: float, workers: int, gib: float) -> Row:
+    """A worker on a machine of its own where it has a GPU."""
+    gpus = recipe.cluster.gpus_per_worker
+    seconds = cpu_seconds / workers / (RATES["gpu"].value if gpus else 1)
+    return Row(stage, "gpu-train" if gpus else "cpu-data", workers if gpus else _machines(workers), seconds, gib)
+
+
+def _assigning(recipe: Recipe, products: int) -> Row:
+    workers = recipe.ids.workers
+    seconds = products / (RATES["assign"].value * workers) + products * RATES["trie"].value / 1e6
+    return Row("ids", "cpu-data", _machines(workers), seconds, RATES["assign_memory"].value)
+
+
+def _machines(workers: int) -> int:
+    return math.ceil(workers / _CPUS)
+
+
+def _shown(row: Row, prices: Mapping[str, float] | None) -> dict:
+    cost = None if prices is None else round(row.hours * prices[row.pool], 2)
+    return {
+        "stage": row.stage, "pool": row.pool, "machines": row.machines, "hours": round(row.seconds / _HOUR, 3),
+        "machine_hours": round(row.hours, 3), "memory_gib": row.gib, "cost": cost,
+    }  # fmt: skip
+
+
+def _cost(figures: dict, prices: Mapping[str, float] | None) -> dict | None:
+    if prices is None:
+        return None
+    parts = {
+        "machines": round(sum(row["cost"] for row in figures["stages"]), 2),
+        "storage, a month": round(figures["storage_gb"] * prices["storage"], 2),
+        "transfer": round(figures["transfer_gb"] * prices["transfer"], 2),
+    }
+    return parts | {"sum": round(sum(parts.values()), 2)}
+
+
+def read_prices(path: str) -> dict[str, float]:
+    """YAML with a number for each of PRICES. Raises InputError."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"the file of prices {path} cannot be read ({type(error).__name__}: {error})") from None
+    given = values if isinstance(values, dict) else {}
+    wrong = [name for name in PRICES if not isinstance(given.get(name), int | float) or given[name] < 0]
+    if wrong or set(given) - set(PRICES):
+        raise InputError(
+            f"{path}: expected a number for each of {', '.join(PRICES)} (an hour of a machine of each pool, a GB a month, a GB "
+            f"moved), found {given}"
+        )
+    return {name: float(given[name]) for name in PRICES}

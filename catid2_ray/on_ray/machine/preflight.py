@@ -1,0 +1,78 @@
+"""What would fail hours later for want of a file or a GPU, refused before any work: in a moment, and without Ray."""
+
+import os
+from collections.abc import Iterator
+
+import torch
+
+from catid2_ray.config import Recipe
+from catid2_ray.errors import RecipeError
+from catid2_ray.on_ray.machine import ranker
+
+_BUILT_IN = {
+    "lsa",
+    "small",
+    "encoder_decoder",
+    "causal",
+}  # names of `embedding.encoder` and `generator.model` that are no model's
+
+
+def refuse(recipe: Recipe, *, aligns: bool, runs: bool = True) -> None:
+    """Raise RecipeError naming the setting, for a relative path where the job runs on a cluster, for GPUs that a Ray of the job's
+    own would wait for in vain, and, where the job `aligns`, for a ranker that is not permitted or cannot be imported.
+
+    `runs`: this is the machine that works; who only looks at a recipe needs no GPU."""
+    if os.environ.get("RAY_ADDRESS"):
+        _refuse_relative(recipe)
+    elif runs:
+        _refuse_missing_gpus(recipe)
+    if aligns and recipe.alignment.enabled:
+        ranker.open_ranker(recipe.alignment.ranker)
+
+
+def _uris(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
+    yield "store", recipe.store
+    yield "catalog.root", recipe.catalog.root
+    if recipe.alignment.enabled:
+        yield "alignment.ranker_scores", recipe.alignment.ranker_scores
+
+
+def _models(recipe: Recipe) -> Iterator[tuple[str, str | None]]:
+    """What is an id on the hub, or a folder."""
+    yield "embedding.encoder", recipe.embedding.encoder
+    yield "serving.query_encoder", recipe.serving.query_encoder
+    for name in ("model", "encoder", "causal", "doc2query"):
+        yield f"generator.{name}", getattr(recipe.generator, name)
+
+
+def _refuse_relative(recipe: Recipe) -> None:
+    """In a submitted job the working directory is a copy that Ray deletes, and that other nodes do not see."""
+    for name, uri in _uris(recipe):
+        if uri and "://" not in uri and not os.path.isabs(uri):
+            raise RecipeError(
+                f"{name} {uri!r} is a relative path, but this job runs on a cluster, in a copy of the working directory "
+                f"that is deleted afterwards: set {name} to s3://… or to an absolute path that all nodes share"
+            )
+    for name, model in _models(recipe):
+        if model and model not in _BUILT_IN and not os.path.isabs(model) and _is_folder(model):
+            raise RecipeError(
+                f"{name} {model!r} is a relative folder, but this job runs on a cluster, whose other nodes, and the replicas that "
+                f"serve the release, do not have it: set {name} to an absolute path that all nodes share, such as one in the "
+                "image, or to the id of a model on the Hugging Face hub"
+            )
+
+
+def _is_folder(model: str) -> bool:
+    """Ids on the hub are `model` or `owner/model`; what exists here, or has another form, is a folder."""
+    return os.path.isdir(model) or model.startswith((".", "~")) or model.count("/") > 1 or model.endswith("/")
+
+
+def _refuse_missing_gpus(recipe: Recipe) -> None:
+    """A Ray that waits for a GPU which is not there waits for ever."""
+    needed = {"cluster": recipe.cluster.gpus_per_worker, "embedding": recipe.embedding.gpus_per_worker}
+    for section, share in needed.items():
+        if share and not torch.cuda.is_available():
+            raise RecipeError(
+                f"{section}.gpus_per_worker is {share:g}, but this machine has no GPU that torch can use: set it to 0, or submit "
+                "the job to a cluster that has (docs/operations.md)"
+            )
