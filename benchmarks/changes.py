@@ -148,8 +148,8 @@ def report(figures: dict) -> str:
     others = [[name, value] for name, value in figures.items() if ": " not in name and name not in settings]
     return (
         f"# Live changes\n\nWritten by `benchmarks/changes.py`: {figures['rows']:,} products, {figures['newcomers']:,} inserted "
-        f"since and {figures['changes']:,} prices changed; medians of processor time, ms, one thread. Machine: "
-        f"{figures['machine']}.\n\n"
+        f"since and {figures['changes']:,} prices changed; medians of processor time, ms, one thread. "
+        f"Machine: {figures['machine']}.\n\n"
         + table(["one change", "itself", "first search after it", "next search", "first filter by price"], rows)
         + "\n"
         + table(["beside it", "ms"], others)
