@@ -74,6 +74,10 @@ def test_ids_that_are_too_few_are_refused(recipe):
         plan(few, products=10**6)
 
 
+def test_the_example_of_prices_can_be_read():
+    assert set(read_prices(str(ROOT / "deploy" / "prices.yaml"))) == set(PRICES)
+
+
 def test_cost_is_hours_times_prices(recipe, tmp_path):
     prices = {"cpu-data": 1.0, "gpu-train": 10.0, "storage": 0.02, "transfer": 0.01}
     (tmp_path / "prices.yaml").write_text(yaml.safe_dump(prices))
