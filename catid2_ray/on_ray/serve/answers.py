@@ -25,8 +25,9 @@ from catid2_ray.on_ray.serve.opened import Opened
 from catid2_ray.on_ray.serve.refusals import Unserved
 from catid2_ray.retrieval.below import below, category_of
 from catid2_ray.retrieval.explain import explained
-from catid2_ray.retrieval.live_view import codes_of
+from catid2_ray.retrieval.live_view import LiveView, codes_of
 from catid2_ray.retrieval.rescoring import Hit
+from catid2_ray.retrieval.retriever import Retriever
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"  # Ray's proxy reads it, too
 
@@ -92,21 +93,39 @@ def answer_of(opened: Opened, request: RetrieveRequest, found: list[Hit] | list[
     if request.explain:
         whole = explained(retriever, request.query, found, expression=request.filter)
         said = [Explain(levels=[Level(**vars(level)) for level in one.levels], terms=one.terms) for one in whole]
-    view = retriever.live.view
-    products = [Product.of(hit, category_path=category_of(view, hit.row), explain=one) for hit, one in zip(found, said)]
+    products = [Product.of(hit, category_path=_category(retriever, hit), explain=one) for hit, one in zip(found, said)]
     return Answer(products=products, fewer=fewer)
+
+
+def _category(retriever: Retriever, hit: Hit) -> list[str] | None:
+    """A product of the release keeps its row; one that came since may have another by now, or none."""
+    if hit.row < retriever.trie.rows:
+        return category_of(retriever.live.view, hit.row)
+    try:
+        view, row = _standing(retriever, hit.product_id)
+    except InputError:
+        return None
+    return category_of(view, row)
+
+
+def _standing(retriever: Retriever, product_id: str) -> tuple[LiveView, int]:
+    """A state of the products, and the row that the id means in it. Raises InputError for an id that means none."""
+    while True:
+        row, view = retriever.live.row(product_id), retriever.live.view
+        if row < view.rows and view.products.name(row) == product_id:  # else rows were numbered anew in between
+            return view, row
 
 
 def product_of(opened: Opened, product_id: str) -> ProductResponse:
     """Raises Unserved (404) for a product that neither the release nor a change to it has."""
-    retriever, view = opened.retriever, opened.retriever.live.view
+    retriever = opened.retriever
     try:
-        row = retriever.live.row(product_id)
+        view, row = _standing(retriever, product_id)
     except InputError as error:
         raise Unserved(404, str(error)) from None
     return ProductResponse(
         release=opened.name, product_id=product_id, docid=retriever.space.text(codes_of(view, [row])[0]),
-        title=retriever.products.title(row), category_path=category_of(view, row),
+        title=view.products.title(row), category_path=category_of(view, row),
         live=bool(view.is_live([row])[0]),
     )  # fmt: skip
 
@@ -118,7 +137,7 @@ def below_of(opened: Opened, prefix: str) -> BelowResponse:
     seen = below(retriever.live, view, codes)
     tokens = [(space.text((*codes, code))[len(prefix) :], number) for code, number in seen.next_codes]
     members = zip(seen.rows, codes_of(view, seen.rows))
-    names = retriever.products
+    names = view.products
     return BelowResponse(
         release=opened.name, prefix=prefix, count=seen.products,
         next_codes=[NextCode(token=token, products=number) for token, number in tokens],
