@@ -200,8 +200,8 @@ class PutProduct(_Sound):
     value: float | None = Field(None, description="what the product is worth to the business")
     columns: dict = Field(
         {},
-        description="values of the release's filter columns. Those left out stay as they are; of a product that is new, or whose text "
-        "changes, they are missing",
+        description="values of the release's filter columns. Those left out stay as they are; of a product that is new, or whose "
+        "text changes, they are missing",
     )
 
 
