@@ -166,7 +166,9 @@ def test_http_answers_equal_the_command_line(released, server):
     body = answer.json()
     assert body["release"] == released["figures"]["release"] and len(body["products"]) == 3
     assert body["fewer"] is None
-    assert set(body["products"][0]) == {"product_id", "docid", "score", "logp", "dense", "lexical", "title"}
+    assert set(body["products"][0]) == {
+        "product_id", "docid", "score", "logp", "dense", "lexical", "title", "category_path",
+    }  # fmt: skip
     scores = [product["score"] for product in body["products"]]
     assert scores == sorted(scores, reverse=True)
     shown = run_here("search", "stainless steel hinge", "--store", released["store"], "--k", 3)

@@ -85,7 +85,7 @@ def _clusters(opened: Opened, request: RetrieveRequest) -> list[Cluster]:
 def answer_of(opened: Opened, request: RetrieveRequest, found: list[Hit] | list[Cluster]) -> Answer:
     """`found`: what `search` gave for this request of one query."""
     if request.mode == "clusters":
-        return Answer(products=[], clusters=found)
+        return Answer(products=[], clusters=found, fewer=None)
     retriever, fewer = opened.retriever, None
     if len(found) < request.k:
         fewer = retriever.why_fewer(len(found), k=request.k, expression=request.filter)

@@ -113,9 +113,9 @@ class Answer(BaseModel):
     products: list[Product] = Field(description="best first; empty where clusters were asked for")
     clusters: list[Cluster] | None = Field(None, description="best first, where they were asked for")
     fewer: Literal["search", "catalogue"] | None = Field(
-        None, description="why there are fewer products than k: search = the beams hold no more; catalogue = no more products are "
-        "there or pass the filter; null where there are k",
-    )  # fmt: skip
+        description="why there are fewer products than k: search = the beams hold no more; catalogue = no more products are there "
+        "or pass the filter; null where there are k"
+    )
 
 
 class RetrieveResponse(Answer):

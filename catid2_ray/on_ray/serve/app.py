@@ -193,7 +193,8 @@ class RetrieverReplica:
         """Say what the release knows of a product, whether it can be found now or was withdrawn."""
         return await self._run("filters", answering.product_of, self.serving.now, product_id)
 
-    @api.post("/v1/retrieve", dependencies=READ, responses=RETRIEVE_REFUSALS)
+    # What was not asked for (clusters, answers, explain) is left out.
+    @api.post("/v1/retrieve", dependencies=READ, responses=RETRIEVE_REFUSALS, response_model_exclude_defaults=True)
     async def retrieve(self, request: RetrieveRequest, asked: Request) -> RetrieveResponse:
         """Find the `k` best products for a query, or for each of several, among those that the filter allows."""
         return await self._retrieve(request, asked.headers)
@@ -226,7 +227,7 @@ class RetrieverReplica:
             raise
         if request.queries is None:
             return RetrieveResponse(release=now.name, **dict(answers[0]))
-        return RetrieveResponse(release=now.name, products=[], answers=answers)
+        return RetrieveResponse(release=now.name, products=[], fewer=None, answers=answers)
 
     async def _answer(self, now: Opened, request: RetrieveRequest, deadline: float | None) -> Answer:
         found = await self.batches.ask((now, request), deadline=deadline)

@@ -191,7 +191,7 @@ def test_an_answer_explains_itself(client):
             assert levels[0]["logp"] >= levels[1]["logp"] == pytest.approx(product["logp"], abs=1e-4)
             assert sum(terms.values()) == pytest.approx(product["score"])
     plain = client.post("/v1/retrieve", json={"query": "oak door", "k": 3}).json()
-    assert [product["explain"] for product in plain["products"]] == [None] * 3
+    assert not any("explain" in product for product in plain["products"]) and "clusters" not in plain
 
 
 def test_clusters_are_the_beginnings_of_ids(client):

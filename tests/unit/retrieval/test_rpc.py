@@ -61,9 +61,9 @@ def test_an_answer_keeps_what_it_has_and_lacks_what_it_has_not():
     (one,) = message.products
     assert (one.product_id, one.score, one.dense, list(one.category_path)) == ("p1", 0.5, 0.25, ["A", "B"])
     assert not one.HasField("logp") and not one.HasField("lexical") and one.explain.terms["path"] == 0.5
-    assert message.fewer == "search" and not rpc.message_of(api.RetrieveResponse(release="r", products=[])).HasField(
-        "fewer"
-    )
+    assert message.fewer == "search" and not rpc.message_of(
+        api.RetrieveResponse(release="r", products=[], fewer=None)
+    ).HasField("fewer")
 
 
 def test_errors_have_the_codes_that_callers_know():
