@@ -50,15 +50,18 @@ def explained(retriever: Retriever, query: str, hits: Sequence[Hit], *, expressi
 def _paths(retriever: Retriever, query: str, hits: Sequence[Hit], expression) -> list[list[tuple]]:
     """Per hit its (log P or None, score) at each level."""
     docids, paths = [retriever.space.parse(hit.docid_text) for hit in hits], [[] for _ in hits]
-    rows = [row for hit in hits if (row := _row(retriever, hit.product_id)) is not None]
+    # Taken before the rows: a row that has another name in this state was numbered anew since.
     view = retriever.live.view
+    named = [(_row(retriever, hit.product_id), hit.product_id) for hit in hits]
+    rows = [row for row, name in named if row is not None and row < view.rows and view.products.name(row) == name]
+    filter_ = None if expression is None else view.compile(expression)
     theirs = np.zeros(view.rows, bool)
-    theirs[[row for row in rows if row < view.rows]] = True
+    theirs[rows] = True
     for level in range(1, retriever.levels + 1):
         prefixes = len({docid[:level] for docid in docids})
         result = retriever.searched(
             [query], widths=[prefixes] * level, levels=level, top_k=prefixes,
-            allowed=LiveFilter.of(theirs, view.base.rows), scored_as=[retriever.compile(expression)],
+            allowed=LiveFilter.of(theirs, view.base.rows), scored_as=[filter_], view=view,
         )  # fmt: skip
         scores = (result.logp_BK if result.score_BK is None else result.score_BK)[0].tolist()
         logps = [None] * prefixes if hits[0].logp is None else result.logp_BK[0].tolist()

@@ -263,12 +263,13 @@ class Retriever:
 
     def searched(
         self, queries: Sequence[str], *, widths: Sequence[int], levels: int | None = None, top_k: int, allowed=None,
-        scored_as: Sequence | None = None,
+        scored_as: Sequence | None = None, view: LiveView | None = None,
     ) -> BeamResult:  # fmt: skip
         """What the release's search finds with other widths, one per level, before products are taken of it: IDs, or where
         `levels` (None: as released) ends it earlier, prefixes. `allowed`: as `retrieve` takes it. `scored_as`: other
-        filters, one per query or None, whose products' best words count below a node; `allowed` then only leaves prefixes out."""
-        queries, view = list(queries), self.live.view
+        filters, one per query or None, whose products' best words count below a node; `allowed` then only leaves prefixes out.
+        `view`: a state of the products that the filters are of, in place of that of now."""
+        queries, view = list(queries), view or self.live.view
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
         chosen = filters_for(allowed, view, len(queries))
         return constrained_beam_search(

@@ -30,7 +30,8 @@ def ranked(query: str, product_ids: list[str]) -> list[float]:
     return [float(product_id.strip("pP") or 0) if product_id[-1].isdigit() else 0.0 for product_id in product_ids]
 
 
-def test_a_recipe_with_behaviour_is_aligned_and_published(no_ray, tmp_path):
+def test_a_recipe_with_behaviour_is_aligned_and_published(no_ray, tmp_path, monkeypatch):
+    monkeypatch.setenv("CATID2_RANKERS", "tests.jobs.test_align:ranked,shop.rank:scores")
     made = generate(products=200, queries=80, seed=3)
     behaviour = np.array(["paid", "clicked", "exposed", None], object)[np.arange(made.pairs.num_rows) % 4]
     (tmp_path / "shop").mkdir()

@@ -12,6 +12,7 @@ from catid2_ray.errors import ReleaseError, StorageError
 from catid2_ray.on_ray.serve import opened as opened_module
 from catid2_ray.on_ray.serve.follow import Serving
 from catid2_ray.on_ray.serve.opened import (
+    AnswersDiffer,
     Opened,
     OutOfMemory,
     check_answers,
@@ -26,16 +27,18 @@ from tests.stored import two_releases, unpack
 class Fake:
     """A release as `Opened`, without its files."""
 
-    def __init__(self, store, name, settings, *, beside=False, wrong=()):
+    def __init__(self, store, name, settings, *, beside=False, checked=True, wrong=()):
+        self.watched = []
+        self.carrier = SimpleNamespace(watch=self.watched.append)
         for kind, names in wrong:
-            if name in names:
+            if name in names and (checked or kind is not AnswersDiffer):
                 raise kind(f"{name} is not good")
         self.name, self.beside, self.ended, self.caught_up = name, beside, False, 0
 
     def follow(self):
         pass
 
-    def catch_up(self):
+    def catch_up(self, *, waits):
         self.caught_up += 1
 
     def end(self):
@@ -70,6 +73,7 @@ def test_it_changes_to_what_becomes_current_and_keeps_the_last(store):
     point_at(store, "r-1")  # a rollback
     second = one.now
     assert one.look() and one.now is first and one.last is second and first.caught_up == 1
+    assert first.watched == ["r-2"]  # so that the way back finds the changes there already
     point_at(store, "r-3")
     assert one.look() and one.now.name == "r-3" and one.last is first and second.ended and one.swaps == 3
     one.end()
@@ -80,7 +84,7 @@ def test_what_was_published_between_two_looks_is_passed_over(store):
     point_at(store, "r-1")
     one = serving(store)
     point_at(store, "r-2", "r-1")
-    assert one.look() and one.now.name == "r-1" and one.swaps == 0
+    assert one.look() and one.now.name == "r-1" and one.swaps == 0 and one.now.caught_up == 1
 
 
 def test_a_bad_release_is_refused_once_and_the_old_one_stays(store, capfd):
@@ -117,6 +121,19 @@ def test_a_replica_that_starts_while_the_current_release_is_bad_serves_the_one_b
         serving(store, [(ReleaseError, {"r-1", "r-2", "r-3"})])
     with pytest.raises(StorageError, match="r-3 is not good"):
         serving(store, [(StorageError, {"r-3"})])
+
+
+def test_a_replica_that_starts_serves_what_others_serve(store):
+    """What goes wrong with a release that others serve is no fault of the release."""
+    point_at(store, "r-1", "r-2")
+    use = uses.served(store, "r-2", command="catid2 serve")
+    with pytest.raises(ReleaseError, match="r-2 is not good"):
+        serving(store, [(ReleaseError, {"r-2"})])
+    assert serving(store, [(AnswersDiffer, {"r-2"})]).now.name == "r-2"  # on another kind of processor, say
+    use.end()
+    assert serving(store, [(AnswersDiffer, {"r-2"})]).now.name == "r-1"
+    assert serving(store, [(AnswersDiffer, {"r-1", "r-2"})]).now.name == "r-2"
+    assert serving(store, [(AnswersDiffer, {"r-2"})], release="r-2").now.name == "r-2"
 
 
 def test_a_named_release_stays(store):
@@ -226,7 +243,12 @@ def test_memory_is_looked_at_before_a_second_release_is_loaded(tmp_path):
     with pytest.raises(OutOfMemory, match="about 120 MB beside the one that is served, and 120 MB are free"):
         check_memory({"generator": part}, 119_999_999)
     assert free_memory(tmp_path / "none", lambda: 7) == 7
+    (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 0\nactive_file 0\n")
     (tmp_path / "memory.current").write_text("300\n")
     for limit, free in (("max", 500), ("400", 100), ("4000", 500)):
         (tmp_path / "memory.max").write_text(limit + "\n")
         assert free_memory(tmp_path, lambda: 500) == free
+    # Pages of files are the kernel's to drop.
+    (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 40\nactive_file 60\n")
+    (tmp_path / "memory.max").write_text("400")
+    assert free_memory(tmp_path, lambda: 500) == 200

@@ -21,7 +21,7 @@ import numpy as np
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
-from catid2_ray.errors import ArtifactError, CommitConflict, InputError
+from catid2_ray.errors import ArtifactError, CommitConflict, InputError, StorageError
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.live_names import Step
 from catid2_ray.on_ray.machine.live_snapshot import Snapshot
@@ -32,6 +32,7 @@ KINDS = ("insert", "withdraw", "restore", "put", "skipped")
 _ATTEMPTS = 20  # writers that may come first before a change is given up
 _AT_ONCE = 256  # changes in memory while a series is read
 SNAPSHOT_EVERY = 1000  # changes
+_SNAPSHOTS = 2  # kept of a release: the newest, and one more should it be damaged
 _LONGEST_WAIT_S = 30.0  # between two attempts to follow a series that cannot be read or applied
 
 
@@ -95,18 +96,21 @@ class LiveLog:
 
     def snapshot(self) -> Snapshot | None:
         """The newest state that can be read, None where there is none."""
-        for name in reversed(self.store.names(f"live/{self.release}/snapshots")):
+        for name in reversed([one for one in self.store.names(f"live/{self.release}/snapshots") if one.isdigit()]):
             path = f"live/{self.release}/snapshots/{name}"
             try:
                 return Snapshot.of_bytes(self.store.read(path))
-            except ArtifactError as error:
+            except StorageError as error:  # damaged, or deleted since it was listed
                 progress.event("snapshot_passed_over", uri=self.store.uri_of(path), reason=repr(str(error)))
         return None
 
     def write_snapshot(self, snapshot: Snapshot) -> None:
-        """Nothing happens where there is one already."""
+        """Nothing happens where there is one already. The newest _SNAPSHOTS stay."""
+        folder = f"live/{self.release}/snapshots"
         with contextlib.suppress(CommitConflict):
-            self.store.create(f"live/{self.release}/snapshots/{snapshot.number:010d}", snapshot.to_bytes())
+            self.store.create(f"{folder}/{snapshot.number:010d}", snapshot.to_bytes())
+        for name in [name for name in self.store.names(folder) if name.isdigit()][:-_SNAPSHOTS]:
+            self.store.delete(f"{folder}/{name}")
 
     def write(self, number: int, record: dict) -> None:
         """Raises CommitConflict where the number is taken."""
@@ -184,20 +188,20 @@ class LiveUpdates:
         raise CommitConflict(f"{_ATTEMPTS} other changes came first; try again")
 
     def _begin(self) -> None:
-        """Start from a snapshot, if there is one."""
+        """Start from a snapshot, if there is one that fits: without it all changes give the same."""
         if (snapshot := self.log.snapshot()) is not None:
             try:
+                known = snapshot.known
+                carried = {(release, number) for release, number in known["carried"]}
+                contents = {name: Content(*values) for name, values in known["contents"].items()}
+                keys = {key: (number, request) for key, (number, request) in known["keys"].items()}
                 self.retriever.restore_state(snapshot.tables)
-            except InputError as error:
-                raise ArtifactError(
-                    f"the snapshot after change {snapshot.number} of release {self.log.release} does not fit it ({error}); delete "
-                    f"{self.log.store.uri_of(f'live/{self.log.release}/snapshots')}, and all changes are applied instead"
-                ) from None
-            known = snapshot.known
-            self.carried = {(release, number) for release, number in known["carried"]}
-            self.contents = {name: Content(*values) for name, values in known["contents"].items()}
-            self.keys = {key: (number, request) for key, (number, request) in known["keys"].items()}
-            self.applied = snapshot.number
+            except (InputError, KeyError, TypeError, ValueError) as error:
+                self._say(
+                    "snapshot_passed_over", number=snapshot.number, reason=repr(f"{type(error).__name__}: {error}")
+                )
+            else:
+                self.carried, self.contents, self.keys, self.applied = carried, contents, keys, snapshot.number
         self._begun = True
 
     def _snapshot(self) -> None:

@@ -97,10 +97,11 @@ class RetrieverReplica:
     """Loads a release, checks its parts against each other, answers one query to warm up, then turns ready."""
 
     canary_deadline_s = 20.0
+    canary: asyncio.Future | None = None  # that runs now, or ran last
 
     def __init__(self, settings: AppSettings):
         torch.set_num_threads(settings.threads)
-        self.settings, self.keys = settings, Keys.of(settings.keys)
+        self.settings, self.keys = settings, Keys.of(settings.keys, needed=settings.needs_keys)
         self.pools = {name: ThreadPoolExecutor(threads, name) for name, threads in THREADS.items()}
         self.batches = Batches(self._search, self.pools["search"], tell=self._tell, **BATCHES)
         self.answered = time.monotonic()  # when a search last came to its end
@@ -135,12 +136,17 @@ class RetrieverReplica:
         if updates.lag_s > LAG_S and not isinstance(updates.failing, StorageError | None):
             raise RuntimeError(f"changes have not been applied for {updates.lag_s:.0f} s: {updates.failing}")
         asked = time.monotonic()
-        canary = self._run("health", lambda: self.serving.now.retriever.retrieve([CANARY_QUERY], k=1))
+        if self.canary is None or self.canary.done():  # one at a time, whoever asks
+            self.canary = asyncio.ensure_future(self._run("health", self._ask_canary))
         try:
-            await asyncio.wait_for(canary, self.canary_deadline_s)
+            await asyncio.wait_for(asyncio.shield(self.canary), self.canary_deadline_s)
         except TimeoutError:
             if self.answered < asked:
                 raise
+
+    def _ask_canary(self) -> None:
+        self.serving.now.retriever.retrieve([CANARY_QUERY], k=1)
+        self.answered = time.monotonic()
 
     @api.get("/", include_in_schema=False)
     async def page(self) -> HTMLResponse:
@@ -305,7 +311,8 @@ class RetrieverReplica:
 def build(settings: AppSettings):
     """The application that serve_config.yaml names. Where replicas do not follow, it names the release, so that one which starts
     after a publication serves what the others serve."""
-    Keys.of(settings.keys)  # refused here, not by replica after replica
+    if Keys.of(settings.keys):  # what is wrong with them is said here, not by replica after replica
+        settings = settings.model_copy(update={"needs_keys": True})
     if settings.release is None and not settings.follow:
         settings = settings.model_copy(update={"release": releases.current(Store(settings.store)).name})
     return RetrieverReplica.bind(settings)

@@ -50,10 +50,19 @@ class Carrier:
         """Carry what came meanwhile to the release that was left: one request where nothing did. For followers."""
         return self._from({name: self._seen[name] for name in self._left})
 
+    def watch(self, release: str) -> None:
+        """From now on `late` carries the changes of this release, too: it was served after this one, so that a way back finds them
+        here already."""
+        if release != self.release:
+            self._seen = {release: 0} | self._seen
+            self._left = self._left | {release}
+
     def _from(self, sources: dict[str, int]) -> Carried:
         total = Carried()
         for source, seen in sources.items():
             start, done = max(seen, self._at.get(source, 0)), Carried()
+            while (source, start + 1) in self.updates.carried:  # known from the series: need not be read again
+                start += 1
             for number, record in enumerate(LiveLog(self.store, source).after(start), start + 1):
                 one = self._one(source, number, record)
                 done = Carried(done.count + one.count, done.skipped + one.skipped)

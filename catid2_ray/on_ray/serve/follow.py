@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from catid2_ray.artifacts import history
+from catid2_ray.artifacts import history, uses
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import CatidError
 from catid2_ray.on_ray.machine import progress
-from catid2_ray.on_ray.serve.opened import Opened
+from catid2_ray.on_ray.serve.opened import AnswersDiffer, Opened
 from catid2_ray.on_ray.serve.settings import AppSettings
 
 _LONGEST_WAIT_S = 300.0
@@ -29,7 +29,7 @@ class Serving:
         self.last: Opened | None = None
         self.refused: tuple[str, str] | None = None
         self._ended, self._seen, self.swaps, self.failures = threading.Event(), 0, 0, 0
-        self.now = self._first() if settings.follows else self._opened(self._named())
+        self.now = self._first() if settings.follows else self._opened(self._named(), checked=False)
         self.now.follow()
         if settings.follows:
             threading.Thread(target=self._follow, name="releases", daemon=True).start()
@@ -41,22 +41,27 @@ class Serving:
         return self._open(self.store, name, self.settings, **options)
 
     def _first(self) -> Opened:
-        """The current release or, where it is refused, the last before it that is not: what other replicas still serve."""
+        """The current release or, where it is refused and nobody serves it, the last before it that is not: what others still
+        serve. Where there is none, answers that differ are better than none."""
         self._seen, name = releases.pointer(self.store)
         releases.current(self.store)  # says what to do where there is none
+        others = uses.of_releases(self.store).get(name, 0)
         try:
             return self._opened(name)
         except CatidError as error:
-            if error.transient:
+            if error.transient or (others and not isinstance(error, AnswersDiffer)):
                 raise
             first = error
-        for earlier in reversed(history.path(history.entries(self.store))[:-1]):
-            try:
-                opened = self._opened(earlier)
-            except CatidError:
-                continue
-            self._refuse(name, first)
-            return opened
+        if not others:
+            for earlier in reversed(history.path(history.entries(self.store))[:-1]):
+                try:
+                    opened = self._opened(earlier)
+                except CatidError:
+                    continue
+                self._refuse(name, first)
+                return opened
+        if isinstance(first, AnswersDiffer):
+            return self._opened(name, checked=False)
         raise first
 
     def look(self) -> bool:
@@ -64,7 +69,9 @@ class Serving:
         number, name = releases.pointer(self.store)
         if number == self._seen or name is None:
             return False
-        if name != self.now.name:
+        if name == self.now.name:
+            self.now.catch_up(waits=True)  # another was current for a while, and may have taken changes
+        else:
             try:
                 self._change(name)
             except Exception as error:
@@ -80,7 +87,7 @@ class Serving:
         began, before = time.monotonic(), self.now
         if self.last is not None and self.last.name == name:
             new = self.last
-            new.catch_up()
+            new.catch_up(waits=True)
         else:
             if self.last is not None:  # three at once would not fit
                 self.last.end()
@@ -88,6 +95,7 @@ class Serving:
             new = self._opened(name, beside=True)
             new.follow()
         self.now, self.last = new, before
+        before.carrier.watch(name)
         self.swaps += 1
         progress.event("serves", release=name, before=before.name, seconds=f"{time.monotonic() - began:.1f}")
 

@@ -34,14 +34,19 @@ class Keys:
             self._keys.append((key.strip().encode(), right))
 
     @classmethod
-    def of(cls, file: str | None) -> "Keys":
-        """Those of the file, else of the environment."""
-        if file is None:
-            return cls(os.environ.get(VARIABLE, ""))
+    def of(cls, file: str | None, *, needed: bool = False) -> "Keys":
+        """Those of the file, else of the environment. Raises InputError where there are none and they are `needed`, as for a
+        service that was deployed with keys: nobody may be let in because a node lacks them."""
         try:
-            return cls(Path(file).read_text(encoding="utf-8"), where=file)
+            keys = cls(os.environ.get(VARIABLE, "")) if file is None else cls(Path(file).read_text("utf-8"), where=file)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"the file of keys {file} cannot be read ({type(error).__name__})") from None
+        if needed and not keys:
+            raise InputError(
+                f"this service has keys, and there are none on this node: {VARIABLE} must be set there, or `keys` name a file that "
+                "every node has"
+            )
+        return keys
 
     def __bool__(self) -> bool:
         return bool(self._keys)

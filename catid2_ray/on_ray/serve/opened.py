@@ -15,7 +15,7 @@ from catid2_ray.artifacts import uses
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.stages import ANSWERS
 from catid2_ray.artifacts.store import Store
-from catid2_ray.errors import CatidError, ReleaseError, StorageError
+from catid2_ray.errors import CatidError, ReleaseError
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
@@ -39,10 +39,20 @@ class OutOfMemory(CatidError):
     transient = True
 
 
-class Opened:
-    """A release, its retriever, and the series of its changes. Raises ArtifactError, ReleaseError, StorageError, OutOfMemory."""
+class AnswersDiffer(ReleaseError):
+    """The release does not answer as it did when it was evaluated."""
 
-    def __init__(self, store: Store, name: str, settings: AppSettings, *, beside: bool = False):
+
+class Opened:
+    """A release, its retriever, and the series of its changes.
+
+    `beside`: another one is served meanwhile, and goes on where this one is refused. `checked`: refuse a release whose answers are
+    not those of its evaluation; else that is only said. Raises ArtifactError, AnswersDiffer, StorageError, OutOfMemory.
+    """
+
+    def __init__(
+        self, store: Store, name: str, settings: AppSettings, *, beside: bool = False, checked: bool = True
+    ):  # fmt: skip
         release = releases.load(store, name)
         self.name, self.created, self.settings = release.name, release.created, settings
         # Before it is opened: gc keeps the releases that replicas name.
@@ -55,32 +65,43 @@ class Opened:
                 releases.release_folder(store, release, releases.default_cache()), device=settings.device,
                 dtype=settings.dtype, weights=settings.weights, normalize=settings.normalize,
             )  # fmt: skip
-            check_answers(self.retriever, stored_answers(store, self.parts), name)
+            try:
+                check_answers(self.retriever, stored_answers(store, self.parts), name)
+            except AnswersDiffer as error:
+                # A deployment that asks for other numbers than were evaluated gets other answers.
+                if checked and not settings.other_numbers:
+                    raise
+                progress.event("answers_differ", release=name, reason=repr(str(error)))
             self.newcomers = Newcomers(store, self.parts)
             self.updates = LiveUpdates(self.retriever, LiveLog(store, name))
             self.puts = Puts(self.updates, self.newcomers)
             self.carrier, self.carried = Carrier(store, self.updates, self.newcomers), False
             self.updates.catch_up()
-            try:
-                self.catch_up()
-            except StorageError as error:
-                if beside:
-                    raise
-                # The first release of a replica is better served without changes of the one before than not at all.
-                progress.event("live_changes_not_carried", release=name, reason=repr(str(error)))
+            self.catch_up(waits=beside)
         except BaseException:
             self.use.end()
             raise
 
-    def catch_up(self) -> None:
-        """Take over the changes of this release and, of the releases before, those that are younger than its catalogue."""
+    def catch_up(self, *, waits: bool) -> None:
+        """Take over the changes of this release and, of the releases before, those that are younger than its catalogue. Where that
+        fails for now, `waits` raises StorageError, so that the release is not served without them; else, and where it will fail
+        again, it is said, and tried again by the follower."""
+        try:
+            self._take_over()
+        except CatidError as error:
+            if waits and error.transient:
+                raise
+            progress.event("live_changes_not_carried", release=self.name, reason=repr(str(error)))
+
+    def _take_over(self) -> None:
+        self.carried = False
         self.carrier.carry()
         self.carried = True
         self.updates.catch_up()
 
     def follow(self) -> None:
         """Go on doing so in a thread, until `end`."""
-        self.updates.follow(self.settings.poll_s, lambda: self.carrier.late() if self.carried else self.catch_up())
+        self.updates.follow(self.settings.poll_s, lambda: self.carrier.late() if self.carried else self._take_over())
 
     def end(self) -> None:
         """Others may delete the release now; who still searches it may go on."""
@@ -98,7 +119,7 @@ def stored_answers(store: Store, parts: dict[str, Manifest]) -> dict[str, list[s
 
 
 def check_answers(retriever: Retriever, answers: dict[str, list[str]], name: str) -> None:
-    """Raise ReleaseError unless the release, before any change, finds SAME_ANSWERS of the products that its evaluation found."""
+    """Raise AnswersDiffer unless the release, before any change, finds SAME_ANSWERS of the products that its evaluation found."""
     if not answers:
         retriever.retrieve([CANARY_QUERY], k=1)
         return
@@ -109,7 +130,7 @@ def check_answers(retriever: Retriever, answers: dict[str, list[str]], name: str
         for query, hits in zip(asked, retriever.retrieve([one[: retriever.max_query_chars] for one in asked], k=k)):
             found += len({hit.product_id for hit in hits} & set(answers[query]))
     if found < SAME_ANSWERS * expected:
-        raise ReleaseError(
+        raise AnswersDiffer(
             f"release {name} gives back {found} of the {expected} products that its evaluation found for {len(queries)} queries, "
             f"less than {SAME_ANSWERS:.0%}: another device, precision or version may be the cause; evaluate it there, or publish "
             "it again"
@@ -119,10 +140,15 @@ def check_answers(retriever: Retriever, answers: dict[str, list[str]], name: str
 def free_memory(
     cgroup: Path = Path("/sys/fs/cgroup"), available: Callable[[], int] = lambda: psutil.virtual_memory().available
 ) -> int:
-    """Bytes that a process may still take: of the machine, and of its control group (version 2) where that is less."""
+    """Bytes that a process may still take: of the machine, and of its control group (version 2) where that is less. Pages of files
+    count as free: the kernel drops them when it needs room."""
     try:
-        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return available() if limit == "max" else min(available(), int(limit) - int(used))
+        limit, used, lines = (
+            (cgroup / name).read_text().strip() for name in ("memory.max", "memory.current", "memory.stat")
+        )
+        stat = dict(line.split() for line in lines.splitlines())
+        used = int(used) - sum(int(stat.get(name, 0)) for name in ("inactive_file", "active_file"))
+        return available() if limit == "max" else min(available(), int(limit) - used)
     except (OSError, ValueError):
         return available()
 

@@ -30,9 +30,18 @@ class AppSettings(BaseModel):
         description="file with one key a line, `read KEY` or `write KEY`, on every node; null = the environment variable "
         "CATID2_KEYS, which holds the same lines; without either everybody may read",
     )
+    needs_keys: bool = Field(
+        False,
+        description="a replica that finds no keys on its node does not start; sets itself where the application is built with keys",
+    )
     poll_s: float = Field(1.0, gt=0, description="seconds between looks for changes that other replicas took")
     follow_s: float = Field(5.0, gt=0, description="seconds between looks for a release that became current")
 
     @property
     def follows(self) -> bool:
         return self.release is None and self.follow
+
+    @property
+    def other_numbers(self) -> bool:
+        """Whether scores are made in another way than when the release was evaluated."""
+        return self.dtype != "float32" or self.weights is not None or self.normalize is not None

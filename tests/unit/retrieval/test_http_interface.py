@@ -271,13 +271,28 @@ def test_every_status_is_documented_with_its_body():
 
 def test_a_busy_replica_is_healthy_and_a_stuck_one_is_not(replica, monkeypatch):
     """Load alone must not kill a replica: its canary may wait, so long as others get their answers."""
+    held, asked = threading.Event(), []
+
+    def retrieve(*_, **__):
+        asked.append(held.wait(60))
+
     monkeypatch.setattr(replica, "canary_deadline_s", 0.05, raising=False)
-    monkeypatch.setattr(replica.serving.now, "retriever", SimpleNamespace(retrieve=lambda *_, **__: time.sleep(0.3)))
-    replica.answered = time.monotonic() + 1  # another search came to its end while the canary waited
-    asyncio.run(replica.check_health())
-    replica.answered = 0.0
-    with pytest.raises(TimeoutError):
-        asyncio.run(replica.check_health())
+    monkeypatch.setattr(replica.serving.now, "retriever", SimpleNamespace(retrieve=retrieve))
+    monkeypatch.setattr(replica, "canary", None, raising=False)
+
+    async def look() -> None:
+        replica.answered = time.monotonic() + 60  # another search came to its end while the canary waited
+        await replica.check_health()
+        replica.answered = 0.0
+        with pytest.raises(TimeoutError):
+            await replica.check_health()
+        held.set()
+        await replica.canary
+        assert replica.answered > 0
+
+    asyncio.run(look())
+    assert asked == [True]  # one canary, however often it is asked for
+    replica.canary = None
 
 
 def test_a_replica_that_cannot_apply_changes_is_replaced_and_one_without_its_store_is_not(replica, monkeypatch):
@@ -344,6 +359,9 @@ def test_keys_that_cannot_be_used_are_refused_without_being_named(tmp_path, monk
         assert "secret" not in str(error.value)
     with pytest.raises(InputError, match="cannot be read"):
         Keys.of(str(tmp_path / "none"))
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(InputError, match="there are none on this node"):
+        Keys.of(None, needed=True)
     with pytest.raises(InputError, match="cannot be read"):
         build(AppSettings(store="s", keys=str(tmp_path / "none")))
 
@@ -356,6 +374,8 @@ def test_a_deployment_that_does_not_follow_names_its_release(monkeypatch):
     assert build(AppSettings(store="s", follow=False)).release == "r-first"
     assert build(AppSettings(store="s", release="r-older")).release == "r-older"
     assert build(AppSettings(store="s")).release is None and AppSettings(store="s").follows
+    monkeypatch.setenv(VARIABLE, "write " + "s" * 16)
+    assert build(AppSettings(store="s")).needs_keys
 
 
 def test_a_port_in_use_is_refused():

@@ -229,7 +229,7 @@ def test_a_retriever_replaces_a_product_and_searches_that_run_see_the_old(served
     assert (hits[1][0].product_id, hits[1][0].title) == ("p4", "copper hose") and len(hits[1]) == 7
     assert sorted(names_of(hits)[0]) == sorted({"new", *(f"p{number}" for number in range(6))})
     assert names_of(retriever.retrieve(["oak"], k=6, filters=[{"column": "price", "from": 99}])) == [["p3"]]
-    old = retriever._answers(["oak table"], before, before.products, 6, [None])[0]
+    old = retriever._answers(["oak table"], before, before.products, 6, [None], retriever.widths_for(6))[0]
     assert old[0].product_id == "p4" and old[0].title == "oak table" and len(old) == 6
     retriever.expansion = type(retriever.expansion)(dense="none", order="value", a=0.0, most=1)
     assert names_of(retriever.retrieve(["oak"], k=6)) == [["p0"]]
