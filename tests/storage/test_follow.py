@@ -1,6 +1,7 @@
 """From one release to the next under a replica: what is opened, refused, kept, and what a request is answered from."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -151,11 +152,11 @@ def test_the_thread_outlives_every_error(store, monkeypatch):
     one = serving(store, follow_s=0.01)
     monkeypatch.setattr(releases, "pointer", lambda store: 1 / 0)
     while one.failures < 3:
-        pass
+        time.sleep(0.01)
     monkeypatch.undo()
     point_at(store, "r-2")
     while one.now.name != "r-2":
-        pass
+        time.sleep(0.01)
     one.end()
 
 
@@ -188,6 +189,22 @@ def test_changes_of_the_release_before_are_carried_before_the_new_one_is_served(
     history.rollback(store, first)
     assert one.look() and one.now.name == first
     assert gone in [hit.product_id for hit in one.now.retriever.retrieve(["hinge"], k=50)[0]]
+    one.end()
+
+
+def test_the_way_back_is_prepared_while_the_new_release_is_served(tmp_path):
+    """The kept release takes over what the new one is told, so that a rollback carries no backlog."""
+    store, first, second = two_releases(tmp_path)
+    history.rollback(store, first)
+    one = Serving(store, AppSettings(store=store.uri, follow_s=1e6, poll_s=1e6))
+    kept, gone = one.now, one.now.retriever.retrieve(["hinge"], k=1)[0][0].product_id
+    history.rollback(store, second)
+    assert one.look()
+    one.now.updates.change(lambda: {"kind": "withdraw", "products": [gone]})
+    assert kept.carrier.late().count == 1 and kept.updates.applied == 1
+    kept.catch_up(waits=True)  # all is carried anew, and the watch goes on
+    one.now.updates.change(lambda: {"kind": "restore", "products": [gone]})
+    assert kept.carrier.late().count == 1 and kept.updates.applied == 2
     one.end()
 
 

@@ -134,7 +134,9 @@ class RetrieverReplica:
         metrics.put("catid2_lag_s", updates.lag_s, release=now.name)
         metrics.put("catid2_swaps", self.serving.swaps)
         if updates.lag_s > LAG_S and not isinstance(updates.failing, StorageError | None):
-            raise RuntimeError(f"changes have not been applied for {updates.lag_s:.0f} s: {updates.failing}")
+            raise RuntimeError(
+                f"changes have not been applied for {updates.lag_s:.0f} s: {updates.failing}; Serve replaces this replica"
+            )
         asked = time.monotonic()
         if self.canary is None or self.canary.done():  # one at a time, whoever asks
             self.canary = asyncio.ensure_future(self._run("health", self._ask_canary))

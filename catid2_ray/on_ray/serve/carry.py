@@ -35,15 +35,17 @@ class Carrier:
         self._seen: dict[str, int] = {}
         self._at: dict[str, int] = {}  # source → its last change that was looked at
         self._left: set[str] = set()
+        self._watched: set[str] = set()
         self._quantizers: dict[str, str | None] = {}
 
     def carry(self) -> Carried:
         """Carry all that is known now: before the release is served, and when the pointer moved back to it. Raises StorageError."""
         moves = history.entries(self.store)
-        self._seen = history.sources(moves, self.release)
+        self._seen = dict.fromkeys(sorted(self._watched), 0) | history.sources(moves, self.release)
         # The release that was left is served by some replicas a while longer.
         lately = [move for move in moves if move.release == self.release and move.after]
         self._left = {lately[0].after.release, lately[-1].after.release} & self._seen.keys() if lately else set()
+        self._left |= self._watched
         return self._from(self._seen)
 
     def late(self) -> Carried:
@@ -54,6 +56,7 @@ class Carrier:
         """From now on `late` carries the changes of this release, too: it was served after this one, so that a way back finds them
         here already."""
         if release != self.release:
+            self._watched.add(release)
             self._seen = {release: 0} | self._seen
             self._left = self._left | {release}
 

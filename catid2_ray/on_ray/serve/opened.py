@@ -83,9 +83,10 @@ class Opened:
             raise
 
     def catch_up(self, *, waits: bool) -> None:
-        """Take over the changes of this release and, of the releases before, those that are younger than its catalogue. Where that
-        fails for now, `waits` raises StorageError, so that the release is not served without them; else, and where it will fail
-        again, it is said, and tried again by the follower."""
+        """Take over the changes of this release and, of the releases before, those that are younger than its catalogue.
+
+        With `waits`, an error that may pass (the store is away) is raised, so that the release is not served without them. Any
+        other error is logged, the release is served, and the follower tries again."""
         try:
             self._take_over()
         except CatidError as error:
