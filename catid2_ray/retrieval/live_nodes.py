@@ -87,7 +87,10 @@ class NodesOfView:
     @cached_property
     def depths(self) -> tuple[Depth, ...]:
         """One for each depth with means, empty while nothing has changed. Made at the first search of a view."""
-        return tuple(self._depth(depth, moved) for depth, moved in enumerate(self.moved, 1))
+        moved = self.moved
+        if not moved and self.inserted is not None:  # all that was inserted is withdrawn, and nothing else has moved
+            moved = [_Moved.none(self.base.width) for _ in self.base.means]
+        return tuple(self._depth(depth, one) for depth, one in enumerate(moved, 1))
 
     def _depth(self, depth: int, moved: _Moved) -> Depth:
         # Nodes of a depth are in the order of their prefixes.
@@ -96,8 +99,9 @@ class NodesOfView:
         if inserted is not None:
             first_n = inserted.arrays.row_start[depth][:-1]
             packed_n = inserted.space.prefix_of(inserted.packed_D[first_n], depth)
-            at_n = np.minimum(np.searchsorted(moved.packed_M, packed_n), len(moved.packed_M) - 1)
-            slot_n = np.where(moved.packed_M[at_n] == packed_n, moved.slot_M[at_n], 0)
+            at_n = np.searchsorted(moved.packed_M, packed_n)
+            known_n = np.append(moved.packed_M, -1)[at_n] == packed_n
+            slot_n = np.where(known_n, np.append(moved.slot_M, 0)[at_n], 0)
         return Depth(moved.node_M[of_base], moved.slot_M[of_base], slot_n, moved.vectors.rows)
 
     @staticmethod

@@ -24,8 +24,10 @@ from catid2_ray.retrieval.products import Newcomer, Products
 def followed(view: LiveView, gone: np.ndarray, come: np.ndarray) -> LiveView:
     """The view with the vectors of its nodes, from one in which the rows `gone` were live and `come` were not."""
     rows = np.concatenate((gone, come))
-    if view.nodes is None or not len(rows):
+    if view.nodes is None or (not len(rows) and view.nodes.inserted is view.inserted):
         return view
+    if not len(rows):
+        return replace(view, nodes=replace(view.nodes, inserted=view.inserted))
     return replace(
         view, nodes=view.nodes.with_rows(view, rows, np.arange(len(rows)) >= len(gone), codes_of(view, rows))
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from catid2_ray.errors import CapacityError, InputError
@@ -97,6 +97,7 @@ def shown(live, trie, nodes):
 
 @settings(max_examples=40, deadline=None)
 @given(changes=st.lists(CHANGE, max_size=25), later=st.lists(CHANGE, max_size=6), spare=st.sampled_from([0, 2]))
+@example(changes=[("put", 7, 6, 0), ("withdraw", 7, 0, 0)], later=[], spare=0)  # nothing live has come or gone
 def test_a_state_restored_and_rows_left_out_answer_as_before(changes, later, spare, tmp_path_factory):
     trie, options = release()
     nodes = NodeVectors.write(tmp_path_factory.mktemp("nodes"), trie, options["products"].base_vectors, depth=2)
