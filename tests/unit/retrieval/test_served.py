@@ -240,7 +240,9 @@ def test_products_inserted_live_are_found_by_their_titles(served, tmp_path, monk
 def test_a_state_in_which_every_newcomer_is_withdrawn_is_searched(served, tmp_path):
     ahead = {"search": "lookahead", "lookahead": {"logp_weight": 0.1}, "expansion": None, "stop_level": None}
     folder = copy(served, tmp_path, **ahead)
-    NodeVectors.write(folder / "node_vectors", Trie.open(folder / "trie"), VectorStore.open(folder / "vectors"), depth=2)
+    NodeVectors.write(
+        folder / "node_vectors", Trie.open(folder / "trie"), VectorStore.open(folder / "vectors"), depth=2
+    )
     first, restored = (Retriever.open(folder, encode_query=encode) for _ in range(2))
     first.put([Newcomer("n", "oak hinge")], [(1, 3)])
     first.withdraw(["n"])
