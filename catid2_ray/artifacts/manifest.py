@@ -138,8 +138,8 @@ def _refuse_damaged(store: Store, name: str, fields: dict, manifest: Manifest) -
         intact = check == digest_of({**fields, "metrics": metrics})
     if not intact:
         raise ArtifactError(
-            f"{store.uri_of(name)} is not as it was written (SHA-256 differs): a damaged disk or object, or an edit by hand. Delete "
-            "its folder and rerun the job"
+            f"{store.uri_of(name)} is not as it was written (SHA-256 differs): a damaged disk or object, or an edit by hand. "
+            "Delete its folder and rerun the job"
         )
 
 
@@ -239,8 +239,8 @@ def refuse_other(store: Store, manifest: Manifest, entry: dict, digest: str) -> 
     """Raise ArtifactError unless a file's digest is what its manifest says."""
     if digest != entry["sha256"]:
         raise ArtifactError(
-            f"{store.uri_of(manifest.file(entry['name']))} is not what its manifest says (SHA-256 differs): a damaged disk or object, "
-            "or an edit by hand. Delete its folder and rerun the job"
+            f"{store.uri_of(manifest.file(entry['name']))} is not what its manifest says (SHA-256 differs): a damaged disk or "
+            "object, or an edit by hand. Delete its folder and rerun the job"
         )
 
 

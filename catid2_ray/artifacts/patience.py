@@ -14,16 +14,19 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 8.0
 
 # Codes of S3, and what pyarrow's client makes of them in its messages.
 _REFUSED = re.compile(
-    r"AccessDenied|ACCESS_DENIED|Access Denied|Forbidden|ExpiredToken|expired|InvalidAccessKeyId|INVALID_ACCESS_KEY_ID"
-    r"|SignatureDoesNotMatch|SIGNATURE_DOES_NOT_MATCH|InvalidToken|InvalidClientTokenId|INVALID_CLIENT_TOKEN_ID|RequestTimeTooSkewed"
-    r"|REQUEST_TIME_TOO_SKEWED|AccountProblem|AllAccessDisabled|NoCredentialsError|Unable to locate credentials|HTTP status 40[013]",
+    r"AccessDenied|ACCESS_DENIED|Access Denied|ExpiredToken|TokenRefreshRequired|InvalidAccessKeyId|INVALID_ACCESS_KEY_ID"
+    r"|SignatureDoesNotMatch|SIGNATURE_DOES_NOT_MATCH|InvalidToken|InvalidClientTokenId|INVALID_CLIENT_TOKEN_ID"
+    r"|RequestTimeTooSkewed|REQUEST_TIME_TOO_SKEWED|AccountProblem|AllAccessDisabled|NoCredentialsError"
+    r"|Unable to locate credentials|HTTP status 40[013]",
 )
 _PASSES = re.compile(
     r"SlowDown|SLOW_DOWN|reduce your request rate|InternalError|INTERNAL_FAILURE|ServiceUnavailable|SERVICE_UNAVAILABLE"
     r"|RequestTimeout\b|REQUEST_TIMEOUT|Throttl|THROTTLING|TooManyRequests|BandwidthLimitExceeded|OperationAborted|NETWORK_CONNECTION"
     r"|HTTP status (408|429|5\d\d)|Connection (reset|refused|aborted)|IncompleteRead"
 )
-_BY_NAME = re.compile(r"Timeout|Connection|HTTPClientError|IncompleteRead|ResponseStreaming|ClientPayload|ResponseParser|ServerDisconnected")
+_BY_NAME = re.compile(
+    r"Timeout|Connection|HTTPClientError|IncompleteRead|ResponseStreaming|ClientPayload|ResponseParser|ServerDisconnected"
+)
 
 
 class GaveUp(OSError):

@@ -97,9 +97,7 @@ def publish(
     # Pairs that lie in the catalogue of an older release are no part of their own.
     own = [part for part in PARTS if part in manifests and manifests[part].kind == part]
     parts = {part: {"key": manifests[part].key, "digest": manifests[part].digest} for part in own}
-    release = Release(
-        name=_name_of(parts), parts=parts, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    )
+    release = Release(name=_name_of(parts), parts=parts, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     number, current = pointer(store)
     if current == release.name:
         return load(store, current), False
@@ -208,8 +206,8 @@ _PROVEN: set[tuple] = set()  # of this process: (folder, digest, below) of what 
 
 
 def fetch(store: Store, manifest: Manifest, cache: Path, *, below: tuple[str, ...] = ("",)) -> Path:
-    """A local folder with the artefact's files. Local stores are read in place, and verified by SHA-256 once in a process; from S3 it
-    is copied once per node.
+    """A local folder with the artefact's files. Local stores are read in place, and verified by SHA-256 once in a process; from
+    S3 it is copied once per node.
 
     `below`: only files whose names begin so; serving, for one, does not need the parts.
 

@@ -19,9 +19,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -31,6 +31,8 @@ import pyarrow.parquet as pq
 from catid2_ray.artifacts import patience
 from catid2_ray.artifacts.s3 import LiteralHandler, arrow_client, delete_below, pages
 from catid2_ray.errors import ArtifactError, CommitConflict, InputError, StorageDenied, StorageError
+
+T = TypeVar("T")
 
 # S3-compatible servers (Ceph, rclone) answer 411 to the chunked checksums that newer clients send by default.
 S3_ENVIRONMENT = {
@@ -186,7 +188,9 @@ class Store:
                 "read, write and delete below this prefix, and this machine's clock; then run the same command to go on"
             )
         if patience.passes(error) and self.fs.answered:
-            return StorageError(f"{message}; it answered before, so it is busy or away: run the same command later to go on")
+            return StorageError(
+                f"{message}; it answered before, so it is busy or away: run the same command later to go on"
+            )
         return StorageError(
             f"{message}; check AWS_ENDPOINT_URL, the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and that the bucket "
             "exists"
@@ -383,16 +387,18 @@ class Store:
             except pa.ArrowInvalid as error:
                 raise InputError(f"{self.uri_of(name)} is not a whole parquet file: {error}") from None
 
-    @contextlib.contextmanager
-    def open(self, name: str):
-        """An Arrow file for reading at random; a local one is mapped into memory, not read."""
-        with self._doing("read", name):
-            if self.is_s3:
-                opened = self._patiently(lambda: self._reader.open_input_file(self.path(name)))
-            else:
-                opened = pa.memory_map(self.path(name))
+    def read_with(self, name: str, use: Callable[[pa.NativeFile], T]) -> T:
+        """What `use` gives for an Arrow file that is read at random, asked again where reading breaks off; a local one is mapped
+        into memory, not read.
+        """
+
+        def attempt() -> T:
+            opened = self._reader.open_input_file(self.path(name)) if self.is_s3 else pa.memory_map(self.path(name))
             with opened as source:
-                yield source
+                return use(source)
+
+        with self._doing("read", name):
+            return self._patiently(attempt)
 
     @contextlib.contextmanager
     def open_stream(self, name: str):
@@ -407,9 +413,7 @@ class Store:
         """
         with self._doing("read", name):
             try:
-                opened = self._patiently(
-                    lambda: _Parquet(self.path(name), filesystem=self._reader, buffer_size=buffer)
-                )
+                opened = self._patiently(lambda: _Parquet(self.path(name), filesystem=self._reader, buffer_size=buffer))
                 opened.store, opened.name = self, name
                 return opened
             except pa.ArrowInvalid as error:
@@ -509,12 +513,14 @@ class _Parquet(pq.ParquetFile):
             yield from super().iter_batches(*arguments, **options)
 
     def read_row_group(self, *arguments, **options):
+        read = super().read_row_group
         with self._reading():
-            return super().read_row_group(*arguments, **options)
+            return self.store._patiently(lambda: read(*arguments, **options))
 
     def read_row_groups(self, *arguments, **options):
+        read = super().read_row_groups
         with self._reading():
-            return super().read_row_groups(*arguments, **options)
+            return self.store._patiently(lambda: read(*arguments, **options))
 
     @contextlib.contextmanager
     def _reading(self):

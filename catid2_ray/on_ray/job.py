@@ -68,10 +68,10 @@ class Job:
     already, else an ArtifactError names the job to run first. `plan`: the stages that the recipe asks for, in their order, by
     which bars and log lines count them; empty where they are not counted. A stage has the name of the kind that it makes, but for
     "aligned", which makes a generator of a generator. `made` tells which stages ran, `committed` the keys of those that
-    are there, made or found, `proven` the folders whose bytes it knows. `previous`: the release that is built on; `pointer`: how often something had been published when
-    the work began, and `seen` how many live changes each release had then. `younger`: how
-    many came since, known once it has published. `new_ledger`: a ledger may be begun anew where that of the previous release
-    cannot be continued.
+    are there, made or found, `proven` the folders whose bytes it knows. `previous`: the release that is built on; `pointer`:
+    how often something had been published when the work began, and `seen` how many live changes each release had then.
+    `younger`: how many came since, known once it has published. `new_ledger`: a ledger may be begun anew where that of the
+    previous release cannot be continued.
     `resize`: numbers that follow the catalogue's size are chosen anew, whatever the release has.
     `refit_encoder`: a fitted text encoder is fitted anew; `refresh_adapter`: so is the adapter. `lease`: that of the store;
     None for a job that only reads or compares. `say`: where the lines of the log go.

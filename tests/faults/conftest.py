@@ -1,5 +1,5 @@
-"""Everything here is marked `faults`. `s3`: a server of S3 for the session; `undisturbed`: the digests of the small recipe's parts as
-a run without faults made them, in this process and without Ray."""
+"""Everything here is marked `faults`. `s3`: a server of S3 for the session; `undisturbed`: the digests of the small recipe's parts
+as a run without faults made them, in this process and without Ray."""
 
 import copy
 import time

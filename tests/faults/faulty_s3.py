@@ -103,13 +103,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.proxy.upstream.hostname, self.proxy.upstream.port, timeout=60)
-        headers = {
-            name: value for name, value in self.headers.items() if name.lower() not in ("connection", "expect")
-        }
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in ("connection", "expect")}
         connection.request(self.command, self.path, body=body or None, headers=headers)
         answer = connection.getresponse()
         data = answer.read()
-        kept = {name: value for name, value in answer.getheaders() if name.lower() not in ("connection", "date", "server")}
+        kept = {
+            name: value for name, value in answer.getheaders() if name.lower() not in ("connection", "date", "server")
+        }
         connection.close()
         return answer.status, kept, data
 

@@ -58,5 +58,6 @@ def pytest_terminal_summary(terminalreporter, config):
             "# Faults, and what they cost\n\n"
             f"Written by `make test-faults` on {day}: {cores} cores ({platform.machine()}), {minutes:.0f} minutes, two tests at a "
             "time.\nEach row is one test with a fixed seed. *Seconds of work lost*: what was done twice, or waited for. *Rows "
-            "lost*: products, changes or\nanswers that a run without the fault has and this one has not.\n\n" + _table(rows)
+            "lost*: products, changes or\nanswers that a run without the fault has and this one has not.\n\n"
+            + _table(rows)
         )

@@ -24,15 +24,18 @@ from catid2_ray.on_ray.serve.settings import AppSettings
 from tests.in_process import without_ray
 
 ALIGNMENT = {
-    "enabled": True, "steps": 2, "report_every": 2, "updates": 1, "batch": 8, "group": 2, "injected": 1, "workers": 1, "validation_queries": 4,
-    "judged_max": 8, "max_failures": 0, "ranker": "tests.jobs.test_align:ranked",
+    "enabled": True, "steps": 2, "report_every": 2, "updates": 1, "batch": 8, "group": 2, "injected": 1, "workers": 1,
+    "validation_queries": 4, "judged_max": 8, "max_failures": 0, "ranker": "tests.jobs.test_align:ranked",
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def made(small_recipe, tmp_path_factory):
     """A store with a release that has an artefact of every stage; the recipe and the store."""
-    values = copy.deepcopy(small_recipe) | {"store": str(tmp_path_factory.mktemp("flipped") / "store"), "alignment": ALIGNMENT}
+    values = copy.deepcopy(small_recipe) | {
+        "store": str(tmp_path_factory.mktemp("flipped") / "store"),
+        "alignment": ALIGNMENT,
+    }
     values["embedding"]["adapter"] = "linear"
     values["quantizer"]["query_item"] = 0.1
     with pytest.MonkeyPatch.context() as patch, without_ray():
@@ -64,9 +67,7 @@ def flip(path: Path, seed: str) -> bytes:
 def read_again(recipe: Recipe, store: Store, manifest: Manifest) -> None:
     """Whatever reads it next: a stage made of it, whose result is gone, or else a replica."""
     everything = [
-        artifact.find(store, kind, key)
-        for kind in store.names("artifacts")
-        for key in store.names(f"artifacts/{kind}")
+        artifact.find(store, kind, key) for kind in store.names("artifacts") for key in store.names(f"artifacts/{kind}")
     ]
     readers = [one for one in everything if manifest.digest in one.parents.values()]
     if not readers:
@@ -124,4 +125,9 @@ def test_flipped_bits_in_manifests_and_records_are_named(made, fault):
             releases.load(store, name)
         times += 1
     store.write(f"releases/{name}.json", json.dumps(text).encode())
-    fault("a bit flipped in a manifest or a record", times=times, outcome="refused by name", lost_s=time.monotonic() - started)
+    fault(
+        "a bit flipped in a manifest or a record",
+        times=times,
+        outcome="refused by name",
+        lost_s=time.monotonic() - started,
+    )

@@ -38,6 +38,7 @@ def set_in(proxy, **faults) -> None:
         setattr(proxy, name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, faults",
     [
@@ -58,6 +59,7 @@ def test_a_whole_job_on_a_store_that_fails_now_and_then(bad, recipe, undisturbed
     fault(name, times=sum(bad.injected.values()), outcome="same digests", lost_s=max(0.0, seconds - undisturbed[1]))
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_for_some_seconds_three_times(bad, recipe, undisturbed, fault):
     def go_away(number: int) -> None:
         if number in (40, 130, 260):
@@ -71,6 +73,7 @@ def test_a_store_that_is_away_for_some_seconds_three_times(bad, recipe, undistur
     fault("a blackout of 4 s in a job", times=3, outcome="same digests", lost_s=max(0.0, seconds - undisturbed[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code, cause", [(400, "ExpiredToken"), (403, "AccessDenied")])
 def test_credentials_that_end_midway_are_named_and_the_same_command_goes_on(
     bad, recipe, undisturbed, fault, code, cause
@@ -90,7 +93,12 @@ def test_credentials_that_end_midway_are_named_and_the_same_command_goes_on(
     again = time.monotonic() - started
     assert digests(Store(recipe.store)) == undisturbed[0]
     lost_s = max(0.0, seconds + again - undisturbed[1])
-    fault(f"credentials end midway ({cause})", times=1, outcome="refused by name; a rerun ends in the same digests", lost_s=lost_s)
+    fault(
+        f"credentials end midway ({cause})",
+        times=1,
+        outcome="refused by name; a rerun ends in the same digests",
+        lost_s=lost_s,
+    )
 
 
 @pytest.fixture
@@ -101,9 +109,10 @@ def store(bad, s3, tmp_path) -> Store:
 
 
 ASKED = {
-    "check": (), "exists": ("table.parquet",), "listing": ("",), "names": ("",), "size": ("table.parquet",), "read": ("table.parquet",),
+    "check": (), "exists": ("table.parquet",), "listing": ("",), "names": ("",), "size": ("table.parquet",),
+    "read": ("table.parquet",),
     "write": ("new", b"x"), "create": ("made", b"x"), "delete": ("new",), "read_table": ("table.parquet",),
-    "parquet_file": ("table.parquet",), "fingerprint": ("table.parquet",),
+    "parquet_file": ("table.parquet",), "sha256": ("table.parquet",), "fingerprint": ("table.parquet",),
 }  # fmt: skip
 
 
@@ -113,7 +122,9 @@ def test_a_refusal_is_asked_once_and_a_busy_store_for_as_long_as_it_has_patience
     with pytest.raises(StorageDenied, match=f"{store.uri}.*credentials"):
         getattr(store, action)(*ASKED[action])
     asked = bad.requests - before
-    assert asked <= (2 if action == "create" else 1), "a refusal is not tried again; create also looks whether it did write"
+    assert asked <= (2 if action == "create" else 1), (
+        "a refusal is not tried again; create also looks whether it did write"
+    )
     bad.refuses, bad.errors, before, started = 0, 1.0, bad.requests, time.monotonic()
     with pytest.raises(StorageError, match=f"{store.uri}.*it answered before, so it is busy or away") as caught:
         getattr(store, action)(*ASKED[action])
@@ -124,9 +135,12 @@ def test_a_refusal_is_asked_once_and_a_busy_store_for_as_long_as_it_has_patience
 
 
 def test_of_a_create_whose_reply_is_lost_the_writer_knows_that_it_was_its_own(bad, store, fault):
-    bad.cuts, lost = 1.0, 0
+    def once(number: int) -> None:
+        if bad.injected["reply lost"] > lost:
+            bad.cuts = 0.0
+
+    bad.hook, lost = once, 0
     for number in range(12):
-        bad.hook = lambda _: set_in(bad, cuts=0.0) if bad.injected["reply lost"] > lost else None
         bad.cuts = 1.0
         store.create(f"made/{number}", str(number).encode())
         lost = bad.injected["reply lost"]
@@ -163,9 +177,16 @@ def test_what_never_answered_is_a_wrong_address_and_what_answered_is_away(s3, mo
 
 
 def test_what_is_refused_and_what_passes():
-    for error in (ConnectionResetError("x"), TimeoutError(), OSError("AWS Error SLOW_DOWN during GetObject operation: x")):
+    for error in (
+        ConnectionResetError("x"),
+        TimeoutError(),
+        OSError("AWS Error SLOW_DOWN during GetObject operation: x"),
+    ):
         assert patience.passes(error) and not patience.is_refusal(error)
-    for error in (PermissionError("x"), OSError("AWS Error ACCESS_DENIED during HeadObject operation: No response body.")):
+    for error in (
+        PermissionError("x"),
+        OSError("AWS Error ACCESS_DENIED during HeadObject operation: No response body."),
+    ):
         assert patience.is_refusal(error) and not patience.passes(error)
     for error in (FileNotFoundError("x"), OSError(28, "No space left on device"), ValueError("x")):
         assert not patience.passes(error) and not patience.is_refusal(error)
