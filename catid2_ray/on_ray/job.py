@@ -110,6 +110,8 @@ class Job:
         preflight.refuse(recipe, aligns="aligned" in only)
         store = Store(recipe.store)
         store.check()
+        if lease:
+            preflight.check_store(store)
         job = cls(recipe=recipe, store=store, only=frozenset(only), **choices)
         with contextlib.ExitStack() as ends:
             ends.enter_context(signals.stoppable(job.account))

@@ -14,7 +14,7 @@ from catid2_ray.artifacts.manifest import Attempt
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
 from catid2_ray.errors import CatidError, CollapseError, TrainingError, WorkerDied
-from catid2_ray.on_ray.machine import progress, signals
+from catid2_ray.on_ray.machine import preflight, progress, signals
 from catid2_ray.on_ray.machine.cluster import on_pool
 from catid2_ray.on_ray.machine.parts import our_error
 from catid2_ray.on_ray.training import checkpoints
@@ -172,6 +172,7 @@ def _cause(error: Exception, label: str) -> CatidError:
 
 
 def _loop(config: dict) -> None:
+    preflight.refuse_other_versions()
     run: Run = ray.cloudpickle.loads(config["run"])
     context = ray.train.get_context()
     rank = context.get_world_rank()
