@@ -21,8 +21,8 @@ def check(store: Store) -> float:
         with contextlib.suppress(CommitConflict):
             store.create(name, b"two")
             raise StorageError(
-                f"{store.uri} overwrote an object that was to be written only if absent (If-None-Match: *): two jobs could both commit "
-                "there. Use a store that knows conditional writes (AWS S3, Ceph from 19, MinIO, or a file system with hard "
+                f"{store.uri} overwrote an object that was to be written only if absent (If-None-Match: *): two jobs could both "
+                "commit there. Use a store that knows conditional writes (AWS S3, Ceph from 19, MinIO, or a file system with hard "
                 "links)"
             )
         if store.read(name) != b"one":
