@@ -14,7 +14,7 @@ from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, FormatError, ReleaseError, StorageError
-from catid2_ray.on_ray.machine import cluster, preflight, progress, signals
+from catid2_ray.on_ray.machine import cluster, preflight, progress, scarce, signals
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,12 @@ class Job:
         try:
             with progress.at_position(position):
                 manifest = work(attempt)
-        except BaseException:
+        except BaseException as error:
             # A store that is away must not take the place of the cause.
             with contextlib.suppress(StorageError), self.store.impatient():
                 self.store.delete_folder(attempt.name("exchange"))
+            if scarce_error := scarce.named(error, stage):
+                raise scarce_error from error
             raise
         self.made.append(stage)
         self.proven.add(manifest.folder)

@@ -1,10 +1,9 @@
-"""A head and four nodes on one machine, each in a folder and with a cache of its own; tokens are asked for. A node is killed in each
-stage that works on several, and the driver too: the IDs and the release are, bit for bit, those of a run that nobody disturbed.
+"""A head and four nodes on one machine, each in a folder and with a cache of its own. A node is killed in each stage that works
+on several, and the driver too: the IDs and the release are, bit for bit, those of a run that nobody disturbed.
 """
 
 import os
 import re
-import secrets
 import subprocess
 import sys
 import threading
@@ -70,8 +69,9 @@ class Nodes:
 
 @pytest.fixture
 def nodes(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv(
+        "RAY_AUTH_MODE", "disabled"
+    )  # as this process was when it imported Ray; tokens: jobs/test_submit.py
     monkeypatch.setenv("RAY_worker_maximum_startup_concurrency", "2")
     made = Nodes(tmp_path_factory.mktemp("nodes"))
     monkeypatch.setenv("RAY_ADDRESS", made.cluster.address)
@@ -189,15 +189,6 @@ def _lost(shown: str, name: str) -> float:
 def _again(job: Job) -> float:
     """Seconds until the training went on, from where its last checkpoint was."""
     return next((time.monotonic() - job.started for line in job.lines if "event=resume" in line), 0.0)
-
-
-def test_who_has_no_token_or_another_one_is_refused(nodes, tiny, tmp_path, fault):
-    recipe = write_recipe(tmp_path, tiny | {"store": str(tmp_path / "store")})
-    for number, environment in enumerate(({"RAY_AUTH_TOKEN": secrets.token_hex(32)}, {"RAY_AUTH_MODE": "disabled"})):
-        job = Job(recipe, tmp_path / f"driver{number}", **environment)
-        assert job.end(300) != 0 and not Store(tmp_path / "store").exists("artifacts"), job.shown()[-2000:]
-        assert re.search("(?i)authentica|token|unauthorized", job.shown()), job.shown()[-2000:]
-    fault("a client without the cluster's token", times=2, outcome="refused before any work", lost_s=0)
 
 
 def test_a_path_that_only_the_driver_sees_is_found_out(nodes, tiny, tmp_path, fault):

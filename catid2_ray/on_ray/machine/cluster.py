@@ -29,6 +29,8 @@ _PRIVATE_RAY = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_worker_maximum_startup_concurrency": "4",
     # An epoch's checkpoint waits for the controller's next look; and nobody takes the machine that one runs on oneself away.
+    # A task that the machine has no memory for would else be tried for ever.
+    "RAY_task_oom_retries": "2",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
