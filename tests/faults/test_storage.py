@@ -169,7 +169,7 @@ def test_what_never_answered_is_a_wrong_address_and_what_answered_is_away(s3, mo
         store, started = Store(f"{s3[1]}/{tmp_path.name}"), time.monotonic()
         with pytest.raises(StorageError, match="check AWS_ENDPOINT_URL"):
             store.read("x")
-        assert time.monotonic() - started < 15, "the patience of 90 s is for a store that was there"
+        assert time.monotonic() - started < 60, "the patience of 90 s is for a store that was there"
         proxy.away_until = 0.0
         store.check()
         worker = pickle.loads(pickle.dumps(store))
