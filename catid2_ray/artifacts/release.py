@@ -97,7 +97,9 @@ def publish(
     # Pairs that lie in the catalogue of an older release are no part of their own.
     own = [part for part in PARTS if part in manifests and manifests[part].kind == part]
     parts = {part: {"key": manifests[part].key, "digest": manifests[part].digest} for part in own}
-    release = Release(name=f"r-{digest_of(parts)[:12]}", parts=parts, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    release = Release(
+        name=f"r-{digest_of(parts)[:12]}", parts=parts, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    )
     number, current = pointer(store)
     if current == release.name:
         return load(store, current), False

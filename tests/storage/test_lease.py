@@ -135,14 +135,16 @@ def test_a_heart_that_beats_keeps_it(store):
 
 
 @pytest.mark.faults
-def test_a_killed_process_of_this_machine_holds_nothing(store):
+def test_a_killed_process_of_this_machine_holds_nothing(store, fault):
     process = subprocess.Popen([sys.executable, "-c", HOLD, store.uri], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout.readline() == "held\n"
     with pytest.raises(LeaseError, match=f"killed job by .* pid {process.pid}"):
         lease.take(store)
     process.kill()
     process.wait()
+    started = time.monotonic()
     lease.take(store).release()
+    fault("the holder of a lease killed", times=1, outcome="free at once", lost_s=time.monotonic() - started)
 
 
 def test_a_process_that_got_the_number_of_a_dead_one_is_another():
@@ -165,7 +167,7 @@ def test_wait_begins_when_the_holder_ends(store):
 
 
 @pytest.mark.faults
-def test_a_store_that_is_away_for_a_while_costs_nothing(local_store, monkeypatch):
+def test_a_store_that_is_away_for_a_while_costs_nothing(local_store, monkeypatch, fault):
     failures = []
 
     def fails(*_, **__):
@@ -180,6 +182,7 @@ def test_a_store_that_is_away_for_a_while_costs_nothing(local_store, monkeypatch
         time.sleep(0.1)
         assert "0000000001.heartbeat" in local_store.names("lease")
         held.check()
+    fault("heartbeats that cannot be written", times=len(failures), outcome="the lease is kept", lost_s=0)
 
 
 def test_one_that_looked_long_ago_does_not_take_a_number_of_the_past(local_store):
