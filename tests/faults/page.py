@@ -57,7 +57,7 @@ def pytest_terminal_summary(terminalreporter, config):
         Path(page).write_text(
             "# Faults, and what they cost\n\n"
             f"Written by `make test-faults` (tests marked `{config.option.markexpr}`) on {day}: {cores} cores "
-            f"({platform.machine()}), {minutes:.0f} minutes.\nEach row is one test with a fixed seed. *Seconds of work lost*: what was done twice, or waited for. *Rows "
-            "lost*: products, changes or\nanswers that a run without the fault has and this one has not.\n\n"
-            + _table(rows)
+            f"({platform.machine()}), {minutes:.0f} minutes.\n"
+            "Each row is one test with a fixed seed. *Seconds of work lost*: what was done twice, or waited for. *Rows lost*: products,\n"
+            "changes or answers that a run without the fault has and this one has not.\n\n" + _table(rows)
         )

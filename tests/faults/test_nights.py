@@ -69,14 +69,14 @@ def run_once(words: list[str], environment: dict, kill_at: int | None) -> tuple[
 
 
 def ids_of(store: Store) -> dict[str, tuple]:
-    """Product → the codes of its ID in the current release, of products that have not gone."""
+    """Product → the codes of its ID in the current release."""
     ids = releases.current(store).manifests(store)["ids"]
-    tables = [store.read_table(ids.file(entry["name"])) for entry in ids.parts()]
+    columns = ["product_id", "codes"]
+    tables = [store.read_table(ids.file(entry["name"]), columns=columns) for entry in ids.parts()]
     return {
         name: tuple(codes)
         for table in tables
-        for name, codes, status in zip(*(table[c].to_pylist() for c in ("product_id", "codes", "status")))
-        if status != "gone"
+        for name, codes in zip(*(table[column].to_pylist() for column in columns))
     }
 
 
