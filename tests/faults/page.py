@@ -59,5 +59,6 @@ def pytest_terminal_summary(terminalreporter, config):
             f"Written by `make test-faults` (tests marked `{config.option.markexpr}`) on {day}: {cores} cores "
             f"({platform.machine()}), {minutes:.0f} minutes.\n"
             "Each row is one test with a fixed seed. *Seconds of work lost*: what was done twice, or waited for.\n"
-            "*Rows lost*: products, changes or answers that a run without the fault has and this one has not.\n\n" + _table(rows)
+            "*Rows lost*: products, changes or answers that a run without the fault has and this one has not.\n\n"
+            + _table(rows)
         )

@@ -90,7 +90,8 @@ def test_of_many_at_once_one_gets_it(store):
     held[0].release()
 
 
-def test_it_may_be_taken_when_the_heartbeat_is_older_than_the_expiry_and_not_before(store, clock, monkeypatch):
+@pytest.mark.faults
+def test_it_may_be_taken_when_the_heartbeat_is_older_than_the_expiry_and_not_before(store, clock, monkeypatch, fault):
     hung = of_another_machine(store, monkeypatch, expires_s=60)
     clock.ahead_s = 50
     with pytest.raises(LeaseError, match="by .*@node7.*its last heartbeat was 5[01] s ago.*its lease ends 60 s after"):
@@ -115,9 +116,16 @@ def test_it_may_be_taken_when_the_heartbeat_is_older_than_the_expiry_and_not_bef
         clock.ahead_s = 0
         with pytest.raises(LeaseError, match="catid2 append"):
             lease.take(store)
+    fault(
+        "a holder of the lease on another machine hangs",
+        times=1,
+        outcome="taken after 60 s; it commits nothing",
+        lost_s=60,
+    )
 
 
-def test_the_clocks_of_machines_do_not_matter(local_store, monkeypatch):
+@pytest.mark.faults
+def test_the_clocks_of_machines_do_not_matter(local_store, monkeypatch, fault):
     of_another_machine(local_store, monkeypatch)
     for wrong in (-1e6, 1e6):
         with monkeypatch.context() as patch:
@@ -125,6 +133,7 @@ def test_the_clocks_of_machines_do_not_matter(local_store, monkeypatch):
             patch.setattr(time, "time", lambda now=now, wrong=wrong: now + wrong)
             with pytest.raises(LeaseError, match=r"last heartbeat was \d s ago"):
                 lease.take(local_store)
+    fault("a clock that is 12 days off", times=2, outcome="the lease goes by the store's clock", lost_s=0)
 
 
 def test_a_heart_that_beats_keeps_it(store):
