@@ -99,6 +99,41 @@ def test_a_bad_release_is_refused_once_and_the_old_one_stays(store, capfd):
     assert one.look() and one.now.name == "r-3" and one.refused is None
 
 
+def test_a_refused_candidate_costs_no_way_back(store):
+    point_at(store, "r-1")
+    one = serving(store, [(ReleaseError, {"r-3"})])
+    point_at(store, "r-2")
+    assert one.look()
+    first = one.last
+    point_at(store, "r-3")
+    assert not one.look() and one.refused[0] == "r-3" and one.last is first and not first.ended
+    point_at(store, "r-1")
+    assert one.look() and one.now is first
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_the_last_makes_room_where_three_do_not_fit_and_comes_back(store, bad):
+    point_at(store, "r-1")
+    full, asked = set(), AppSettings(store=store.uri, follow_s=1e6)
+
+    def open_one(store, name, settings, **options):
+        if name in full and one.last is not None:
+            raise OutOfMemory("no room")
+        return Fake(store, name, settings, wrong=[(ReleaseError, {"r-3"} if bad else ())], **options)
+
+    one = Serving(store, asked, open=open_one)
+    point_at(store, "r-2")
+    assert one.look()
+    first, second = one.last, one.now
+    full.add("r-3")
+    point_at(store, "r-3")
+    assert one.look() != bad and first.ended
+    if bad:
+        assert one.now is second and one.last.name == "r-1" and not one.last.ended and one.last.watched == ["r-2"]
+    else:
+        assert one.now.name == "r-3" and one.last is second
+
+
 @pytest.mark.parametrize("kind", [StorageError, OutOfMemory, RuntimeError])
 def test_what_may_pass_is_tried_again(store, kind, capfd):
     point_at(store, "r-1")

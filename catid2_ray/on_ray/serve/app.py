@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import FastAPI, Header, Request
 from fastapi.responses import HTMLResponse, Response
 from ray import serve
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
-from catid2_ray.errors import InputError, QueryError, RecipeError, StorageError
+from catid2_ray.errors import CatidError, InputError, QueryError, RecipeError, StorageError
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.serve import answers as answering
 from catid2_ray.on_ray.serve import metrics, reference, rpc
@@ -45,7 +45,7 @@ from catid2_ray.on_ray.serve.api import (
 )
 from catid2_ray.on_ray.serve.batches import Batch, Batches
 from catid2_ray.on_ray.serve.follow import Serving
-from catid2_ray.on_ray.serve.keys import Keys
+from catid2_ray.on_ray.serve.keys import Keys, Locked
 from catid2_ray.on_ray.serve.opened import CANARY_QUERY, Opened
 from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, install, refused
 from catid2_ray.on_ray.serve.settings import AppSettings
@@ -63,19 +63,10 @@ PAGE = Path(__file__).with_name("page.html")
 
 api = FastAPI(title="catid2-ray retriever", docs_url=None, redoc_url=None)
 install(api)
+# The last one that is added comes first: a request is counted, its key is looked at, then its body is read.
+api.add_middleware(Locked, keys=lambda: serve.get_replica_context().servable_object.keys)
 api.add_middleware(metrics.Counted)
 
-
-def _may(right: str):
-    """What a request needs, where the deployment has keys."""
-
-    def check(request: Request) -> None:
-        serve.get_replica_context().servable_object.keys.check(request.headers, right)
-
-    return Depends(check)
-
-
-READ, WRITE = [_may("read")], [_may("write")]
 READ_REFUSALS = {401: RESPONSES[401]}
 RETRIEVE_REFUSALS = {status: RESPONSES[status] for status in (400, 401, 413, 422, 503, 504)} | {408: LATE}
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -165,7 +156,7 @@ class RetrieverReplica:
     async def alive(self) -> Response:
         return Response()
 
-    @api.get("/v1/release", dependencies=READ, responses=READ_REFUSALS)
+    @api.get("/v1/release", responses=READ_REFUSALS)
     async def which_release(self) -> ReleaseResponse:
         """Say what is served: the release, how many products can be found, and by what they can be filtered."""
         now, refusal = self.serving.now, self.serving.refused
@@ -191,32 +182,39 @@ class RetrieverReplica:
             return refused(503, f"this replica answers no query now ({type(error).__name__}: {error})")
         return ReadyResponse(status="ready", release=self.serving.now.name)
 
-    @api.get("/v1/docids/{prefix}", dependencies=READ, responses={422: RESPONSES[422], **READ_REFUSALS})
+    @api.get("/v1/docids/{prefix}", responses={422: RESPONSES[422], **READ_REFUSALS})
     async def docids(self, prefix: str) -> BelowResponse:
         """Say what lives below the first codes of an ID, such as <a_65><b_225>."""
         return await self._run("filters", answering.below_of, self.serving.now, prefix)
 
-    @api.get("/v1/products/{product_id:path}", dependencies=READ, responses={404: RESPONSES[404], **READ_REFUSALS})
+    @api.get("/v1/products/{product_id:path}", responses={404: RESPONSES[404], **READ_REFUSALS})
     async def product(self, product_id: str) -> ProductResponse:
         """Say what the release knows of a product, whether it can be found now or was withdrawn."""
         return await self._run("filters", answering.product_of, self.serving.now, product_id)
 
     # What was not asked for (clusters, answers, explain) is left out.
-    @api.post("/v1/retrieve", dependencies=READ, responses=RETRIEVE_REFUSALS, response_model_exclude_defaults=True)
+    @api.post("/v1/retrieve", responses=RETRIEVE_REFUSALS, response_model_exclude_defaults=True)
     async def retrieve(self, request: RetrieveRequest, asked: Request) -> RetrieveResponse:
         """Find the `k` best products for a query, or for each of several, among those that the filter allows."""
         return await self._retrieve(request, asked.headers)
 
     async def Retrieve(self, message, grpc_context):  # noqa: N802 (the name in retriever.proto)
-        """The same over gRPC."""
+        """The same over gRPC. A refusal is a status without a message: an exception would be a traceback in Ray's log."""
+        began, code = time.perf_counter(), rpc.OK
         try:
             headers = rpc.headers_of(grpc_context.invocation_metadata())
             self.keys.check(headers, "read")
             return rpc.message_of(await self._retrieve(rpc.request_of(message), headers))
         except Exception as error:
-            grpc_context.set_code(rpc.code_of(error))
+            code = rpc.code_of(error)
+            grpc_context.set_code(code)
             grpc_context.set_details(str(error))
-            raise
+            if not isinstance(error, CatidError):
+                raise
+            return rpc.NOTHING
+        finally:
+            metrics.count("catid2_requests", call=rpc.SERVICE, status=code.name)
+            metrics.observe("catid2_request_ms", 1e3 * (time.perf_counter() - began), call=rpc.SERVICE)
 
     async def _retrieve(self, request: RetrieveRequest, headers: Mapping[str, str]) -> RetrieveResponse:
         # Taken once: whatever becomes current meanwhile, this request is answered from one release.
@@ -248,7 +246,7 @@ class RetrieverReplica:
             metrics.count("catid2_fewer_answers", reason=answer.fewer)
         return answer
 
-    @api.put("/v1/products", dependencies=WRITE, responses=RESPONSES)
+    @api.put("/v1/products", responses=RESPONSES)
     async def put(
         self, request: PutRequest, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
     ) -> PutResponse:
@@ -259,7 +257,7 @@ class RetrieverReplica:
         done = await self._run("changes", lambda: now.puts.put(asked, key=idempotency_key))
         return PutResponse(release=now.name, change=done.number, products=[Put(**one) for one in done.products])
 
-    @api.post("/v1/products", dependencies=WRITE, responses=RESPONSES, deprecated=True)
+    @api.post("/v1/products", responses=RESPONSES, deprecated=True)
     async def insert(self, request: InsertRequest) -> InsertResponse:
         """Add products that are not live yet. PUT takes its place: this call will go with the next minor version."""
         self._check_updates()
@@ -274,12 +272,12 @@ class RetrieverReplica:
         inserted = [Inserted(product_id=one["product_id"], docid=one["docid"]) for one in done["products"]]
         return InsertResponse(release=now.name, change=done["number"], products=inserted)
 
-    @api.post("/v1/withdraw", dependencies=WRITE, responses=RESPONSES)
+    @api.post("/v1/withdraw", responses=RESPONSES)
     async def withdraw(self, request: NamesRequest) -> ChangeResponse:
         """Take products out of every answer. All replicas do so within seconds."""
         return await self._change("withdraw", request.product_ids)
 
-    @api.post("/v1/restore", dependencies=WRITE, responses=RESPONSES)
+    @api.post("/v1/restore", responses=RESPONSES)
     async def restore(self, request: NamesRequest) -> ChangeResponse:
         """Bring withdrawn products back, with the IDs they had."""
         return await self._change("restore", request.product_ids)

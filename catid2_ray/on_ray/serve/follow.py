@@ -14,7 +14,7 @@ from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import CatidError
 from catid2_ray.on_ray.machine import progress
-from catid2_ray.on_ray.serve.opened import AnswersDiffer, Opened
+from catid2_ray.on_ray.serve.opened import AnswersDiffer, Opened, OutOfMemory
 from catid2_ray.on_ray.serve.settings import AppSettings
 
 _LONGEST_WAIT_S = 300.0
@@ -28,6 +28,7 @@ class Serving:
         self.store, self.settings, self._open = store, settings, open
         self.last: Opened | None = None
         self.refused: tuple[str, str] | None = None
+        self._made_room: str | None = None  # what was `last` until a candidate needed its memory
         self._ended, self._seen, self.swaps, self.failures = threading.Event(), 0, 0, 0
         self.now = self._first() if settings.follows else self._opened(self._named(), checked=False)
         self.now.follow()
@@ -89,15 +90,46 @@ class Serving:
             new = self.last
             new.catch_up(waits=True)
         else:
-            if self.last is not None:  # three at once would not fit
-                self.last.end()
-                self.last = None
-            new = self._opened(name, beside=True)
+            new = self._candidate(name)
             new.follow()
-        self.now, self.last = new, before
+            if self.last is not None:
+                self.last.end()
+        self.now, self.last, self._made_room = new, before, None
         before.carrier.watch(name)
         self.swaps += 1
         progress.event("serves", release=name, before=before.name, seconds=f"{time.monotonic() - began:.1f}")
+
+    def _candidate(self, name: str) -> Opened:
+        """A release beside `now` and `last`, so that one which is refused costs no way back. Where three do not fit the memory,
+        `last` makes room, and is opened again once the candidate is refused for good."""
+        try:
+            return self._opened(name, beside=True)
+        except OutOfMemory:
+            if self.last is None:
+                raise
+        except CatidError as error:
+            self._take_back(error)
+            raise
+        self.last.end()
+        self.last, self._made_room = None, self.last.name
+        try:
+            return self._opened(name, beside=True)
+        except CatidError as error:
+            self._take_back(error)
+            raise
+
+    def _take_back(self, error: CatidError) -> None:
+        """Open the release that made room for a candidate, where `error` says that this one will not be tried again."""
+        if self._made_room is None or error.transient:
+            return
+        name, self._made_room = self._made_room, None
+        try:
+            self.last = self._opened(name, beside=True)
+            self.last.follow()
+            self.last.carrier.watch(self.now.name)
+        except CatidError as other:
+            self.last = None
+            progress.event("way_back_lost", release=name, reason=repr(f"{type(other).__name__}: {other}"))
 
     def _refuse(self, name: str, error: Exception) -> None:
         if self.refused is None or self.refused[0] != name:

@@ -19,12 +19,12 @@ from fastapi.testclient import TestClient
 from ray import serve
 
 from catid2_ray.artifacts import release as releases
-from catid2_ray.errors import ArtifactError, CatidError, InputError, StorageError
+from catid2_ray.errors import ArtifactError, InputError, StorageError
 from catid2_ray.on_ray.serve import app
 from catid2_ray.on_ray.serve.answers import TIMEOUT_HEADER, deadline_of
 from catid2_ray.on_ray.serve.api import RetrieveRequest
 from catid2_ray.on_ray.serve.app import THREADS, AppSettings, RetrieverReplica, api, build, check_port
-from catid2_ray.on_ray.serve.keys import VARIABLE, Keys
+from catid2_ray.on_ray.serve.keys import VARIABLE, Keys, right_of
 from catid2_ray.on_ray.serve.proto import retriever_pb2 as messages
 from catid2_ray.on_ray.serve.puts import Done
 from catid2_ray.on_ray.serve.refusals import MOST_BYTES, sound
@@ -348,6 +348,55 @@ def test_keys_say_who_may_read_and_who_may_change(client, replica, monkeypatch, 
     assert client.get("/healthz").status_code == client.get("/readyz").status_code == client.get("/").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "method, path, key, status",
+    [
+        ("POST", "/v1/retrieve", "", 401),
+        ("PUT", "/v1/products", "r" * 20, 403),
+        ("PUT", "/v1/products/p1", "r" * 20, 403),
+        ("POST", "/prefix/v1/withdraw", "r" * 20, 403),
+        ("POST", "/openapi.json/", "", 401),
+    ],
+)
+def test_a_request_without_the_right_key_is_refused_before_its_body_is_read(
+    client, replica, monkeypatch, method, path, key, status
+):
+    monkeypatch.setattr(replica, "keys", Keys("read " + "r" * 20))
+    sent = []
+
+    async def receive():
+        pytest.fail("the body was read")
+
+    async def send(message):
+        sent.append(message)
+
+    root, headers = "/prefix" if path.startswith("/prefix") else "", [(b"content-length", b"9" * 12)]
+    if key:
+        headers.append((b"authorization", f"Bearer {key}".encode()))
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "root_path": root,
+        "headers": headers,
+    }
+    asyncio.run(api(scope | {"query_string": b"", "scheme": "http", "server": ("test", 80)}, receive, send))
+    assert sent[0]["status"] == status
+
+
+def test_every_call_but_those_that_say_nothing_of_products_needs_a_key():
+    needed = {
+        (path, verb): right_of(verb.upper(), path) for path, verbs in api.openapi()["paths"].items() for verb in verbs
+    }
+    reads = {("/v1/retrieve", "post")} | {(path, verb) for path, verb in needed if path in ONLY_READ}
+    assert {call for call, right in needed.items() if right is None} == {("/healthz", "get"), ("/readyz", "get")}
+    assert {call for call, right in needed.items() if right == "read"} == reads
+
+
+ONLY_READ = ("/v1/release", "/v1/docids/{prefix}", "/v1/products/{product_id}")
+
+
 def test_keys_that_cannot_be_used_are_refused_without_being_named(tmp_path, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     assert not Keys.of(None)
@@ -440,9 +489,14 @@ def test_a_call_over_grpc_is_answered_and_refused_as_over_http(client, replica, 
         (Call(), asked, "UNAUTHENTICATED", "Bearer KEY"),
         (Call(authorization="Bearer " + "r" * 20), {"query": "?"}, "INVALID_ARGUMENT", "at least one letter or digit"),
     ):
-        with pytest.raises(CatidError):
-            asyncio.run(replica.Retrieve(messages.RetrieveRequest(**fields), call))
+        message = asyncio.run(replica.Retrieve(messages.RetrieveRequest(**fields), call))
+        assert message == messages.RetrieveResponse(), "what is raised is a traceback in Ray's log"
         assert call.code.name == code and words in call.details
+    monkeypatch.setattr(replica, "_retrieve", lambda *_: 1 / 0)
+    call = Call(authorization="Bearer " + "r" * 20)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(replica.Retrieve(messages.RetrieveRequest(**asked), call))
+    assert call.code.name == "INTERNAL"
 
 
 def test_products_are_put(client, replica, monkeypatch):
