@@ -25,6 +25,7 @@ from catid2_ray.errors import CatidError, InputError, QueryError, RecipeError, S
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.serve import answers as answering
 from catid2_ray.on_ray.serve import metrics, reference, rpc
+from catid2_ray.on_ray.serve.answers import Asked, Found
 from catid2_ray.on_ray.serve.api import (
     Answer,
     BelowResponse,
@@ -46,7 +47,7 @@ from catid2_ray.on_ray.serve.api import (
 from catid2_ray.on_ray.serve.batches import Batch, Batches
 from catid2_ray.on_ray.serve.follow import Serving
 from catid2_ray.on_ray.serve.keys import Keys, Locked
-from catid2_ray.on_ray.serve.opened import CANARY_QUERY, Opened
+from catid2_ray.on_ray.serve.opened import CANARY_QUERY
 from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, install, refused
 from catid2_ray.on_ray.serve.settings import AppSettings
 
@@ -219,12 +220,13 @@ class RetrieverReplica:
     async def _retrieve(self, request: RetrieveRequest, headers: Mapping[str, str]) -> RetrieveResponse:
         # Taken once: whatever becomes current meanwhile, this request is answered from one release.
         now, deadline, each = self.serving.now, answering.deadline_of(request, headers), request.each()
+        soft = None if request.soft_timeout is None else time.monotonic() + request.soft_timeout
         for one in each:
             now.retriever.check(one.query, k=one.k)
         if request.filter is not None:
             # Refused here, it cannot spoil a batch; it is kept for the search.
             await self._run("filters", now.retriever.compile, request.filter)
-        tasks = [asyncio.ensure_future(self._answer(now, one, deadline)) for one in each]
+        tasks = [asyncio.ensure_future(self._answer(Asked(now, one, soft), deadline)) for one in each]
         try:
             answers = await asyncio.gather(*tasks)
         except BaseException:
@@ -235,13 +237,15 @@ class RetrieverReplica:
             return RetrieveResponse(release=now.name, **dict(answers[0]))
         return RetrieveResponse(release=now.name, products=[], fewer=None, answers=answers)
 
-    async def _answer(self, now: Opened, request: RetrieveRequest, deadline: float | None) -> Answer:
-        found = await self.batches.ask((now, request), deadline=deadline)
-        if request.explain or request.k > FEW or len(found) < request.k:
+    async def _answer(self, asked: Asked, deadline: float | None) -> Answer:
+        (now, request, _), found = asked, await self.batches.ask(asked, deadline=deadline)
+        if request.explains or request.k > FEW or len(found.hits) < request.k:
             answer = await self._run("filters", answering.answer_of, now, request, found)
         else:
             answer = answering.answer_of(now, request, found)
-        metrics.count("catid2_empty_answers", not found)
+        metrics.count("catid2_empty_answers", not found.hits)
+        if answer.degraded:
+            metrics.count("catid2_degraded_answers", reason=answer.degraded.reason)
         if answer.fewer:
             metrics.count("catid2_fewer_answers", reason=answer.fewer)
         return answer
@@ -295,8 +299,8 @@ class RetrieverReplica:
                 "this deployment takes no changes: give it keys with the right to write (setting `keys`), or set `updates` to true"
             )
 
-    def _search(self, requests: list[tuple[Opened, RetrieveRequest]]) -> list:
-        answers = answering.search(requests)
+    def _search(self, requests: list[Asked], early: Callable[[int, Found], None]) -> list[Found]:
+        answers = answering.search(requests, early)
         self.answered = time.monotonic()
         return answers
 

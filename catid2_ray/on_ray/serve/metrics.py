@@ -32,6 +32,7 @@ METRICS = {
     "catid2_fewer_answers": Metric(
         Counter, "queries with fewer products than asked for, by reason (search or catalogue)", ("reason",)
     ),
+    "catid2_degraded_answers": Metric(Counter, "queries that got less than the release's best answer", ("reason",)),
     "catid2_release_age_s": Metric(Gauge, "seconds since the release that is served was published", ("release",)),
     "catid2_changes": Metric(Gauge, "changes to products that the replica has applied", ("release",)),
     "catid2_lag_s": Metric(Gauge, "seconds since the replica last knew of no change that it lacks", ("release",)),
