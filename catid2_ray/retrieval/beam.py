@@ -7,7 +7,8 @@ device breaks ties. Shapes depend on the trie and the widths only; the host wait
 B batch, T query tokens, M beams, L levels, K codes (or results), C children of the widest node of a level, N rows.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -185,6 +186,7 @@ def constrained_beam_search(
     normalize: str = "level",
     memory=None,
     ahead: Ahead | None = None,
+    at_level: Callable[[int, Callable[[int], BeamResult]], bool] | None = None,
 ) -> BeamResult:
     """The `top_k` most likely IDs of each query that a beam of `beam_width` (one number, or one per level) finds.
 
@@ -197,7 +199,8 @@ def constrained_beam_search(
     returned (a range may still hold rows that are not allowed). `normalize`: scores are log-probabilities over the
     "level"'s codes, as in training, or over the whole "vocabulary", as in `generate` with length_penalty 0; never over
     the survivors. `ahead`: what chooses and orders beams in place of log P alone (`lookahead.py`); where its weight of log P
-    is 0, `model` and the queries' tokens are not looked at and may be None.
+    is 0, `model` and the queries' tokens are not looked at and may be None. `at_level`: called after each level but the last
+    with its number and a function, `top_k` → what was found so far; the search ends there where it returns True.
 
     With `beam_width` ≥ number of IDs this is the exact ranking. Fewer results than `top_k` come back when the trie,
     the filter or the last beam has no more. Raises InputError for a width, `top_k` or `levels` that is no whole number
@@ -226,6 +229,11 @@ def constrained_beam_search(
     for level in range(levels):
         step_logp_BMK = None if steps is None else steps.logp(level, beams)
         beams = _extend(beams, step_logp_BMK, arrays, widths[level], filters, ahead)
+        if at_level is not None and level + 1 < levels:
+            if device.type != "cpu":
+                torch.cuda.synchronize(device)  # else only what was asked for has been done
+            if at_level(level + 1, functools.partial(_result, beams, arrays, ahead=ahead)):
+                break
     if steps is not None:
         steps.check()
     return _result(beams, arrays, top_k, ahead)

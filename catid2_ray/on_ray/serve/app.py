@@ -25,6 +25,7 @@ from catid2_ray.errors import CatidError, InputError, QueryError, RecipeError, S
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.serve import answers as answering
 from catid2_ray.on_ray.serve import metrics, reference, rpc
+from catid2_ray.on_ray.serve.answers import Asked, Found
 from catid2_ray.on_ray.serve.api import (
     Answer,
     BelowResponse,
@@ -228,12 +229,13 @@ class RetrieverReplica:
         deadline, each = answering.deadline_of(request, headers), request.each()
         session = headers.get(SESSION) or each[0].query
         now = self.serving.chosen(session)
+        soft = None if request.soft_timeout is None else time.monotonic() + request.soft_timeout
         for one in each:
             now.retriever.check(one.query, k=one.k)
         if request.filter is not None:
             # Refused here, it cannot spoil a batch; it is kept for the search.
             await self._run("filters", now.retriever.compile, request.filter)
-        tasks = [asyncio.ensure_future(self._answer(now, one, deadline)) for one in each]
+        tasks = [asyncio.ensure_future(self._answer(Asked(now, one, soft), deadline)) for one in each]
         try:
             answers = await asyncio.gather(*tasks)
         except BaseException:
@@ -245,16 +247,18 @@ class RetrieverReplica:
             return RetrieveResponse(release=now.name, **dict(answers[0]))
         return RetrieveResponse(release=now.name, products=[], fewer=None, answers=answers)
 
-    async def _answer(self, now: Opened, request: RetrieveRequest, deadline: float | None) -> Answer:
+    async def _answer(self, asked: Asked, deadline: float | None) -> Answer:
         began = time.perf_counter()
-        found = await self.batches.ask((now, request), deadline=deadline)
+        (now, request, _), found = asked, await self.batches.ask(asked, deadline=deadline)
         metrics.count("catid2_answers", release=now.name)
         metrics.observe("catid2_answer_ms", 1e3 * (time.perf_counter() - began), release=now.name)
-        if request.explain or request.k > FEW or len(found) < request.k:
+        if request.explains or request.k > FEW or len(found.hits) < request.k:
             answer = await self._run("filters", answering.answer_of, now, request, found)
         else:
             answer = answering.answer_of(now, request, found)
-        metrics.count("catid2_empty_answers", not found)
+        metrics.count("catid2_empty_answers", not found.hits)
+        if answer.degraded:
+            metrics.count("catid2_degraded_answers", reason=answer.degraded.reason)
         if answer.fewer:
             metrics.count("catid2_fewer_answers", reason=answer.fewer)
         return answer
@@ -269,18 +273,18 @@ class RetrieverReplica:
 
     async def _compare(self, tried: Opened, each: list[RetrieveRequest], answers: list[Answer]) -> None:
         for request, answer in zip(each, answers):
-            if not answer.products:
+            if not answer.products or answer.degraded:
                 continue
             began = time.perf_counter()
             try:
                 if request.filter is not None:  # refused here, it cannot spoil a batch
                     await self._run("filters", tried.retriever.compile, request.filter)
-                found = await self.batches.ask((tried, request), deadline=time.monotonic() + BESIDE_S)
+                found = await self.batches.ask(Asked(tried, request), deadline=time.monotonic() + BESIDE_S)
             except Exception:  # such as a filter by a column that it lacks; nobody waits for this answer
                 metrics.count("catid2_shadow_failures", release=tried.name)
                 continue
             metrics.observe("catid2_shadow_ms", 1e3 * (time.perf_counter() - began), release=tried.name)
-            both = {product.product_id for product in answer.products} & {hit.product_id for hit in found}
+            both = {product.product_id for product in answer.products} & {hit.product_id for hit in found.hits}
             metrics.observe("catid2_shadow_overlap", len(both) / len(answer.products), release=tried.name)
 
     @api.put("/v1/products", responses=RESPONSES)
@@ -332,8 +336,8 @@ class RetrieverReplica:
                 "this deployment takes no changes: give it keys with the right to write (setting `keys`), or set `updates` to true"
             )
 
-    def _search(self, requests: list[tuple[Opened, RetrieveRequest]]) -> list:
-        answers = answering.search(requests)
+    def _search(self, requests: list[Asked], early: Callable[[int, Found], None]) -> list[Found]:
+        answers = answering.search(requests, early)
         self.answered = time.monotonic()
         return answers
 

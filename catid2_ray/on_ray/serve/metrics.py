@@ -42,6 +42,7 @@ METRICS = {
         Histogram, "share of the products of an answer that the release on trial finds, too", ("release",), _SHARES
     ),
     "catid2_shadow_failures": Metric(Counter, "queries that the release on trial could not answer", ("release",)),
+    "catid2_degraded_answers": Metric(Counter, "queries that got less than the release's best answer", ("reason",)),
     "catid2_release_age_s": Metric(Gauge, "seconds since the release that is served was published", ("release",)),
     "catid2_changes": Metric(Gauge, "changes to products that the replica has applied", ("release",)),
     "catid2_lag_s": Metric(Gauge, "seconds since the replica last knew of no change that it lacks", ("release",)),

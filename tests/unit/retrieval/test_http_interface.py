@@ -5,15 +5,18 @@ import json
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("ray.serve")
 
+import numpy as np
 import uvicorn
 from fastapi.testclient import TestClient
 from ray import serve
@@ -21,14 +24,16 @@ from ray import serve
 from catid2_ray.artifacts import release as releases
 from catid2_ray.errors import ArtifactError, InputError, StorageError
 from catid2_ray.on_ray.serve import app
-from catid2_ray.on_ray.serve.answers import TIMEOUT_HEADER, deadline_of
+from catid2_ray.on_ray.serve.answers import TIMEOUT_HEADER, Found, deadline_of
 from catid2_ray.on_ray.serve.api import RetrieveRequest
 from catid2_ray.on_ray.serve.app import THREADS, AppSettings, RetrieverReplica, api, build, check_port
 from catid2_ray.on_ray.serve.keys import VARIABLE, Keys, right_of
 from catid2_ray.on_ray.serve.proto import retriever_pb2 as messages
 from catid2_ray.on_ray.serve.puts import Done
 from catid2_ray.on_ray.serve.refusals import MOST_BYTES, sound
+from catid2_ray.retrieval.rescoring import Expansion
 from catid2_ray.retrieval.retriever import Retriever
+from catid2_ray.retrieval.vectors import VectorStore
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +211,51 @@ def test_clusters_are_the_beginnings_of_ids(client):
     refused(wrong, 422, "only products are explained")
 
 
+def test_everything_is_products_explained_and_the_clusters_above_them(client):
+    asked = {"query": "oak door", "k": 3}
+    ids = client.post("/v1/retrieve", json=asked | {"explain": True}).json()
+    found = client.post("/v1/retrieve", json=asked | {"mode": "everything"}).json()
+    assert found["products"] == ids["products"] and len(found["products"]) == 3
+    prefixes = list(dict.fromkeys(one["docid"].split("<b")[0] for one in found["products"]))
+    assert [one["prefix"] for one in found["clusters"]] == prefixes
+    by_search = client.post("/v1/retrieve", json=asked | {"k": 4, "mode": "clusters"}).json()["clusters"]
+    for one in found["clusters"]:
+        (same,) = [other for other in by_search if other["prefix"] == one["prefix"]]
+        assert one["products"] == same["products"] and one["score"] == pytest.approx(same["score"], abs=1e-5)
+
+
+def test_a_soft_timeout_gives_what_lies_below_the_level_reached(client, replica, monkeypatch):
+    calm = {"query": "oak door", "k": 3, "soft_timeout": 60}
+    whole = client.post("/v1/retrieve", json={"query": "oak door", "k": 3}).json()
+    assert client.post("/v1/retrieve", json=calm).json() == whole and "degraded" not in whole
+    late = {"query": "oak door", "k": 3, "soft_timeout": 1e-9}
+    assert client.post("/v1/retrieve", json=late).json() == whole, "without vectors there is nothing to rank by"
+    counted = []
+    monkeypatch.setattr(
+        app.metrics, "count", lambda name, value=1, **tags: counted.append((name, tags)) if value else None
+    )
+    clusters = client.post("/v1/retrieve", json=late | {"mode": "clusters"}).json()
+    assert "degraded" not in clusters, "one level is all that it searches"
+    retriever, vectors = replica.serving.now.retriever, np.eye(6, dtype=np.float32)
+    monkeypatch.setattr(retriever, "encode_query", lambda texts: np.array([[1.0, 0, 0, 0, 0, 0]] * len(texts)))
+    monkeypatch.setattr(retriever, "expansion", Expansion(a=0.0))
+    view = retriever.live.view
+    with tempfile.TemporaryDirectory() as folder:
+        stored = VectorStore.write(folder, [vectors], normalize=True)
+        monkeypatch.setattr(retriever.live, "view", replace(view, products=replace(view.products, base_vectors=stored)))
+        both = client.post(
+            "/v1/retrieve", json={"queries": ["oak door", "oak table"], "k": 2, "soft_timeout": 1e-9}
+        ).json()
+        calm = client.post("/v1/retrieve", json=calm).json()
+    for one in both["answers"]:
+        assert one["degraded"] == {"reason": "soft_timeout"} and one["coverage"] == 0.5 and len(one["products"]) == 2
+        assert one["products"][0]["product_id"] == view.products.name(0), "the nearest by vectors"
+    assert "degraded" not in calm
+    assert counted.count(("catid2_degraded_answers", {"reason": "soft_timeout"})) == 2
+    wrong = client.post("/v1/retrieve", json=late | {"mode": "everything"})
+    refused(wrong, 422, "soft_timeout: to explain an answer takes further searches")
+
+
 def test_a_request_may_ask_for_another_beam(client):
     assert len(client.post("/v1/retrieve", json={"query": "oak", "k": 6}).json()["products"]) == 6
     narrow = client.post("/v1/retrieve", json={"query": "oak", "k": 1, "beam_width": 1}).json()["products"]
@@ -219,7 +269,7 @@ def test_a_request_that_is_late_costs_no_search(client, replica, monkeypatch):
     waits = threading.Event()
     searched = []
     monkeypatch.setattr(
-        replica.batches, "search", lambda requests: searched.append(requests) or waits.wait(20) and [[]]
+        replica.batches, "search", lambda requests, early: searched.append(requests) or waits.wait(20) and [Found([])]
     )
     with client, ThreadPoolExecutor(3) as pool:  # one event loop for all of them
         first = pool.submit(client.post, "/v1/retrieve", json={"query": "oak"})
