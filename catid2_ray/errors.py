@@ -9,6 +9,7 @@ Each message says what was wrong, where (URI, column, product_id), what was expe
     │   └── QueryError                3   a query that cannot be answered
     ├── EncoderError                  4   the text encoder or the pretrained model cannot be had
     ├── StorageError                  5   the store cannot be reached, read or written
+    │   ├── StorageDenied             5   the store refuses what these credentials ask
     │   ├── ArtifactError             5   an artefact is missing, half-written or not what its manifest says
     │   │   ├── FormatError           5   an artefact was written by another version of this software
     │   │   └── ReleaseError          5   the parts of a release do not belong together
@@ -61,6 +62,10 @@ class EncoderError(CatidError):
 class StorageError(CatidError):
     exit_code = 5
     transient = True
+
+
+class StorageDenied(StorageError):
+    transient = False
 
 
 class ArtifactError(StorageError):

@@ -14,7 +14,7 @@ from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError, FormatError, ReleaseError
+from catid2_ray.errors import ArtifactError, FormatError, ReleaseError, StorageError
 from catid2_ray.on_ray.machine import cluster, preflight, progress, signals
 
 
@@ -69,10 +69,10 @@ class Job:
     already, else an ArtifactError names the job to run first. `plan`: the stages that the recipe asks for, in their order, by
     which bars and log lines count them; empty where they are not counted. A stage has the name of the kind that it makes, but for
     "aligned", which makes a generator of a generator. `made` tells which stages ran, `committed` the keys of those that
-    are there, made or found. `previous`: the release that is built on; `pointer`: how often something had been published when
-    the work began, and `seen` how many live changes each release had then. `younger`: how
-    many came since, known once it has published. `new_ledger`: a ledger may be begun anew where that of the previous release
-    cannot be continued.
+    are there, made or found, `proven` the folders whose bytes it knows. `previous`: the release that is built on; `pointer`:
+    how often something had been published when the work began, and `seen` how many live changes each release had then.
+    `younger`: how many came since, known once it has published. `new_ledger`: a ledger may be begun anew where that of the
+    previous release cannot be continued.
     `resize`: numbers that follow the catalogue's size are chosen anew, whatever the release has.
     `refit_encoder`: a fitted text encoder is fitted anew; `refresh_adapter`: so is the adapter. `lease`: that of the store;
     None for a job that only reads or compares. `say`: where the lines of the log go.
@@ -83,6 +83,7 @@ class Job:
     only: frozenset[str] = frozenset(STAGES)
     plan: tuple[str, ...] = ()
     made: list[str] = field(default_factory=list)
+    proven: set[str] = field(default_factory=set)
     committed: dict[str, str] = field(default_factory=dict)
     peak: cluster.PeakMemory | None = None
     previous: PreviousRelease | None = None
@@ -183,6 +184,8 @@ class Job:
                 f"{self.store.uri} holds no {stage} for this recipe: run `python -m jobs.{STAGES[stage].job} --recipe …` first, "
                 "or `jobs.reindex` for the whole chain"
             )
+        for parent in (parents | history).values():
+            self.prove(parent)
         self.check_lease()
         attempt = Attempt(
             self.store, kind, settings=settings, parents=digests, recipe=self.recipe.model_dump(mode="json")
@@ -197,14 +200,24 @@ class Job:
             with progress.at_position(position):
                 manifest = work(attempt)
         except BaseException:
-            self.store.delete_folder(attempt.name("exchange"))
+            # A store that is away must not take the place of the cause.
+            with contextlib.suppress(StorageError), self.store.impatient():
+                self.store.delete_folder(attempt.name("exchange"))
             raise
         self.made.append(stage)
+        self.proven.add(manifest.folder)
         self.committed[stage] = manifest.key
         self.say(
             "commit", stage=stage, key=manifest.key, digest=manifest.digest[:12], seconds=manifest.metrics["seconds"]
         )
         return manifest
+
+    def prove(self, manifest: Manifest) -> None:
+        """Read an artefact through, if this job neither made it nor did so before; ArtifactError for a file that is not what was
+        committed. What a stage is made of is read anyway."""
+        if manifest.folder not in self.proven:
+            artifact.prove(self.store, manifest)
+            self.proven.add(manifest.folder)
 
     def find(
         self, kind: str, settings: dict, parents: dict[str, Manifest], history: dict[str, Manifest], *, anew: bool

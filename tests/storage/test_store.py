@@ -432,14 +432,19 @@ def test_a_failed_local_write_leaves_no_litter(local_store, monkeypatch):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("action", ["check", "create", "exists", "read", "read_table", "open", "download"])
+@pytest.mark.parametrize("action", ["check", "create", "exists", "read", "read_table", "read_with", "download"])
 def test_an_unreachable_endpoint_fails_soon_and_names_the_store(s3_environment, monkeypatch, action, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         closed = probe.getsockname()[1]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed}")
     store = Store("s3://bucket/prefix")
-    arguments = {"check": (), "create": ("name", b"x"), "download": ("name", tmp_path / "x")}.get(action, ("name",))
+    arguments = {
+        "check": (),
+        "create": ("name", b"x"),
+        "download": ("name", tmp_path / "x"),
+        "read_with": ("name", bytes),
+    }.get(action, ("name",))
     started = time.monotonic()
     with (
         pytest.raises(StorageError, match=r"s3://bucket/prefix.*check AWS_ENDPOINT_URL, the credentials") as caught,

@@ -59,6 +59,7 @@ BATCHES = {"size": 16, "wait_s": 0.005, "most_waiting": 320}
 FEW = 100  # products that are put into words without a thread
 SESSION = "x-session-id"  # who asks: a session is answered from one release while another is on trial
 BESIDE_S = 10.0  # after which a release on trial is not asked for metrics any more
+PATIENCE_S = 3.0  # that a request to the store is tried: a caller waits for it, and a look at the store comes again
 LAG_S = 60.0  # a replica that cannot apply changes for so long is replaced
 # Threads of each kind of work, so that none waits behind another. Batches come one at a time.
 THREADS = {"search": 1, "filters": 2, "changes": 1, "health": 1}
@@ -101,7 +102,7 @@ class RetrieverReplica:
         self.pools = {name: ThreadPoolExecutor(threads, name) for name, threads in THREADS.items()}
         self.batches = Batches(self._search, self.pools["search"], tell=self._tell, **BATCHES)
         self.answered = time.monotonic()  # when a search last came to its end
-        self.serving = Serving(Store(settings.store), settings)
+        self.serving = Serving(Store(settings.store, patience_s=PATIENCE_S), settings)
         self.serving.now.retriever.retrieve([CANARY_QUERY], k=1)
 
     def __del__(self):

@@ -12,7 +12,7 @@ import psutil
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts import uses
-from catid2_ray.artifacts.manifest import Manifest
+from catid2_ray.artifacts.manifest import Manifest, read_proven
 from catid2_ray.artifacts.stages import ANSWERS
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import CatidError, ReleaseError
@@ -116,7 +116,7 @@ def stored_answers(store: Store, parts: dict[str, Manifest]) -> dict[str, list[s
     evaluation = parts["evaluation"]
     if not evaluation.named(ANSWERS) or evaluation.parents["ids"] != parts["ids"].digest:
         return {}
-    return json.loads(store.read(evaluation.file(ANSWERS)))
+    return json.loads(read_proven(store, evaluation, ANSWERS))
 
 
 def check_answers(retriever: Retriever, answers: dict[str, list[str]], name: str) -> None:
