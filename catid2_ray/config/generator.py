@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from catid2_ray.config.section import Section, TrainingRecipe, setting
 
-ExampleKind = Literal["query", "title", "span", "user", "synthetic"]
+ExampleKind = Literal["query", "title", "span", "user", "synthetic", "teacher"]
 EXAMPLE_KINDS: tuple[str, ...] = get_args(ExampleKind)
 Mix = dict[ExampleKind, Annotated[float, Field(ge=0)]]
 
@@ -83,6 +83,16 @@ class ExamplesRecipe(Section):
     )  # fmt: skip
     doc2query_per_product: int = setting(3, "synthetic queries of a product", unit="queries", ge=1, le=100)
     doc2query_top_k: int = setting(10, "likeliest tokens that one is drawn from", unit="tokens", ge=1)
+    teacher_draws: int = setting(
+        4, "products that the teacher names for each training pair of a query; an epoch takes some of them", unit="products",
+        paper="RIPOR (2311.09134) learns from a dense retriever, too", ge=1, le=100,
+    )  # fmt: skip
+    teacher_queries: int = setting(
+        200_000,
+        "training queries that are compared with all products, a seeded sample where there are more",
+        unit="queries",
+        ge=1,
+    )
     tokenizer_rows: int = setting(200_000, "products whose text the small tokenizer sees at most", unit="rows", ge=100)
 
     @property
