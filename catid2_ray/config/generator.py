@@ -184,6 +184,10 @@ class ModelRecipe(Section):
         "codewords", "where the ID tokens' rows begin: the quantizer's codewords, projected, or the mean embedding of a pretrained "
         "model (models made here: random, as all their rows); so do levels without codewords", unit="choice",
     )  # fmt: skip
+    loss: Literal["level", "trie"] = setting(
+        "level", "level: cross-entropy over all codes of a level; trie: over those that some ID has after the prefix, with "
+        "serving.normalize trie alone", unit="choice", paper="MSL (2504.04178)",
+    )  # fmt: skip
     level_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = setting(
         None, "weight per level of the loss, relative to their mean; none = 1", unit="weight"
     )
@@ -258,6 +262,11 @@ class ModelRecipe(Section):
             raise ValueError(
                 f"consistency {self.consistency} compares passes under unlike dropout, but dropout is 0: raise dropout, or set "
                 "consistency to 0"
+            )
+        if self.loss == "trie" and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} spreads mass over codes that loss trie does not compare: set it to 0, or "
+                "loss to level"
             )
         if self.smoothing == "near" and self.label_smoothing == 0:
             raise ValueError(
