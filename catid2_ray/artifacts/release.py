@@ -393,6 +393,9 @@ def retriever_settings(
         "codes_per_level": manifests["ids"].metrics["codes_per_level"],
         "release": release,
     }
+    # A generator of another loss means another thing by its numbers; releases of before have none that is not of "level".
+    if (taught := manifests["generator"].settings.get("loss", "level")) != "level":
+        settings |= {"loss": taught, "normalize": taught}
     if beam_width is None and "serving" in manifests:
         served = manifests["serving"].asked
         if (mixture := manifests.get("mixture")) is not None:

@@ -447,6 +447,17 @@ def test_one_pass_serves_where_the_generator_reads_with_the_products_encoder(cha
     assert releases.retriever_settings(parts, release="r").get("shared_encoder", False) == shared
 
 
+def test_the_folder_says_what_the_generator_was_taught_where_it_is_not_what_all_were_before(chain, local_store):
+    parts = chain(local_store, "one")
+    assert "loss" not in releases.retriever_settings(parts, release="r", beam_width=7)
+    parts["generator"].settings.update(loss="level")
+    assert "loss" not in releases.retriever_settings(parts, release="r", beam_width=7)
+    parts["generator"].settings.update(loss="trie")
+    for width in (None, 7):
+        settings = releases.retriever_settings(parts, release="r", beam_width=width)
+        assert settings["loss"] == "trie" and settings["normalize"] == parts["serving"].asked.get("normalize", "trie")
+
+
 def test_parts_are_the_stages_in_order():
     assert PARTS == (
         "catalog", "pairs", "embeddings", "adapter", "quantizer", "ids", "node_vectors", "examples", "generator", "serving",
