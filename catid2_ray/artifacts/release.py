@@ -189,10 +189,10 @@ def _release(fields: dict, name: str) -> Release:
     release = Release(**fields)
     if release.name != name:
         raise ValueError(f"it is the record of {release.name!r}")
-    if name != _name_of(release.parts):
-        raise ValueError("its parts are not those that it is named after")
     for part, place in release.parts.items():
         _plain(part), _plain(place["key"])
+    if name != _name_of(release.parts):
+        raise ValueError("its parts are not those that it is named after")
     return release
 
 
