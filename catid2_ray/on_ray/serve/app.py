@@ -23,6 +23,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
 from catid2_ray.errors import CatidError, InputError, QueryError, RecipeError, StorageError
 from catid2_ray.on_ray.machine import cluster
+from catid2_ray.on_ray.machine.canary import CANARY_QUERY
 from catid2_ray.on_ray.serve import answers as answering
 from catid2_ray.on_ray.serve import metrics, reference, rpc
 from catid2_ray.on_ray.serve.answers import Asked, Found
@@ -47,7 +48,6 @@ from catid2_ray.on_ray.serve.api import (
 from catid2_ray.on_ray.serve.batches import Batch, Batches
 from catid2_ray.on_ray.serve.follow import Serving
 from catid2_ray.on_ray.serve.keys import Keys, Locked
-from catid2_ray.on_ray.serve.opened import CANARY_QUERY
 from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, install, refused
 from catid2_ray.on_ray.serve.settings import AppSettings
 

@@ -14,7 +14,8 @@ from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import CatidError
 from catid2_ray.on_ray.machine import progress
-from catid2_ray.on_ray.serve.opened import AnswersDiffer, Opened, OutOfMemory
+from catid2_ray.on_ray.machine.canary import AnswersDiffer
+from catid2_ray.on_ray.serve.opened import Opened, OutOfMemory
 from catid2_ray.on_ray.serve.settings import AppSettings
 
 _LONGEST_WAIT_S = 300.0
