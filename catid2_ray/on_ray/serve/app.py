@@ -48,7 +48,8 @@ from catid2_ray.on_ray.serve.api import (
 from catid2_ray.on_ray.serve.batches import Batch, Batches
 from catid2_ray.on_ray.serve.follow import Serving
 from catid2_ray.on_ray.serve.keys import Keys, Locked
-from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, install, refused
+from catid2_ray.on_ray.serve.puts import standing
+from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, Unserved, install, refused
 from catid2_ray.on_ray.serve.settings import AppSettings
 
 # Requests wait in the replica, which takes the next batch at once and refuses beyond `most_waiting`. Those that wait at a proxy,
@@ -278,19 +279,35 @@ class RetrieverReplica:
 
     @api.post("/v1/withdraw", responses=RESPONSES)
     async def withdraw(self, request: NamesRequest) -> ChangeResponse:
-        """Take products out of every answer. All replicas do so within seconds."""
+        """Take products out of every answer. All replicas do so within seconds. Those that are out already stay out."""
         return await self._change("withdraw", request.product_ids)
 
     @api.post("/v1/restore", responses=RESPONSES)
     async def restore(self, request: NamesRequest) -> ChangeResponse:
-        """Bring withdrawn products back, with the IDs they had."""
+        """Bring withdrawn and deleted products back, with the IDs they had. Those that are live stay so."""
         return await self._change("restore", request.product_ids)
 
-    async def _change(self, kind: str, product_ids: list[str]) -> ChangeResponse:
+    @api.delete("/v1/products/{product_id:path}", responses=RESPONSES)
+    async def delete(self, product_id: str) -> ChangeResponse:
+        """Take one product out of every answer, as /v1/withdraw does; again, it changes nothing. It is gone for good with the next
+        release whose catalogue lacks it. Until then it keeps its ID, and /v1/restore or PUT brings it back."""
+        return await self._change("withdraw", [product_id], missing=404)
+
+    async def _change(self, kind: str, product_ids: list[str], *, missing: int = 422) -> ChangeResponse:
         self._check_updates()
         now = self.serving.now
-        done = await self._run("changes", now.updates.change, lambda: {"kind": kind, "products": product_ids})
-        return ChangeResponse(release=now.name, change=done["number"])
+
+        def made() -> dict | None:
+            found = [standing(now.retriever, one) for one in product_ids]
+            if missing == 404 and found[0].row is None:
+                raise Unserved(404, f"release {now.name} has no product {product_ids[0]!r}")
+            # What is so already need not be said again.
+            if all(one.row is not None and one.live == (kind == "restore") for one in found):
+                return None
+            return {"kind": kind, "products": product_ids}
+
+        done = await self._run("changes", now.updates.change, made)
+        return ChangeResponse(release=now.name, change=now.updates.applied if done is None else done["number"])
 
     def _check_updates(self) -> None:
         takes = self.settings.updates
