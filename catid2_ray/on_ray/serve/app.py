@@ -25,7 +25,7 @@ from catid2_ray.errors import CatidError, InputError, QueryError, RecipeError, S
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.machine.canary import CANARY_QUERY
 from catid2_ray.on_ray.serve import answers as answering
-from catid2_ray.on_ray.serve import metrics, reference, rpc
+from catid2_ray.on_ray.serve import logs, metrics, reference, rpc
 from catid2_ray.on_ray.serve.answers import Asked, Found
 from catid2_ray.on_ray.serve.api import (
     Answer,
@@ -68,6 +68,7 @@ install(api)
 # The last one that is added comes first: a request is counted, its key is looked at, then its body is read.
 api.add_middleware(Locked, keys=lambda: serve.get_replica_context().servable_object.keys)
 api.add_middleware(metrics.Counted)
+api.add_middleware(logs.Logged)
 
 READ_REFUSALS = {401: RESPONSES[401]}
 RETRIEVE_REFUSALS = {status: RESPONSES[status] for status in (400, 401, 413, 422, 503, 504)} | {408: LATE}
@@ -94,6 +95,8 @@ class RetrieverReplica:
 
     def __init__(self, settings: AppSettings):
         torch.set_num_threads(settings.threads)
+        if settings.logs == "json":
+            logs.write_json()
         self.settings, self.keys = settings, Keys.of(settings.keys, needed=settings.needs_keys)
         self.pools = {name: ThreadPoolExecutor(threads, name) for name, threads in THREADS.items()}
         self.batches = Batches(self._search, self.pools["search"], tell=self._tell, **BATCHES)
@@ -202,9 +205,8 @@ class RetrieverReplica:
 
     async def Retrieve(self, message, grpc_context):  # noqa: N802 (the name in retriever.proto)
         """The same over gRPC. A refusal is a status without a message: an exception would be a traceback in Ray's log."""
-        began, code = time.perf_counter(), rpc.OK
+        began, code, headers = time.perf_counter(), rpc.OK, rpc.headers_of(grpc_context.invocation_metadata())
         try:
-            headers = rpc.headers_of(grpc_context.invocation_metadata())
             self.keys.check(headers, "read")
             return rpc.message_of(await self._retrieve(rpc.request_of(message), headers))
         except Exception as error:
@@ -216,7 +218,12 @@ class RetrieverReplica:
             return rpc.NOTHING
         finally:
             metrics.count("catid2_requests", call=rpc.SERVICE, status=code.name)
-            metrics.observe("catid2_request_ms", 1e3 * (time.perf_counter() - began), call=rpc.SERVICE)
+            took_ms = 1e3 * (time.perf_counter() - began)
+            metrics.observe("catid2_request_ms", took_ms, call=rpc.SERVICE)
+            if code != rpc.OK:
+                with logs.of_request(headers):
+                    error = code == rpc.code_of(Exception())
+                    logs.event("request", error=error, call=rpc.SERVICE, status=code.name, ms=round(took_ms, 1))
 
     async def _retrieve(self, request: RetrieveRequest, headers: Mapping[str, str]) -> RetrieveResponse:
         # Taken once: whatever becomes current meanwhile, this request is answered from one release.
