@@ -132,6 +132,15 @@ def append(
     _run_and_show(functools.partial(run, wait=wait, trial=shares), Recipe.load(recipe, overrides or []), json_file)
 
 
+@app.command()
+def publish(recipe: RecipeOption, overrides: SetOption = None, wait: WaitOption = False) -> None:
+    """Make what the stages of this recipe have made the current release, if its recall and its canary queries are good enough."""
+    from catid2_ray.on_ray.commands import publish as run
+
+    store, release = run(Recipe.load(recipe, overrides or []), wait=wait)
+    print(f"Release {release.name} is current in {store.uri}.")
+
+
 def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
     """Run to a published release, show its figures and a few answers from it."""
     from catid2_ray.evaluation.report import closing_tables
@@ -330,8 +339,8 @@ def rollback(
         return
     say_younger(history.younger(opened, history.entries(opened), back.release.name))
     print(
-        f"Release {back.release.name} is current again; it was {back.before}. Replicas that follow the store change to it "
-        "within seconds. What is made next builds on the release that is current."
+        f"Release {back.release.name} is current again; it was {back.before}. Replicas that follow the store change over within "
+        "seconds; what is made next builds on the release that is current."
     )
 
 

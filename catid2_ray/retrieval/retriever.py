@@ -222,7 +222,7 @@ class Retriever:
         return Expansion(a=0.0, dense="dot", unit_vectors=vectors.normalized) if self.lookahead else None
 
     def _answers(
-        self, queries: list[str], view: LiveView, products: Products, k: int, allowed, widths, soft: Soft | None
+        self, queries: list[str], view: LiveView, products: Products, k: int, allowed, widths, soft: Soft | None = None
     ) -> list[list[Hit]]:
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
         early: dict[int, list[Hit]] = {}

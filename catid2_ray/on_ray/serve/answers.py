@@ -177,8 +177,16 @@ def product_of(opened: Opened, product_id: str) -> ProductResponse:
     return ProductResponse(
         release=opened.name, product_id=product_id, docid=retriever.space.text(codes_of(view, [row])[0]),
         title=view.products.title(row), category_path=category_of(view, row),
+        columns={} if view.filters is None else dict(sorted(_as_json(view.filters.values_of(row)).items())),
         live=bool(view.is_live([row])[0]),
     )  # fmt: skip
+
+
+def _as_json(values: dict) -> dict:
+    """Numbers that are not finite become null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
 
 
 def below_of(opened: Opened, prefix: str) -> BelowResponse:

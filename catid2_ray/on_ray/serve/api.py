@@ -1,6 +1,6 @@
 """Requests and responses of the HTTP interface: queries, and the changes that a serving release takes."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -154,7 +154,10 @@ class ProductResponse(BaseModel):
     category_path: list[str] | None = Field(
         description="root first; null where the product has none, or category_path is no filter column of the release"
     )
-    live: bool = Field(description="false: it was withdrawn, so that no search finds it")
+    columns: dict[str, Any] = Field(
+        description="its values of the release's filter columns as they are now; null where one is missing"
+    )
+    live: bool = Field(description="false: it was withdrawn or deleted, so that no search finds it")
 
 
 class HealthResponse(BaseModel):

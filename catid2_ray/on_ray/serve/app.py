@@ -23,8 +23,9 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
 from catid2_ray.errors import CatidError, InputError, QueryError, RecipeError, StorageError
 from catid2_ray.on_ray.machine import cluster
+from catid2_ray.on_ray.machine.canary import CANARY_QUERY
 from catid2_ray.on_ray.serve import answers as answering
-from catid2_ray.on_ray.serve import metrics, reference, rpc
+from catid2_ray.on_ray.serve import logs, metrics, reference, rpc
 from catid2_ray.on_ray.serve.answers import Asked, Found
 from catid2_ray.on_ray.serve.api import (
     Answer,
@@ -48,8 +49,9 @@ from catid2_ray.on_ray.serve.api import (
 from catid2_ray.on_ray.serve.batches import Batch, Batches
 from catid2_ray.on_ray.serve.follow import Serving
 from catid2_ray.on_ray.serve.keys import Keys, Locked
-from catid2_ray.on_ray.serve.opened import CANARY_QUERY, Opened
-from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, install, refused
+from catid2_ray.on_ray.serve.opened import Opened
+from catid2_ray.on_ray.serve.puts import standing
+from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, Unserved, install, refused
 from catid2_ray.on_ray.serve.settings import AppSettings
 
 # Requests wait in the replica, which takes the next batch at once and refuses beyond `most_waiting`. Those that wait at a proxy,
@@ -71,6 +73,7 @@ install(api)
 # The last one that is added comes first: a request is counted, its key is looked at, then its body is read.
 api.add_middleware(Locked, keys=lambda: serve.get_replica_context().servable_object.keys)
 api.add_middleware(metrics.Counted)
+api.add_middleware(logs.Logged)
 
 READ_REFUSALS = {401: RESPONSES[401]}
 RETRIEVE_REFUSALS = {status: RESPONSES[status] for status in (400, 401, 413, 422, 503, 504)} | {408: LATE}
@@ -98,6 +101,8 @@ class RetrieverReplica:
 
     def __init__(self, settings: AppSettings):
         torch.set_num_threads(settings.threads)
+        if settings.logs == "json":
+            logs.write_json()
         self.settings, self.keys = settings, Keys.of(settings.keys, needed=settings.needs_keys)
         self.pools = {name: ThreadPoolExecutor(threads, name) for name, threads in THREADS.items()}
         self.batches = Batches(self._search, self.pools["search"], tell=self._tell, **BATCHES)
@@ -209,9 +214,8 @@ class RetrieverReplica:
 
     async def Retrieve(self, message, grpc_context):  # noqa: N802 (the name in retriever.proto)
         """The same over gRPC. A refusal is a status without a message: an exception would be a traceback in Ray's log."""
-        began, code = time.perf_counter(), rpc.OK
+        began, code, headers = time.perf_counter(), rpc.OK, rpc.headers_of(grpc_context.invocation_metadata())
         try:
-            headers = rpc.headers_of(grpc_context.invocation_metadata())
             self.keys.check(headers, "read")
             return rpc.message_of(await self._retrieve(rpc.request_of(message), headers))
         except Exception as error:
@@ -223,7 +227,12 @@ class RetrieverReplica:
             return rpc.NOTHING
         finally:
             metrics.count("catid2_requests", call=rpc.SERVICE, status=code.name)
-            metrics.observe("catid2_request_ms", 1e3 * (time.perf_counter() - began), call=rpc.SERVICE)
+            took_ms = 1e3 * (time.perf_counter() - began)
+            metrics.observe("catid2_request_ms", took_ms, call=rpc.SERVICE)
+            if code != rpc.OK:
+                with logs.of_request(headers):
+                    error = code == rpc.code_of(Exception())
+                    logs.event("request", error=error, call=rpc.SERVICE, status=code.name, ms=round(took_ms, 1))
 
     async def _retrieve(self, request: RetrieveRequest, headers: Mapping[str, str]) -> RetrieveResponse:
         # Chosen once: whatever becomes current meanwhile, this request is answered from one release.
@@ -316,19 +325,35 @@ class RetrieverReplica:
 
     @api.post("/v1/withdraw", responses=RESPONSES)
     async def withdraw(self, request: NamesRequest) -> ChangeResponse:
-        """Take products out of every answer. All replicas do so within seconds."""
+        """Take products out of every answer. All replicas do so within seconds. Those that are out already stay out."""
         return await self._change("withdraw", request.product_ids)
 
     @api.post("/v1/restore", responses=RESPONSES)
     async def restore(self, request: NamesRequest) -> ChangeResponse:
-        """Bring withdrawn products back, with the IDs they had."""
+        """Bring withdrawn and deleted products back, with the IDs they had. Those that are live stay so."""
         return await self._change("restore", request.product_ids)
 
-    async def _change(self, kind: str, product_ids: list[str]) -> ChangeResponse:
+    @api.delete("/v1/products/{product_id:path}", responses=RESPONSES)
+    async def delete(self, product_id: str) -> ChangeResponse:
+        """Take one product out of every answer, as /v1/withdraw does; again, it changes nothing. It is gone for good with the next
+        release whose catalogue lacks it. Until then it keeps its ID, and /v1/restore or PUT brings it back."""
+        return await self._change("withdraw", [product_id], missing=404)
+
+    async def _change(self, kind: str, product_ids: list[str], *, missing: int = 422) -> ChangeResponse:
         self._check_updates()
         now = self.serving.now
-        done = await self._run("changes", now.updates.change, lambda: {"kind": kind, "products": product_ids})
-        return ChangeResponse(release=now.name, change=done["number"])
+
+        def made() -> dict | None:
+            found = [standing(now.retriever, one) for one in product_ids]
+            if missing == 404 and found[0].row is None:
+                raise Unserved(404, f"release {now.name} has no product {product_ids[0]!r}")
+            # What is so already need not be said again.
+            if all(one.row is not None and one.live == (kind == "restore") for one in found):
+                return None
+            return {"kind": kind, "products": product_ids}
+
+        done = await self._run("changes", now.updates.change, made)
+        return ChangeResponse(release=now.name, change=now.updates.applied if done is None else done["number"])
 
     def _check_updates(self) -> None:
         takes = self.settings.updates

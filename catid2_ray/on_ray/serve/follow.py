@@ -18,7 +18,8 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
 from catid2_ray.errors import CatidError
 from catid2_ray.on_ray.machine import progress
-from catid2_ray.on_ray.serve.opened import AnswersDiffer, Opened, OutOfMemory
+from catid2_ray.on_ray.machine.canary import AnswersDiffer
+from catid2_ray.on_ray.serve.opened import Opened, OutOfMemory
 from catid2_ray.on_ray.serve.settings import AppSettings
 
 _LONGEST_WAIT_S = 300.0

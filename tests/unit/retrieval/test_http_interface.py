@@ -1,6 +1,7 @@
 """The HTTP interface without Ray's proxy: every bad request has an answer of one shape, and spoils nobody else's."""
 
 import asyncio
+import datetime
 import json
 import shutil
 import socket
@@ -10,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from decimal import Decimal
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +33,8 @@ from catid2_ray.on_ray.serve.keys import VARIABLE, Keys, right_of
 from catid2_ray.on_ray.serve.proto import retriever_pb2 as messages
 from catid2_ray.on_ray.serve.puts import Done
 from catid2_ray.on_ray.serve.refusals import MOST_BYTES, sound
+from catid2_ray.retrieval.filters import FilterIndex
+from catid2_ray.retrieval.live_filters import LiveFilterIndex
 from catid2_ray.retrieval.rescoring import Expansion
 from catid2_ray.retrieval.retriever import Retriever
 from catid2_ray.retrieval.vectors import VectorStore
@@ -293,6 +297,7 @@ def test_a_request_that_is_late_costs_no_search(client, replica, monkeypatch):
 
 def test_it_says_what_it_knows_of_a_product(client, replica):
     known = {"release": "r1", "product_id": "p3", "docid": "<a_1><b_1>", "title": "oak door", "category_path": None}
+    known["columns"] = {}
     assert client.get("/v1/products/p3").json() == known | {"live": True}
     replica.serving.now.retriever.live.withdraw(["p3"])
     try:
@@ -301,6 +306,48 @@ def test_it_says_what_it_knows_of_a_product(client, replica):
         replica.serving.now.retriever.live.restore(["p3"])
     for unknown in ("nobody", "a/b", "%20", "%ED%A0%80"):
         refused(client.get(f"/v1/products/{unknown}"), 404, "")
+
+
+def test_columns_of_a_product_are_json(client, replica, monkeypatch):
+    index = LiveFilterIndex(
+        FilterIndex(
+            {
+                "product_id": [f"p{n}" for n in range(6)], "price": [1.5, float("nan"), None, 2.5, 3.5, 4.5],
+                "added": [datetime.date(2026, 1, 31)] * 6, "market": [["de", "at"]] * 6, "cost": [Decimal("1.20")] * 6,
+            }
+        )
+    )  # fmt: skip
+    view = replica.serving.now.retriever.live.view
+    monkeypatch.setattr(replica.serving.now.retriever.live, "view", replace(view, filters=index))
+    said = [client.get(f"/v1/products/{view.products.name(row)}").json()["columns"] for row in range(3)]
+    rest = {"added": "2026-01-31", "cost": "1.20", "market": ["de", "at"]}
+    assert said == [rest | {"price": price} for price in (1.5, None, None)]
+
+
+def test_products_are_withdrawn_deleted_and_restored_again_and_again(client, replica, monkeypatch):
+    """What is so already is not written again."""
+    live, written = replica.serving.now.retriever.live, []
+
+    def change(build):
+        record = build()
+        if record is None:
+            return None
+        getattr(live, record["kind"])(record["products"])
+        written.append((record["kind"], *record["products"]))
+        return record | {"number": len(written)}
+
+    monkeypatch.setattr(replica.settings, "updates", True)
+    monkeypatch.setattr(replica.serving.now.updates, "change", change, raising=False)
+    for _ in range(2):
+        assert client.delete("/v1/products/p3").json()["release"] == "r1"
+        assert client.get("/v1/products/p3").json()["live"] is False
+    assert client.post("/v1/withdraw", json={"product_ids": ["p3", "p4"]}).json()["change"] == 2
+    for _ in range(2):
+        assert client.post("/v1/restore", json={"product_ids": ["p3", "p4"]}).status_code == 200
+    assert written == [("withdraw", "p3"), ("withdraw", "p3", "p4"), ("restore", "p3", "p4")]
+    refused(client.delete("/v1/products/nobody"), 404, "release r1 has no product 'nobody'")
+    refused(client.post("/v1/withdraw", json={"product_ids": ["p3", "nobody"]}), 422, "no product 'nobody'")
+    assert client.get("/v1/products/p3").json()["live"] is True
 
 
 def test_a_replica_that_answers_nothing_is_alive_but_not_ready(client, replica, monkeypatch):
@@ -439,7 +486,7 @@ def test_every_call_but_those_that_say_nothing_of_products_needs_a_key():
     needed = {
         (path, verb): right_of(verb.upper(), path) for path, verbs in api.openapi()["paths"].items() for verb in verbs
     }
-    reads = {("/v1/retrieve", "post")} | {(path, verb) for path, verb in needed if path in ONLY_READ}
+    reads = {("/v1/retrieve", "post")} | {(path, verb) for path, verb in needed if path in ONLY_READ and verb == "get"}
     assert {call for call, right in needed.items() if right is None} == {("/healthz", "get"), ("/readyz", "get")}
     assert {call for call, right in needed.items() if right == "read"} == reads
 
