@@ -18,6 +18,7 @@ Each message says what was wrong, where (URI, column, product_id), what was expe
     ├── TrainingError                 6   a training run ended without a result
     │   ├── WorkerDied                6   what a worker met is no error of ours: it was killed, say
     │   └── CollapseError             8   the codes collapsed and stayed so
+    ├── MachineError                 11   a machine has too little disk, memory or room for Ray's objects
     ├── QualityGateError              7   the job finished, but its figures are below what the recipe demands
     │   └── ChurnGateError           10   more products would get another ID than the recipe allows
     └── Interrupted                 130   a person pressed Ctrl-C; 143 where the job got SIGTERM
@@ -98,6 +99,10 @@ class WorkerDied(TrainingError):
 
 class CollapseError(TrainingError):
     exit_code = 8
+
+
+class MachineError(CatidError):
+    exit_code = 11
 
 
 class QualityGateError(CatidError):

@@ -15,7 +15,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, FormatError, ReleaseError, StorageError
-from catid2_ray.on_ray.machine import cluster, preflight, progress, signals
+from catid2_ray.on_ray.machine import cluster, preflight, progress, scarce, signals
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ class Job:
         preflight.refuse(recipe, aligns="aligned" in only)
         store = Store(recipe.store)
         store.check()
+        if lease:
+            preflight.check_store(store)
         job = cls(recipe=recipe, store=store, only=frozenset(only), **choices)
         with contextlib.ExitStack() as ends:
             ends.enter_context(signals.stoppable(job.account))
@@ -199,10 +201,12 @@ class Job:
         try:
             with progress.at_position(position):
                 manifest = work(attempt)
-        except BaseException:
+        except BaseException as error:
             # A store that is away must not take the place of the cause.
             with contextlib.suppress(StorageError), self.store.impatient():
                 self.store.delete_folder(attempt.name("exchange"))
+            if scarce_error := scarce.named(error, stage):
+                raise scarce_error from error
             raise
         self.made.append(stage)
         self.proven.add(manifest.folder)

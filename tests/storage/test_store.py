@@ -228,9 +228,9 @@ def use_every_method(store, folder):
     assert (folder / "down" / "f").read_bytes() == b"uploaded" and store.read("work/a") == b"one"
     assert store.read_table("work/deep/t.parquet") == table == store.parquet_file("work/deep/t.parquet").read()
     assert store.read_table("work/deep/t.parquet", columns=["n"]) == table
-    for opened in (store.open, store.open_stream):
-        with opened("work/a") as source:
-            assert source.read() == b"one"
+    assert store.read_with("work/a", lambda source: source.read()) == b"one"
+    with store.open_stream("work/a") as source:
+        assert source.read() == b"one"
     assert store.names("work") == ["a", "b", "deep", "up"]
     assert store.exists("work") and store.exists("work/a") and store.exists("work/deep") and not store.exists("wor")
     assert files_of(store, "work").files == ["work/deep/t.parquet"]

@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from catid2_ray import errors
 from catid2_ray.errors import CatidError, StorageError
-from catid2_ray.on_ray.machine import cluster, progress
+from catid2_ray.on_ray.machine import cluster, preflight, progress
 
 
 def our_error(error: BaseException | None) -> CatidError | None:
@@ -45,6 +45,7 @@ class _Worker:
         _forget_peak()
         self.failed = None
         try:
+            preflight.refuse_other_versions()
             self.handler = handler_class(**arguments)
         except CatidError as error:
             self.failed = error
