@@ -15,10 +15,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
-from catid2_ray.cli import look
-from catid2_ray.cli import trial as trying
+from catid2_ray.cli import look, stored
 from catid2_ray.cli.options import (
     DEFAULT_STORE,
     JsonOption,
@@ -31,7 +29,6 @@ from catid2_ray.cli.options import (
     say_younger,
 )
 from catid2_ray.cli.options import console as _console
-from catid2_ray.cli.options import event as _event
 from catid2_ray.config import KINDS, Recipe, schema
 from catid2_ray.errors import CatidError, InputError, Interrupted
 
@@ -109,7 +106,7 @@ def reindex(
     from catid2_ray.on_ray.commands import reindex as run
 
     choices = {"new_ledger": new_ledger, "refit_encoder": refit_encoder, "refresh_adapter": refresh_adapter}
-    loaded, shares = Recipe.load(recipe, overrides or []), trying.shares_of(trial, shadow)
+    loaded, shares = Recipe.load(recipe, overrides or []), stored.shares_of(trial, shadow)
     if dry_run:
         look.show_dry_run(loaded, choices, json_file)
         return
@@ -128,7 +125,7 @@ def append(
     """Today's catalogue under the published quantizer and generator: new products get free IDs, no published ID moves."""
     from catid2_ray.on_ray.commands import append_items as run
 
-    shares = trying.shares_of(trial, shadow)
+    shares = stored.shares_of(trial, shadow)
     _run_and_show(functools.partial(run, wait=wait, trial=shares), Recipe.load(recipe, overrides or []), json_file)
 
 
@@ -163,7 +160,7 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
     console.print(terminal(closing_tables(outcome.figures)))
     store = Store(loaded.store)
     if outcome.trial is not None:
-        print(trying.said(outcome.release.name, outcome.trial))
+        print(stored.said(outcome.release.name, outcome.trial))
         say_younger(outcome.figures["changes_to_carry"])
         return
     console.print(
@@ -300,84 +297,6 @@ def align(
     print(store.uri_of(manifest.name))
 
 
-@app.command("releases")
-def list_releases(store: StoreOption = DEFAULT_STORE, json_file: JsonOption = None) -> None:
-    """List the releases of a store, newest first: age, documents, recall@50, churn, size, and which is current or in use."""
-    from catid2_ray.artifacts.history import overview
-    from catid2_ray.evaluation.report import releases_table
-    from catid2_ray.evaluation.tables import terminal
-
-    opened = Store(store)
-    opened.check()
-    rows = overview(opened)
-    if json_file:
-        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
-    if not rows:
-        print(f"Nothing was published to {opened.uri} yet.")
-        return
-    _console().print(terminal([releases_table(rows)]))
-    for row in rows:
-        if row["problem"]:
-            print(f"{row['release']} cannot be read: {row['problem']}")
-
-
-@app.command()
-def rollback(
-    release: Annotated[str | None, typer.Argument(help="its name; left out: the one before the current one")] = None,
-    store: StoreOption = DEFAULT_STORE,
-    wait: WaitOption = False,
-) -> None:
-    """Make an earlier release current again, after a look whether all of its parts are there."""
-    from catid2_ray.artifacts import history, lease
-
-    opened = Store(store)
-    opened.check()
-    with lease.holding(opened, wait=wait, command="catid2 rollback", say=_event):
-        back = history.rollback(opened, release)
-    if back.before == back.release.name:
-        print(f"Release {back.release.name} is current already; nothing changed.")
-        return
-    say_younger(history.younger(opened, history.entries(opened), back.release.name))
-    print(
-        f"Release {back.release.name} is current again; it was {back.before}. Replicas that follow the store change over within "
-        "seconds; what is made next builds on the release that is current."
-    )
-
-
-@app.command()
-def gc(
-    store: StoreOption = DEFAULT_STORE,
-    keep: Annotated[
-        int, typer.Option(help="releases that stay: the last that were current; those in use stay anyway")
-    ] = ...,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="remove nothing, say what would go")] = False,
-    runs_older_than: Annotated[
-        float, typer.Option(metavar="DAYS", help="checkpoints of trainings that nobody went on with for so long go too")
-    ] = 7,
-) -> None:
-    """Remove artefacts that no kept release names (also of compare-ids and of a chain not published yet), what killed jobs left,
-    and what this machine fetched of it."""
-    from catid2_ray.artifacts.gc import collect
-    from catid2_ray.evaluation.report import freed_table, size_text
-    from catid2_ray.evaluation.tables import terminal
-
-    opened = Store(store)
-    opened.check()
-    freed = collect(
-        opened,
-        keep=keep,
-        dry_run=dry_run,
-        runs_older_than_days=runs_older_than,
-        cache=releases.default_cache(),
-        say=_event,
-    )
-    if freed.rows:
-        _console().print(terminal([freed_table(freed.rows, dry_run=dry_run)]))
-    for uri in freed.unread:
-        print(f"Left alone, as this version cannot read it: {uri}")
-    print(f"{'Would free' if dry_run else 'Freed'} {size_text(freed.bytes)}. Releases kept: {', '.join(freed.kept)}")
-
-
 @app.command()
 def search(
     query: str,
@@ -494,8 +413,10 @@ def recipe(
         print(schema())
 
 
-for command in (*look.COMMANDS, *trying.COMMANDS):
+for command in look.COMMANDS:
     app.command()(command)
+for name, command in stored.COMMANDS.items():
+    app.command(name)(command)
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def append_items(recipe: Recipe, *, wait: bool = False, trial: Shares | None = N
         return _published(job, parts, figures, trial)
 
 
-def _published(job: Job, parts: dict[str, Manifest], figures: dict, trial: Shares | None) -> Outcome:
+def _published(job: Job, parts: dict[str, Manifest], figures: dict, trial: Shares | None = None) -> Outcome:
     figures = figures | {"canary": _ask_canaries(job, parts, figures)}
     release = job.publish(parts) if trial is None else job.put_on_trial(parts, trial)
     figures = {"release": release.name, "changes_to_carry": job.younger, **figures}
