@@ -28,8 +28,8 @@ test: $(VENV)/.installed-dev
 	$(TESTS) -m "not cluster and not slow"
 	$(TESTS) -m "cluster and not slow" --no-loadscope-reorder
 
-# Everything. Besides `test`: three jobs stopped by signals (jobs/test_stopped.py), a second replica under load
-# (end_to_end/test_s3_to_http.py), the compiled beam.
+# Everything. Besides `test`: three jobs stopped by signals (jobs/test_stopped.py), replicas that are killed
+# and scaled under load (end_to_end/test_replicas_under_load.py), the compiled beam.
 test-all: $(VENV)/.installed-dev
 	$(TESTS) -m "not cluster"
 	$(TESTS) -m cluster --no-loadscope-reorder

@@ -77,16 +77,8 @@ def check_parts(manifests: dict[str, Manifest]) -> None:
                 )
 
 
-def publish(
-    store: Store, manifests: dict[str, Manifest], *, after: int | None = None, seen: Mapping[str, int] | None = None
-) -> tuple[Release, bool]:
-    """Make these parts the current release. Returns it and whether `current` moved (False: it was current already).
-
-    `after`: the number in `pointer` when the work began; `seen`: release → how many live changes it had then, before the catalogue
-    was read (`live_changes`). The move of the pointer keeps these numbers: changes beyond them are younger than the catalogue, and
-    whoever serves the release carries them over. Raises ReleaseError for a mixture, CommitConflict when another job
-    published since.
-    """
+def made(store: Store, manifests: dict[str, Manifest]) -> Release:
+    """The release of these parts, as of now, once each was looked at. Raises ReleaseError for a mixture or a missing part."""
     needed = [part for part in PARTS if part not in OPTIONAL]
     missing = [part for part in needed if part not in manifests]
     if missing:
@@ -97,16 +89,33 @@ def publish(
     # Pairs that lie in the catalogue of an older release are no part of their own.
     own = [part for part in PARTS if part in manifests and manifests[part].kind == part]
     parts = {part: {"key": manifests[part].key, "digest": manifests[part].digest} for part in own}
-    release = Release(
-        name=f"r-{digest_of(parts)[:12]}", parts=parts, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    )
-    number, current = pointer(store)
-    if current == release.name:
-        return load(store, current), False
+    return Release(name=_name_of(parts), parts=parts, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+
+def keep(store: Store, release: Release) -> Release:
+    """Store its record; returns the one that is stored, which may be older."""
     try:
         store.create(f"releases/{release.name}.json", json.dumps(asdict(release), indent=1).encode())
     except CommitConflict:
-        release = load(store, release.name)
+        return load(store, release.name)
+    return release
+
+
+def publish(
+    store: Store, manifests: dict[str, Manifest], *, after: int | None = None, seen: Mapping[str, int] | None = None
+) -> tuple[Release, bool]:
+    """Make these parts the current release. Returns it and whether `current` moved (False: it was current already).
+
+    `after`: the number in `pointer` when the work began; `seen`: release → how many live changes it had then, before the catalogue
+    was read (`live_changes`). The move of the pointer keeps these numbers: changes beyond them are younger than the catalogue, and
+    whoever serves the release carries them over. Raises ReleaseError for a mixture, CommitConflict when another job
+    published since.
+    """
+    release = made(store, manifests)
+    number, current = pointer(store)
+    if current == release.name:
+        return load(store, current), False
+    release = keep(store, release)
     try:
         if after is not None and number != after:
             raise CommitConflict
@@ -126,6 +135,10 @@ def publish(
             "nothing was lost. Look at what is current, and rerun to build on top of it"
         ) from None
     return release, True
+
+
+def _name_of(parts: dict[str, dict]) -> str:
+    return f"r-{digest_of(parts)[:12]}"
 
 
 def pointer(store: Store) -> tuple[int, str | None]:
@@ -178,6 +191,8 @@ def _release(fields: dict, name: str) -> Release:
         raise ValueError(f"it is the record of {release.name!r}")
     for part, place in release.parts.items():
         _plain(part), _plain(place["key"])
+    if name != _name_of(release.parts):
+        raise ValueError("its parts are not those that it is named after")
     return release
 
 
@@ -378,6 +393,9 @@ def retriever_settings(
         "codes_per_level": manifests["ids"].metrics["codes_per_level"],
         "release": release,
     }
+    # A generator of another loss means another thing by its numbers; releases of before have none that is not of "level".
+    if (taught := manifests["generator"].settings.get("loss", "level")) != "level":
+        settings |= {"loss": taught, "normalize": taught}
     if beam_width is None and "serving" in manifests:
         served = manifests["serving"].asked
         if (mixture := manifests.get("mixture")) is not None:

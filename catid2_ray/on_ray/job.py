@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from catid2_ray.artifacts import history, uses
+from catid2_ray.artifacts import history, trials, uses
 from catid2_ray.artifacts import lease as leases
 from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts import release as releases
@@ -12,6 +12,7 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
+from catid2_ray.artifacts.trials import Shares
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, FormatError, ReleaseError, StorageError
 from catid2_ray.on_ray.machine import cluster, preflight, progress, scarce, signals
@@ -144,6 +145,15 @@ class Job:
         self.younger = history.younger(self.store, history.entries(self.store), release.name) if moved else 0
         if self.younger:
             self.say("changes_to_carry", release=release.name, changes=self.younger)
+        return release
+
+    def put_on_trial(self, parts: dict[str, Manifest], shares: Shares) -> Release:
+        """Store these parts as a release, and put it on trial beside the one that is current; see `artifacts.trials`."""
+        self.check_lease()
+        release = releases.keep(self.store, releases.made(self.store, parts))
+        trials.begin(self.store, release.name, shares, seen=self.seen)
+        self.younger = history.younger(self.store, trials.moves(self.store, release.name), release.name)
+        self.say("on_trial", release=release.name, percent=shares.percent, shadow=shares.shadow)
         return release
 
     def look(self) -> str | None:

@@ -39,6 +39,7 @@ ONLY_IN = {
     "pydantic": {"config", "on_ray"},
     "yaml": {"config", "catid2_ray/on_ray/look/plan.py"},
     "fastapi": {"on_ray"},
+    "structlog": {"catid2_ray/on_ray/serve/logs.py"},
     "typer": {"cli", "jobs"},
     "s3fs": {"catid2_ray/artifacts/patient_s3.py"},
     "fsspec": {"catid2_ray/artifacts/store.py", "catid2_ray/artifacts/patient_s3.py"},
