@@ -23,6 +23,7 @@ from catid2_ray.on_ray.serve.opened import Opened
 from catid2_ray.on_ray.serve.settings import AppSettings
 from tests.in_process import without_ray
 
+pytestmark = pytest.mark.slow
 ALIGNMENT = {
     "enabled": True, "steps": 2, "report_every": 2, "updates": 1, "batch": 8, "group": 2, "injected": 1, "workers": 1,
     "validation_queries": 4, "judged_max": 8, "max_failures": 0, "ranker": "tests.jobs.test_align:ranked",
