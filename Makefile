@@ -34,9 +34,9 @@ test-all: $(VENV)/.installed-dev
 	$(TESTS) -m "not cluster"
 	$(TESTS) -m cluster --no-loadscope-reorder
 
-# Kills, disks and networks that fail: those of `test`, and those of `test-all`.
+# Kills, disks and networks that fail, the slow ones included: a table of what each cost, on the screen and in benchmarks/results/.
 test-faults: $(VENV)/.installed-dev
-	$(TESTS) -m faults
+	$(TESTS) -m faults --faults-page benchmarks/results/faults.md
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

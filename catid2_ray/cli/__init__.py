@@ -18,7 +18,18 @@ from rich.console import Console
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.cli import look
-from catid2_ray.cli.options import DEFAULT_STORE, JsonOption, RecipeOption, SetOption, StoreOption, WaitOption
+from catid2_ray.cli import trial as trying
+from catid2_ray.cli.options import (
+    DEFAULT_STORE,
+    JsonOption,
+    RecipeOption,
+    SetOption,
+    ShadowOption,
+    StoreOption,
+    TrialOption,
+    WaitOption,
+    say_younger,
+)
 from catid2_ray.cli.options import console as _console
 from catid2_ray.cli.options import event as _event
 from catid2_ray.config import KINDS, Recipe, schema
@@ -91,26 +102,34 @@ def reindex(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="make nothing: say which stages would be found and which made")
     ] = False,
+    trial: TrialOption = None,
+    shadow: ShadowOption = 0.0,
 ) -> None:
     """The main job: embed, train, assign unique IDs, train the generator, evaluate, publish. Continues where it was left."""
     from catid2_ray.on_ray.commands import reindex as run
 
     choices = {"new_ledger": new_ledger, "refit_encoder": refit_encoder, "refresh_adapter": refresh_adapter}
-    loaded = Recipe.load(recipe, overrides or [])
+    loaded, shares = Recipe.load(recipe, overrides or []), trying.shares_of(trial, shadow)
     if dry_run:
         look.show_dry_run(loaded, choices, json_file)
         return
-    _run_and_show(functools.partial(run, wait=wait, **choices), loaded, json_file)
+    _run_and_show(functools.partial(run, wait=wait, trial=shares, **choices), loaded, json_file)
 
 
 @app.command()
 def append(
-    recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOption = None, wait: WaitOption = False
+    recipe: RecipeOption,
+    overrides: SetOption = None,
+    json_file: JsonOption = None,
+    wait: WaitOption = False,
+    trial: TrialOption = None,
+    shadow: ShadowOption = 0.0,
 ) -> None:
     """Today's catalogue under the published quantizer and generator: new products get free IDs, no published ID moves."""
     from catid2_ray.on_ray.commands import append_items as run
 
-    _run_and_show(functools.partial(run, wait=wait), Recipe.load(recipe, overrides or []), json_file)
+    shares = trying.shares_of(trial, shadow)
+    _run_and_show(functools.partial(run, wait=wait, trial=shares), Recipe.load(recipe, overrides or []), json_file)
 
 
 @app.command()
@@ -143,11 +162,15 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
         console.print(f"Nothing changed: every stage was found committed in {loaded.store}.")
     console.print(terminal(closing_tables(outcome.figures)))
     store = Store(loaded.store)
+    if outcome.trial is not None:
+        print(trying.said(outcome.release.name, outcome.trial))
+        say_younger(outcome.figures["changes_to_carry"])
+        return
     console.print(
         f"Release {outcome.release.name} is current: {store.uri_of(f'releases/{outcome.release.name}.json')}",
         soft_wrap=True,
     )
-    _say_younger(outcome.figures["changes_to_carry"])
+    say_younger(outcome.figures["changes_to_carry"])
     queries = loaded.sample_queries or tuple(outcome.parts["evaluation"].metrics["sample_queries"])
     for query in queries:
         _answer(console, store, query, k=3)
@@ -157,13 +180,6 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
         f"-d '{{\"query\": \"{queries[0]}\", \"k\": 5}}'",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
-
-
-def _say_younger(changes: int) -> None:
-    if changes:
-        print(
-            f"Live changes that are younger than its catalogue: {changes:,}. The service carries over what it lacks of them."
-        )
 
 
 def _answer(console: Console, store: Store, query: str, *, k: int, expression: dict | None = None) -> None:
@@ -321,7 +337,7 @@ def rollback(
     if back.before == back.release.name:
         print(f"Release {back.release.name} is current already; nothing changed.")
         return
-    _say_younger(history.younger(opened, history.entries(opened), back.release.name))
+    say_younger(history.younger(opened, history.entries(opened), back.release.name))
     print(
         f"Release {back.release.name} is current again; it was {back.before}. Replicas that follow the store change over within "
         "seconds; what is made next builds on the release that is current."
@@ -478,7 +494,7 @@ def recipe(
         print(schema())
 
 
-for command in look.COMMANDS:
+for command in (*look.COMMANDS, *trying.COMMANDS):
     app.command()(command)
 
 

@@ -111,9 +111,10 @@ class ServingRecipe(Section):
         None, "beams per query: one number, one per level, or none = evaluation.beam_width", unit="beams",
         paper="20/50/500 over three levels in VARG",
     )  # fmt: skip
-    normalize: Literal["level", "vocabulary"] = setting(
-        "level", "log P over the codes of the level, as in training, or over the whole vocabulary", unit="choice"
-    )
+    normalize: Literal["level", "vocabulary", "trie"] = setting(
+        "level", "log P over the codes of the level or over the whole vocabulary, for generator.loss level; or over the codes that "
+        "IDs of the release have after the prefix, for generator.loss trie", unit="choice",
+    )  # fmt: skip
     weights: Literal["float32", "int8"] = setting(
         "float32",
         "int8 copies the generator's matrices in 8 bits, for CPUs with VNNI or AMX (slower on others): scores differ a little",

@@ -10,6 +10,7 @@ from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.release import Release, parts_folder, retriever_settings
 from catid2_ray.artifacts.stages import STAGES, of_job
 from catid2_ray.artifacts.store import Store
+from catid2_ray.artifacts.trials import Shares
 from catid2_ray.catalog.pairs import check_pairs
 from catid2_ray.config import ClusterRecipe, Recipe
 from catid2_ray.errors import ArtifactError, InputError, QualityGateError, RecipeError
@@ -30,6 +31,7 @@ class Outcome:
     figures: dict
     parts: dict[str, Manifest]
     made: list[str]
+    trial: Shares | None = None
 
 
 def run_verb(recipe: Recipe, verb: str, *, wait: bool = False) -> tuple[Store, Manifest]:
@@ -53,33 +55,34 @@ def publish(recipe: Recipe, *, wait: bool = False) -> tuple[Store, Release]:
         return job.store, job.publish(parts)
 
 
-def reindex(recipe: Recipe, *, wait: bool = False, **choices: bool) -> Outcome:
+def reindex(recipe: Recipe, *, wait: bool = False, trial: Shares | None = None, **choices: bool) -> Outcome:
     """The whole chain: continue at the first stage without a committed manifest, evaluate, publish.
 
-    `wait` for another job on the store to end; `choices`: new_ledger, refit_encoder, refresh_adapter, as in Job.
+    `wait` for another job on the store to end; `trial`: put the release on trial in place of publishing it; `choices`: new_ledger,
+    refit_encoder, refresh_adapter, as in Job.
     """
     with Job.open(recipe, wait=wait, resize=choices.get("new_ledger", False), **choices) as job:
         parts = chain(job)
         figures = figures_of(parts, job.store)
         _gate(job, figures)
-        return _published(job, parts, figures)
+        return _published(job, parts, figures, trial)
 
 
-def append_items(recipe: Recipe, *, wait: bool = False) -> Outcome:
+def append_items(recipe: Recipe, *, wait: bool = False, trial: Shares | None = None) -> Outcome:
     """Today's catalogue under the current release's quantizer and generator: see `pipeline.append`; evaluate, publish."""
     with Job.open(recipe, only=APPENDED, wait=wait) as job:
         parts = append(job)
         figures = figures_of(parts, job.store)
         if parts["evaluation"].parents["ids"] == parts["ids"].digest:  # else it is that of the release before
             _gate(job, figures)
-        return _published(job, parts, figures)
+        return _published(job, parts, figures, trial)
 
 
-def _published(job: Job, parts: dict[str, Manifest], figures: dict) -> Outcome:
+def _published(job: Job, parts: dict[str, Manifest], figures: dict, trial: Shares | None) -> Outcome:
     figures = figures | {"canary": _ask_canaries(job, parts, figures)}
-    release = job.publish(parts)
+    release = job.publish(parts) if trial is None else job.put_on_trial(parts, trial)
     figures = {"release": release.name, "changes_to_carry": job.younger, **figures}
-    return Outcome(release=release, figures=figures, parts=parts, made=job.made)
+    return Outcome(release=release, figures=figures, parts=parts, made=job.made, trial=trial)
 
 
 def figures_of(parts: dict[str, Manifest], store: Store) -> dict:

@@ -1,5 +1,6 @@
 """From one release to the next under a replica: what is opened, refused, kept, and what a request is answered from."""
 
+import hashlib
 import json
 import time
 from types import SimpleNamespace
@@ -52,7 +53,9 @@ def serving(store, wrong=(), **settings):
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path, monkeypatch):
+    """Its releases have names that are not made of their parts."""
+    monkeypatch.setattr(releases, "_release", lambda fields, name: releases.Release(**fields))
     return Store(str(tmp_path / "store"))
 
 
@@ -281,8 +284,10 @@ def test_a_release_must_give_back_what_its_evaluation_found():
 
 
 def test_an_append_s_release_is_not_asked_what_the_release_before_found():
-    evaluation = SimpleNamespace(named=lambda name: [name], parents={"ids": "old"}, file=str)
-    store = SimpleNamespace(read=lambda name: b'{"a": ["p1"]}')
+    data = b'{"a": ["p1"]}'
+    files = [{"name": "answers.json", "sha256": hashlib.sha256(data).hexdigest()}]
+    evaluation = SimpleNamespace(named=lambda name: [name], parents={"ids": "old"}, file=str, files=files)
+    store = SimpleNamespace(read=lambda name: data)
     parts = {"evaluation": evaluation, "ids": SimpleNamespace(digest="old")}
     assert stored_answers(store, parts) == {"a": ["p1"]}
     assert stored_answers(store, parts | {"ids": SimpleNamespace(digest="new")}) == {}

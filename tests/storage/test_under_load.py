@@ -10,10 +10,12 @@ import httpx
 import pytest
 from ray import serve
 
-from catid2_ray.artifacts import history
+from catid2_ray.artifacts import history, trials
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
+from catid2_ray.artifacts.trials import Shares
 from catid2_ray.errors import StorageError
+from catid2_ray.on_ray.serve import metrics
 from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica, api
 from catid2_ray.on_ray.serve.opened import Opened
 from tests import load
@@ -113,6 +115,44 @@ def test_a_release_is_swapped_rolled_back_and_refused_under_load(replica):
     asked.end()
     assert serving.now.name == replica.first and serving.refused[0] == replica.second
     assert {name for name, _, _ in asked.seen} == {replica.first, replica.second}
+    for name, query, products in asked.seen:
+        assert products == replica.expected[name][query]
+
+
+def test_a_release_is_tried_asked_beside_and_promoted_under_load(replica):
+    serving, seen = replica.own.serving, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            metrics,
+            "observe",
+            lambda name, value, **tags: name == "catid2_shadow_overlap" and seen.append((tags, value)),
+        )
+        asked = Load(replica.base)
+        trials.begin(replica.store, replica.second, Shares(0, 100))
+        until(lambda: len(seen) > 3)
+        assert {name for name, _, _ in asked.seen} == {replica.first}
+        expected = {
+            len(set(replica.expected[replica.first][query]) & set(replica.expected[replica.second][query])) / 5
+            for query in QUERIES
+        }
+        assert {tags["release"] for tags, _ in seen} == {replica.second} and {value for _, value in seen} <= expected
+    trials.begin(replica.store, replica.second, Shares(50))
+    until(lambda: {name for name, _, _ in asked.seen[-100:]} == {replica.first, replica.second})
+    with httpx.Client(base_url=replica.base, timeout=60) as client:
+        assert client.get("/v1/release").json()["trial"] == {"release": replica.second, "percent": 50, "shadow": 0}
+        for session in ("a", "b", "c", "d"):
+            answers = [
+                client.post("/v1/retrieve", json={"query": query}, headers={"x-session-id": session})
+                for query in QUERIES
+            ]
+            assert len({answer.json()["release"] for answer in answers}) == 1
+    trials.promote(replica.store)
+    until(lambda: serving.now.name == replica.second)
+    asked.more()  # those that were on their way have come
+    before = len(asked.seen)
+    asked.more()
+    asked.end()
+    assert {name for name, _, _ in asked.seen[before:]} == {replica.second}
     for name, query, products in asked.seen:
         assert products == replica.expected[name][query]
 

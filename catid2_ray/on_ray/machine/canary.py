@@ -5,7 +5,7 @@ import statistics
 import time
 from typing import NamedTuple
 
-from catid2_ray.artifacts.manifest import Manifest
+from catid2_ray.artifacts.manifest import Manifest, read_proven
 from catid2_ray.artifacts.stages import ANSWERS
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ReleaseError
@@ -37,7 +37,7 @@ class GivenBack(NamedTuple):
 def kept_answers(store: Store, parts: dict[str, Manifest]) -> dict[str, list[str]]:
     """Query → the best products that an evaluation found by what was served then. Empty where none was kept."""
     evaluation = parts["evaluation"]
-    return json.loads(store.read(evaluation.file(ANSWERS))) if evaluation.named(ANSWERS) else {}
+    return json.loads(read_proven(store, evaluation, ANSWERS)) if evaluation.named(ANSWERS) else {}
 
 
 def stored_answers(store: Store, parts: dict[str, Manifest]) -> dict[str, list[str]]:

@@ -171,6 +171,12 @@ class ReadyResponse(BaseModel):
     release: str
 
 
+class OnTrial(BaseModel):
+    release: str
+    percent: float = Field(description="of the sessions (x-session-id, else the query) are answered from it")
+    shadow: float = Field(description="per cent of the other sessions ask it beside, for metrics alone")
+
+
 class ReleaseResponse(BaseModel):
     release: str
     created: str = Field(description="when it was published, in UTC")
@@ -182,6 +188,8 @@ class ReleaseResponse(BaseModel):
     refused: str | None = Field(
         description="the current release where this replica refuses to serve it, and why; null: none"
     )
+    trial: OnTrial | None = Field(description="a release on trial beside this one; null: none")
+    trial_refused: str | None = Field(description="a release that was to be on trial, and why it is not; null: none")
 
 
 class NextCode(BaseModel):

@@ -36,6 +36,7 @@ from catid2_ray.on_ray.serve.api import (
     InsertRequest,
     InsertResponse,
     NamesRequest,
+    OnTrial,
     ProductResponse,
     Put,
     PutRequest,
@@ -48,6 +49,7 @@ from catid2_ray.on_ray.serve.api import (
 from catid2_ray.on_ray.serve.batches import Batch, Batches
 from catid2_ray.on_ray.serve.follow import Serving
 from catid2_ray.on_ray.serve.keys import Keys, Locked
+from catid2_ray.on_ray.serve.opened import Opened
 from catid2_ray.on_ray.serve.puts import standing
 from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, Unserved, install, refused
 from catid2_ray.on_ray.serve.settings import AppSettings
@@ -57,6 +59,9 @@ from catid2_ray.on_ray.serve.settings import AppSettings
 MAX_ONGOING, MAX_QUEUED = 384, 256
 BATCHES = {"size": 16, "wait_s": 0.005, "most_waiting": 320}
 FEW = 100  # products that are put into words without a thread
+SESSION = "x-session-id"  # who asks: a session is answered from one release while another is on trial
+BESIDE_S = 10.0  # after which a release on trial is not asked for metrics any more
+PATIENCE_S = 3.0  # that a request to the store is tried: a caller waits for it, and a look at the store comes again
 LAG_S = 60.0  # a replica that cannot apply changes for so long is replaced
 # Threads of each kind of work, so that none waits behind another. Batches come one at a time.
 THREADS = {"search": 1, "filters": 2, "changes": 1, "health": 1}
@@ -92,6 +97,7 @@ class RetrieverReplica:
 
     canary_deadline_s = 20.0
     canary: asyncio.Future | None = None  # that runs now, or ran last
+    beside: asyncio.Future | None = None  # the same of a release on trial that is asked for metrics
 
     def __init__(self, settings: AppSettings):
         torch.set_num_threads(settings.threads)
@@ -101,7 +107,7 @@ class RetrieverReplica:
         self.pools = {name: ThreadPoolExecutor(threads, name) for name, threads in THREADS.items()}
         self.batches = Batches(self._search, self.pools["search"], tell=self._tell, **BATCHES)
         self.answered = time.monotonic()  # when a search last came to its end
-        self.serving = Serving(Store(settings.store), settings)
+        self.serving = Serving(Store(settings.store, patience_s=PATIENCE_S), settings)
         self.serving.now.retriever.retrieve([CANARY_QUERY], k=1)
 
     def __del__(self):
@@ -167,12 +173,15 @@ class RetrieverReplica:
     @api.get("/v1/release", responses=READ_REFUSALS)
     async def which_release(self) -> ReleaseResponse:
         """Say what is served: the release, how many products can be found, and by what they can be filtered."""
-        now, refusal = self.serving.now, self.serving.refused
+        now, refusal, tried = self.serving.now, self.serving.refused, self.serving.trial
+        not_tried = self.serving.trial_refused
         live = now.retriever.live
         return ReleaseResponse(
             release=now.name, created=now.created, changes=now.updates.applied, products=live.products,
             levels=now.retriever.trie.levels, filters=live.column_types, follows=self.settings.follows,
             refused=None if refusal is None else f"{refusal[0]}: {refusal[1]}",
+            trial=None if tried is None else OnTrial(release=tried.opened.name, **tried.shares._asdict()),
+            trial_refused=None if not_tried is None else f"{not_tried[0]}: {not_tried[1]}",
         )  # fmt: skip
 
     @api.get("/healthz")
@@ -229,8 +238,10 @@ class RetrieverReplica:
                     logs.event("request", error=error, call=rpc.SERVICE, status=code.name, ms=round(took_ms, 1))
 
     async def _retrieve(self, request: RetrieveRequest, headers: Mapping[str, str]) -> RetrieveResponse:
-        # Taken once: whatever becomes current meanwhile, this request is answered from one release.
-        now, deadline, each = self.serving.now, answering.deadline_of(request, headers), request.each()
+        # Chosen once: whatever becomes current meanwhile, this request is answered from one release.
+        deadline, each = answering.deadline_of(request, headers), request.each()
+        session = headers.get(SESSION) or each[0].query
+        now = self.serving.chosen(session)
         soft = None if request.soft_timeout is None else time.monotonic() + request.soft_timeout
         for one in each:
             now.retriever.check(one.query, k=one.k)
@@ -244,12 +255,16 @@ class RetrieverReplica:
             for task in tasks:  # of what nobody waits for, nothing is searched
                 task.cancel()
             raise
+        self._ask_beside(now, session, each, answers)
         if request.queries is None:
             return RetrieveResponse(release=now.name, **dict(answers[0]))
         return RetrieveResponse(release=now.name, products=[], fewer=None, answers=answers)
 
     async def _answer(self, asked: Asked, deadline: float | None) -> Answer:
+        began = time.perf_counter()
         (now, request, _), found = asked, await self.batches.ask(asked, deadline=deadline)
+        metrics.count("catid2_answers", release=now.name)
+        metrics.observe("catid2_answer_ms", 1e3 * (time.perf_counter() - began), release=now.name)
         if request.explains or request.k > FEW or len(found.hits) < request.k:
             answer = await self._run("filters", answering.answer_of, now, request, found)
         else:
@@ -260,6 +275,30 @@ class RetrieverReplica:
         if answer.fewer:
             metrics.count("catid2_fewer_answers", reason=answer.fewer)
         return answer
+
+    def _ask_beside(self, now: Opened, session: str, each: list[RetrieveRequest], answers: list[Answer]) -> None:
+        """Ask the release on trial the same, for metrics alone: one request at a time, and only while nobody waits."""
+        tried = self.serving.trial
+        if tried is None or now is tried.opened or not tried.shadows(session):
+            return
+        if not self.batches.waiting and (self.beside is None or self.beside.done()):
+            self.beside = asyncio.ensure_future(self._compare(tried.opened, each, answers))
+
+    async def _compare(self, tried: Opened, each: list[RetrieveRequest], answers: list[Answer]) -> None:
+        for request, answer in zip(each, answers):
+            if not answer.products or answer.degraded:
+                continue
+            began = time.perf_counter()
+            try:
+                if request.filter is not None:  # refused here, it cannot spoil a batch
+                    await self._run("filters", tried.retriever.compile, request.filter)
+                found = await self.batches.ask(Asked(tried, request), deadline=time.monotonic() + BESIDE_S)
+            except Exception:  # such as a filter by a column that it lacks; nobody waits for this answer
+                metrics.count("catid2_shadow_failures", release=tried.name)
+                continue
+            metrics.observe("catid2_shadow_ms", 1e3 * (time.perf_counter() - began), release=tried.name)
+            both = {product.product_id for product in answer.products} & {hit.product_id for hit in found.hits}
+            metrics.observe("catid2_shadow_overlap", len(both) / len(answer.products), release=tried.name)
 
     @api.put("/v1/products", responses=RESPONSES)
     async def put(

@@ -11,7 +11,7 @@ left out: when each was made, its record says.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from catid2_ray.artifacts import history
+from catid2_ray.artifacts import history, trials
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, InputError
@@ -58,7 +58,7 @@ class Carrier:
 
     def carry(self) -> Carried:
         """Carry all that is known now: before the release is served, and when the pointer moved back to it. Raises StorageError."""
-        moves = history.entries(self.store)
+        moves = trials.moves(self.store, self.release)
         self._seen = dict.fromkeys(sorted(self._watched), 0) | history.sources(moves, self.release)
         # The release that was left is served by some replicas a while longer.
         lately = [move for move in moves if move.release == self.release and move.after]

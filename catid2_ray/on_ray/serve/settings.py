@@ -20,7 +20,9 @@ class AppSettings(BaseModel):
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the generator and the query encoder run")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="numbers of the generator")
     weights: Literal["float32", "int8"] | None = Field(None, description="null = as the release was evaluated")
-    normalize: Literal["level", "vocabulary"] | None = Field(None, description="null = as the release was evaluated")
+    normalize: Literal["level", "vocabulary", "trie"] | None = Field(
+        None, description="null = as the release was evaluated"
+    )
     updates: bool | None = Field(
         None,
         description="take changes of products; null = only where there are keys with the right to write",
