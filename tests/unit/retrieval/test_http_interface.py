@@ -49,7 +49,8 @@ def replica(folder):
     updates = SimpleNamespace(applied=0, lag_s=0.0, failing=None)
     now = SimpleNamespace(name="r1", created="2026-01-31T12:00:00Z", retriever=Retriever.open(folder), updates=updates)
     now.given_back = 0.98
-    made.serving = SimpleNamespace(now=now, refused=None, swaps=0, end=lambda: None)
+    made.serving = SimpleNamespace(now=now, refused=None, swaps=0, end=lambda: None, trial=None, trial_refused=None)
+    made.serving.chosen = lambda session: made.serving.now
     made.pools, made.answered = {name: ThreadPoolExecutor(threads) for name, threads in THREADS.items()}, 0.0
     made.batches = app.Batches(made._search, made.pools["search"], **app.BATCHES)
     return made
@@ -145,7 +146,7 @@ def test_half_a_character_in_a_title_is_refused_before_anything_is_written():
 def test_it_says_what_it_serves_and_shows_a_page(client):
     assert client.get("/v1/release").json() == {
         "release": "r1", "created": "2026-01-31T12:00:00Z", "changes": 0, "products": 6, "levels": 2,
-        "filters": {"product_id": "string"}, "follows": False, "refused": None,
+        "filters": {"product_id": "string"}, "follows": False, "refused": None, "trial": None, "trial_refused": None,
     }  # fmt: skip
     assert client.head("/healthz").status_code == client.head("/").status_code == 200
     page = client.get("/").text
