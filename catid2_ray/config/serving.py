@@ -184,6 +184,17 @@ class EvaluationRecipe(Section):
         0.9, "where BM25 is not scored: FAILED when recall@50 is under this share of the current release's", unit="ratio",
         operational=True, ge=0,
     )  # fmt: skip
+    canary_recall: float = setting(
+        0.95, "FAILED when, before it is published, a release gives back less than this share of the products that its evaluation "
+        "found for up to 50 queries", unit="ratio", operational=True, ge=0, le=1,
+    )  # fmt: skip
+    canary_empty: float = setting(
+        0.02, "FAILED when a larger share of these queries finds nothing", unit="ratio", operational=True, ge=0, le=1
+    )
+    canary_slower: float = setting(
+        3.0, "FAILED when the median of these queries takes more than this many times as long as by the current release, and 20 ms "
+        "longer; 0 = no matter", unit="ratio", operational=True, ge=0,
+    )  # fmt: skip
     diagnose_rows: int = setting(
         5_000_000,
         "decoder rows spent on exact scores of all IDs for up to 100 validation queries, which say where relevant products are "

@@ -8,7 +8,8 @@ depend on the trie and the widths only, but where beams with one way to go are l
 B batch, T query tokens, M beams, L levels, K codes (or results), C children of the widest node of a level, N rows.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -227,6 +228,7 @@ def constrained_beam_search(
     normalize: str = "level",
     memory=None,
     ahead: Ahead | None = None,
+    at_level: Callable[[int, Callable[[int], BeamResult]], bool] | None = None,
 ) -> BeamResult:
     """The `top_k` most likely IDs of each query that a beam of `beam_width` (one number, or one per level) finds.
 
@@ -240,7 +242,8 @@ def constrained_beam_search(
     "level"'s codes, as in training, over the whole "vocabulary", as in `generate` with length_penalty 0, or over the
     children of the beam's node in the "trie", for a generator of loss "trie"; never over what a filter leaves.
     `ahead`: what chooses and orders beams in place of log P alone (`lookahead.py`); where its weight of log P is 0, `model` and
-    the queries' tokens are not looked at and may be None.
+    the queries' tokens are not looked at and may be None. `at_level`: called after each level but the last with its number
+    and a function, `top_k` → what was found so far; the search ends there where it returns True.
 
     With `beam_width` ≥ number of IDs this is the exact ranking. Fewer results than `top_k` come back when the trie,
     the filter or the last beam has no more. Raises InputError for a width, `top_k` or `levels` that is no whole number
@@ -269,6 +272,11 @@ def constrained_beam_search(
     for level in range(levels):
         step = None if steps is None else steps.ask(level, beams, arrays)
         beams = _extend(beams, step, arrays, widths[level], filters, ahead)
+        if at_level is not None and level + 1 < levels:
+            if device.type != "cpu":
+                torch.cuda.synchronize(device)  # else only what was asked for has been done
+            if at_level(level + 1, functools.partial(_result, beams, arrays, ahead=ahead)):
+                break
     if steps is not None:
         steps.check()
     return _result(beams, arrays, top_k, ahead)

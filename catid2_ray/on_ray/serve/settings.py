@@ -36,6 +36,9 @@ class AppSettings(BaseModel):
         False,
         description="a replica that finds no keys on its node does not start; sets itself where the application is built with keys",
     )
+    logs: Literal["text", "json"] = Field(
+        "text", description="how a replica writes its log: key=value, or JSON, one event a line"
+    )
     poll_s: float = Field(1.0, gt=0, description="seconds between looks for changes that other replicas took")
     follow_s: float = Field(5.0, gt=0, description="seconds between looks for a release that became current")
 
