@@ -18,6 +18,7 @@ from rich.console import Console
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.cli import look
+from catid2_ray.cli import reproduce as reproductions
 from catid2_ray.cli.options import DEFAULT_STORE, JsonOption, RecipeOption, SetOption, StoreOption, WaitOption
 from catid2_ray.cli.options import console as _console
 from catid2_ray.cli.options import event as _event
@@ -471,6 +472,8 @@ def recipe(
 
 for command in look.COMMANDS:
     app.command()(command)
+for name, command in reproductions.COMMANDS.items():
+    app.command(name)(command)
 
 
 def main() -> None:

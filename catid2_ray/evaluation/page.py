@@ -39,6 +39,13 @@ class Marked(NamedTuple):
     other: bool = False
 
 
+class Link(NamedTuple):
+    """A cell of a table, or one of several: a text and where it leads; "" = nowhere."""
+
+    text: str
+    address: str = ""
+
+
 class Prose(NamedTuple):
     """Paragraphs under a heading, and below them what words mean."""
 
@@ -69,7 +76,11 @@ def page(
     return _TEMPLATES.get_template("page").render(title=title, about=about or {}, parts=parts, headline=headline)
 
 
-_PAGE = """{% macro cell_of(cell) %}{% if cell is string %}{{ cell }}{% elif cell.beginning is defined %}
+_PAGE = """{% macro link_to(cell) %}{% if cell.address %}<a href="{{ cell.address }}">{{ cell.text }}</a>{% else %}{{ cell.text }}
+{% endif %}{% endmacro %}
+{% macro cell_of(cell) %}{% if cell is string %}{{ cell }}{% elif cell.address is defined %}{{ link_to(cell) }}
+{% elif cell.places is not defined and cell.beginning is not defined %}{% for one in cell %}{{ link_to(one) }}<br>{% endfor %}
+{% elif cell.beginning is defined %}
 <code><mark{% if cell.other %} class="other"{% endif %}>{{ cell.beginning }}</mark>{{ cell.rest }}</code>{% else %}
 {% for text, reach, best in cell.places %}<span>{% if best %}<b>{{ text }}</b>{% else %}{{ text }}{% endif %}
 {% if reach %}<br><small>± {{ reach }}</small>{% endif %}</span>{% else %}–{% endfor %}
