@@ -1,4 +1,4 @@
-"""DPR on a tiny BERT: it learns what it is taught, its loss knows false negatives, its negatives are what nobody judged relevant."""
+"""DPR on a tiny BERT: it learns what it is taught, its loss knows false negatives, no negative was judged relevant."""
 
 import numpy as np
 import pytest
