@@ -9,6 +9,7 @@ import typer
 from catid2_ray.artifacts.store import Store
 from catid2_ray.cli.options import RecipeOption, SetOption, console
 from catid2_ray.config import Recipe
+from catid2_ray.errors import ArtifactError
 
 _BELOW = "reports/reproduce/"
 
@@ -93,10 +94,15 @@ def _measure(
         written = report(reproduction, tables=tables, command=command, link="../../" if inside else "")
         return written, keep(written, reproduction, folder, _BELOW if inside else "")
 
-    if dry_run and not _begun(loaded):
-        print("Nothing is there yet: every cell would be made, and before them catalogue, pairs and embeddings.")
+    try:
+        if dry_run and not _begun(loaded):
+            raise ArtifactError("the store is empty")
+        reproduction, made = run(loaded, cells, seeds=seeds, found_only=found_only or dry_run, then=then)
+    except ArtifactError as error:
+        if not dry_run:
+            raise
+        print(f"Every cell would be made, and before them catalogue, pairs and embeddings: {error}")
         return
-    reproduction, made = run(loaded, cells, seeds=seeds, found_only=found_only or dry_run, then=then)
     rows = [
         [one.cell.name, str(len(one.runs)), "; ".join(dict.fromkeys(one.whys)) or ""] for one in reproduction.outcomes
     ]

@@ -164,7 +164,7 @@ def test_list_commands_and_plan_touch_nothing(shop, tmp_path):
     assert all(
         line.startswith(f"catid2 reproduce --recipe {shop['path']} --set store=") for line in commands.splitlines()
     )
-    assert commands.splitlines()[0].endswith("--cell T5/tiger/tiny") and "Nothing is there yet" in dry.stdout
+    assert commands.splitlines()[0].endswith("--cell T5/tiger/tiny") and "Every cell would be made" in dry.stdout
     assert not (tmp_path / "none").exists()
 
 
