@@ -10,7 +10,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from catid2_ray.evaluation.ids_report import examples_table
-from catid2_ray.evaluation.metrics import Interval
+from catid2_ray.evaluation.metrics import Interval, bootstrap_means
 from catid2_ray.evaluation.page import Headline, Link, Picture, Prose, page
 from catid2_ray.evaluation.reproduce import pictures
 from catid2_ray.evaluation.reproduce.conditions import SWEEPS
@@ -264,16 +264,15 @@ def beside_table(table: str, outcomes: Sequence[Outcome], scored: Sequence[Score
         if printed is None:
             continue
         one = of.get(id(outcome))
-        comparison = compared([one], 50) if one else None
-        for k, figure in zip(KS, printed):
+        intervals = bootstrap_means(one.values["recall"]) if one else [None] * len(KS)
+        for k, figure, interval in zip(KS, printed, intervals):
             if figure is None:
                 continue
-            if one is None:
+            if interval is None:
                 said = verdict(None, figure, why=_why(outcome))
                 rows.append([outcome.cell.row.condition.title, f"@{k}", f"{figure:.2f}", DASH, DASH, str(said)])
                 continue
-            low, high = (compared([one], k) if comparison else None).intervals[one.name][1:]
-            ours = Interval(100 * one.recall(k).mean(), 100 * low, 100 * high)
+            ours = Interval(*(100 * share for share in interval))
             rows.append([outcome.cell.row.condition.title, f"@{k}", f"{figure:.2f}", f"{ours.mean:.2f} "
                 f"[{ours.low:.2f}, {ours.high:.2f}]", f"{ours.mean - figure:+.2f}", str(verdict(ours, figure))])  # fmt: skip
     columns = [*columns_of("method", "cut-off", "paper", "ours", "Δ"), Column("verdict", number=False)]

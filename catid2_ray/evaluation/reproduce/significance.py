@@ -45,7 +45,7 @@ class Compared(NamedTuple):
         if (one, other) in self.differences:
             return self.differences[one, other]
         turned = self.differences[other, one]
-        return turned._replace(one=one, other=other, mean=-turned.mean, low=-turned.high, high=-turned.low)
+        return turned._replace(one=one, other=other, mean=0 - turned.mean, low=0 - turned.high, high=0 - turned.low)
 
     def letters(self) -> dict[str, str]:
         """Method → the letters of those that it finds shown more than; the first method is a, the second b …"""

@@ -30,6 +30,7 @@ from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from catid2_ray.on_ray.pipeline import check_codes
 from catid2_ray.on_ray.reports import parts_of_kind, variant
 from catid2_ray.on_ray.reproduce.bench import Bench
 from catid2_ray.on_ray.stages import adapter, embed
@@ -55,6 +56,10 @@ class Measures:
         if condition.kind:
             recipe = variant(recipe, condition.kind, seed)
         values = recipe.model_dump(mode="json") | {"seed": seed}
+        # Numbers that follow the catalogue's size stay those that the job chose, so that `reindex` and this share what they make.
+        for name in recipe.quantizer.sized():
+            if values["quantizer"][name] == "auto":
+                values["quantizer"][name] = self.job.recipe.quantizer.model_dump(mode="json")[name]
         budget = recipe.reproduce
         changes = dict(condition.recipe)
         if condition.printed:
@@ -117,6 +122,7 @@ class Measures:
             if _tuned_dpr(condition):
                 settings["dpr"] = self._dpr_settings()
             if condition.family == "ids":
+                check_codes(recipe, self.parts["catalog"])
                 of_kind = parts_of_kind(dataclasses.replace(job, recipe=recipe), parts)
                 self.ids[of_kind["ids"].digest] = of_kind["ids"]
                 parents |= {name: of_kind[name] for name in ("quantizer", "ids")}
@@ -128,6 +134,16 @@ class Measures:
     def rank(self, condition: Condition, seed: int, parents: dict[str, Manifest]) -> Ranking:
         family: Callable[..., Ranking] = getattr(self, f"_{condition.family}_ranking")
         return family(condition, seed, parents)
+
+    def with_shared(self, condition: Condition, cost: dict, parents: dict[str, Manifest]) -> dict:
+        """The cost of IDs with what they share with others, which is counted for each: embeddings and the adapter."""
+        if condition.family != "ids":
+            return cost
+        seconds = {name: parents[name].metrics["seconds"] for name in ("adapter", "embeddings") if name in parents}
+        return cost | {
+            "train_seconds": cost["train_seconds"] + seconds.get("adapter", 0.0),
+            "index_seconds": cost["index_seconds"] + seconds["embeddings"],
+        }
 
     # Words
 

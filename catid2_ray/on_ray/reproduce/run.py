@@ -123,12 +123,13 @@ def _run(measures: Measures, condition: Condition, seed: int, *, found_only: boo
     digests = {role: parent.digest for role, parent in parents.items()}
     if committed := artifact.find(job.store, KIND, artifact.key_of(KIND, settings, digests)):
         artifact.verify(job.store, committed)
-        return _read(job, committed, seed), False
+        return _read(measures, condition, committed, parents, seed), False
     if found_only:
         return NOT_YET, False
     attempt = Attempt(job.store, KIND, settings=settings, parents=digests, recipe=job.recipe.model_dump(mode="json"))
     ranking = measures.rank(condition, seed, parents)
-    return _read(job, _commit(job, attempt, measures.bench, condition, ranking), seed), True
+    made = _commit(job, attempt, measures.bench, condition, ranking)
+    return _read(measures, condition, made, parents, seed), True
 
 
 def _commit(job: Job, attempt: Attempt, bench: Bench, condition: Condition, ranking: Ranking) -> Manifest:
@@ -145,13 +146,14 @@ def _commit(job: Job, attempt: Attempt, bench: Bench, condition: Condition, rank
     return attempt.commit([job.store.write_table(attempt.name(_RANKED), table)], rows=table.num_rows, metrics=metrics)
 
 
-def _read(job: Job, manifest: Manifest, seed: int) -> Run:
-    table = job.store.read_table(manifest.file(_RANKED))
+def _read(measures: Measures, condition: Condition, manifest: Manifest, parents: dict[str, Manifest], seed: int) -> Run:
+    table, metrics = measures.job.store.read_table(manifest.file(_RANKED)), manifest.metrics
     ids = table["ids"].to_pylist()
     return Run(
-        seed=seed, manifest=manifest.name, ranked=table["products"].to_pylist(), ids=None if None in ids else ids,
-        cost=manifest.metrics["cost"], tuned=manifest.metrics["tuned"], machine=manifest.metrics["machine"],
-        parents=manifest.parents,
+        seed=seed, manifest=manifest.name, ranked=table["products"].to_pylist(),
+        ids=None if None in ids else ids,
+        cost=measures.with_shared(condition, metrics["cost"], parents), tuned=metrics["tuned"],
+        machine=metrics["machine"], parents=manifest.parents,
     )  # fmt: skip
 
 
