@@ -181,12 +181,26 @@ def test_words_that_mean_nothing_are_refused_before_any_work(shop, tmp_path, arg
     assert refused.returncode == 3 and message in refused.stderr.replace("\n", " ") and not (tmp_path / "none").exists()
 
 
-def test_a_test_split_without_a_product_of_the_catalogue_is_refused(done, no_ray):
-    recipe = Recipe.build(done["recipe"] | {"evaluation": {**done["recipe"]["evaluation"], "min_relevance": 9}})
+def test_a_test_split_that_nothing_can_answer_is_refused(done, no_ray, tmp_path):
+    """Once because no judgement is high enough, once because all judged products have left the catalogue."""
+    unreached = done["recipe"] | {"evaluation": {**done["recipe"]["evaluation"], "min_relevance": 9}}
     with pytest.raises(
-        InputError, match="no pair of split 'test' with relevance ≥ 9.0 names a product of the catalogue"
+        InputError, match="none of the 19 queries of the test split has a relevant product: the highest"
     ):
-        reproduce(recipe, plan(["2"], ["bm25"], "tiny"), seeds=1)
+        reproduce(Recipe.build(unreached), plan(["2"], ["bm25"], "tiny"), seeds=1)
+    before, after = Store(str(done["folder"] / "source")), Store(str(tmp_path / "source"))
+    pairs = before.read_table("pairs.parquet")
+    left = pc.if_else(
+        pc.equal(pairs["split"], "test"),
+        pc.binary_join_element_wise("sold-", pairs["product_id"], ""),
+        pairs["product_id"],
+    )
+    after.write_table("products.parquet", before.read_table("products.parquet"))
+    after.write_table("pairs.parquet", pairs.set_column(pairs.column_names.index("product_id"), "product_id", left))
+    catalog = {**done["recipe"]["catalog"], "root": str(tmp_path / "source")}
+    gone = done["recipe"] | {"catalog": catalog, "store": str(tmp_path / "store")}
+    with pytest.raises(InputError, match="test"):
+        reproduce(Recipe.build(gone), plan(["2"], ["bm25"], "tiny"), seeds=1)
 
 
 def test_a_cell_that_breaks_leaves_the_others_alone(done, no_ray, monkeypatch, capsys):
