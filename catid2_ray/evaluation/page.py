@@ -16,6 +16,12 @@ from catid2_ray.evaluation.tables import Table
 PICTURE_DPI = 144  # 1.5 × the page's width, sharp on a phone and in print
 
 
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=PICTURE_DPI)
+    return buffer.getvalue()
+
+
 class Picture(NamedTuple):
     """`caption`: its heading, or none; `says`: for those who cannot see it."""
 
@@ -26,9 +32,7 @@ class Picture(NamedTuple):
     @property
     def address(self) -> str:
         """The `data:` address of a PNG."""
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=PICTURE_DPI)
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return "data:image/png;base64," + base64.b64encode(png(self.figure)).decode()
 
 
 class Marked(NamedTuple):

@@ -42,7 +42,7 @@ class Bm25:
         # Sorted by id once, a product's position is its rank among equal scores, whatever order the caller had.
         order = np.argsort(np.asarray(product_ids, dtype=object))
         self.product_ids = [str(product_ids[i]) for i in order]
-        self._words = words or _words
+        self._words = words or plain_words
         tokens = [self._words(texts[i], indexed=True) for i in order]
         self._index = None
         if any(tokens):
@@ -83,5 +83,6 @@ class Bm25:
         return [self.product_ids[i] for i in best]
 
 
-def _words(text: str, *, indexed: bool = False) -> list[str]:
+def plain_words(text: str, *, indexed: bool) -> list[str]:
+    """Those of `scripts.words_of` without English stop words."""
     return [word for word in words_of(text, indexed=indexed) if word not in STOPWORDS]

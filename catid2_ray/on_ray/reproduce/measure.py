@@ -5,6 +5,7 @@ the pipeline like any other; vectors of a fine-tuned encoder are an artefact of 
 """
 
 import dataclasses
+import functools
 import io
 import time
 from collections.abc import Callable
@@ -21,8 +22,7 @@ from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, ReleaseError
 from catid2_ray.evaluation import proxy
-from catid2_ray.evaluation.baselines import dpr
-from catid2_ray.evaluation.baselines.bm25 import Bm25
+from catid2_ray.evaluation.baselines import bm25, dpr
 from catid2_ray.evaluation.reproduce import ranking
 from catid2_ray.evaluation.reproduce.conditions import Condition
 from catid2_ray.evaluation.reproduce.ranking import RETURNED, Ranking
@@ -44,7 +44,7 @@ class Measures:
 
     def __init__(self, job: Job, parts: dict[str, Manifest], bench: Bench):
         self.job, self.parts, self.bench = job, parts, bench
-        self._lexical: dict[str, tuple[Bm25, dict, float]] = {}
+        self._lexical: dict[str, tuple[bm25.Bm25, dict, float]] = {}
         self.ids: dict[str, Manifest] = {}  # by their digests, those that conditions were made of
         self._embedded: dict[str, tuple[Job, dict[str, Manifest]]] = {}
 
@@ -147,16 +147,18 @@ class Measures:
 
     # Words
 
-    def _index(self, name: str) -> tuple[Bm25, dict, float]:
+    def _index(self, name: str) -> tuple[bm25.Bm25, dict, float]:
         """The index of plain BM25, of the tuned one, or of words between blanks; what was chosen; seconds to build it."""
         if name not in self._lexical:
             ids, texts, start = self.bench.product_ids, self.bench.texts(), time.monotonic()
             chosen: dict = {}
             if name == "tuned":
-                validation = self.bench.asked("validation")
-                index, chosen = ranking.tune_bm25(lambda k1, b: Bm25(ids, texts, k1=k1, b=b), validation)
+                validation, words = self.bench.asked("validation"), functools.cache(bm25.plain_words)
+                index, chosen = ranking.tune_bm25(
+                    lambda k1, b: bm25.Bm25(ids, texts, k1=k1, b=b, words=words), validation
+                )
             else:
-                index = Bm25(ids, texts, words=ranking.blanks if name == "blanks" else None)
+                index = bm25.Bm25(ids, texts, words=ranking.blanks if name == "blanks" else bm25.plain_words)
             self._lexical[name] = (index, chosen, time.monotonic() - start)
         return self._lexical[name]
 

@@ -1,7 +1,6 @@
 """From what was measured to files: report.html, report.md, report.json, pictures, and TREC's runs and qrels."""
 
 import dataclasses
-import io
 import json
 import traceback
 from collections.abc import Mapping, Sequence
@@ -10,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-from matplotlib.figure import Figure
 
-import catid2_ray
+from catid2_ray import __version__
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.config import Recipe
 from catid2_ray.errors import CatidError, Interrupted
-from catid2_ray.evaluation.page import PICTURE_DPI
+from catid2_ray.evaluation.page import png
 from catid2_ray.evaluation.reproduce import trec
 from catid2_ray.evaluation.reproduce.conditions import METHODS, WITH, WITHOUT, rows_of
 from catid2_ray.evaluation.reproduce.measures import query_groups
@@ -68,7 +66,7 @@ def keep(written: Written, reproduction: Reproduction, folder: Store, below: str
     files = {"report.html": written.html.encode(), "report.md": written.markdown.encode(),
              "report.json": (json.dumps(written.json, indent=1, ensure_ascii=False) + "\n").encode()}  # fmt: skip
     for name, figure in written.pictures.items():
-        files[name] = _png(figure)
+        files[name] = png(figure)
     bench = reproduction.bench
     query_ids = bench.judged["test"].query_ids
     files["trec/qrels.txt"] = trec.qrels_lines(query_ids, bench.gains).encode()
@@ -79,12 +77,6 @@ def keep(written: Written, reproduction: Reproduction, folder: Store, below: str
     for name, data in files.items():
         folder.write(f"{below}{name}", data)
     return folder.uri_of(f"{below}report.html")
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=PICTURE_DPI)
-    return buffer.getvalue()
 
 
 def _about(reproduction: Reproduction) -> dict[str, str]:
@@ -108,7 +100,7 @@ def _about(reproduction: Reproduction) -> dict[str, str]:
             f"{recipe.quantizer.batch}"
         + (f"; as printed {recipe.reproduce.printed_epochs} epochs" if recipe.reproduce.printed_epochs else ""),
         "seeds": ", ".join(map(str, seeds)) or "none",
-        "version": f"catid2-ray {catid2_ray.__version__}",
+        "version": f"catid2-ray {__version__}",
         "machine": "; ".join(machines) or "–",
     }  # fmt: skip
 
@@ -123,7 +115,7 @@ def _table_1(reproduction: Reproduction) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _of_kinds(measures: Measures) -> tuple[dict[str, Figure], list[Mapping[str, str]]]:
+def _of_kinds(measures: Measures) -> tuple[dict, list[Mapping[str, str]]]:
     """Figures 3, 4 and 6 of both kinds, and Table 8; none where their IDs cannot be made or found."""
     images, samples = {}, {}
     for kind, title in (("cat_id2", "CAT-ID² (ours)"), ("tiger", "TIGER")):
