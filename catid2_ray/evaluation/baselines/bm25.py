@@ -24,10 +24,9 @@ class Words(Protocol):
 class Bm25:
     """BM25 of N texts, Lucene's form; k1 1.2 and b 0.75 as in CHAP's baseline (Pyserini's names for them).
 
-    `words`: another way to cut texts and queries into words, with `indexed` true for the products' texts.
-    `product_ids`, `texts`: N each, in one order; the words of `scripts.words_of`, English stop words left out, no stemming.
-    Raises InputError when the two differ in length or are
-    empty, CapacityError above MAX_PRODUCTS.
+    `product_ids`, `texts`: N each, in one order. `words`: how texts and queries are cut into words, `indexed` being true for the
+    products' texts; left out, `plain_words`. No stemming. Raises InputError when the two differ in length or are empty,
+    CapacityError above MAX_PRODUCTS.
     """
 
     def __init__(
