@@ -94,7 +94,7 @@ class Store:
                 skip_instance_cache=True,
                 config_kwargs={"connect_timeout": 4, "read_timeout": 60, "retries": {"total_max_attempts": 1}},
             )
-            self.fs.patience_s, self.fs.answered = patience_s, False
+            self.fs.patience_s, self.fs.where = patience_s, (os.environ.get("AWS_ENDPOINT_URL"), self._bucket)
             self.uri = f"s3://{self.root}"
         elif "://" in uri and not uri.startswith("file://"):
             raise StorageError(f"{uri!r}: only local folders and s3:// prefixes can be stores")
