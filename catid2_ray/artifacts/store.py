@@ -29,6 +29,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from catid2_ray.artifacts import patience
+from catid2_ray.artifacts.parquet import ParquetFile
 from catid2_ray.artifacts.s3 import LiteralHandler, arrow_client, delete_below, pages
 from catid2_ray.errors import ArtifactError, CommitConflict, InputError, StorageDenied, StorageError
 
@@ -413,8 +414,11 @@ class Store:
         """
         with self._doing("read", name):
             try:
-                opened = self._patiently(lambda: _Parquet(self.path(name), filesystem=self._reader, buffer_size=buffer))
-                opened.store, opened.name = self, name
+                opened = self._patiently(
+                    lambda: ParquetFile(self.path(name), filesystem=self._reader, buffer_size=buffer)
+                )
+                opened.where, opened.patiently = self.uri_of(name), self._patiently
+                opened.doing = functools.partial(self._doing, "read", name)
                 return opened
             except pa.ArrowInvalid as error:
                 raise InputError(f"{self.uri_of(name)} is not a whole parquet file: {error}") from None
@@ -501,37 +505,6 @@ def _unpickled(uri: str, patience_s: float, was_reached: bool) -> Store:
     if store.is_s3:
         store.fs.answered = was_reached
     return store
-
-
-class _Parquet(pq.ParquetFile):
-    """A parquet file that says which one it is where reading on fails."""
-
-    store, name = None, ""
-
-    def iter_batches(self, *arguments, **options):
-        with self._reading():
-            yield from super().iter_batches(*arguments, **options)
-
-    def read_row_group(self, *arguments, **options):
-        read = super().read_row_group
-        with self._reading():
-            return self.store._patiently(lambda: read(*arguments, **options))
-
-    def read_row_groups(self, *arguments, **options):
-        read = super().read_row_groups
-        with self._reading():
-            return self.store._patiently(lambda: read(*arguments, **options))
-
-    @contextlib.contextmanager
-    def _reading(self):
-        with self.store._doing("read", self.name):
-            try:
-                yield
-            except (pa.ArrowInvalid, OSError) as error:
-                # Arrow raises an OSError without a number for pages that do not unpack.
-                if getattr(error, "errno", None) is not None or patience.passes(error) or patience.is_refusal(error):
-                    raise
-                raise InputError(f"{self.store.uri_of(self.name)} is damaged inside: {error}") from None
 
 
 def _sync(path: Path) -> None:
