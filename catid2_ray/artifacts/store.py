@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from catid2_ray.artifacts import patience
 from catid2_ray.artifacts.parquet import ParquetFile
 from catid2_ray.artifacts.s3 import LiteralHandler, arrow_client, delete_below, pages
-from catid2_ray.errors import ArtifactError, CommitConflict, InputError, StorageDenied, StorageError
+from catid2_ray.errors import ArtifactError, CommitConflict, InputError, StorageError
 
 T = TypeVar("T")
 
@@ -46,10 +46,6 @@ _BLOCK, _STREAMS = 64 << 20, 4
 _READERS = 8  # of many small records, each of which takes a round trip
 # A table in an object of at most this size is read in one request, a larger one column by column.
 _WHOLE = 32 << 20
-_FULL = (
-    "; the disk is full: free some (`catid2 gc`), or set `store`, CATID2_CACHE, or TMPDIR of Ray, whichever lies there, to a "
-    "larger one, and run the same command to go on"
-)
 
 
 def stays_inside(name: object) -> bool:
@@ -177,25 +173,8 @@ class Store:
                 ("botocore", "aiobotocore", "aiohttp")
             ):
                 raise
-            raise self._failure(f"cannot {what} {self.uri_of(name)}: {type(error).__name__}: {error}", error) from None
-
-    def _failure(self, message: str, error: BaseException) -> StorageError:
-        if not self.is_s3:
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            return StorageError(message + (_FULL if full else ""))
-        if patience.is_refusal(error):
-            return StorageDenied(
-                f"{message}; the store refuses what these credentials ask: check that they have not expired, that they may list, "
-                "read, write and delete below this prefix, and this machine's clock; then run the same command to go on"
-            )
-        if patience.passes(error) and self.fs.answered:
-            return StorageError(
-                f"{message}; it answered before, so it is busy or away: run the same command later to go on"
-            )
-        return StorageError(
-            f"{message}; check AWS_ENDPOINT_URL, the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and that the bucket "
-            "exists"
-        )
+            message = f"cannot {what} {self.uri_of(name)}: {type(error).__name__}: {error}"
+            raise patience.failure(message, error, answered=self.fs.answered if self.is_s3 else None) from None
 
     def check(self) -> None:
         """Fail early: list what lies below the root, at most one object. Nothing is written, and nothing above is looked at.
@@ -323,17 +302,9 @@ class Store:
             try:
                 self.fs.pipe_file(self.path(name), data, mode="create")
             except Exception as error:
-                cause = error if hasattr(error, "response") else error.__cause__
-                code = getattr(cause, "response", {}).get("Error", {}).get("Code", "")
                 if self._is_ours(name, data):
                     return
-                if code in ("PreconditionFailed", "ConditionalRequestConflict", "412") or "PreconditionFailed" in str(
-                    error
-                ):
-                    raise conflict from None
-                if "pre-conditions" in str(error) or isinstance(error, FileExistsError):
-                    raise conflict from None
-                raise
+                raise (conflict if patience.is_conflict(error) else error) from None
 
     def _is_ours(self, name: str, data: bytes) -> bool:
         """A client that repeats a request whose reply was lost is refused by its own object; records are unique."""
