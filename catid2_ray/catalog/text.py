@@ -195,15 +195,32 @@ class HuggingFaceEncoder:
 
     def _pooled(self, encoded, rows: np.ndarray, length: int) -> np.ndarray:
         """float32 len(rows)×D: one forward pass over texts padded to `length` tokens."""
-        import torch
-
         part = {key: [encoded[key][row] for row in rows] for key in ("input_ids", "attention_mask")}
         padded = self._tokenizer.pad(part, padding="max_length", max_length=length, return_tensors="pt")
+        return self._unit(padded).cpu().numpy()
+
+    def _unit(self, padded):
+        """Tensor B×D: means over real tokens, length 1."""
+        import torch
+
         padded = padded.to(self.device)
         hidden_BTD = self._model(**padded).last_hidden_state
         mask_BT1 = padded["attention_mask"].unsqueeze(-1).to(hidden_BTD.dtype)
         pooled_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
-        return torch.nn.functional.normalize(pooled_BD, dim=-1).cpu().numpy()
+        return torch.nn.functional.normalize(pooled_BD, dim=-1)
+
+    def with_gradient(self, texts: Sequence[str]):
+        """Tensor B×D of these texts in one pass, for whoever trains `parameters`; not to the bit what `encode` gives."""
+        return self._unit(
+            self._tokenizer(
+                list(texts), truncation=True, max_length=self.tokens, padding=True, return_token_type_ids=False,
+                return_tensors="pt",
+            )
+        )  # fmt: skip
+
+    def parameters(self):
+        """Of the model; what trains them changes what `encode` gives."""
+        return self._model.parameters()
 
 
 def _load_pretrained(name: str):

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from catid2_ray.artifacts.store import Store
 from catid2_ray.cli import look, stored
+from catid2_ray.cli import reproduce as reproductions
 from catid2_ray.cli.options import (
     DEFAULT_STORE,
     JsonOption,
@@ -415,7 +416,7 @@ def recipe(
 
 for command in look.COMMANDS:
     app.command()(command)
-for name, command in stored.COMMANDS.items():
+for name, command in (stored.COMMANDS | reproductions.COMMANDS).items():
     app.command(name)(command)
 
 

@@ -11,6 +11,7 @@ from catid2_ray.config.generator import EXAMPLE_KINDS, ExamplesRecipe, Generator
 from catid2_ray.config.kinds import KINDS
 from catid2_ray.config.quantizer import IdsRecipe, QuantizerRecipe
 from catid2_ray.config.recipe import Recipe, schema
+from catid2_ray.config.reproduce import ReproduceRecipe
 from catid2_ray.config.section import NOT_STATED, Section, TrainingRecipe
 from catid2_ray.config.serving import EvaluationRecipe, ExpansionRecipe, ServingRecipe
 
@@ -30,6 +31,7 @@ __all__ = [
     "IdsRecipe",
     "QuantizerRecipe",
     "Recipe",
+    "ReproduceRecipe",
     "Section",
     "ServingRecipe",
     "StageRecipe",

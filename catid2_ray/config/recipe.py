@@ -12,6 +12,7 @@ from catid2_ray.config.data import AdapterRecipe, CatalogRecipe, ClusterRecipe, 
 from catid2_ray.config.generator import GeneratorRecipe
 from catid2_ray.config.older import as_meant
 from catid2_ray.config.quantizer import IdsRecipe, QuantizerRecipe
+from catid2_ray.config.reproduce import ReproduceRecipe
 from catid2_ray.config.section import Section, setting
 from catid2_ray.config.serving import BUILT_IN_FILTERS, EvaluationRecipe, ServingRecipe
 from catid2_ray.errors import RecipeError
@@ -38,6 +39,9 @@ class Recipe(Section):
     alignment: AlignmentRecipe = setting(AlignmentRecipe(), "after stage 3, off by default", unit="section")
     serving: ServingRecipe = setting(ServingRecipe(), "how a release answers queries", unit="section")
     evaluation: EvaluationRecipe = setting(EvaluationRecipe(), "what is measured before publication", unit="section")
+    reproduce: ReproduceRecipe = setting(
+        ReproduceRecipe(), "the paper's tables by `catid2 reproduce`", unit="section", operational=True
+    )
     sample_queries: tuple[str, ...] = setting(
         (), "queries answered at the end of the job", unit="texts", operational=True
     )

@@ -313,7 +313,7 @@ def ids_page(
         tables += [Table(heading, columns, rows)] if rows else []
     pictures = [Picture(caption, figure) for caption, figure in images.items()]
     headline = None if judgement is None else _headline(judgement, figures)
-    return page(title, [*tables, *pictures, *([_examples_table(examples)] if examples else [])], headline=headline)
+    return page(title, [*tables, *pictures, *([examples_table(examples)] if examples else [])], headline=headline)
 
 
 def _levels(value, form: str | None) -> Cell:
@@ -323,7 +323,7 @@ def _levels(value, form: str | None) -> Cell:
     return Cell([shown(part, form) for part in (value if isinstance(value, (list, tuple)) else [value])])
 
 
-def _examples_table(examples: Sequence[Mapping]) -> Table:
+def examples_table(examples: Sequence[Mapping]) -> Table:
     """Titles and their IDs, categories as they first come."""
     keys = ["docid", "other_docid"] if any(example.get("other_docid") for example in examples) else ["docid"]
     rows = []

@@ -16,6 +16,12 @@ from catid2_ray.evaluation.tables import Table
 PICTURE_DPI = 144  # 1.5 × the page's width, sharp on a phone and in print
 
 
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=PICTURE_DPI)
+    return buffer.getvalue()
+
+
 class Picture(NamedTuple):
     """`caption`: its heading, or none; `says`: for those who cannot see it."""
 
@@ -26,9 +32,7 @@ class Picture(NamedTuple):
     @property
     def address(self) -> str:
         """The `data:` address of a PNG."""
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=PICTURE_DPI)
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return "data:image/png;base64," + base64.b64encode(png(self.figure)).decode()
 
 
 class Marked(NamedTuple):
@@ -37,6 +41,13 @@ class Marked(NamedTuple):
     beginning: str
     rest: str
     other: bool = False
+
+
+class Link(NamedTuple):
+    """A cell of a table, or one of several: a text and where it leads; "" = nowhere."""
+
+    text: str
+    address: str = ""
 
 
 class Prose(NamedTuple):
@@ -69,7 +80,11 @@ def page(
     return _TEMPLATES.get_template("page").render(title=title, about=about or {}, parts=parts, headline=headline)
 
 
-_PAGE = """{% macro cell_of(cell) %}{% if cell is string %}{{ cell }}{% elif cell.beginning is defined %}
+_PAGE = """{% macro link_to(cell) %}{% if cell.address %}<a href="{{ cell.address }}">{{ cell.text }}</a>{% else %}{{ cell.text }}
+{% endif %}{% endmacro %}
+{% macro cell_of(cell) %}{% if cell is string %}{{ cell }}{% elif cell.address is defined %}{{ link_to(cell) }}
+{% elif cell.places is not defined and cell.beginning is not defined %}{% for one in cell %}{{ link_to(one) }}<br>{% endfor %}
+{% elif cell.beginning is defined %}
 <code><mark{% if cell.other %} class="other"{% endif %}>{{ cell.beginning }}</mark>{{ cell.rest }}</code>{% else %}
 {% for text, reach, best in cell.places %}<span>{% if best %}<b>{{ text }}</b>{% else %}{{ text }}{% endif %}
 {% if reach %}<br><small>± {{ reach }}</small>{% endif %}</span>{% else %}–{% endfor %}

@@ -9,7 +9,7 @@ N products, Q queries, P pairs, D vector, L levels, K codes of a level, H hidden
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -144,21 +144,29 @@ def train(
     return model.eval()
 
 
-def ranked(
+def searched(
     model: ProxyGenerator, trie: Trie, query_QD: np.ndarray, *, width: int = WIDTH, normalize: str = "level"
-) -> np.ndarray:
-    """int64 Q×width: the products that a beam of `width` finds, best first, by their row; −1 beyond the last. Products that
-    share an ID follow each other in the order of their rows. `normalize`: as the search takes it."""
-    order_N, found_QW = trie.order_N, np.full((len(query_QD), width), -1, np.int64)
+) -> Iterator[np.ndarray]:
+    """Of each query what a beam of `width` finds, best first: int64 width×2, first and last + 1 of the trie's rows of each ID.
+    `normalize`: as the search takes it."""
     for start in range(0, len(query_QD), _SEARCHED):
         memory_BD = torch.from_numpy(np.ascontiguousarray(query_QD[start : start + _SEARCHED], np.float32))
         ones_B1 = torch.ones(len(memory_BD), 1, dtype=torch.long)
         result = constrained_beam_search(
             model, trie, ones_B1, ones_B1, beam_width=width, top_k=width, memory=memory_BD, normalize=normalize
         )
-        for query, ranges_K2 in enumerate(result.row_range_BK2.numpy()):
-            rows = np.concatenate([np.arange(first, last) for first, last in ranges_K2])[:width].astype(np.int64)
-            found_QW[start + query, : len(rows)] = order_N[rows]
+        yield from result.row_range_BK2.numpy()
+
+
+def ranked(
+    model: ProxyGenerator, trie: Trie, query_QD: np.ndarray, *, width: int = WIDTH, normalize: str = "level"
+) -> np.ndarray:
+    """int64 Q×width: the products that a beam of `width` finds, best first, by their row; −1 beyond the last. Products that
+    share an ID follow each other in the order of their rows. `normalize`: as the search takes it."""
+    order_N, found_QW = trie.order_N, np.full((len(query_QD), width), -1, np.int64)
+    for query, ranges_K2 in enumerate(searched(model, trie, query_QD, width=width, normalize=normalize)):
+        rows = np.concatenate([np.arange(first, last) for first, last in ranges_K2])[:width].astype(np.int64)
+        found_QW[query, : len(rows)] = order_N[rows]
     return found_QW
 
 

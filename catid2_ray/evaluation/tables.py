@@ -128,9 +128,16 @@ def markdown(tables: Sequence[Table]) -> str:
     return "\n".join(blocks)
 
 
-def _markdown_cell(cell: str | Cell) -> str:
+def _markdown_cell(cell) -> str:
+    """Of a text or a Cell; of the page's cells, links and IDs with a marked beginning, their text."""
     if isinstance(cell, str):
         return _escaped(cell)
+    if isinstance(cell, list):
+        return "<br>".join(map(_markdown_cell, cell))
+    if hasattr(cell, "address"):
+        return f"[{_escaped(cell.text)}]({cell.address})" if cell.address else _escaped(cell.text)
+    if hasattr(cell, "beginning"):
+        return f"**{_escaped(cell.beginning)}**{_escaped(cell.rest)}" if cell.beginning else _escaped(cell.rest)
     parts = [
         (f"**{_escaped(text)}**" if best else _escaped(text)) + (f" ±{reach}" if reach else "")
         for text, reach, best in cell.places

@@ -166,18 +166,18 @@ def ids_report(recipe: Recipe, *, beside: str | None = None) -> str:
         numbers = {**quality["raw"], **{name: value for name, value in quality.items() if name not in ("raw", "final")}}
         # On the published IDs, as the rest of the page; the raw codes are what collides and what is in use.
         numbers |= {name: value for name, value in quality["final"].items() if name.startswith(("purity", "ami"))}
-        sample, other = _sample(job, parts), None
+        sample, other = sample_of(job, parts), None
         if beside:
             of_kind = dataclasses.replace(job, recipe=variant(job.recipe, beside, recipe.seed), previous=None)
-            other = _docids(of_kind, parts_of_kind(of_kind, parts))
+            other = docids_of(of_kind, parts_of_kind(of_kind, parts))
         settings = recipe.quantizer
         judgement = None
         if settings.coder != "tree":
             judgement = judged(quality["raw"], forced=settings.force_category, shared=settings.ids != "unique")
         return ids_page(
             numbers,
-            _images(job, parts, sample),
-            _examples(sample, other),
+            images_of(job, parts, sample),
+            examples_of(sample, other),
             title=f"IDs of {recipe.name}: {settings.kind}",
             judgement=judgement,
         )
@@ -192,7 +192,9 @@ def _appended(job: Job) -> dict[str, Manifest] | None:
     return None
 
 
-def _sample(job: Job, parts: dict[str, Manifest]) -> dict:
+def sample_of(job: Job, parts: dict[str, Manifest]) -> dict:
+    """What pictures and tables of IDs show: at most _ROWS products with their titles, paths, IDs, vectors and categories."""
+
     def of(role: str, columns: list[str]) -> pa.Table:
         return read_sample(job.store, parts[role], columns, rows=_ROWS, seed=job.recipe.seed)
 
@@ -211,12 +213,14 @@ def _sample(job: Job, parts: dict[str, Manifest]) -> dict:
     }
 
 
-def _docids(job: Job, parts: dict[str, Manifest]) -> list[str]:
+def docids_of(job: Job, parts: dict[str, Manifest]) -> list[str]:
+    """The IDs of the products of `sample_of`."""
     table = read_sample(job.store, parts["ids"], ["docid"], rows=_ROWS, seed=job.recipe.seed)
     return table["docid"].to_pylist()
 
 
-def _images(job: Job, parts: dict[str, Manifest], sample: dict) -> dict:
+def images_of(job: Job, parts: dict[str, Manifest], sample: dict) -> dict:
+    """Caption → Figure: the paper's Figures 3, 6 and 4, and the training where it has epochs."""
     taxonomy = Taxonomy.from_json(job.store.read(tree_of(parts["embeddings"], parts["catalog"])).decode())
     names = [[path[-1] for path in level] for level in taxonomy.levels]
     codes_NL, category_NH = sample["codes_NL"], sample["category_NH"]
@@ -242,7 +246,7 @@ def _images(job: Job, parts: dict[str, Manifest], sample: dict) -> dict:
     return images
 
 
-def _examples(sample: dict, other: list[str] | None) -> list[dict]:
+def examples_of(sample: dict, other: list[str] | None) -> list[dict]:
     """A few products of the categories that have most (Table 8)."""
     joined = np.array([" > ".join(path or ["no category"]) for path in sample["path"]])
     names, count_C = np.unique(joined, return_counts=True)

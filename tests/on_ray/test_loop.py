@@ -250,8 +250,16 @@ def test_it_makes_no_difference_that_checkpoints_lie_in_s3(trained, world):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_killed_inside_epochs_a_run_ends_in_the_same_bits_though_the_newest_checkpoint_is_partial(trained, world):
+def test_killed_inside_epochs_a_run_ends_in_the_same_bits_though_the_newest_checkpoint_is_partial(
+    trained, world, fault
+):
     assert same(trained[world]["killed"], trained[world]["undisturbed"])
+    fault(
+        f"a training of {world} killed inside an epoch, its newest checkpoint partial",
+        times=1,
+        outcome="same bits",
+        lost_s=0,
+    )
 
 
 def test_two_ranks_and_one_rank_give_the_same_loss_curve(trained):

@@ -61,6 +61,7 @@ MACHINE = {
     "pipeline": {"machine", "job", "stages"},
     "reports": {"machine", "job", "stages", "pipeline"},
     "commands": {"machine", "job", "stages", "pipeline"},
+    "reproduce": {"machine", "job", "stages", "pipeline", "reports"},
     "look": {"machine", "job", "stages", "pipeline"},
     "serve": {"machine"},
     "serve_app": {"serve"},

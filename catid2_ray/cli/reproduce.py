@@ -1,0 +1,128 @@
+"""`catid2 reproduce` (alias `paper-tables`): the paper's tables and figures on a recipe's catalogue, with honest rivals."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from catid2_ray.artifacts.store import Store
+from catid2_ray.cli.options import RecipeOption, SetOption, console
+from catid2_ray.config import Recipe
+from catid2_ray.errors import ArtifactError
+
+_BELOW = "reports/reproduce/"
+
+
+def reproduce(
+    recipe: RecipeOption,
+    tables: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1,2,…", help="tables 1 to 8 and F5 (figure 5); figures 3, 4 and 6 come with table 8; default: all"
+        ),
+    ] = None,
+    cell: Annotated[str | None, typer.Option(metavar="T2/tiger/us", help="this cell alone")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="runs of each method that has a seed; default: reproduce.seeds", min=1)
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="folder or s3:// prefix for the report; default: reports/reproduce in the store"
+        ),
+    ] = None,
+    list_cells: Annotated[bool, typer.Option("--list", help="make nothing: name every cell and what it is")] = False,
+    show_commands: Annotated[
+        bool, typer.Option("--show-commands", help="make nothing: the command of every cell")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="make nothing: say which runs are there and which would be made")
+    ] = False,
+    found_only: Annotated[
+        bool, typer.Option("--found-only", help="measure nothing: write the report of what was measured")
+    ] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Measure the methods of the CAT-ID² paper and their rivals on this catalogue; write its tables and figures as one report.
+
+    Every cell is kept in the store: the same command goes on where it was stopped."""
+    from catid2_ray.evaluation.reproduce.conditions import NAMES, TABLES, chosen, plan
+    from catid2_ray.on_ray.reproduce.report import data_of
+
+    loaded = Recipe.load(recipe, overrides or [])
+    asked = (
+        [name.strip().upper().removeprefix("T") for name in tables.split(",") if name.strip()]
+        if tables
+        else [*TABLES, "F5"]
+    )
+    cells = plan(asked, loaded.reproduce.methods or NAMES, data_of(loaded)[0], text=loaded.embedding.text)
+    cells = chosen(cells, cell)
+    command = f"catid2 reproduce --recipe {shlex.quote(recipe)}"
+    if list_cells or show_commands:
+        settings = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
+        for one in cells:
+            what = one.row.condition
+            missing = f"  [not run: {what.missing}]" if what.missing else ""
+            print(f"{command}{settings} --cell {one.name}" if show_commands else f"{one.name}  {what.title}{missing}")
+        return
+    _measure(loaded, cells, asked, seeds or loaded.reproduce.seeds, out, command + (" --set …" if overrides else ""),
+             found_only=found_only, dry_run=dry_run)  # fmt: skip
+
+
+def _measure(
+    loaded: Recipe,
+    cells: list,
+    tables: list[str],
+    seeds: int,
+    out: str | None,
+    command: str,
+    *,
+    found_only: bool,
+    dry_run: bool,
+) -> None:
+    from catid2_ray.evaluation.tables import Column, Table, terminal
+    from catid2_ray.on_ray.reproduce.report import keep, report
+    from catid2_ray.on_ray.reproduce.run import reproduce as run
+
+    folder = Store(out or loaded.store)
+    inside = not out
+
+    def then(reproduction):
+        if dry_run:
+            return None
+        written = report(reproduction, tables=tables, command=command, link="../../" if inside else "")
+        return written, keep(written, reproduction, folder, _BELOW if inside else "")
+
+    try:
+        if dry_run and not _begun(loaded):
+            raise ArtifactError("the store is empty")
+        reproduction, made = run(loaded, cells, seeds=seeds, found_only=found_only or dry_run, then=then)
+    except ArtifactError as error:
+        if not dry_run:
+            raise
+        print(f"Every cell would be made, and before them catalogue, pairs and embeddings: {error}")
+        return
+    rows = [
+        [one.cell.name, str(len(one.runs)), "; ".join(dict.fromkeys(one.whys)) or ""] for one in reproduction.outcomes
+    ]
+    columns = [Column("cell", number=False, whole=True), Column("runs there"), Column("of the others", number=False)]
+    console(112).print(terminal([Table("", columns, rows)]))
+    print(f"Measured now: {reproduction.made}. Found: {reproduction.found}.")
+    if made:
+        written, where = made
+        if "advice" in written.json:
+            print(written.json["advice"]["sentence"])
+        print(f"Tables, figures, and report.md, report.json, trec/ beside them: {where}")
+
+
+def _begun(loaded: Recipe) -> bool:
+    """Whether the store holds a catalogue at all."""
+    if "://" not in loaded.store and not Path(loaded.store).exists():
+        return False
+    store = Store(loaded.store)
+    store.check()
+    return bool(store.names("artifacts"))
+
+
+COMMANDS = {"reproduce": reproduce, "paper-tables": reproduce}

@@ -1,0 +1,34 @@
+"""Recipe section: which methods `catid2 reproduce` measures, and with what budgets. None of it changes what other jobs make."""
+
+from catid2_ray.config.section import Section, setting
+
+
+class ReproduceRecipe(Section):
+    """The paper's tables on this catalogue: methods, seeds, and budgets of what only this command trains."""
+
+    methods: tuple[str, ...] = setting(
+        (),
+        "rows of table 2, one word each (`catid2 reproduce --list` names them); [] = all",
+        unit="names",
+        operational=True,
+    )
+    seeds: int = setting(
+        3, "runs of each method that has a seed, from the recipe's seed on", unit="runs", operational=True, ge=1
+    )
+    printed_epochs: int | None = setting(
+        None, "epochs of the quantizers as printed, whose encoders begin at random; none = quantizer.epochs", unit="epochs",
+        operational=True, ge=1,
+    )  # fmt: skip
+    printed_learning_rate: float | None = setting(
+        None, "their learning rate; none = quantizer.learning_rate", unit="1/step", operational=True, gt=0
+    )
+    dpr_epochs: int = setting(1, "passes of DPR over the training pairs", unit="epochs", operational=True, ge=1)
+    dpr_pairs: int | None = setting(
+        None,
+        "training pairs that DPR learns from at most, a seeded sample; none = all",
+        unit="pairs",
+        operational=True,
+        ge=2,
+    )
+    dpr_batch: int = setting(32, "pairs of DPR's batch, each other's negatives", unit="pairs", operational=True, ge=2)
+    dpr_learning_rate: float = setting(2e-5, "AdamW's peak", unit="1/step", operational=True, gt=0)

@@ -1,0 +1,223 @@
+"""Named conditions: what each cell of the paper's tables measures, as a word, the family that runs it, a change of the recipe.
+
+A condition that several tables show is measured once. What this software has no code for stands in its table with the reason, so
+that nobody takes its absence for an oversight.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+from catid2_ray.errors import InputError
+
+Family = Literal["lexical", "dense", "fusion", "ids", "release"]
+NO_CHANGE: Mapping[str, object] = MappingProxyType({})
+
+
+class Condition(NamedTuple):
+    """`family`: what ranks products. `settings`: its own, such as k1 and b. `recipe`: changes of the recipe by dotted path.
+    `kind`: of IDs. `seeded`: whether another seed gives another figure. `missing`: why nothing can measure it. `printed`: it gets
+    the budget of kinds whose encoder begins at random."""
+
+    name: str
+    title: str
+    family: Family = "ids"
+    settings: Mapping[str, object] = NO_CHANGE
+    recipe: Mapping[str, object] = NO_CHANGE
+    kind: str | None = None
+    seeded: bool = False
+    missing: str | None = None
+    printed: bool = False
+
+
+class Row(NamedTuple):
+    """A row of a table: its condition, and the paper's row beside it, if any."""
+
+    condition: Condition
+    paper: str | None = None
+
+
+class Cell(NamedTuple):
+    """`table`: 2 to 7 or figure 5 as F5; its name is TABLE/method/data set."""
+
+    table: str
+    row: Row
+    data: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.table}/{self.row.condition.name}/{self.data}"
+
+
+def _ids(name: str, title: str, kind: str | None = None, **more) -> Condition:
+    kind = kind or name
+    return Condition(name, title, kind=kind, seeded=True, printed=kind.endswith("_paper") or kind.startswith("paper_"),
+                     **more)  # fmt: skip
+
+
+def _same(codes: int, levels: int = 4) -> dict:
+    return {"quantizer.codes_per_level": [codes] * levels}
+
+
+_OTHER_ENCODER = {"embedding.adapter": "none"}
+_SENTENCE_T5 = {"embedding.encoder": "sentence-transformers/sentence-t5-base", **_OTHER_ENCODER}
+_MPNET = {"embedding.encoder": "sentence-transformers/paraphrase-multilingual-mpnet-base-v2", **_OTHER_ENCODER}
+
+LEXICAL = (
+    Condition("bm25", "BM25, k1 1.2, b 0.75", "lexical"),
+    Condition("bm25_tuned", "BM25, k1 and b chosen on validation", "lexical", {"tuned": True}),
+    Condition("bm25_blanks", "BM25, words between blanks", "lexical", {"words": "blanks"}),
+)
+DENSE = (
+    Condition("dense", "dense, the recipe's encoder as it is", "dense"),
+    Condition("adapted", "dense, adapted by two matrices", "dense", {"adapted": True}),
+    Condition("hnsw", "adapted dense, HNSW graph (faiss)", "dense", {"adapted": True, "faiss": "hnsw"}),
+    Condition("ivf", "adapted dense, inverted lists (faiss)", "dense", {"adapted": True, "faiss": "ivf"}),
+    Condition("dpr", "DPR: the encoder fine-tuned, BM25 negatives", "dense", {"dpr": True}, seeded=True),
+    Condition("sentence_t5", "Sentence-T5 base as it is", "dense", recipe=_SENTENCE_T5),
+    Condition("mpnet", "Multilingual MPNet as it is", "dense", recipe=_MPNET),
+)
+FUSION = tuple(
+    Condition(f"bm25+{name}", f"BM25 + {title}, weight chosen on validation", "fusion", {"dense": name}, seeded=name == "dpr")
+    for name, title in (("dense", "dense"), ("adapted", "adapted dense"), ("dpr", "DPR"))
+)  # fmt: skip
+KINDS = (
+    _ids("dsi_naive", "DSI naive"),
+    _ids("dsi_semantic", "DSI semantic"),
+    _ids("hi_gen", "Hi-Gen"),
+    _ids("nci", "NCI"),
+    _ids("tiger", "TIGER"),
+    _ids("cat_id2_256", "CAT-ID², as printed, K 256", "cat_id2_paper", recipe=_same(256)),
+    _ids("cat_id2_512", "CAT-ID², as printed, K 512", "cat_id2_paper", recipe=_same(512)),
+    _ids("cat_id2", "CAT-ID², ours (the default)"),
+    _ids("cat_id2_shuffled", "… trained on shuffled categories (control)"),
+    _ids("rq_kmeans", "residual k-means, nothing trained"),
+    _ids("cq_sid", "CQ-SID, products share IDs"),
+)
+RELEASE = (
+    Condition("generator", "the release's generator alone, beams of whole IDs", "release", {"served": False}),
+    Condition("served", "ours with everything on, as served", "release", {"served": True}),
+)
+MISSING = (
+    Condition("gdr", "GDR: clusters, then dense", missing="no generator of clusters is trained here; `served` does as "
+        "much by depth-2 nodes"),
+    Condition("pag", "PAG's look-ahead", missing="its simultaneous decoding is not built; `served` looks ahead by node vectors"),
+    Condition("genret", "GenRet", missing="it trains tokenizer and generator by turns, which stages that are "
+        "committed once cannot"),
+    Condition("chap", "CHAP", missing="its code and its IDs' construction could not be had"),
+)  # fmt: skip
+
+METHODS = (*LEXICAL, *DENSE, *FUSION, *KINDS, *RELEASE, *MISSING)
+NAMES = tuple(condition.name for condition in METHODS)
+# Table 3: the printed rows, and the same on our preset, whose encoder begins as the identity.
+PRINTED_3 = ("paper_tiger", "paper_hcc", "paper_csc", "paper_hcc_csc", "paper_dis", "paper_hcc_dis", "cat_id2_paper")
+OURS_3 = ("tiger", "hcc", "csc", "hcc_csc", "dis", "cat_id2", "hcc_csc_dis")  # cat_id2 is row (5)
+_TERMS = ("TIGER", "(0) + HCCL", "(0) + CSCL", "(1) + CSCL", "(0) + DisL", "(1) + DisL", "all three")
+SWEEPS = {
+    "α": ("dispersion", (0.0, 0.01, 0.1, 1.0)),
+    "β": ("hierarchical", (0.0, 0.003, 0.03, 0.3)),
+    "γ": ("cluster_scale", (0.0, 0.1, 1.0)),
+}
+# Settings of a sweep that a kind has anyway: its run is found, not made again.
+_KIND_OF = {("dispersion", 0.0): "hcc", ("hierarchical", 0.0): "dis", ("cluster_scale", 1.0): "hcc_csc_dis"}
+SIZES = (64, 128, 256, 512)
+TABLES = ("1", "2", "3", "4", "5", "6", "7", "8")
+WITH, WITHOUT = "with", "without"
+
+
+def rows_of(table: str, methods: Sequence[str], *, text: Sequence[str] = ("title",)) -> list[Row]:
+    """The rows of a table that measures. `methods`: of table 2; `text`: the recipe's embedding.text, for table 4.
+
+    Tables 7 and 8 show what tables 2 and the reports have; raises InputError for a table that measures nothing.
+    """
+    if table in ("2", "7"):
+        return [Row(condition, condition.name) for condition in METHODS if condition.name in methods]
+    if table == "3":
+        rows = [
+            Row(_ids(kind, f"({number}) {term}, as printed"), str(number))
+            for number, (kind, term) in enumerate(zip(PRINTED_3, _TERMS))
+        ]
+        ours = zip(OURS_3, _TERMS)
+        return rows + [Row(_ids(kind, f"({number}) {term}, our preset")) for number, (kind, term) in enumerate(ours)]
+    if table == "4":
+        return [
+            Row(
+                _ids(f"{kind}_{word}_category", f"{title}, {word} category text", kind, recipe=_text(text, word)),
+                kind if word == WITH else f"{kind}_without",
+            )
+            for kind, title in (("dsi_semantic", "DSI semantic"), ("tiger", "TIGER"), ("cat_id2", "CAT-ID²"))
+            for word in (WITH, WITHOUT)
+        ]
+    if table == "5":
+        titles = {
+            "tiger": "TIGER", "random_negatives": "random negatives", "depth_1": "1 level", "depth_2": "2 levels",
+            "depth_2_3": "2 and 3 levels",
+        }  # fmt: skip
+        rows = [Row(_ids(name, title), name) for name, title in titles.items()]
+        return [*rows, Row(_ids("cat_id2", "3 levels"), "depth_3")]
+    if table == "6":
+        return [
+            Row(_ids(f"{kind}_{levels}", f"{title}, {levels} levels", kind, recipe={"levels": levels}), f"{kind}_{levels}")
+            for levels in (3, 4, 5)
+            for kind, title in (("tiger", "TIGER"), ("cat_id2", "CAT-ID²"))
+        ]  # fmt: skip
+    if table == "F5":
+        rows = [
+            Row(_ids(f"{name}_{value:g}", f"{letter} = {value:g}", kind, recipe=changes))
+            for letter, (name, values) in SWEEPS.items()
+            for value in values
+            for kind, changes in (_swept(name, value),)
+        ]
+        return rows + [
+            Row(_ids(f"{kind}_k{codes}", f"{title}, K = {codes}", kind, recipe=_same(codes)))
+            for codes in SIZES
+            for kind, title in (("tiger", "TIGER"), ("cat_id2", "CAT-ID²"))
+        ]
+    raise InputError(f"table {table!r} measures nothing of its own; those that do are 2, 3, 4, 5, 6, 7 and F5")
+
+
+def _swept(name: str, value: float) -> tuple[str, dict]:
+    """The kind, and the change of the recipe that it needs."""
+    if (name, value) in _KIND_OF:
+        return _KIND_OF[name, value], {}
+    return "cat_id2", {f"quantizer.{name}": value}
+
+
+def _text(text: Sequence[str], word: str) -> dict:
+    """embedding.text with or without the category path, which comes last."""
+    bare = [field for field in text if field != "category_path"]
+    return {"embedding.text": [*bare, "category_path"] if word == WITH else bare}
+
+
+def plan(tables: Sequence[str], methods: Sequence[str], data: str, *, text: Sequence[str] = ("title",)) -> list[Cell]:
+    """The cells of these tables, in the order in which a person reads them. Figure 5 comes with table 6, to which its text belongs.
+
+    Raises InputError for an unknown table or method, which it names.
+    """
+    if unknown := [name for name in methods if name not in NAMES]:
+        raise InputError(f"reproduce.methods: unknown {', '.join(map(repr, unknown))}; known are {', '.join(NAMES)}")
+    if unknown := [table for table in tables if table not in (*TABLES, "F5")]:
+        raise InputError(f"--tables: unknown {', '.join(unknown)}; choose from {', '.join(TABLES)} and F5 (figure 5)")
+    measuring = [
+        table for table in ("2", "3", "4", "5", "6", "F5") if table in tables or (table == "2" and "7" in tables)
+    ]
+    return [
+        Cell(name if name.startswith("F") else f"T{name}", row, data)
+        for name in measuring
+        for row in rows_of(name, methods, text=text)
+    ]
+
+
+def chosen(cells: Sequence[Cell], name: str | None) -> list[Cell]:
+    """All cells, or the one of this name; InputError names the nearest where there is none."""
+    if name is None:
+        return list(cells)
+    found = [cell for cell in cells if cell.name == name]
+    if not found:
+        import difflib
+
+        near = difflib.get_close_matches(name, [cell.name for cell in cells], n=3, cutoff=0.3)
+        raise InputError(
+            f"--cell {name!r}: there is no such cell; near it: {', '.join(near) or 'none'}; --list shows all"
+        )
+    return found

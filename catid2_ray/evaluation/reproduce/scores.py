@@ -1,0 +1,279 @@
+"""From ranked lists to figures: each outcome's measures over queries, means of seeds, groups, and the claims that they bear out.
+
+All figures of recall are shares here and per cent in reports, as in the paper.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from catid2_ray.evaluation.metrics import recalls
+from catid2_ray.evaluation.protocol import Judgements
+from catid2_ray.evaluation.reproduce.conditions import Cell
+from catid2_ray.evaluation.reproduce.measures import KS, QUERY_GROUPS, id_recalls, mean_of, measured
+from catid2_ray.evaluation.reproduce.significance import Compared, Difference, compare
+
+
+class Run(NamedTuple):
+    """One seed of a condition. `ranked`: Q lists of product ids; `ids`: Q lists of IDs, of methods that search IDs. `manifest`: its
+    name in the store; `cost`, `tuned`, `machine`: of `ranking.Ranking`. `parents`: digests by role."""
+
+    seed: int
+    manifest: str
+    ranked: list[list[str]]
+    ids: list[list[str]] | None
+    cost: dict
+    tuned: dict
+    machine: str
+    parents: dict[str, str]
+
+
+class Outcome(NamedTuple):
+    """`runs`: those that have figures; `whys`: of seeds without one, the reason."""
+
+    cell: Cell
+    runs: list[Run]
+    whys: list[str]
+
+
+class Judged(NamedTuple):
+    """What lists are judged by: the queries, the gains of what was judged, the group of each query, the category of each product at
+    depth 1 ("" = none)."""
+
+    judgements: Judgements
+    gains: list[dict[str, float]]
+    groups: list[str]
+    category_of: Mapping[str, str]
+
+
+class Scored(NamedTuple):
+    """`values`: measure → Q or Q×K, the mean over the seeds; `by_seed`: S×K means of recall."""
+
+    outcome: Outcome
+    values: dict[str, np.ndarray]
+    by_seed: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return self.outcome.cell.row.condition.name
+
+    @property
+    def title(self) -> str:
+        return self.outcome.cell.row.condition.title
+
+    @property
+    def family(self) -> str:
+        return self.outcome.cell.row.condition.family
+
+    def recall(self, k: int) -> np.ndarray:
+        """Q."""
+        return self.values["recall"][:, KS.index(k)]
+
+    def half_range(self, k: int) -> float | None:
+        """Half the distance of the best and the worst seed; None of one."""
+        if len(self.by_seed) < 2:
+            return None
+        return float(np.ptp(self.by_seed[:, KS.index(k)]) / 2)
+
+    def cost(self, name: str) -> float | None:
+        """The mean over the seeds."""
+        values = [run.cost[name] for run in self.outcome.runs if name in run.cost]
+        return float(np.mean(values)) if values else None
+
+
+def score(
+    outcome: Outcome, judged: Judged, *, docid_of: Mapping[str, Mapping[str, str]] | None = None
+) -> Scored | None:
+    """None without a run. `docid_of`: by the digest of IDs, product → ID, where recall of IDs is wanted."""
+    if not outcome.runs:
+        return None
+    relevant = judged.judgements
+    of_seed = []
+    for run in outcome.runs:
+        values = measured(run.ranked, relevant.relevant, judged.gains)
+        values |= {group: recalls(run.ranked, getattr(relevant, group), KS) for group in ("seen", "unseen")}
+        if run.ids is not None and docid_of and run.parents.get("ids") in docid_of:
+            values["ids"] = id_recalls(run.ids, relevant.relevant, docid_of[run.parents["ids"]])
+        of_seed.append(values)
+    shared = [name for name in of_seed[0] if all(name in values for values in of_seed)]
+    by_seed = np.array([np.nanmean(values["recall"], 0) for values in of_seed])
+    return Scored(outcome, {name: np.mean([values[name] for values in of_seed], 0) for name in shared}, by_seed)
+
+
+def by_group(scored: Scored, judged: Judged, k: int) -> dict[str, tuple[int, float | None]]:
+    """Group → how many queries, and recall@k over them: query groups by the paper's priority, then seen and unseen products."""
+    groups = np.array(judged.groups)
+    found = {}
+    for name in QUERY_GROUPS:
+        rows = groups == name
+        found[name] = int(rows.sum()), mean_of(scored.recall(k), rows)[0] if rows.any() else None
+    for name in ("seen", "unseen"):
+        column_Q = scored.values[name][:, KS.index(k)]
+        found[name] = int(np.isfinite(column_Q).sum()), mean_of(column_Q)[0]
+    return found
+
+
+def by_category(runs: Sequence[Run], judged: Judged, k: int, *, most: int = 8) -> dict[str, tuple[int, float]]:
+    """The commonest categories of relevant products → queries and recall@k, counting that category's products alone."""
+    wanted: dict[str, dict[int, set[str]]] = {}
+    for query, products in enumerate(judged.judgements.relevant):
+        for product in products:
+            if category := judged.category_of.get(product):
+                wanted.setdefault(category, {}).setdefault(query, set()).add(product)
+    common = sorted(wanted, key=lambda name: (-len(wanted[name]), name))[:most]
+    found = {}
+    for name in common:
+        of_query = [wanted[name].get(query, set()) for query in range(len(judged.judgements.relevant))]
+        values = [np.nanmean(recalls(run.ranked, of_query, [k])) for run in runs]
+        found[name] = len(wanted[name]), float(np.mean(values))
+    return found
+
+
+class Claim(NamedTuple):
+    """What the paper says of two rows: `one` finds more than `other`; `says`: in words, and where."""
+
+    one: str
+    other: str
+    says: str
+
+
+CLAIMS: dict[str, tuple[Claim, ...]] = {
+    "T2": (
+        Claim("tiger", "dsi_semantic", "TIGER over DSI semantic (4.2)"),
+        Claim("cat_id2_256", "tiger", "CAT-ID² as printed over TIGER (4.2)"),
+        Claim("cat_id2", "tiger", "CAT-ID² (ours) over TIGER (4.2)"),
+        Claim("cat_id2", "cat_id2_shuffled", "CAT-ID² (ours) over its shuffled control (ours: do categories cause the gain?)"),
+        Claim("dpr", "bm25", "DPR over BM25 (table 2, us)"),
+        Claim("bm25+adapted", "bm25", "BM25 + adapted dense over BM25 (ours)"),
+        Claim("served", "bm25+adapted", "what is served over BM25 + adapted dense (ours)"),
+    ),
+    "T3": (
+        Claim("paper_tiger", "paper_hcc", "as printed: HCCL alone finds less than TIGER (4.3, 1)"),
+        Claim("paper_tiger", "paper_csc", "as printed: CSCL alone finds less than TIGER (4.3, 1)"),
+        Claim("cat_id2_paper", "paper_tiger", "as printed: all three over TIGER (4.3, 3)"),
+        Claim("tiger", "hcc", "our preset: HCCL alone finds less than TIGER (4.3, 1)"),
+        Claim("tiger", "csc", "our preset: CSCL alone finds less than TIGER (4.3, 1)"),
+        Claim("hcc_csc_dis", "tiger", "our preset: all three over TIGER (4.3, 3)"),
+    ),
+    "T4": tuple(
+        Claim(f"{kind}_with_category", f"{kind}_without_category", f"{title}: with category text over without (4.3)")
+        for kind, title in (("dsi_semantic", "DSI semantic"), ("tiger", "TIGER"), ("cat_id2", "CAT-ID²"))
+    ),
+    "T5": (
+        Claim("cat_id2", "depth_2", "3 levels over 2 (4.5)"),
+        Claim("depth_2", "depth_1", "2 levels over 1 (4.5)"),
+        Claim("depth_1", "tiger", "1 level over TIGER (table 5)"),
+        Claim("cat_id2", "random_negatives", "hard negatives over random ones (4.5)"),
+    ),
+    "T6": tuple(
+        Claim(f"cat_id2_{levels}", f"tiger_{levels}", f"CAT-ID² over TIGER with {levels} levels (4.5)") for levels in (3, 4, 5)
+    )
+    + tuple(Claim("cat_id2_4", f"cat_id2_{levels}", f"CAT-ID²: 4 levels over {levels} (4.5)") for levels in (3, 5)),
+    "F5": tuple(
+        Claim(best, other, f"{letter}: a middle value over {end} (4.5)")
+        for letter, best, ends in (
+            ("α", "dispersion_0.1", (("dispersion_0", "0"), ("dispersion_1", "1"))),
+            ("β", "hierarchical_0.03", (("hierarchical_0", "0"), ("hierarchical_0.3", "0.3"))),
+            ("γ", "cluster_scale_0.1", (("cluster_scale_0", "0"), ("cluster_scale_1", "1"))),
+            ("K of CAT-ID²", "cat_id2_k256", (("cat_id2_k64", "64"), ("cat_id2_k512", "512"))),
+        )
+        for other, end in ends
+    )
+    + tuple(
+        Claim(f"cat_id2_k{codes}", f"tiger_k{codes}", f"CAT-ID² over TIGER at K = {codes} (4.5)")
+        for codes in (64, 128, 256, 512)
+    ),
+}  # fmt: skip
+
+
+def compared(scored: Sequence[Scored], k: int) -> Compared:
+    """All methods of a table at one cut-off, over the queries that all have."""
+    return compare({one.name: one.recall(k) for one in scored})
+
+
+def borne_out(difference: Difference) -> str:
+    """What the data says to a claim that `one` finds more."""
+    if not difference.shown:
+        return "no difference is shown"
+    return "borne out" if difference.mean > 0 else "contradicted"
+
+
+def sentences(table: str, scored: Sequence[Scored], at: Mapping[int, Compared]) -> list[str]:
+    """For each claim of the table whose rows were measured, one sentence per cut-off in `at`; of the others what is missing."""
+    names = {one.name for one in scored}
+    said = []
+    for claim in CLAIMS.get(table, ()):
+        if lacking := [name for name in (claim.one, claim.other) if name not in names]:
+            said.append(
+                f"{claim.says}: not known, as {' and '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no figure."
+            )
+            continue
+        for k, comparison in at.items():
+            less = comparison.less(claim.one, claim.other)
+            base = comparison.intervals[claim.other].mean
+            relative = f" ({less.mean / base:+.1%})" if base else ""
+            said.append(
+                f"{claim.says}, recall@{k}: {100 * less.mean:+.2f} points{relative} [{100 * less.low:+.2f}, "
+                f"{100 * less.high:+.2f}], "
+                f"p = {less.corrected:.3f} after correction: {borne_out(less)}."
+            )
+    return said
+
+
+class Advice(NamedTuple):
+    """`take`: the method to take; `best`: the one that finds most; `ties`: those not shown to find less than the best. `ids`: of
+    ways of making IDs the one to take, and those that tie, by the proxy; "" where none was measured."""
+
+    take: str
+    best: str
+    ties: list[str]
+    ids: str
+    id_ties: list[str]
+    sentence: str
+
+
+def advice(scored: Sequence[Scored], comparison: Compared, k: int) -> Advice | None:
+    """The cheapest method (training, then milliseconds a query) among those that are not shown to find less than the best.
+
+    Kinds of IDs are ranked by the proxy, which is no system to take, so they are judged among themselves. None where no
+    whole system was measured."""
+    systems = [one for one in scored if one.family != "ids"]
+    kinds = [one for one in scored if one.family == "ids" and one.name != "cat_id2_shuffled"]
+    if not systems:
+        return None
+
+    def chosen(among: Sequence[Scored]) -> tuple[Scored, Scored, list[Scored]]:
+        best = max(among, key=lambda one: comparison.intervals[one.name].mean)
+        ties = [one for one in among if one is best or not comparison.less(best.name, one.name).shown]
+        cheapest = min(
+            ties,
+            key=lambda one: (
+                (one.cost("train_seconds") or 0) + (one.cost("index_seconds") or 0),
+                one.cost("ms_per_query") or 0,
+            ),
+        )
+        return cheapest, best, ties
+
+    take, best, ties = chosen(systems)
+    low, high = (100 * x for x in comparison.intervals[take.name][1:])
+    sentence = (
+        f"Take {take.title}: recall@{k} {100 * comparison.intervals[take.name].mean:.1f} % [{low:.1f}, {high:.1f}]. "
+        + ("It finds most" if take is best else f"{best.title} finds most "
+            f"({100 * comparison.intervals[best.name].mean:.1f} %), but no difference is shown, and this costs less")
+        + f", of {len(systems)} whole systems measured."
+    )  # fmt: skip
+    ids, id_ties = "", []
+    if kinds:
+        cheap, most, tied = chosen(kinds)
+        ids, id_ties = cheap.name, [one.name for one in tied if one is not cheap]
+        sentence += (
+            f" Among ways of making IDs, by a small generator that stands in for a real one, {most.title} finds most "
+            f"({100 * comparison.intervals[most.name].mean:.1f} %)"
+            + (
+                f"; {len(tied) - 1} more are not shown to find less, {cheap.title} costs least of them."
+                if len(tied) > 1
+                else "."
+            )
+        )
+    return Advice(take.name, best.name, [one.name for one in ties], ids, id_ties, sentence)

@@ -1,0 +1,163 @@
+"""From what was measured to files: report.html, report.md, report.json, pictures, and TREC's runs and qrels."""
+
+import dataclasses
+import json
+import traceback
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+
+from catid2_ray import __version__
+from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.pairs import training_pairs
+from catid2_ray.config import Recipe
+from catid2_ray.errors import CatidError, Interrupted
+from catid2_ray.evaluation.page import png
+from catid2_ray.evaluation.reproduce import trec
+from catid2_ray.evaluation.reproduce.conditions import METHODS, WITH, WITHOUT, rows_of
+from catid2_ray.evaluation.reproduce.measures import query_groups
+from catid2_ray.evaluation.reproduce.report import PAPER_LOCALES, Facts, Written, write
+from catid2_ray.evaluation.reproduce.scores import Judged
+from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.reports import docids_of, examples_of, images_of, parts_of_kind, sample_of
+from catid2_ray.on_ray.reproduce.measure import Measures
+from catid2_ray.on_ray.reproduce.run import Reproduction
+
+
+def data_of(recipe: Recipe) -> tuple[str, str | None]:
+    """What the data set is called in cells, and its locale in the paper; None for other data."""
+    locale = recipe.name.removeprefix("esci_")
+    return (locale, locale) if recipe.name.startswith("esci_") and locale in PAPER_LOCALES else (recipe.name, None)
+
+
+def published() -> dict:
+    """What the paper prints."""
+    return json.loads(
+        resources.files("catid2_ray.evaluation.reproduce").joinpath("published.json").read_text(encoding="utf-8")
+    )
+
+
+def report(reproduction: Reproduction, *, tables: Sequence[str], command: str, link: str = "") -> Written:
+    """To be called while the job is open. `link`: as in `evaluation.reproduce.report.write`."""
+    bench, measures = reproduction.bench, reproduction.measures
+    judged = Judged(
+        bench.judged["test"], bench.gains,
+        query_groups(bench.judged["test"].queries, bench.products["title"].to_pylist()),
+        {name: path[0] if path else "" for name, path in zip(bench.product_ids, bench.products["category_path"].to_pylist())},
+    )  # fmt: skip
+    data, locale = data_of(bench.recipe)
+    images, examples = _of_kinds(measures) if "8" in tables else ({}, [])
+    facts = Facts(
+        data, locale, command, _about(reproduction), _table_1(reproduction), examples,
+        _distance(measures) if "4" in tables else None, images, published(),
+    )  # fmt: skip
+    wanted = {run.parents["ids"] for outcome in reproduction.outcomes for run in outcome.runs if run.ids is not None}
+    docid_of = {}
+    for digest in sorted(wanted & measures.ids.keys()):
+        docid_of[digest] = dict(zip(bench.product_ids, measures.codes(measures.ids[digest])[1]))
+    return write(reproduction.outcomes, judged, facts, docid_of=docid_of, tables=tables, link=link)
+
+
+def keep(written: Written, reproduction: Reproduction, folder: Store, below: str = "") -> str:
+    """Writes all files below a folder of a store; returns where the page is."""
+    files = {"report.html": written.html.encode(), "report.md": written.markdown.encode(),
+             "report.json": (json.dumps(written.json, indent=1, ensure_ascii=False) + "\n").encode()}  # fmt: skip
+    for name, figure in written.pictures.items():
+        files[name] = png(figure)
+    bench = reproduction.bench
+    query_ids = bench.judged["test"].query_ids
+    files["trec/qrels.txt"] = trec.qrels_lines(query_ids, bench.gains).encode()
+    for outcome in reproduction.outcomes:
+        for run in outcome.runs:
+            name = f"{outcome.cell.name.replace('/', '-')}-seed{run.seed}"
+            files[f"trec/{name}.txt"] = trec.run_lines(query_ids, run.ranked, name).encode()
+    for name, data in files.items():
+        folder.write(f"{below}{name}", data)
+    return folder.uri_of(f"{below}report.html")
+
+
+def _about(reproduction: Reproduction) -> dict[str, str]:
+    bench, parts = reproduction.bench, reproduction.parts
+    recipe, judged = bench.recipe, bench.judged["test"]
+    aside = parts["pairs"].metrics["reasons"]
+    lowest = pc.min(bench.pairs["relevance"]).as_py()
+    machines = sorted({run.machine for outcome in reproduction.outcomes for run in outcome.runs})
+    seeds = sorted({run.seed for outcome in reproduction.outcomes for run in outcome.runs})
+    return {
+        "catalogue": f"{bench.products.num_rows:,} products; categories by depth {parts['catalog'].metrics['categories']}",
+        "queries": f"{len(judged.queries):,} of split {recipe.evaluation.split}"
+        + (f"; {bench.unanswerable:,} more have no relevant product there and are not asked" if bench.unanswerable else ""),
+        "labels": f"relevant from {recipe.evaluation.min_relevance:g}, teaching from "
+            f"{recipe.generator.min_relevance:g}; the lowest grade, "
+        f"{lowest:g}, has gain 0",
+        "pairs set aside": "; ".join(f"{count:,}: {reason}" for reason, count in sorted(aside.items())) or "none",
+        "embedding": f"{Path(recipe.embedding.encoder).name} of {', '.join(recipe.embedding.text)}"
+        + ("" if "adapter" in parts else "; no adapter"),
+        "IDs": f"{recipe.quantizer.codes_per_level} codes per level, {recipe.quantizer.epochs} epochs, batch "
+            f"{recipe.quantizer.batch}"
+        + (f"; as printed {recipe.reproduce.printed_epochs} epochs" if recipe.reproduce.printed_epochs else ""),
+        "seeds": ", ".join(map(str, seeds)) or "none",
+        "version": f"catid2-ray {__version__}",
+        "machine": "; ".join(machines) or "–",
+    }  # fmt: skip
+
+
+def _table_1(reproduction: Reproduction) -> dict[str, int]:
+    bench = reproduction.bench
+    generator, judged = bench.recipe.generator, bench.judged["test"]
+    taught = training_pairs(bench.pairs, generator.min_relevance, generator.relevance_weights)
+    return {
+        "documents": bench.products.num_rows, "train_queries": len(taught["query_id"].unique()), "train_pairs": taught.num_rows,
+        "test_queries": len(judged.queries), "test_pairs": sum(map(len, judged.relevant)),
+    }  # fmt: skip
+
+
+def _of_kinds(measures: Measures) -> tuple[dict, list[Mapping[str, str]]]:
+    """Figures 3, 4 and 6 of both kinds, and Table 8; none where their IDs cannot be made or found."""
+    images, samples = {}, {}
+    for kind, title in (("cat_id2", "CAT-ID² (ours)"), ("tiger", "TIGER")):
+        try:
+            condition = next(one for one in METHODS if one.name == kind)
+            recipe = measures.recipe_of(condition, measures.job.recipe.seed)
+            job, parts = measures.embedded(recipe)
+            job = dataclasses.replace(job, recipe=recipe)
+            of_kind = parts_of_kind(job, parts)
+            samples[kind] = sample_of(job, of_kind), docids_of(job, of_kind)
+            images |= {
+                f"{title}. {caption}": figure for caption, figure in images_of(job, of_kind, samples[kind][0]).items()
+            }
+        except Interrupted:
+            raise
+        except CatidError as error:
+            progress.event("without_pictures", kind=kind, reason=repr(str(error)))
+        except Exception:
+            traceback.print_exc()
+    if len(samples) < 2:
+        return images, []
+    return images, examples_of(samples["cat_id2"][0], samples["tiger"][1])
+
+
+def _distance(measures: Measures) -> dict[str, float] | None:
+    """Cosines between a product's vector with the category's text and without it; None where one of them is not there."""
+    rows = {row.condition.name: row for row in rows_of("4", (), text=measures.job.recipe.embedding.text)}
+    vectors = []
+    for word in (WITH, WITHOUT):
+        try:
+            job, parts = measures.embedded(
+                measures.recipe_of(rows[f"tiger_{word}_category"].condition, measures.job.recipe.seed)
+            )
+            vectors.append(measures.bench.vectors(job, parts).product_ND)
+        except Interrupted:
+            raise
+        except CatidError:
+            return None
+    if vectors[0].shape != vectors[1].shape:
+        return None
+    cosine_N = (vectors[0] * vectors[1]).sum(1)
+    return {
+        "mean cosine of a product's two vectors": float(cosine_N.mean()),
+        "5 % are below": float(np.quantile(cosine_N, 0.05)),
+    }

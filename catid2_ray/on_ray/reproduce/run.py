@@ -1,0 +1,168 @@
+"""The plan's execution: every condition and seed once, each an artefact of its own; a cell that fails lets the others go on.
+
+A cell is a folder with ranked.parquet and a manifest: a condition's settings and the digests of what it was made from are its key,
+so that a run goes on where it was left, tables share what they have in common, and nothing measured is measured twice. Seeds
+come one after the other: a run that is stopped has one figure of many cells rather than three of few.
+"""
+
+import os
+import platform
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+import torch
+
+from catid2_ray.artifacts import manifest as artifact
+from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.config import Recipe
+from catid2_ray.errors import ArtifactError, CatidError, Interrupted
+from catid2_ray.evaluation.reproduce.conditions import Cell, Condition
+from catid2_ray.evaluation.reproduce.ranking import Ranking
+from catid2_ray.evaluation.reproduce.scores import Outcome, Run
+from catid2_ray.on_ray.job import Job
+from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.pipeline import chain
+from catid2_ray.on_ray.reproduce.bench import Bench
+from catid2_ray.on_ray.reproduce.measure import Measures
+
+KIND = "cell"
+NOT_YET = "not measured yet"
+_RANKED = "ranked.parquet"
+
+
+class Reproduction(NamedTuple):
+    """`job`: closed, for its store and its recipe with sizes; `parts`: catalogue, pairs, embeddings, adapter. `outcomes`: of each
+    cell, in the plan's order. `made`, `found`: how many runs."""
+
+    job: Job
+    parts: dict[str, Manifest]
+    bench: Bench
+    measures: Measures
+    outcomes: list[Outcome]
+    made: int
+    found: int
+
+
+def reproduce(
+    recipe: Recipe, cells: Sequence[Cell], *, seeds: int, found_only: bool = False,
+    then: Callable[[Reproduction], object] = lambda reproduction: None,
+) -> tuple[Reproduction, object]:  # fmt: skip
+    """Measure every cell, or with `found_only` read what was measured; and what `then` gives, called while the job is open.
+
+    Raises what the catalogue's own stages raise, and InputError where no test query can be judged; what a cell meets becomes the
+    reason why it has no figure.
+    """
+    only = {"only": ()} if found_only else {}
+    with Job.open(recipe, lease=False, new_ledger=True, **only) as job:
+        parts = chain(job, "adapter")
+        job.previous = None
+        bench = Bench.open(job, parts)
+        measures = Measures(job, parts, bench)
+        # The same condition in two tables is one; a name may stand for two conditions in two tables.
+        runs: dict[tuple[Condition, int], Run | str] = {}
+        conditions = list({_key(cell.row.condition): cell.row.condition for cell in cells}.values())
+        work = [(condition, recipe.seed + number) for number in range(seeds) for condition in conditions
+                if condition.seeded or not number]  # fmt: skip
+        started, made = time.monotonic(), 0
+        for number, (condition, seed) in enumerate(work):
+            before = time.monotonic()
+            result, was_made = _guarded(measures, condition, seed, found_only=found_only)
+            runs[_key(condition), seed] = result
+            made += was_made
+            left = (time.monotonic() - started) / (number + 1) * (len(work) - number - 1)
+            note = {"why": repr(result)} if isinstance(result, str) else {"manifest": result.manifest}
+            progress.event(
+                "cell", condition=condition.name, seed=seed, done=f"{number + 1}/{len(work)}",
+                seconds=round(time.monotonic() - before, 1), seconds_left=round(left), **note,
+            )  # fmt: skip
+        outcomes = []
+        for cell in cells:
+            of_seed = [
+                runs[key]
+                for number in range(seeds)
+                if (key := (_key(cell.row.condition), recipe.seed + number)) in runs
+            ]
+            figures = [run for run in of_seed if not isinstance(run, str)]
+            outcomes.append(Outcome(cell, figures, [why for why in of_seed if isinstance(why, str)]))
+        found = sum(not isinstance(run, str) for run in runs.values()) - made
+        reproduction = Reproduction(job, parts, bench, measures, outcomes, made, found)
+        return reproduction, then(reproduction)
+
+
+def _key(condition: Condition) -> str:
+    """Of what a condition is, whatever it is called."""
+    return repr((condition.family, dict(condition.settings), dict(condition.recipe), condition.kind, condition.printed,
+                 condition.missing))  # fmt: skip
+
+
+def _guarded(measures: Measures, condition: Condition, seed: int, *, found_only: bool) -> tuple[Run | str, bool]:
+    """The run, or why there is none; and whether it was made just now."""
+    try:
+        return _run(measures, condition, seed, found_only=found_only)
+    except Interrupted:
+        raise
+    except ArtifactError as error:
+        return (NOT_YET if found_only else _line(error)), False
+    except CatidError as error:
+        return _line(error), False
+    except Exception as error:  # a method's fault is its own cell's: the others go on, and the log has all of it
+        traceback.print_exc()
+        return f"it failed with {type(error).__name__}: {_line(error)}", False
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _run(measures: Measures, condition: Condition, seed: int, *, found_only: bool) -> tuple[Run | str, bool]:
+    job = measures.job
+    settings, parents = measures.settings(condition, seed)
+    digests = {role: parent.digest for role, parent in parents.items()}
+    if committed := artifact.find(job.store, KIND, artifact.key_of(KIND, settings, digests)):
+        artifact.verify(job.store, committed)
+        return _read(measures, condition, committed, parents, seed), False
+    if found_only:
+        return NOT_YET, False
+    attempt = Attempt(job.store, KIND, settings=settings, parents=digests, recipe=job.recipe.model_dump(mode="json"))
+    ranking = measures.rank(condition, seed, parents)
+    made = _commit(job, attempt, measures.bench, condition, ranking)
+    return _read(measures, condition, made, parents, seed), True
+
+
+def _commit(job: Job, attempt: Attempt, bench: Bench, condition: Condition, ranking: Ranking) -> Manifest:
+    ids = bench.product_ids
+    products = [[ids[row] for row in rows if row >= 0] for rows in ranking.rows_QC.tolist()]
+    table = pa.table(
+        {
+            "query_id": pa.array(bench.judged["test"].query_ids, pa.string()),
+            "products": pa.array(products, pa.list_(pa.string())),
+            "ids": pa.array(ranking.ids or [None] * len(products), pa.list_(pa.string())),
+        }
+    )
+    metrics = {"condition": condition.name, "cost": ranking.cost, "tuned": ranking.tuned, "machine": machine()}
+    return attempt.commit([job.store.write_table(attempt.name(_RANKED), table)], rows=table.num_rows, metrics=metrics)
+
+
+def _read(measures: Measures, condition: Condition, manifest: Manifest, parents: dict[str, Manifest], seed: int) -> Run:
+    table, metrics = measures.job.store.read_table(manifest.file(_RANKED)), manifest.metrics
+    ids = table["ids"].to_pylist()
+    return Run(
+        seed=seed, manifest=manifest.name, ranked=table["products"].to_pylist(),
+        ids=None if None in ids else ids,
+        cost=measures.with_shared(condition, metrics["cost"], parents), tuned=metrics["tuned"],
+        machine=metrics["machine"], parents=manifest.parents,
+    )  # fmt: skip
+
+
+def machine() -> str:
+    """The processor and its threads, for whoever reads the costs."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in use"

@@ -1,0 +1,221 @@
+"""`catid2 reproduce` on a shop of 240 products with what real tables hold: double judgements, products that are gone, queries that
+nothing answers; cells that fail beside cells that do not; a second run that finds everything."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.synthetic import generate
+from catid2_ray.config import Recipe
+from catid2_ray.errors import InputError
+from catid2_ray.evaluation.reproduce.conditions import NAMES, plan
+from catid2_ray.on_ray.reproduce.measure import Measures, _approximate, _Pair
+from catid2_ray.on_ray.reproduce.run import reproduce
+from tests.command import run_here, write_recipe
+
+METHODS = [
+    "bm25",
+    "bm25_tuned",
+    "dense",
+    "adapted",
+    "dpr",
+    "bm25+dense",
+    "tiger",
+    "cat_id2_512",
+    "cq_sid",
+    "served",
+    "gdr",
+]
+# 120 queries leave the test split a score of them; those that these tables add are named so.
+LONE, GONE = "q-lone", "q-gone"
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    from tests.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("reproduce")
+    made = generate(products=240, queries=120, seed=3)
+    pairs = made.pairs
+    first = pairs.filter(pc.field("split") == "test").slice(0, 1).to_pylist()[0]
+    more = [
+        first | {"relevance": 1.0},  # judged a second time, lower
+        {"query_id": LONE, "query": "nothing like it", "product_id": "p0000001", "relevance": 1.0, "split": "test"},
+        {"query_id": GONE, "query": "it was sold", "product_id": "sold-out", "relevance": 3.0, "split": "test"},
+    ]
+    names = ["query_id", "query", "product_id", "relevance", "split"]
+    more[1]["product_id"] = made.products["product_id"][0].as_py()
+    added = pa.Table.from_pylist([{name: row[name] for name in names} for row in more]).cast(pairs.select(names).schema)
+    source = Store(str(folder / "source"))
+    source.write_table("products.parquet", made.products)
+    source.write_table("pairs.parquet", pa.concat_tables([pairs.select(names), added]))
+    recipe = {
+        **TINY, "catalog": {"root": str(folder / "source"), "rows_per_part": 100, "max_bad_fraction": 0.5},
+        "store": str(folder / "store"), "quantizer": {**TINY["quantizer"], "epochs": 2},
+        "reproduce": {"methods": METHODS, "seeds": 1},
+    }  # fmt: skip
+    return {"folder": folder, "first": first, "recipe": recipe, "path": str(write_recipe(folder, recipe))}
+
+
+@pytest.fixture(scope="module")
+def done(shop, no_ray):
+    """Tables 1, 2 and 7, and the same command again."""
+    command = ["reproduce", "--recipe", shop["path"], "--tables", "1,2,7"]
+    first = run_here(*command)
+    assert first.returncode == 0, first.stderr[-3000:]
+    below = shop["folder"] / "store" / "reports" / "reproduce"
+    report = json.loads((below / "report.json").read_text())
+    return {**shop, "first_run": first, "below": below, "report": report, "rows": report["tables"]["T2"]["rows"],
+            "again": run_here(*command)}  # fmt: skip
+
+
+def test_every_method_has_a_figure_or_a_reason(done):
+    rows = done["rows"]
+    assert list(rows) == [name for name in NAMES if name in METHODS]
+    measured = {name for name, row in rows.items() if "recall" in row}
+    assert measured == {"bm25", "bm25_tuned", "dense", "bm25+dense", "tiger", "cq_sid"}
+    why = {name: row["not_run"][0] for name, row in rows.items() if name not in measured}
+    assert "embedding.adapter is none" in why["adapted"] and "lsa, which has no weights" in why["dpr"]
+    assert "512 codes" in why["cat_id2_512"] and "holds no release" in why["served"] and "clusters" in why["gdr"]
+    page = (done["below"] / "report.html").read_text()
+    assert page.count("[not run: ") >= len(why) and "Table 7" in page and "data:image/png;base64," in page
+
+
+def test_figures_are_those_of_the_lists_that_the_trec_files_hold(done):
+    """Recall counted again from the files that are kept for other tools, at the threshold of the recipe."""
+    relevant: dict[str, set[str]] = {}
+    for line in (done["below"] / "trec" / "qrels.txt").read_text().splitlines():
+        query, _, product, gain = line.split()
+        if int(gain) >= 100:  # relevance 2, the lowest grade being 1
+            relevant.setdefault(query, set()).add(product)
+    for name in ("bm25", "tiger"):
+        found: dict[str, list[str]] = {}
+        for line in (done["below"] / "trec" / f"T2-{name}-tiny-seed0.txt").read_text().splitlines():
+            query, _, product, *_ = line.split()
+            found.setdefault(query, []).append(product)
+        assert all(len(products) <= 100 for products in found.values())
+        shares = [len(set(found.get(query, [])[:10]) & wanted) / len(wanted) for query, wanted in relevant.items()]
+        assert done["rows"][name]["recall"]["10"] == pytest.approx(np.mean(shares))
+
+
+def test_what_the_door_sets_aside_is_counted_in_the_report(done):
+    about = done["report"]["about"]
+    assert "1: another pair of this query and product has a higher relevance" in about["pairs set aside"]
+    assert "1: product_id is not in the catalogue" in about["pairs set aside"]
+    assert "1 more have no relevant product there and are not asked" in about["queries"], (
+        "LONE; GONE left with its product"
+    )
+    first = done["first"]
+    qrels = (done["below"] / "trec" / "qrels.txt").read_text()
+    assert f"{first['query_id']} 0 {first['product_id']} {round(100 * (first['relevance'] - 1))}\n" in qrels, (
+        "the higher one counts"
+    )
+    assert LONE not in qrels and GONE not in qrels
+
+
+def test_ids_that_products_share_find_more_ids_than_products(done):
+    row = done["rows"]["cq_sid"]
+    assert (
+        row["recall_ids"]["10"] >= row["recall"]["10"]
+        and done["rows"]["tiger"]["recall_ids"] == done["rows"]["tiger"]["recall"]
+    )
+
+
+def test_a_second_run_measures_nothing_and_says_the_same(done):
+    assert "Measured now: 6. Found: 0." in done["first_run"].stdout
+    assert "Measured now: 0. Found: 6." in done["again"].stdout and "event=start" not in done["again"].stderr
+    assert json.loads((done["below"] / "report.json").read_text()) == done["report"]
+
+
+def test_each_cell_leads_to_its_manifest_and_to_the_command_that_remakes_it(done):
+    page = (done["below"] / "report.html").read_text()
+    links = re.findall(r'href="\.\./\.\./(artifacts/cell/\w+/manifest\.json)"', page)
+    assert len(links) == 6 and all((done["folder"] / "store" / link).exists() for link in links)
+    assert f"catid2 reproduce --recipe {done['path']} --cell T2/tiger/tiny" in page
+
+
+def test_it_says_which_method_to_take(done):
+    advice = done["report"]["advice"]
+    assert advice["take"] in ("bm25", "bm25_tuned", "dense", "bm25+dense") and advice["best"] in advice["ties"]
+    assert advice["sentence"] in done["first_run"].stdout and "Take " in advice["sentence"]
+
+
+def test_one_cell_alone_and_what_is_there_is_read_without_measuring(done, tmp_path):
+    one = run_here("reproduce", "--recipe", done["path"], "--cell", "T2/tiger/tiny", "--found-only", "--out", tmp_path)
+    assert one.returncode == 0 and "Found: 1." in one.stdout, one.stderr
+    assert list(json.loads((tmp_path / "report.json").read_text())["tables"]["T2"]["rows"]) == ["tiger"]
+    none = run_here("reproduce", "--recipe", done["path"], "--cell", "T5/depth_1/tiny", "--dry-run")
+    assert none.returncode == 0 and "not measured yet" in none.stdout and "event=start" not in none.stderr
+
+
+def test_list_commands_and_plan_touch_nothing(shop, tmp_path):
+    untouched = ["--recipe", shop["path"], "--set", f"store={tmp_path / 'none'}"]
+    names = run_here("reproduce", *untouched, "--list").stdout
+    commands = run_here("paper-tables", *untouched, "--show-commands", "--tables", "5").stdout
+    dry = run_here("reproduce", *untouched, "--dry-run")
+    assert "T2/tiger/tiny  TIGER\n" in names and "T6/cat_id2_5/tiny" in names and "F5/cat_id2_k64/tiny" in names
+    assert "[not run: no generator of clusters" in names
+    assert all(
+        line.startswith(f"catid2 reproduce --recipe {shop['path']} --set store=") for line in commands.splitlines()
+    )
+    assert commands.splitlines()[0].endswith("--cell T5/tiger/tiny") and "Every cell would be made" in dry.stdout
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--set", "reproduce.methods=[bm25,bm26]"], "reproduce.methods: unknown 'bm26'; known are bm25, "),
+        (["--tables", "2,12"], "--tables: unknown 12"),
+        (["--cell", "T2/tigger/tiny"], "no such cell; near it: T2/tiger/tiny"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused_before_any_work(shop, tmp_path, arguments, message):
+    refused = run_here("reproduce", "--recipe", shop["path"], "--set", f"store={tmp_path / 'none'}", *arguments)
+    assert refused.returncode == 3 and message in refused.stderr.replace("\n", " ") and not (tmp_path / "none").exists()
+
+
+def test_a_test_split_that_nothing_can_answer_is_refused(done, no_ray, tmp_path):
+    """Once because no judgement is high enough, once because all judged products have left the catalogue."""
+    unreached = done["recipe"] | {"evaluation": {**done["recipe"]["evaluation"], "min_relevance": 9}}
+    with pytest.raises(
+        InputError, match="none of the 19 queries of the test split has a relevant product: the highest"
+    ):
+        reproduce(Recipe.build(unreached), plan(["2"], ["bm25"], "tiny"), seeds=1)
+    before, after = Store(str(done["folder"] / "source")), Store(str(tmp_path / "source"))
+    pairs = before.read_table("pairs.parquet")
+    left = pc.if_else(
+        pc.equal(pairs["split"], "test"),
+        pc.binary_join_element_wise("sold-", pairs["product_id"], ""),
+        pairs["product_id"],
+    )
+    after.write_table("products.parquet", before.read_table("products.parquet"))
+    after.write_table("pairs.parquet", pairs.set_column(pairs.column_names.index("product_id"), "product_id", left))
+    catalog = {**done["recipe"]["catalog"], "root": str(tmp_path / "source")}
+    gone = done["recipe"] | {"catalog": catalog, "store": str(tmp_path / "store")}
+    with pytest.raises(InputError, match="test"):
+        reproduce(Recipe.build(gone), plan(["2"], ["bm25"], "tiny"), seeds=1)
+
+
+def test_a_cell_that_breaks_leaves_the_others_alone(done, no_ray, monkeypatch, capsys):
+    """A fault that nobody foresaw: the log has all of it, the report says so, and nothing is kept of it."""
+    monkeypatch.setattr(Measures, "_fusion_ranking", lambda *_: 1 / 0)
+    recipe = Recipe.build(done["recipe"] | {"evaluation": {**done["recipe"]["evaluation"], "max_queries": 7}})
+    result, _ = reproduce(recipe, plan(["2"], ["bm25", "bm25+dense"], "tiny"), seeds=1)
+    bm25, fused = result.outcomes
+    assert len(bm25.runs) == 1 and len(bm25.runs[0].ranked) == 7 and result.made == 1
+    assert fused.whys == ["it failed with ZeroDivisionError: division by zero"] and not fused.runs
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_method_without_its_package_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    pair = _Pair(lambda texts: np.eye(4), np.eye(4), 0.0, 0.0, lambda: 0.0)
+    with pytest.raises(InputError, match=r"faiss is not installed: pip install 'catid2-ray\[baselines\]'"):
+        _approximate("hnsw", np.eye(4), pair, 0.0)

@@ -1,0 +1,157 @@
+"""The report from lists with known answers: advice, sentences, the paper's figures beside ours, groups, and what is not known."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from catid2_ray.evaluation.protocol import Judgements
+from catid2_ray.evaluation.reproduce.conditions import Cell, plan
+from catid2_ray.evaluation.reproduce.report import Facts, write
+from catid2_ray.evaluation.reproduce.scores import (
+    CLAIMS,
+    Judged,
+    Outcome,
+    Run,
+    advice,
+    by_category,
+    by_group,
+    compared,
+    score,
+    sentences,
+)
+from tests.unit.evaluation.test_reproduce_conditions import PUBLISHED
+
+Q = 60
+PRODUCTS = [f"p{i}" for i in range(200)]
+RELEVANT = [{f"p{q}", f"p{q + 100}"} for q in range(Q)]  # of each query one seen and one unseen product
+JUDGED = Judged(
+    Judgements(
+        query_ids=[f"q{q}" for q in range(Q)], queries=["hinge" if q % 2 else "oak hinge" for q in range(Q)], relevant=RELEVANT,
+        seen=[{f"p{q}"} for q in range(Q)], unseen=[{f"p{q + 100}"} for q in range(Q)], dropped_pairs=0,
+    ),
+    [dict.fromkeys(wanted, 1.0) for wanted in RELEVANT], ["ambiguous" if q % 2 else "long_tail" for q in range(Q)],
+    {product: "Tools" if int(product[1:]) < 100 else "" for product in PRODUCTS},
+)  # fmt: skip
+
+
+def ranked(found: float, seed: int = 0) -> list[list[str]]:
+    """Of each query the seen product first with that probability, else nothing relevant."""
+    hit_Q = np.random.default_rng(seed).random(Q) < found
+    return [[f"p{q}" if hit else "p199", "p198"] for q, hit in enumerate(hit_Q)]
+
+
+def outcome(name: str, *lists, why: str = "", train: float = 1.0, table: str = "2", data: str = "us") -> Outcome:
+    cell = next(cell for cell in plan([table], [name], data) if cell.row.condition.name == name)
+    cost = {"train_seconds": train, "index_seconds": 0.0, "ms_per_query": 2.0, "bytes": 2**20}
+    runs = [
+        Run(seed, f"artifacts/cell/{name}{seed}/manifest.json", one, None, cost, {}, "a machine", {})
+        for seed, one in enumerate(lists)
+    ]
+    return Outcome(cell, runs, [why] if why else [])
+
+
+def facts(**changes) -> Facts:
+    counts = ("documents", "train_queries", "train_pairs", "test_queries", "test_pairs")
+    plain = Facts(
+        data="us", locale="us", command="catid2 reproduce --recipe R", about={"catalogue": "200 products"},
+        table_1=dict.fromkeys(counts, 7), table_8=[], distance=None, images={}, published=PUBLISHED,
+    )  # fmt: skip
+    return plain._replace(**changes)
+
+
+def scored_of(*outcomes):
+    return [score(one, JUDGED) for one in outcomes]
+
+
+def test_a_score_is_the_mean_of_its_seeds_query_by_query():
+    one = score(outcome("tiger", ranked(1.0), ranked(0.0)), JUDGED)
+    assert one.recall(10) == pytest.approx(np.full(Q, 0.25)) and one.half_range(50) == 0.25
+    assert score(outcome("tiger", why="no"), JUDGED) is None
+    assert one.values["seen"][:, 0] == pytest.approx(np.full(Q, 0.5)) and not one.values["unseen"].any()
+
+
+def test_groups_and_categories_count_what_they_say():
+    one = score(outcome("bm25", [["p1"]] * Q), JUDGED)  # finds what query 1 asks for, and nothing else
+    groups = by_group(one, JUDGED, 50)
+    assert groups["ambiguous"] == (30, pytest.approx(0.5 / 30)) and groups["long_tail"] == (30, 0.0)
+    assert groups["precise_1"] == (0, None) and groups["seen"] == (60, pytest.approx(1 / 60))
+    assert by_category(one.outcome.runs, JUDGED, 50) == {"Tools": (60, pytest.approx(1 / 60))}
+
+
+def test_the_cheapest_of_those_that_tie_is_taken_and_proxies_are_no_systems():
+    found = scored_of(
+        outcome("bm25", ranked(0.6), train=0.0), outcome("dense", ranked(0.62, 1), train=50.0),
+        outcome("served", ranked(0.65, 2), train=900.0), outcome("tiger", ranked(1.0), train=9.0),
+        outcome("cat_id2", ranked(0.1, 3), train=5.0), outcome("cat_id2_shuffled", ranked(1.0), train=0.0),
+    )  # fmt: skip
+    said = advice(found, compared(found, 50), 50)
+    assert (said.take, said.best) == ("bm25", "served") and set(said.ties) == {"bm25", "dense", "served"}
+    assert said.ids == "tiger" and said.id_ties == [], (
+        "the control is no way of making IDs, and cat_id2 is shown to find less"
+    )
+    assert "no difference is shown, and this costs less, of 3 whole systems" in said.sentence
+    clear = scored_of(outcome("bm25", ranked(0.1), train=0.0), outcome("served", ranked(1.0), train=900.0))
+    assert advice(clear, compared(clear, 50), 50).take == "served"
+    assert (
+        advice(scored_of(outcome("tiger", ranked(1.0))), compared(scored_of(outcome("tiger", ranked(1.0))), 50), 50)
+        is None
+    )
+
+
+def test_sentences_say_what_the_data_says_and_never_more():
+    found = scored_of(
+        outcome("tiger", ranked(0.9)), outcome("dsi_semantic", ranked(0.1)), outcome("cat_id2", ranked(0.9))
+    )
+    said = sentences("T2", found, {10: compared(found, 10)})
+    assert len(said) == len(CLAIMS["T2"])
+    borne, missing, tie = said[0], said[1], said[2]
+    assert borne.startswith("TIGER over DSI semantic (4.2), recall@10: +") and borne.endswith("borne out.")
+    assert missing == "CAT-ID² as printed over TIGER (4.2): not known, as cat_id2_256 has no figure."
+    assert "+0.00 points (+0.0%) [+0.00, +0.00], p = 1.000" in tie and tie.endswith("no difference is shown.")
+    turned = scored_of(outcome("tiger", ranked(0.1)), outcome("dsi_semantic", ranked(0.9)))
+    assert sentences("T2", turned, {10: compared(turned, 10)})[0].endswith("contradicted.")
+
+
+def test_on_the_paper_s_data_each_figure_stands_beside_the_printed_one_with_a_verdict():
+    outcomes = [
+        outcome("bm25", ranked(1.0)),
+        outcome("mpnet", why="no such model | here"),
+        outcome("gdr", why="not built"),
+    ]
+    made = write(outcomes, JUDGED, facts(), docid_of={}, tables=["1", "2", "7"])
+    beside = made.markdown[made.markdown.index("### Beside the paper's") :].split("\n###")[0]
+    assert "| BM25, k1 1.2, b 0.75 | @10 | 5.68 | 50.00 [50.00, 50.00] | +44.32 | [FAIL] |" in beside
+    assert "| Multilingual MPNet as it is | @5 | 1.70 | – | – | [not run: no such model \\| here] |" in beside
+    assert "GDR" not in beside and "[not run: not built]" in made.markdown, "the paper has no such row"
+    assert "| ESCI-us, the paper's | 386,392 | 20,001 | 341,460 | 5,800 | 29,351 |" in made.markdown
+    assert made.json["tables"]["T2"]["rows"]["bm25"]["recall"]["10"] == 0.5 and made.json["not_run"]["T2/gdr/us"] == [
+        "not built"
+    ]
+
+
+def test_on_other_data_nothing_stands_beside_the_paper_s():
+    made = write(
+        [outcome("bm25", ranked(1.0), data="shop")], JUDGED, facts(data="shop", locale=None), docid_of={}, tables=["2"]
+    )
+    assert "Beside the paper's" not in made.html and "[OK]" not in made.html and "[FAIL]" not in made.html
+
+
+def test_a_page_without_a_single_figure_says_why_and_draws_nothing():
+    made = write([outcome("bm25", why="no words")], JUDGED, facts(), docid_of={}, tables=["2", "7"])
+    assert "[not run: no words]" in made.html and not made.pictures and "advice" not in made.json
+
+
+def test_figure_5_draws_what_was_measured_and_its_page_is_whole():
+    cells = [
+        cell
+        for cell in plan(["F5"], [], "us")
+        if cell.row.condition.name in ("dispersion_0.1", "dispersion_1", "cat_id2_k64", "tiger_k64")
+    ]
+    outcomes = [
+        Outcome(Cell("F5", cell.row, "us"), outcome("tiger", ranked(0.5, place)).runs, [])
+        for place, cell in enumerate(cells)
+    ]
+    made = write(outcomes, JUDGED, facts(images={"Figure 6": Figure()}), docid_of={}, tables=["F5"])
+    assert set(made.pictures) == {"figure_5.png", "figure_0.png"}
+    assert "](figure_5.png)" in made.markdown and "](figure_0.png)" in made.markdown
+    assert "<script" not in made.html and "http" not in made.html.replace("http-equiv", ""), "it fetches nothing"
