@@ -28,15 +28,15 @@ test: $(VENV)/.installed-dev
 	$(TESTS) -m "not cluster and not slow"
 	$(TESTS) -m "cluster and not slow" --no-loadscope-reorder
 
-# Everything. Besides `test`: three jobs stopped by signals (jobs/test_stopped.py), a second replica under load
-# (end_to_end/test_s3_to_http.py), the compiled beam.
+# Everything. Besides `test`: three jobs stopped by signals (jobs/test_stopped.py), replicas that are killed
+# and scaled under load (end_to_end/test_replicas_under_load.py), the compiled beam.
 test-all: $(VENV)/.installed-dev
 	$(TESTS) -m "not cluster"
 	$(TESTS) -m cluster --no-loadscope-reorder
 
-# Kills, disks and networks that fail: those of `test`, and those of `test-all`.
+# Kills, disks and networks that fail, the slow ones included: a table of what each cost, on the screen and in benchmarks/results/.
 test-faults: $(VENV)/.installed-dev
-	$(TESTS) -m faults
+	$(TESTS) -m faults --faults-page benchmarks/results/faults.md
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -6,7 +6,8 @@ What is timed, for each number of products N:
     reading      `stages.catalog` and `stages.embed`: parquet → rows checked and laid out in parts → embeddings
     assigning    `stages.assign`: embeddings → codes → collisions resolved → IDs, ledger, products in ID order, trie, quality
                  report, manifest; its passes apart
-Memory is the summed PSS of all processes of the job (the object store is part of it), and VmHWM of single workers.
+Memory is the summed PSS of all processes of the job (the object store is part of it), and VmHWM of single workers and, while it
+assigns, of the job's own process.
 
 The catalogue: a share `--rate` of the products are near-copies of others, so that they get the same codes: most in twos and
 threes, some in families of up to 500, which overflow their prefix. The quantizer has an encoder of random weights and codebooks
@@ -145,9 +146,10 @@ def run(folder: Path, count: int, options) -> dict:
         parts = chain(job, "embeddings")
         reading = time.monotonic() - started
         parts["quantizer"] = quantizer_of(job, parts, options.width)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         started = time.monotonic()
         ids = stage.run(job, parts)
-        assigning = time.monotonic() - started
+        assigning, own = time.monotonic() - started, own_peak_bytes()
     metrics = ids.metrics
     return {
         "products": count,
@@ -155,6 +157,7 @@ def run(folder: Path, count: int, options) -> dict:
         "reading_peak_gib": _gib(max(parts[part].metrics["peak_memory_bytes"] for part in ("catalog", "embeddings"))),
         "assigning_s": round(assigning, 1),
         "assigning_peak_gib": _gib(metrics["peak_memory_bytes"]),
+        "own_peak_gib": _gib(own),
         "passes_s": metrics["seconds_of_passes"],
         "products_per_s": round(count / assigning),
         "worker_peak_gib": {name: _gib(value) for name, value in metrics["worker_peak_bytes"].items()},
@@ -163,6 +166,11 @@ def run(folder: Path, count: int, options) -> dict:
         "resolution": metrics["resolution"],
         "trie_rows": metrics["documents"],
     }
+
+
+def own_peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def _gib(value: int) -> float:
@@ -184,12 +192,12 @@ def report(figures: list[dict]) -> str:
     """Markdown of several runs of this file."""
     first, alone = figures[0], figures[0]["encoding_alone"]
     names = ["products", "collisions", "duplicates after", "reading", "assigning", "products/s", *PASSES]
-    names += ["memory, reading", "memory, assigning", "worker"]
+    names += ["memory, reading", "memory, assigning", "worker", "own process"]
     rows = [
         [run["products"], f"{run['collision_rate']:.1%}", run["duplicates_after"], f"{run['reading_s']:.0f} s",
          f"{run['assigning_s']:.0f} s", run["products_per_s"], *(f"{run['passes_s'].get(name, 0):.0f} s" for name in PASSES),
          f"{run['reading_peak_gib']:.1f} GiB", f"{run['assigning_peak_gib']:.1f} GiB",
-         f"{max(run['worker_peak_gib'].values()):.2f} GiB"]
+         f"{max(run['worker_peak_gib'].values()):.2f} GiB", f"{run['own_peak_gib']:.2f} GiB"]
         for each in figures for run in each["runs"]
     ]  # fmt: skip
     return (
@@ -200,7 +208,7 @@ def report(figures: list[dict]) -> str:
         f"method {first['method']}. *Reading* is the table checked and laid out in parts, *assigning* is from embeddings to "
         "the committed artefact: IDs, ledger, trie, products in ID order, quality report. "
         "Memory is the summed PSS of all processes of the job, *worker* the most that one worker held (interpreter, "
-        "torch and mapped files included).\n\n"
+        "torch and mapped files included), *own process* the most that the job's own process held while it assigned.\n\n"
         + table(names, rows)
         + f"\nExponent of the time of assigning against the number of products: {first['exponent_assigning']}; of reading: "
         f"{first['exponent_reading']}. Encoding alone, one process, one thread: {alone['products_per_s']:,} products/s, "

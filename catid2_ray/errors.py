@@ -9,6 +9,7 @@ Each message says what was wrong, where (URI, column, product_id), what was expe
     │   └── QueryError                3   a query that cannot be answered
     ├── EncoderError                  4   the text encoder or the pretrained model cannot be had
     ├── StorageError                  5   the store cannot be reached, read or written
+    │   ├── StorageDenied             5   the store refuses what these credentials ask
     │   ├── ArtifactError             5   an artefact is missing, half-written or not what its manifest says
     │   │   ├── FormatError           5   an artefact was written by another version of this software
     │   │   └── ReleaseError          5   the parts of a release do not belong together
@@ -17,6 +18,7 @@ Each message says what was wrong, where (URI, column, product_id), what was expe
     ├── TrainingError                 6   a training run ended without a result
     │   ├── WorkerDied                6   what a worker met is no error of ours: it was killed, say
     │   └── CollapseError             8   the codes collapsed and stayed so
+    ├── MachineError                 11   a machine has too little disk, memory or room for Ray's objects
     ├── QualityGateError              7   the job finished, but its figures are below what the recipe demands
     │   └── ChurnGateError           10   more products would get another ID than the recipe allows
     └── Interrupted                 130   a person pressed Ctrl-C; 143 where the job got SIGTERM
@@ -63,6 +65,10 @@ class StorageError(CatidError):
     transient = True
 
 
+class StorageDenied(StorageError):
+    transient = False
+
+
 class ArtifactError(StorageError):
     transient = False
 
@@ -93,6 +99,10 @@ class WorkerDied(TrainingError):
 
 class CollapseError(TrainingError):
     exit_code = 8
+
+
+class MachineError(CatidError):
+    exit_code = 11
 
 
 class QualityGateError(CatidError):

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+pytest_plugins = ["tests.faults.page"]
+
 TINY = {
     "name": "tiny",
     "catalog": {"synthetic": {"products": 240, "queries": 120, "seed": 3}, "rows_per_part": 100},

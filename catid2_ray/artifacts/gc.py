@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from catid2_ray.artifacts import history, holder, lease, uses
+from catid2_ray.artifacts import history, holder, lease, trials, uses
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.history import Entry
 from catid2_ray.artifacts.lease import Say, unsaid
@@ -124,7 +124,9 @@ class _Plan:
             )
         last = [move.release for move in reversed(self.moves) if move.release in self.records]
         in_use = [name.partition("/")[0] for name in self.served]
-        names = [*list(dict.fromkeys(last))[:keep], *(name for name in in_use if name in self.records)]
+        trial = trials.running(self.store)
+        stay = [*in_use, *([trial.release] if trial else [])]
+        names = [*list(dict.fromkeys(last))[:keep], *(name for name in stay if name in self.records)]
         return list(dict.fromkeys(names))
 
     def _manifests(self) -> tuple[dict[tuple[str, str], Manifest], list[str]]:

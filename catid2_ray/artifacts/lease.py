@@ -98,7 +98,7 @@ class Lease:
     def release(self) -> None:
         """Give the lease back. Where the store cannot be reached, it expires by itself."""
         self._heartbeat.stop()
-        with contextlib.suppress(StorageError):
+        with contextlib.suppress(StorageError), self.store.impatient():
             self.store.write(self._name("released"), b"")
 
 

@@ -5,6 +5,7 @@ unchanged finds its result instead of running. Each attempt writes below its own
 nothing that a later one could mistake for a result, and of two writers the first to create the manifest wins.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import time
@@ -18,6 +19,8 @@ from catid2_ray.errors import ArtifactError, CommitConflict, FormatError
 # Of the manifest itself. What a stage writes has a version of its own (artifacts/stages.py). Raise it only together with a reader
 # for what came before: published releases are read by every later version.
 FORMAT = 6
+_HASHED_AT_ONCE = 4  # files; hashing leaves the other threads their time
+_CHECK = "manifest_sha256"  # among the metrics, where versions of before look for nothing: a digest of all else
 
 
 def digest_of(value) -> str:
@@ -116,12 +119,32 @@ def find(store: Store, kind: str, key: str) -> Manifest | None:
             f"{store.uri_of(name)} says that it is the manifest of {manifest.kind}/{manifest.key}, expected {kind}/{key}; "
             "delete that folder and rerun"
         )
+    _refuse_damaged(store, name, fields, manifest)
     try:
         for file in ("manifest.json", *names):
             manifest.file(file)
     except ArtifactError as error:
         raise ArtifactError(store.uri_of(str(error))) from None
     return manifest
+
+
+def _refuse_damaged(store: Store, name: str, fields: dict, manifest: Manifest) -> None:
+    """Raise ArtifactError where a manifest is not as it was written."""
+    check = manifest.metrics.get(_CHECK)
+    if check is None:  # of before 0.2: its key and its digest cover most of it
+        intact = manifest.digest == _digest(manifest.kind, manifest.files)
+    else:
+        metrics = {key: value for key, value in manifest.metrics.items() if key != _CHECK}
+        intact = check == digest_of({**fields, "metrics": metrics})
+    if not intact:
+        raise ArtifactError(
+            f"{store.uri_of(name)} is not as it was written (SHA-256 differs): a damaged disk or object, or an edit by hand. "
+            "Delete its folder and rerun the job"
+        )
+
+
+def _digest(kind: str, files: list[dict]) -> str:
+    return digest_of([kind, [[entry["name"], entry["sha256"]] for entry in files]])
 
 
 def of_digest(store: Store, kind: str, digest: str) -> list[Manifest]:
@@ -161,7 +184,7 @@ class Attempt:
         manifest = Manifest(
             kind=self.kind,
             key=self.key,
-            digest=digest_of([self.kind, [[entry["name"], entry["sha256"]] for entry in entries]]),
+            digest=_digest(self.kind, entries),
             folder=self.folder,
             files=entries,
             parents=self.parents,
@@ -173,10 +196,12 @@ class Attempt:
             metrics={**metrics, "seconds": round(time.monotonic() - self._started, 2), **self.measure()},
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
+        fields = json.loads(json.dumps(asdict(manifest)))
+        manifest.metrics[_CHECK] = fields["metrics"][_CHECK] = digest_of(fields)
         if self.guard:
             self.guard()
         try:
-            self.store.create(_manifest_name(self.kind, self.key), json.dumps(asdict(manifest), indent=1).encode())
+            self.store.create(_manifest_name(self.kind, self.key), json.dumps(fields, indent=1).encode())
         except CommitConflict:
             return find(self.store, self.kind, self.key)
         return manifest
@@ -196,6 +221,35 @@ def verify(store: Store, manifest: Manifest) -> None:
             raise ArtifactError(
                 f"{store.uri_of(name)} has {size} bytes, its manifest says {entry['bytes']}. Delete its folder and rerun"
             )
+
+
+def prove(store: Store, manifest: Manifest, below: tuple[str, ...] = ("",)) -> None:
+    """Every file whose name begins so is, by its SHA-256, what was committed; ArtifactError naming the first that is not. Reads
+    all of them.
+    """
+    verify(store, manifest)
+    entries = [entry for entry in manifest.files if entry["name"].startswith(below)]
+    with concurrent.futures.ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        digests = pool.map(lambda entry: store.sha256(manifest.file(entry["name"])), entries)
+        for entry, digest in zip(entries, digests):
+            refuse_other(store, manifest, entry, digest)
+
+
+def refuse_other(store: Store, manifest: Manifest, entry: dict, digest: str) -> None:
+    """Raise ArtifactError unless a file's digest is what its manifest says."""
+    if digest != entry["sha256"]:
+        raise ArtifactError(
+            f"{store.uri_of(manifest.file(entry['name']))} is not what its manifest says (SHA-256 differs): a damaged disk or "
+            "object, or an edit by hand. Delete its folder and rerun the job"
+        )
+
+
+def read_proven(store: Store, manifest: Manifest, name: str) -> bytes:
+    """A small file of an artefact, which is what was committed; else as `prove`."""
+    (entry,) = [entry for entry in manifest.files if entry["name"] == name]
+    data = store.read(manifest.file(name))
+    refuse_other(store, manifest, entry, hashlib.sha256(data).hexdigest())
+    return data
 
 
 def tree_of(embeddings: Manifest, catalog: Manifest) -> str:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from catid2_ray.artifacts.manifest import Manifest, digest_of, find, verify
+from catid2_ray.artifacts.manifest import Manifest, digest_of, find, prove, refuse_other, verify
 from catid2_ray.artifacts.stages import CARRIED, OPTIONAL, PARTS
 from catid2_ray.artifacts.store import Store, sha256_of, stays_inside
 from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError, StorageError
@@ -77,16 +77,8 @@ def check_parts(manifests: dict[str, Manifest]) -> None:
                 )
 
 
-def publish(
-    store: Store, manifests: dict[str, Manifest], *, after: int | None = None, seen: Mapping[str, int] | None = None
-) -> tuple[Release, bool]:
-    """Make these parts the current release. Returns it and whether `current` moved (False: it was current already).
-
-    `after`: the number in `pointer` when the work began; `seen`: release → how many live changes it had then, before the catalogue
-    was read (`live_changes`). The move of the pointer keeps these numbers: changes beyond them are younger than the catalogue, and
-    whoever serves the release carries them over. Raises ReleaseError for a mixture, CommitConflict when another job
-    published since.
-    """
+def made(store: Store, manifests: dict[str, Manifest]) -> Release:
+    """The release of these parts, as of now, once each was looked at. Raises ReleaseError for a mixture or a missing part."""
     needed = [part for part in PARTS if part not in OPTIONAL]
     missing = [part for part in needed if part not in manifests]
     if missing:
@@ -97,16 +89,33 @@ def publish(
     # Pairs that lie in the catalogue of an older release are no part of their own.
     own = [part for part in PARTS if part in manifests and manifests[part].kind == part]
     parts = {part: {"key": manifests[part].key, "digest": manifests[part].digest} for part in own}
-    release = Release(
-        name=f"r-{digest_of(parts)[:12]}", parts=parts, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    )
-    number, current = pointer(store)
-    if current == release.name:
-        return load(store, current), False
+    return Release(name=_name_of(parts), parts=parts, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+
+def keep(store: Store, release: Release) -> Release:
+    """Store its record; returns the one that is stored, which may be older."""
     try:
         store.create(f"releases/{release.name}.json", json.dumps(asdict(release), indent=1).encode())
     except CommitConflict:
-        release = load(store, release.name)
+        return load(store, release.name)
+    return release
+
+
+def publish(
+    store: Store, manifests: dict[str, Manifest], *, after: int | None = None, seen: Mapping[str, int] | None = None
+) -> tuple[Release, bool]:
+    """Make these parts the current release. Returns it and whether `current` moved (False: it was current already).
+
+    `after`: the number in `pointer` when the work began; `seen`: release → how many live changes it had then, before the catalogue
+    was read (`live_changes`). The move of the pointer keeps these numbers: changes beyond them are younger than the catalogue, and
+    whoever serves the release carries them over. Raises ReleaseError for a mixture, CommitConflict when another job
+    published since.
+    """
+    release = made(store, manifests)
+    number, current = pointer(store)
+    if current == release.name:
+        return load(store, current), False
+    release = keep(store, release)
     try:
         if after is not None and number != after:
             raise CommitConflict
@@ -126,6 +135,10 @@ def publish(
             "nothing was lost. Look at what is current, and rerun to build on top of it"
         ) from None
     return release, True
+
+
+def _name_of(parts: dict[str, dict]) -> str:
+    return f"r-{digest_of(parts)[:12]}"
 
 
 def pointer(store: Store) -> tuple[int, str | None]:
@@ -178,6 +191,8 @@ def _release(fields: dict, name: str) -> Release:
         raise ValueError(f"it is the record of {release.name!r}")
     for part, place in release.parts.items():
         _plain(part), _plain(place["key"])
+    if name != _name_of(release.parts):
+        raise ValueError("its parts are not those that it is named after")
     return release
 
 
@@ -198,8 +213,12 @@ def current(store: Store) -> Release:
     return load(store, name)
 
 
+_PROVEN: set[tuple] = set()  # of this process: (folder, digest, below) of what it read through once
+
+
 def fetch(store: Store, manifest: Manifest, cache: Path, *, below: tuple[str, ...] = ("",)) -> Path:
-    """A local folder with the artefact's files. Local stores are read in place; from S3 it is copied once per node.
+    """A local folder with the artefact's files. Local stores are read in place, and verified by SHA-256 once in a process; from
+    S3 it is copied once per node.
 
     `below`: only files whose names begin so; serving, for one, does not need the parts.
 
@@ -208,6 +227,9 @@ def fetch(store: Store, manifest: Manifest, cache: Path, *, below: tuple[str, ..
     """
     if not store.is_s3:
         verify(store, manifest)
+        if (seen := (manifest.folder, manifest.digest, below)) not in _PROVEN:
+            prove(store, manifest, below)
+            _PROVEN.add(seen)
         return Path(store.path(manifest.folder))
     target = cache / _cache_name(manifest, below)
     if target.exists():
@@ -254,11 +276,7 @@ def _copy(store: Store, manifest: Manifest, target: Path, below: tuple[str, ...]
     try:
         for entry in (entry for entry in manifest.files if entry["name"].startswith(below)):
             store.download(manifest.file(entry["name"]), partial / entry["name"])
-            if sha256_of(partial / entry["name"]) != entry["sha256"]:
-                raise ArtifactError(
-                    f"{store.uri_of(manifest.file(entry['name']))} is not what its manifest says (SHA-256 differs). "
-                    "Delete its folder and rerun the job"
-                )
+            refuse_other(store, manifest, entry, sha256_of(partial / entry["name"]))
         partial.mkdir(exist_ok=True)  # where no file of the manifest begins so
         os.rename(partial, target)
     finally:
@@ -375,6 +393,9 @@ def retriever_settings(
         "codes_per_level": manifests["ids"].metrics["codes_per_level"],
         "release": release,
     }
+    # A generator of another loss means another thing by its numbers; releases of before have none that is not of "level".
+    if (taught := manifests["generator"].settings.get("loss", "level")) != "level":
+        settings |= {"loss": taught, "normalize": taught}
     if beam_width is None and "serving" in manifests:
         served = manifests["serving"].asked
         if (mixture := manifests.get("mixture")) is not None:

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 
+from catid2_ray.artifacts import patience
+
 _DELETED_AT_ONCE = 1000  # the most that one request of S3 takes
 
 
@@ -33,7 +35,7 @@ def arrow_client(fs, bucket: str) -> pafs.FileSystem | None:
         **options,
         connect_timeout=4,
         request_timeout=60,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=3),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=4),
         tls_ca_file_path=os.environ.get("AWS_CA_BUNDLE"),
     )
 
@@ -56,7 +58,8 @@ def delete_below(fs, path: str) -> None:
         objects = [{"Key": key} for key in keys[start : start + _DELETED_AT_ONCE]]
         reply = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
         for refused in reply.get("Errors", ()):
-            raise PermissionError(f"{refused.get('Key')}: {refused.get('Code')}: {refused.get('Message')}")
+            kind = OSError if patience.passes(OSError(refused.get("Code"))) else PermissionError
+            raise kind(f"{refused.get('Key')}: {refused.get('Code')}: {refused.get('Message')}")
 
 
 class LiteralHandler(pafs.FSSpecHandler):

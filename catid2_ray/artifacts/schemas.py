@@ -68,8 +68,9 @@ def ids(levels: int) -> pa.Schema:
 
 
 def examples(tokens: int, levels: int) -> pa.Schema:
-    """Generator training rows: `kind` counts in config.EXAMPLE_KINDS (0 = query, 1 = title, 2 = span, 3 = user, 4 = synthetic),
-    `input_ids` are padded at their end, `weight` is what the row counts in the loss. A part's rows lie kind after kind."""
+    """Generator training rows: `kind` counts in config.EXAMPLE_KINDS (0 = query, 1 = title, 2 = span, 3 = user, 4 = synthetic,
+    5 = teacher), `input_ids` are padded at their end, `weight` is what the row counts in the loss. A part's rows lie kind after
+    kind."""
     return pa.schema(
         [
             ("part", pa.int32()),

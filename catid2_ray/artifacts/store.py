@@ -17,18 +17,22 @@ import io
 import itertools
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from catid2_ray.artifacts import patience
 from catid2_ray.artifacts.s3 import LiteralHandler, arrow_client, delete_below, pages
-from catid2_ray.errors import ArtifactError, CommitConflict, InputError, StorageError
+from catid2_ray.errors import ArtifactError, CommitConflict, InputError, StorageDenied, StorageError
+
+T = TypeVar("T")
 
 # S3-compatible servers (Ceph, rclone) answer 411 to the chunked checksums that newer clients send by default.
 S3_ENVIRONMENT = {
@@ -41,6 +45,10 @@ _BLOCK, _STREAMS = 64 << 20, 4
 _READERS = 8  # of many small records, each of which takes a round trip
 # A table in an object of at most this size is read in one request, a larger one column by column.
 _WHOLE = 32 << 20
+_FULL = (
+    "; the disk is full: free some (`catid2 gc`), or set `store`, CATID2_CACHE, or TMPDIR of Ray, whichever lies there, to a "
+    "larger one, and run the same command to go on"
+)
 
 
 def stays_inside(name: object) -> bool:
@@ -68,8 +76,9 @@ class Store:
     never part of a store's state: a pickled store carries its URI alone. Every failure is a StorageError naming the URI.
     """
 
-    def __init__(self, uri: str | os.PathLike):
+    def __init__(self, uri: str | os.PathLike, *, patience_s: float = patience.PATIENCE_S):
         uri = str(uri)
+        self._patience_s = patience_s
         self.is_s3 = uri.startswith("s3://")
         if self.is_s3:
             for name, value in S3_ENVIRONMENT.items():
@@ -77,15 +86,15 @@ class Store:
             self.root = uri.removeprefix("s3://").strip("/")
             if not self.root:
                 raise StorageError(f"{uri!r} names no bucket; expected s3://bucket/prefix")
-            # By its name: s3fs takes half a second to import, in every process of a job on a local store too.
-            self.fs = fsspec.filesystem(
-                "s3",
+            # Here: s3fs takes half a second to import, in every process of a job on a local store too.
+            from catid2_ray.artifacts.patient_s3 import PatientS3
+
+            self.fs = PatientS3(
                 use_listings_cache=False,
                 skip_instance_cache=True,
-                config_kwargs={"connect_timeout": 4, "read_timeout": 60, "retries": {"max_attempts": 2}},
+                config_kwargs={"connect_timeout": 4, "read_timeout": 60, "retries": {"total_max_attempts": 1}},
             )
-            # Together with the time-out above: an unreachable endpoint fails well within a minute.
-            self.fs.retries = 3
+            self.fs.patience_s, self.fs.answered = patience_s, False
             self.uri = f"s3://{self.root}"
         elif "://" in uri and not uri.startswith("file://"):
             raise StorageError(f"{uri!r}: only local folders and s3:// prefixes can be stores")
@@ -95,7 +104,20 @@ class Store:
             self.uri = self.root
 
     def __reduce__(self):
-        return (Store, (self.uri,))
+        return (_unpickled, (self.uri, self._patience_s, self.is_s3 and self.fs.answered))
+
+    @contextlib.contextmanager
+    def impatient(self, seconds: float = 2.0):
+        """In the block a request is given up after so many seconds: for what may as well fail."""
+        before, self._patience_s = self._patience_s, seconds
+        if self.is_s3:
+            self.fs.patience_s = seconds
+        try:
+            yield
+        finally:
+            self._patience_s = before
+            if self.is_s3:
+                self.fs.patience_s = before
 
     def __repr__(self):
         return f"Store({self.uri!r})"
@@ -123,6 +145,23 @@ class Store:
     def _key(self, name: str) -> str:
         return self.path(name).partition("/")[2]
 
+    def _patiently(self, attempt):
+        """The result of `attempt`, which reads through pyarrow's client: that tries for a few seconds only."""
+        started, waits = time.monotonic(), patience.waits(float("inf"))
+        while True:
+            try:
+                result = attempt()
+                if self.is_s3:
+                    self.fs.answered = True
+                return result
+            except patience.GaveUp:
+                raise
+            except OSError as error:
+                budget_s = self._patience_s if self.is_s3 and self.fs.answered else 0
+                if not patience.passes(error) or time.monotonic() - started + (wait_s := next(waits)) > budget_s:
+                    raise
+                time.sleep(wait_s)
+
     @contextlib.contextmanager
     def _doing(self, what: str, name: str):
         try:
@@ -137,12 +176,25 @@ class Store:
                 ("botocore", "aiobotocore", "aiohttp")
             ):
                 raise
-            hint = (
-                "; check AWS_ENDPOINT_URL, the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and that the bucket exists"
-                if self.is_s3
-                else ""
+            raise self._failure(f"cannot {what} {self.uri_of(name)}: {type(error).__name__}: {error}", error) from None
+
+    def _failure(self, message: str, error: BaseException) -> StorageError:
+        if not self.is_s3:
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            return StorageError(message + (_FULL if full else ""))
+        if patience.is_refusal(error):
+            return StorageDenied(
+                f"{message}; the store refuses what these credentials ask: check that they have not expired, that they may list, "
+                "read, write and delete below this prefix, and this machine's clock; then run the same command to go on"
             )
-            raise StorageError(f"cannot {what} {self.uri_of(name)}: {type(error).__name__}: {error}{hint}") from None
+        if patience.passes(error) and self.fs.answered:
+            return StorageError(
+                f"{message}; it answered before, so it is busy or away: run the same command later to go on"
+            )
+        return StorageError(
+            f"{message}; check AWS_ENDPOINT_URL, the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and that the bucket "
+            "exists"
+        )
 
     def check(self) -> None:
         """Fail early: list what lies below the root, at most one object. Nothing is written, and nothing above is looked at.
@@ -285,7 +337,8 @@ class Store:
     def _is_ours(self, name: str, data: bytes) -> bool:
         """A client that repeats a request whose reply was lost is refused by its own object; records are unique."""
         try:
-            return self.fs.cat_file(self.path(name)) == data
+            with self.impatient():
+                return self.fs.cat_file(self.path(name)) == data
         except Exception:
             return False
 
@@ -322,21 +375,30 @@ class Store:
         return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        with self._doing("read", name), self._reader.open_input_file(self.path(name)) as source:
-            if self.is_s3 and columns is None and source.size() <= _WHOLE:
-                source = pa.BufferReader(source.read_buffer())
-            try:
+        def attempt() -> pa.Table:
+            with self._reader.open_input_file(self.path(name)) as source:
+                if self.is_s3 and columns is None and source.size() <= _WHOLE:
+                    source = pa.BufferReader(source.read_buffer())
                 return pq.read_table(source, columns=columns)
+
+        with self._doing("read", name):
+            try:
+                return self._patiently(attempt)
             except pa.ArrowInvalid as error:
                 raise InputError(f"{self.uri_of(name)} is not a whole parquet file: {error}") from None
 
-    @contextlib.contextmanager
-    def open(self, name: str):
-        """An Arrow file for reading at random; a local one is mapped into memory, not read."""
-        with self._doing("read", name):
+    def read_with(self, name: str, use: Callable[[pa.NativeFile], T]) -> T:
+        """What `use` gives for an Arrow file that is read at random, asked again where reading breaks off; a local one is mapped
+        into memory, not read.
+        """
+
+        def attempt() -> T:
             opened = self._reader.open_input_file(self.path(name)) if self.is_s3 else pa.memory_map(self.path(name))
             with opened as source:
-                yield source
+                return use(source)
+
+        with self._doing("read", name):
+            return self._patiently(attempt)
 
     @contextlib.contextmanager
     def open_stream(self, name: str):
@@ -351,7 +413,9 @@ class Store:
         """
         with self._doing("read", name):
             try:
-                return pq.ParquetFile(self.path(name), filesystem=self._reader, buffer_size=buffer)
+                opened = self._patiently(lambda: _Parquet(self.path(name), filesystem=self._reader, buffer_size=buffer))
+                opened.store, opened.name = self, name
+                return opened
             except pa.ArrowInvalid as error:
                 raise InputError(f"{self.uri_of(name)} is not a whole parquet file: {error}") from None
 
@@ -362,6 +426,19 @@ class Store:
                 info = self.fs.info(self.path(name))
                 return f"{info['size']}:{str(info.get('ETag', info.get('LastModified'))).strip(chr(34))}"
             return sha256_of(Path(self.path(name)))
+
+    def sha256(self, name: str) -> str:
+        """Of an object's bytes; reads all of it."""
+
+        def attempt() -> str:
+            digest = hashlib.sha256()
+            with self._reader.open_input_stream(self.path(name)) as source:
+                while block := source.read(_HASH_BLOCK):
+                    digest.update(block)
+            return digest.hexdigest()
+
+        with self._doing("read", name):
+            return self._patiently(attempt)
 
     def put(self, source: Path, name: str) -> None:
         """Copy one local file, of any size, to `name`."""
@@ -405,17 +482,56 @@ class Store:
             if not self.is_s3:
                 shutil.copyfile(self.path(name), target)
                 return
-            with self._reader.open_input_file(self.path(name)) as source:
+            with self._patiently(lambda: self._reader.open_input_file(self.path(name))) as source:
                 target.write_bytes(b"")
 
                 def copy(start: int) -> None:
                     with open(target, "r+b") as file:
                         file.seek(start)
-                        file.write(source.read_at(min(_BLOCK, source.size() - start), start))
+                        size = min(_BLOCK, source.size() - start)
+                        file.write(self._patiently(lambda: source.read_at(size, start)))
 
                 with concurrent.futures.ThreadPoolExecutor(_STREAMS) as pool:
                     for _ in pool.map(copy, range(0, source.size(), _BLOCK)):
                         pass
+
+
+def _unpickled(uri: str, patience_s: float, was_reached: bool) -> Store:
+    store = Store(uri, patience_s=patience_s)
+    if store.is_s3:
+        store.fs.answered = was_reached
+    return store
+
+
+class _Parquet(pq.ParquetFile):
+    """A parquet file that says which one it is where reading on fails."""
+
+    store, name = None, ""
+
+    def iter_batches(self, *arguments, **options):
+        with self._reading():
+            yield from super().iter_batches(*arguments, **options)
+
+    def read_row_group(self, *arguments, **options):
+        read = super().read_row_group
+        with self._reading():
+            return self.store._patiently(lambda: read(*arguments, **options))
+
+    def read_row_groups(self, *arguments, **options):
+        read = super().read_row_groups
+        with self._reading():
+            return self.store._patiently(lambda: read(*arguments, **options))
+
+    @contextlib.contextmanager
+    def _reading(self):
+        with self.store._doing("read", self.name):
+            try:
+                yield
+            except (pa.ArrowInvalid, OSError) as error:
+                # Arrow raises an OSError without a number for pages that do not unpack.
+                if getattr(error, "errno", None) is not None or patience.passes(error) or patience.is_refusal(error):
+                    raise
+                raise InputError(f"{self.store.uri_of(self.name)} is damaged inside: {error}") from None
 
 
 def _sync(path: Path) -> None:

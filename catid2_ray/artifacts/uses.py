@@ -42,7 +42,7 @@ class Use:
             return
         self._heartbeat.stop()
         self._heartbeat = None
-        with contextlib.suppress(StorageError):
+        with contextlib.suppress(StorageError), self.store.impatient():
             self.store.delete(self.name)
 
 

@@ -15,13 +15,21 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
-from catid2_ray.cli import look
+from catid2_ray.cli import look, stored
 from catid2_ray.cli import reproduce as reproductions
-from catid2_ray.cli.options import DEFAULT_STORE, JsonOption, RecipeOption, SetOption, StoreOption, WaitOption
+from catid2_ray.cli.options import (
+    DEFAULT_STORE,
+    JsonOption,
+    RecipeOption,
+    SetOption,
+    ShadowOption,
+    StoreOption,
+    TrialOption,
+    WaitOption,
+    say_younger,
+)
 from catid2_ray.cli.options import console as _console
-from catid2_ray.cli.options import event as _event
 from catid2_ray.config import KINDS, Recipe, schema
 from catid2_ray.errors import CatidError, InputError, Interrupted
 
@@ -92,26 +100,43 @@ def reindex(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="make nothing: say which stages would be found and which made")
     ] = False,
+    trial: TrialOption = None,
+    shadow: ShadowOption = 0.0,
 ) -> None:
     """The main job: embed, train, assign unique IDs, train the generator, evaluate, publish. Continues where it was left."""
     from catid2_ray.on_ray.commands import reindex as run
 
     choices = {"new_ledger": new_ledger, "refit_encoder": refit_encoder, "refresh_adapter": refresh_adapter}
-    loaded = Recipe.load(recipe, overrides or [])
+    loaded, shares = Recipe.load(recipe, overrides or []), stored.shares_of(trial, shadow)
     if dry_run:
         look.show_dry_run(loaded, choices, json_file)
         return
-    _run_and_show(functools.partial(run, wait=wait, **choices), loaded, json_file)
+    _run_and_show(functools.partial(run, wait=wait, trial=shares, **choices), loaded, json_file)
 
 
 @app.command()
 def append(
-    recipe: RecipeOption, overrides: SetOption = None, json_file: JsonOption = None, wait: WaitOption = False
+    recipe: RecipeOption,
+    overrides: SetOption = None,
+    json_file: JsonOption = None,
+    wait: WaitOption = False,
+    trial: TrialOption = None,
+    shadow: ShadowOption = 0.0,
 ) -> None:
     """Today's catalogue under the published quantizer and generator: new products get free IDs, no published ID moves."""
     from catid2_ray.on_ray.commands import append_items as run
 
-    _run_and_show(functools.partial(run, wait=wait), Recipe.load(recipe, overrides or []), json_file)
+    shares = stored.shares_of(trial, shadow)
+    _run_and_show(functools.partial(run, wait=wait, trial=shares), Recipe.load(recipe, overrides or []), json_file)
+
+
+@app.command()
+def publish(recipe: RecipeOption, overrides: SetOption = None, wait: WaitOption = False) -> None:
+    """Make what the stages of this recipe have made the current release, if its recall and its canary queries are good enough."""
+    from catid2_ray.on_ray.commands import publish as run
+
+    store, release = run(Recipe.load(recipe, overrides or []), wait=wait)
+    print(f"Release {release.name} is current in {store.uri}.")
 
 
 def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
@@ -135,11 +160,15 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
         console.print(f"Nothing changed: every stage was found committed in {loaded.store}.")
     console.print(terminal(closing_tables(outcome.figures)))
     store = Store(loaded.store)
+    if outcome.trial is not None:
+        print(stored.said(outcome.release.name, outcome.trial))
+        say_younger(outcome.figures["changes_to_carry"])
+        return
     console.print(
         f"Release {outcome.release.name} is current: {store.uri_of(f'releases/{outcome.release.name}.json')}",
         soft_wrap=True,
     )
-    _say_younger(outcome.figures["changes_to_carry"])
+    say_younger(outcome.figures["changes_to_carry"])
     queries = loaded.sample_queries or tuple(outcome.parts["evaluation"].metrics["sample_queries"])
     for query in queries:
         _answer(console, store, query, k=3)
@@ -149,13 +178,6 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
         f"-d '{{\"query\": \"{queries[0]}\", \"k\": 5}}'",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
-
-
-def _say_younger(changes: int) -> None:
-    if changes:
-        print(
-            f"Live changes that are younger than its catalogue: {changes:,}. The service carries over what it lacks of them."
-        )
 
 
 def _answer(console: Console, store: Store, query: str, *, k: int, expression: dict | None = None) -> None:
@@ -276,84 +298,6 @@ def align(
     print(store.uri_of(manifest.name))
 
 
-@app.command("releases")
-def list_releases(store: StoreOption = DEFAULT_STORE, json_file: JsonOption = None) -> None:
-    """List the releases of a store, newest first: age, documents, recall@50, churn, size, and which is current or in use."""
-    from catid2_ray.artifacts.history import overview
-    from catid2_ray.evaluation.report import releases_table
-    from catid2_ray.evaluation.tables import terminal
-
-    opened = Store(store)
-    opened.check()
-    rows = overview(opened)
-    if json_file:
-        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
-    if not rows:
-        print(f"Nothing was published to {opened.uri} yet.")
-        return
-    _console().print(terminal([releases_table(rows)]))
-    for row in rows:
-        if row["problem"]:
-            print(f"{row['release']} cannot be read: {row['problem']}")
-
-
-@app.command()
-def rollback(
-    release: Annotated[str | None, typer.Argument(help="its name; left out: the one before the current one")] = None,
-    store: StoreOption = DEFAULT_STORE,
-    wait: WaitOption = False,
-) -> None:
-    """Make an earlier release current again, after a look whether all of its parts are there."""
-    from catid2_ray.artifacts import history, lease
-
-    opened = Store(store)
-    opened.check()
-    with lease.holding(opened, wait=wait, command="catid2 rollback", say=_event):
-        back = history.rollback(opened, release)
-    if back.before == back.release.name:
-        print(f"Release {back.release.name} is current already; nothing changed.")
-        return
-    _say_younger(history.younger(opened, history.entries(opened), back.release.name))
-    print(
-        f"Release {back.release.name} is current again; it was {back.before}. Replicas that run serve what they opened: restart "
-        "them. What is made next builds on the release that is current."
-    )
-
-
-@app.command()
-def gc(
-    store: StoreOption = DEFAULT_STORE,
-    keep: Annotated[
-        int, typer.Option(help="releases that stay: the last that were current; those in use stay anyway")
-    ] = ...,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="remove nothing, say what would go")] = False,
-    runs_older_than: Annotated[
-        float, typer.Option(metavar="DAYS", help="checkpoints of trainings that nobody went on with for so long go too")
-    ] = 7,
-) -> None:
-    """Remove artefacts that no kept release names (also of compare-ids and of a chain not published yet), what killed jobs left,
-    and what this machine fetched of it."""
-    from catid2_ray.artifacts.gc import collect
-    from catid2_ray.evaluation.report import freed_table, size_text
-    from catid2_ray.evaluation.tables import terminal
-
-    opened = Store(store)
-    opened.check()
-    freed = collect(
-        opened,
-        keep=keep,
-        dry_run=dry_run,
-        runs_older_than_days=runs_older_than,
-        cache=releases.default_cache(),
-        say=_event,
-    )
-    if freed.rows:
-        _console().print(terminal([freed_table(freed.rows, dry_run=dry_run)]))
-    for uri in freed.unread:
-        print(f"Left alone, as this version cannot read it: {uri}")
-    print(f"{'Would free' if dry_run else 'Freed'} {size_text(freed.bytes)}. Releases kept: {', '.join(freed.kept)}")
-
-
 @app.command()
 def search(
     query: str,
@@ -472,7 +416,7 @@ def recipe(
 
 for command in look.COMMANDS:
     app.command()(command)
-for name, command in reproductions.COMMANDS.items():
+for name, command in (stored.COMMANDS | reproductions.COMMANDS).items():
     app.command(name)(command)
 
 

@@ -15,6 +15,16 @@ SetOption = Annotated[
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the figures to this file")]
 WaitOption = Annotated[bool, typer.Option("--wait", help="wait while another job works on the store, not exit 9")]
 StoreOption = Annotated[str, typer.Option("--store", envvar="CATID2_STORE", help="folder or s3:// prefix of the store")]
+TrialOption = Annotated[
+    float | None,
+    typer.Option(
+        "--trial", metavar="PERCENT", help="do not publish: put the release on trial, with this share of the sessions"
+    ),
+]
+ShadowOption = Annotated[
+    float,
+    typer.Option("--shadow", metavar="PERCENT", help="share of the other sessions that ask it beside, for metrics"),
+]
 DEFAULT_STORE = "catid2_store"
 
 
@@ -27,3 +37,10 @@ def event(name: str, **values) -> None:
     """`progress.event`, without the second that importing Ray takes."""
     line = " ".join([f"event={name}", *(f"{key}={value}" for key, value in values.items())])
     print(redacted(line), file=sys.stderr, flush=True)
+
+
+def say_younger(changes: int) -> None:
+    if changes:
+        print(
+            f"Live changes that are younger than its catalogue: {changes:,}. The service carries over what it lacks of them."
+        )

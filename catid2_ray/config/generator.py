@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from catid2_ray.config.section import Section, TrainingRecipe, setting
 
-ExampleKind = Literal["query", "title", "span", "user", "synthetic"]
+ExampleKind = Literal["query", "title", "span", "user", "synthetic", "teacher"]
 EXAMPLE_KINDS: tuple[str, ...] = get_args(ExampleKind)
 Mix = dict[ExampleKind, Annotated[float, Field(ge=0)]]
 
@@ -83,6 +83,16 @@ class ExamplesRecipe(Section):
     )  # fmt: skip
     doc2query_per_product: int = setting(3, "synthetic queries of a product", unit="queries", ge=1, le=100)
     doc2query_top_k: int = setting(10, "likeliest tokens that one is drawn from", unit="tokens", ge=1)
+    teacher_draws: int = setting(
+        4, "products that the teacher names for each training pair of a query; an epoch takes some of them", unit="products",
+        paper="RIPOR (2311.09134) learns from a dense retriever, too", ge=1, le=100,
+    )  # fmt: skip
+    teacher_queries: int = setting(
+        200_000,
+        "training queries that are compared with all products, a seeded sample where there are more",
+        unit="queries",
+        ge=1,
+    )
     tokenizer_rows: int = setting(200_000, "products whose text the small tokenizer sees at most", unit="rows", ge=100)
 
     @property
@@ -174,6 +184,10 @@ class ModelRecipe(Section):
         "codewords", "where the ID tokens' rows begin: the quantizer's codewords, projected, or the mean embedding of a pretrained "
         "model (models made here: random, as all their rows); so do levels without codewords", unit="choice",
     )  # fmt: skip
+    loss: Literal["level", "trie"] = setting(
+        "level", "level: cross-entropy over all codes of a level; trie: over those that some ID has after the prefix, with "
+        "serving.normalize trie alone", unit="choice", paper="MSL (2504.04178)",
+    )  # fmt: skip
     level_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = setting(
         None, "weight per level of the loss, relative to their mean; none = 1", unit="weight"
     )
@@ -248,6 +262,11 @@ class ModelRecipe(Section):
             raise ValueError(
                 f"consistency {self.consistency} compares passes under unlike dropout, but dropout is 0: raise dropout, or set "
                 "consistency to 0"
+            )
+        if self.loss == "trie" and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} spreads mass over codes that loss trie does not compare: set it to 0, or "
+                "loss to level"
             )
         if self.smoothing == "near" and self.label_smoothing == 0:
             raise ValueError(

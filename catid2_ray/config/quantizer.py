@@ -244,6 +244,10 @@ class IdsRecipe(Section):
         1_000_000, "products that one worker holds at a time while collisions are resolved, which bounds its memory",
         unit="products", operational=True, ge=1000,
     )  # fmt: skip
+    turn_rows: int | None = setting(
+        None, "where prefixes overflow so far that more products than these must be placed together, they are placed in turns of "
+        "about so many; none = all at once, refused beyond bucket_rows", unit="products", operational=True, ge=1000,
+    )  # fmt: skip
     id_quarantine: int = setting(
         2, "releases for which the ID of a product that leaves is given to nobody else; fixed when it leaves",
         unit="releases", ge=0,

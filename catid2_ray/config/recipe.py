@@ -113,6 +113,21 @@ class Recipe(Section):
             )
 
     @model_validator(mode="after")
+    def _search_compares_what_was_taught(self):
+        loss, normalize = self.generator.loss, self.serving.normalize
+        if (loss == "trie") != (normalize == "trie"):
+            raise ValueError(
+                f"generator.loss {loss} does not go with serving.normalize {normalize}: a generator's numbers mean what they were "
+                "taught to mean. Set both to trie, or generator.loss to level and serving.normalize to level or vocabulary"
+            )
+        if loss == "trie" and self.alignment.enabled:
+            raise ValueError(
+                "alignment compares all codes of a level, which generator.loss trie does not teach: set generator.loss and "
+                "serving.normalize to level, or alignment.enabled to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gpus_are_whole(self):
         gpus = self.cluster.gpus_per_worker
         shared = [f"{name}.workers {count}" for name, count in self._workers.items() if count > 1]

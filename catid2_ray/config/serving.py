@@ -111,9 +111,10 @@ class ServingRecipe(Section):
         None, "beams per query: one number, one per level, or none = evaluation.beam_width", unit="beams",
         paper="20/50/500 over three levels in VARG",
     )  # fmt: skip
-    normalize: Literal["level", "vocabulary"] = setting(
-        "level", "log P over the codes of the level, as in training, or over the whole vocabulary", unit="choice"
-    )
+    normalize: Literal["level", "vocabulary", "trie"] = setting(
+        "level", "log P over the codes of the level or over the whole vocabulary, for generator.loss level; or over the codes that "
+        "IDs of the release have after the prefix, for generator.loss trie", unit="choice",
+    )  # fmt: skip
     weights: Literal["float32", "int8"] = setting(
         "float32",
         "int8 copies the generator's matrices in 8 bits, for CPUs with VNNI or AMX (slower on others): scores differ a little",
@@ -182,6 +183,17 @@ class EvaluationRecipe(Section):
     min_to_release: float = setting(
         0.9, "where BM25 is not scored: FAILED when recall@50 is under this share of the current release's", unit="ratio",
         operational=True, ge=0,
+    )  # fmt: skip
+    canary_recall: float = setting(
+        0.95, "FAILED when, before it is published, a release gives back less than this share of the products that its evaluation "
+        "found for up to 50 queries", unit="ratio", operational=True, ge=0, le=1,
+    )  # fmt: skip
+    canary_empty: float = setting(
+        0.02, "FAILED when a larger share of these queries finds nothing", unit="ratio", operational=True, ge=0, le=1
+    )
+    canary_slower: float = setting(
+        3.0, "FAILED when the median of these queries takes more than this many times as long as by the current release, and 20 ms "
+        "longer; 0 = no matter", unit="ratio", operational=True, ge=0,
     )  # fmt: skip
     diagnose_rows: int = setting(
         5_000_000,

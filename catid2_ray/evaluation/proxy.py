@@ -9,7 +9,7 @@ N products, Q queries, P pairs, D vector, L levels, K codes of a level, H hidden
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.nn import functional
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.trie_tensors import continuations
 from catid2_ray.schedule import learning_rate_at, seed_from
 
 # On IDs by residual k-means of 54,667 Home Depot titles recall@50 on test is .322; 4 epochs .303, of twice the width at 1e-3 .272.
@@ -79,11 +80,19 @@ class ProxyGenerator(nn.Module):
             hidden_BMH = hidden_BMH + self.of_prefix[level](self.prefix_sum(prefix_BMl))
         return self.to_codes[level](functional.gelu(hidden_BMH))
 
-    def loss(self, query_BD: Tensor, codes_BL: Tensor) -> Tensor:
-        """Σ_l −log P(c_l | q, c_1 … c_{l−1}), mean over the batch (eq. 9 of CAT-ID²)."""
+    def loss(self, query_BD: Tensor, codes_BL: Tensor, trie: Trie | None = None) -> Tensor:
+        """Σ_l −log P(c_l | q, c_1 … c_{l−1}), mean over the batch (eq. 9 of CAT-ID²); with `trie`, P over the codes that its IDs
+        have after these."""
+        score_LBK = [
+            self.scores(level, query_BD, codes_BL[:, None, :level])[:, 0] for level in range(len(self.codes_per_level))
+        ]
+        if trie is not None:
+            score_LBK = [
+                score_BK.masked_fill(~valid_BK, -torch.inf)
+                for score_BK, valid_BK in zip(score_LBK, continuations(trie, codes_BL))
+            ]
         return sum(
-            functional.cross_entropy(self.scores(level, query_BD, codes_BL[:, None, :level])[:, 0], codes_BL[:, level])
-            for level in range(len(self.codes_per_level))
+            functional.cross_entropy(score_BK, code_B) for score_BK, code_B in zip(score_LBK, codes_BL.unbind(1))
         )
 
     # What the beam search asks of a decoder.
@@ -99,11 +108,13 @@ class ProxyGenerator(nn.Module):
 
 def train(
     vector_ND: np.ndarray, codes_NL: np.ndarray, codes_per_level: Sequence[int], questions: Questions, *, seed: int,
-    epochs: int = EPOCHS,
+    epochs: int = EPOCHS, draws: Callable[[int], np.ndarray] | None = None, trie: Trie | None = None,
 ) -> ProxyGenerator:  # fmt: skip
     """A generator of these IDs: every pair and, as a query that asks for itself, every product's own vector once an epoch.
 
-    AdamW, 5 % warm-up, cosine; a pure function of its arguments on one kind of machine. Raises InputError for no rows.
+    `draws(epoch)`: int64, other products for the epoch to ask for, one for each pair and then each product; None: their own.
+    `trie`: of these IDs, where the loss compares its continuations alone. AdamW, 5 % warm-up, cosine; a pure function of its
+    arguments on one kind of machine. Raises InputError for no rows.
     """
     if not len(vector_ND):
         raise InputError("a proxy generator needs products, found none")
@@ -120,31 +131,40 @@ def train(
     steps = len(row_E) // batch
     for epoch in range(epochs):
         order_E = torch.randperm(len(row_E), generator=torch.Generator().manual_seed(seed_from(seed, epoch)))
+        if draws is not None:
+            product_E = torch.from_numpy(draws(epoch))
         for step, some_B in enumerate(order_E[: steps * batch].split(batch)):
             rate = learning_rate_at(epoch * steps + step, epochs * steps, peak=LEARNING_RATE, warmup_share=0.05)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            loss = model.loss(source_ED[row_E[some_B]], codes_NL[product_E[some_B]])
+            loss = model.loss(source_ED[row_E[some_B]], codes_NL[product_E[some_B]], trie)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
     return model.eval()
 
 
-def searched(model: ProxyGenerator, trie: Trie, query_QD: np.ndarray, *, width: int = WIDTH) -> Iterator[np.ndarray]:
-    """Of each query what a beam of `width` finds, best first: int64 width×2, first and last + 1 of the trie's rows of each ID."""
+def searched(
+    model: ProxyGenerator, trie: Trie, query_QD: np.ndarray, *, width: int = WIDTH, normalize: str = "level"
+) -> Iterator[np.ndarray]:
+    """Of each query what a beam of `width` finds, best first: int64 width×2, first and last + 1 of the trie's rows of each ID.
+    `normalize`: as the search takes it."""
     for start in range(0, len(query_QD), _SEARCHED):
         memory_BD = torch.from_numpy(np.ascontiguousarray(query_QD[start : start + _SEARCHED], np.float32))
         ones_B1 = torch.ones(len(memory_BD), 1, dtype=torch.long)
-        result = constrained_beam_search(model, trie, ones_B1, ones_B1, beam_width=width, top_k=width, memory=memory_BD)
+        result = constrained_beam_search(
+            model, trie, ones_B1, ones_B1, beam_width=width, top_k=width, memory=memory_BD, normalize=normalize
+        )
         yield from result.row_range_BK2.numpy()
 
 
-def ranked(model: ProxyGenerator, trie: Trie, query_QD: np.ndarray, *, width: int = WIDTH) -> np.ndarray:
+def ranked(
+    model: ProxyGenerator, trie: Trie, query_QD: np.ndarray, *, width: int = WIDTH, normalize: str = "level"
+) -> np.ndarray:
     """int64 Q×width: the products that a beam of `width` finds, best first, by their row; −1 beyond the last. Products that
-    share an ID follow each other in the order of their rows."""
+    share an ID follow each other in the order of their rows. `normalize`: as the search takes it."""
     order_N, found_QW = trie.order_N, np.full((len(query_QD), width), -1, np.int64)
-    for query, ranges_K2 in enumerate(searched(model, trie, query_QD, width=width)):
+    for query, ranges_K2 in enumerate(searched(model, trie, query_QD, width=width, normalize=normalize)):
         rows = np.concatenate([np.arange(first, last) for first, last in ranges_K2])[:width].astype(np.int64)
         found_QW[query, : len(rows)] = order_N[rows]
     return found_QW

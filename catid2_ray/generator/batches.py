@@ -19,7 +19,7 @@ from catid2_ray.generator.states import StateCache, TokenStates
 from catid2_ray.generator.vocabulary import EOS, PAD
 
 MOST_PADDING = 0.1  # share of the tokens of a batch that may be padding
-FROM_PAIRS = ("query", "user")  # kinds of examples that are made of pairs
+FROM_PAIRS = ("query", "user", "teacher")  # kinds of examples that are made of pairs
 
 
 def kept_words(

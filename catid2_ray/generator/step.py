@@ -1,7 +1,8 @@
 """The generator's loss and a plain one-process training loop.
 
 The softmax runs over the level's K codes only and touches only those rows of the output projection, so a step costs
-ΣK rows instead of the whole vocabulary and the level-normalised search sees the very probabilities that were trained.
+ΣK rows instead of the whole vocabulary and the level-normalised search sees the very probabilities that were trained. With loss
+"trie" it runs over the codes that some ID has after the prefix, and the search must do so too.
 
 B batch, T tokens, L levels, D width, K codes.
 """
@@ -79,14 +80,20 @@ def least_rows(model: nn.Module) -> int:
     return 32 if table.shape[1] <= 256 else 8
 
 
+_NEVER = -1e9  # a logit whose probability is 0, and whose difference from another such is a number
+
+
 class Targets(NamedTuple):
     """What the scores are measured against besides the right codes. `label_smoothing`: share of the mass over the level's
     codes; `near`: per level K×K from `near_codes` or None (evenly); `consistency`: weight of the second pass under
-    another dropout, in train mode only (0.15 in NCI)."""
+    another dropout, in train mode only (0.15 in NCI). `continuations`: of codes B×L, which are IDs, per level bool B×K, the codes
+    that are compared; None: all. Where one is compared its log p is 0, whatever the model says, and teaches nothing (MSL,
+    2504.04178, over all of a level's valid tokens)."""
 
     label_smoothing: float = 0.0
     near: Sequence[Tensor | None] | None = None
     consistency: float = 0.0
+    continuations: Callable[[Tensor], Sequence[Tensor]] | None = None
 
 
 def level_losses(
@@ -127,6 +134,12 @@ def level_losses(
 def _summed_losses(model, inputs, codes_BL: Tensor, space: DocidSpace, weight_B, targets: Targets) -> Tensor:
     """float L, summed over the rows, each times its weight."""
     passes = [docid_logits(model, inputs, codes_BL, space=space) for _ in range(2 if targets.consistency else 1)]
+    if targets.continuations is not None:
+        valid = targets.continuations(codes_BL)
+        passes = [
+            [logits_BK.float().masked_fill(~valid_BK, _NEVER) for logits_BK, valid_BK in zip(logits, valid)]
+            for logits in passes
+        ]
     losses = []
     for level in range(space.levels):
         near_KK = None if targets.near is None else targets.near[level]

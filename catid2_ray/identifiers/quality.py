@@ -7,6 +7,7 @@ N products, L levels, H category depth, K codes of a level, D embedding width, P
 """
 
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score
@@ -58,22 +59,89 @@ def id_quality(codes_NL, category_NH, codes_per_level) -> dict:
 
 def code_figures(packed_N, space: DocidSpace) -> dict:
     """The figures of `id_quality` that need no categories, from packed IDs alone: about 32 bytes a product."""
-    sorted_N = np.sort(packed_N)
-    bucket = _runs(sorted_N)
-    levels = [_level(sorted_N // radix % k, k) for radix, k in zip(space.radix_L, space.codes_per_level)]
-    joint = [_entropy(_runs(space.prefix_of(sorted_N, depth))) for depth in range(space.levels + 1)]
-    return {
-        "products": len(packed_N),
-        "ids": len(bucket),
-        "collision_rate": (len(packed_N) - len(bucket)) / len(packed_N),
-        "shared_rate": int(bucket[bucket > 1].sum()) / len(packed_N),
-        "largest_bucket": int(bucket.max()),
-        "p99_bucket": float(np.percentile(bucket, 99)),
-        "mean_bucket": float(bucket.mean()),
-        "gini_ids": _gini(bucket),
-        **{name: [level[name] for level in levels] for name in levels[0]},
-        "conditional_entropy": [max(b - a, 0.0) for a, b in zip(joint, joint[1:])],
-    }
+    figures = CodeFigures(space)
+    figures.add(np.sort(packed_N))
+    return figures.figures()
+
+
+class CodeFigures:
+    """`code_figures` of packed IDs that come in ascending ranges, in the memory of one range.
+
+    Kept are how often each code occurs and, of each depth, how many prefixes have how many products: few numbers, since few
+    sizes differ. So the figures are the same however the IDs are cut.
+    """
+
+    def __init__(self, space: DocidSpace):
+        self.space, self.products = space, 0
+        self._times = [np.zeros(k, np.int64) for k in space.codes_per_level]
+        self._sizes: list[Counter] = [Counter() for _ in range(space.levels + 1)]
+        self._open: list[tuple[int | None, int]] = [(None, 0)] * (space.levels + 1)  # the last prefix, and its products
+
+    def add(self, sorted_n: np.ndarray) -> None:
+        """The next packed IDs (int64 n, ascending, none below what was added before; equal ones count)."""
+        if not len(sorted_n):
+            return
+        self.products += len(sorted_n)
+        for radix, times_K in zip(self.space.radix_L, self._times):
+            times_K += np.bincount(sorted_n // radix % len(times_K), minlength=len(times_K))
+        for depth, sizes in enumerate(self._sizes):
+            prefix_n = self.space.prefix_of(sorted_n, depth)
+            size, (known, held) = _runs(prefix_n), self._open[depth]
+            if known == prefix_n[0]:
+                size[0] += held
+            elif held:
+                sizes[held] += 1
+            found, times = np.unique(size[:-1], return_counts=True)
+            sizes.update(dict(zip(found.tolist(), times.tolist())))
+            self._open[depth] = int(prefix_n[-1]), int(size[-1])
+
+    def figures(self) -> dict:
+        sizes = [_Sizes.of(sizes + Counter([held])) for sizes, (_, held) in zip(self._sizes, self._open)]
+        levels, bucket = [_level(times_K) for times_K in self._times], sizes[-1]
+        joint = [_entropy(depth.size, depth.times) for depth in sizes]
+        return {
+            "products": self.products,
+            "ids": bucket.count,
+            "collision_rate": (self.products - bucket.count) / self.products,
+            "shared_rate": int((bucket.size * bucket.times)[bucket.size > 1].sum()) / self.products,
+            "largest_bucket": int(bucket.size[-1]),
+            "p99_bucket": bucket.percentile(99),
+            "mean_bucket": self.products / bucket.count,
+            "gini_ids": bucket.gini(),
+            **{name: [level[name] for level in levels] for name in levels[0]},
+            "conditional_entropy": [max(b - a, 0.0) for a, b in zip(joint, joint[1:])],
+        }
+
+
+class _Sizes(NamedTuple):
+    """`times` groups have `size` products each; sizes ascend."""
+
+    size: np.ndarray
+    times: np.ndarray
+
+    @classmethod
+    def of(cls, counted: Counter) -> "_Sizes":
+        return cls(*(np.array(column, np.int64) for column in zip(*sorted(counted.items()))))
+
+    @property
+    def count(self) -> int:
+        return int(self.times.sum())
+
+    def percentile(self, percent: float) -> float:
+        """As numpy's, of the sizes written out: linear between neighbours."""
+        place, ends = (self.count - 1) * (percent / 100), np.cumsum(self.times)
+        low, high = (
+            self.size[np.searchsorted(ends, int(at), side="right")] for at in (place, min(place + 1, ends[-1] - 1))
+        )
+        return float(low + (high - low) * (place - int(place)))
+
+    def gini(self) -> float:
+        """Gini coefficient: 0 when all are equal, near 1 when one holds everything (FORGE, 2509.20904)."""
+        n, total, weighted, before = self.count, int((self.size * self.times).sum()), 0, 0
+        for size, times in zip(self.size.tolist(), self.times.tolist()):
+            weighted += size * (times * (n - before) - times * (times - 1) // 2)
+            before += times
+        return (n + 1) / n - 2 * weighted / (n * total)
 
 
 def _runs(sorted_N) -> np.ndarray:
@@ -82,29 +150,22 @@ def _runs(sorted_N) -> np.ndarray:
     return np.diff(np.append(first, len(sorted_N)))
 
 
-def _level(code_N, k) -> dict:
-    count_K = np.bincount(code_N, minlength=k)
-    entropy = _entropy(count_K)
+def _level(count_K: np.ndarray) -> dict:
+    entropy, k = _entropy(count_K, 1), len(count_K)
     return {
         "codes_used": int((count_K > 0).sum()),
         "codes_used_share": float((count_K > 0).mean()),
         "perplexity": float(np.exp(entropy)),
         "normalised_entropy": entropy / float(np.log(k)) if k > 1 else 1.0,
-        "gini": _gini(count_K),
-        "top_share": float(count_K.max() / len(code_N)),
+        "gini": _Sizes.of(Counter(count_K.tolist())).gini(),
+        "top_share": float(count_K.max() / count_K.sum()),
     }
 
 
-def _entropy(count) -> float:
-    """Entropy in nats of a table of counts."""
-    share = count[count > 0] / count.sum()
-    return float(max(-(share * np.log(share)).sum(), 0.0))
-
-
-def _gini(count) -> float:
-    """Gini coefficient of counts: 0 when all are equal, near 1 when one holds everything (FORGE, 2509.20904)."""
-    rising, n = np.sort(count), len(count)
-    return float((n + 1) / n - 2 * (np.arange(n, 0, -1) * rising).sum() / (n * rising.sum()))
+def _entropy(count: np.ndarray, times) -> float:
+    """Entropy in nats of a table in which each of `count` stands so many `times`."""
+    share = count / (count * times).sum()
+    return float(max(-(times * share * np.log(share, out=np.zeros(len(share)), where=share > 0)).sum(), 0.0))
 
 
 _AGREEMENT = ("purity", "purity_shuffled", "purity_products", "ami", "ami_shuffled")

@@ -7,18 +7,20 @@ from pathlib import Path
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Manifest
-from catid2_ray.artifacts.release import Release
+from catid2_ray.artifacts.release import Release, parts_folder, retriever_settings
 from catid2_ray.artifacts.stages import STAGES, of_job
 from catid2_ray.artifacts.store import Store
+from catid2_ray.artifacts.trials import Shares
 from catid2_ray.catalog.pairs import check_pairs
 from catid2_ray.config import ClusterRecipe, Recipe
-from catid2_ray.errors import InputError, QualityGateError, RecipeError
+from catid2_ray.errors import ArtifactError, InputError, QualityGateError, RecipeError
 from catid2_ray.evaluation.diagnosis import diagnose, diagnosis_figures, rows_per_query
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import cluster, progress
+from catid2_ray.on_ray.machine import canary, cluster, progress
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.pipeline import APPENDED, append, chain
 from catid2_ray.on_ray.stages import door, evaluate
+from catid2_ray.retrieval.retriever import Retriever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Outcome:
     figures: dict
     parts: dict[str, Manifest]
     made: list[str]
+    trial: Shares | None = None
 
 
 def run_verb(recipe: Recipe, verb: str, *, wait: bool = False) -> tuple[Store, Manifest]:
@@ -46,36 +49,40 @@ def publish(recipe: Recipe, *, wait: bool = False) -> tuple[Store, Release]:
     """Publish the committed parts of this recipe; QualityGateError when the evaluation is under the recipe's demand."""
     with Job.open(recipe, only=(), wait=wait) as job:
         parts = chain(job)
-        _gate(job, parts["evaluation"].metrics)
+        figures = parts["evaluation"].metrics
+        _gate(job, figures)
+        _ask_canaries(job, parts, figures)
         return job.store, job.publish(parts)
 
 
-def reindex(recipe: Recipe, *, wait: bool = False, **choices: bool) -> Outcome:
+def reindex(recipe: Recipe, *, wait: bool = False, trial: Shares | None = None, **choices: bool) -> Outcome:
     """The whole chain: continue at the first stage without a committed manifest, evaluate, publish.
 
-    `wait` for another job on the store to end; `choices`: new_ledger, refit_encoder, refresh_adapter, as in Job.
+    `wait` for another job on the store to end; `trial`: put the release on trial in place of publishing it; `choices`: new_ledger,
+    refit_encoder, refresh_adapter, as in Job.
     """
     with Job.open(recipe, wait=wait, resize=choices.get("new_ledger", False), **choices) as job:
         parts = chain(job)
         figures = figures_of(parts, job.store)
         _gate(job, figures)
-        return _published(job, parts, figures)
+        return _published(job, parts, figures, trial)
 
 
-def append_items(recipe: Recipe, *, wait: bool = False) -> Outcome:
+def append_items(recipe: Recipe, *, wait: bool = False, trial: Shares | None = None) -> Outcome:
     """Today's catalogue under the current release's quantizer and generator: see `pipeline.append`; evaluate, publish."""
     with Job.open(recipe, only=APPENDED, wait=wait) as job:
         parts = append(job)
         figures = figures_of(parts, job.store)
         if parts["evaluation"].parents["ids"] == parts["ids"].digest:  # else it is that of the release before
             _gate(job, figures)
-        return _published(job, parts, figures)
+        return _published(job, parts, figures, trial)
 
 
-def _published(job: Job, parts: dict[str, Manifest], figures: dict) -> Outcome:
-    release = job.publish(parts)
+def _published(job: Job, parts: dict[str, Manifest], figures: dict, trial: Shares | None = None) -> Outcome:
+    figures = figures | {"canary": _ask_canaries(job, parts, figures)}
+    release = job.publish(parts) if trial is None else job.put_on_trial(parts, trial)
     figures = {"release": release.name, "changes_to_carry": job.younger, **figures}
-    return Outcome(release=release, figures=figures, parts=parts, made=job.made)
+    return Outcome(release=release, figures=figures, parts=parts, made=job.made, trial=trial)
 
 
 def figures_of(parts: dict[str, Manifest], store: Store) -> dict:
@@ -139,6 +146,76 @@ def gate(recipe: Recipe, figures: dict, before: dict | None) -> str | None:
             figures,
         )
     return None
+
+
+def _ask_canaries(job: Job, parts: dict[str, Manifest], figures: dict) -> dict | None:
+    """Ask what will be published what its evaluation asked, beside the current release; returns what that gave, None where there
+    is nothing to ask or to publish. Raises GateFailed."""
+    current = releases.pointer(job.store)[1]
+    before = None if current is None else releases.load(job.store, current)
+    answers = canary.kept_answers(job.store, parts)
+    digests = {name: part.digest for name, part in parts.items()}
+    if before and all(digests.get(name) == part["digest"] for name, part in before.parts.items()):
+        return None
+    if not answers:
+        progress.event("no_canary", reason="'the evaluation kept no answers of what is served'")
+        return None
+    candidate = _opened(job.store, parts, retriever_settings(parts, release="candidate"))
+    retrievers, asked = [candidate], canary.given_back(candidate, answers)
+    try:
+        if before and job.recipe.evaluation.canary_slower:
+            manifests = before.manifests(job.store)
+            retrievers.append(_opened(job.store, manifests, retriever_settings(manifests, release=before.name)))
+    except ArtifactError as error:
+        progress.event("no_canary", of=before.name, reason=repr(str(error)))
+    seconds = canary.seconds_in_turns(retrievers, list(answers))
+    known = bool(canary.stored_answers(job.store, parts))
+    found = {
+        "queries": len(answers), "given_back": asked.share if known else None, "empty": asked.empty / len(answers),
+        "ms": 1e3 * seconds[0], "ms_before": 1e3 * seconds[1] if len(seconds) > 1 else None,
+    }  # fmt: skip
+    progress.event("canary", **{name: f"{value:.3g}" for name, value in found.items() if value is not None})
+    canary_gate(job.recipe, found, figures)
+    return found
+
+
+def _opened(store: Store, parts: dict[str, Manifest], settings: dict) -> Retriever:
+    return open_retriever(parts_folder(store, parts, releases.default_cache(), settings))
+
+
+_LONGER_MS = 20.0  # what a query must take longer before a ratio says anything
+
+
+def canary_gate(recipe: Recipe, found: dict, figures: dict) -> None:
+    """Raise GateFailed, with `figures`, where the canary queries gave less than the recipe demands. `found`: queries; given_back,
+    a share, None where an append took the evaluation over; empty, a share; ms and ms_before, None where nothing is current."""
+    demands, before_ms = recipe.evaluation, found["ms_before"]
+    said, way_out = None, None
+    if found["given_back"] is not None and found["given_back"] < demands.canary_recall:
+        said = (
+            f"gives back {found['given_back']:.0%} of the products that its evaluation found, less than "
+            f"{demands.canary_recall:.0%} (evaluation.canary_recall): its parts, this machine or this version answer otherwise"
+        )
+        way_out = f"canary_recall={math.floor(100 * found['given_back']) / 100:g}"
+    elif found["empty"] > demands.canary_empty:
+        said = f"finds nothing for {found['empty']:.0%}, more than {demands.canary_empty:.0%} (evaluation.canary_empty)"
+        way_out = f"canary_empty={math.ceil(100 * found['empty']) / 100:g}"
+    elif (
+        demands.canary_slower
+        and before_ms
+        and found["ms"] > max(demands.canary_slower * before_ms, before_ms + _LONGER_MS)
+    ):
+        said = (
+            f"takes {found['ms']:.0f} ms a query where the current release takes {before_ms:.0f}, more than "
+            f"{demands.canary_slower:g} × as long (evaluation.canary_slower): look at serving.beam_width, or use a quiet machine"
+        )
+        way_out = f"canary_slower={math.ceil(10 * found['ms'] / before_ms) / 10:g}"
+    if said:
+        raise GateFailed(
+            f"asked {found['queries']} queries before its publication, the release {said}. Nothing was published. To publish it "
+            f"all the same, set evaluation.{way_out}",
+            figures,
+        )
 
 
 def _twice(recipe: Recipe) -> str:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from catid2_ray.artifacts import history, uses
+from catid2_ray.artifacts import history, trials, uses
 from catid2_ray.artifacts import lease as leases
 from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts import release as releases
@@ -12,9 +12,10 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
+from catid2_ray.artifacts.trials import Shares
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError, FormatError, ReleaseError
-from catid2_ray.on_ray.machine import cluster, preflight, progress, signals
+from catid2_ray.errors import ArtifactError, FormatError, ReleaseError, StorageError
+from catid2_ray.on_ray.machine import cluster, preflight, progress, scarce, signals
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ class Job:
     already, else an ArtifactError names the job to run first. `plan`: the stages that the recipe asks for, in their order, by
     which bars and log lines count them; empty where they are not counted. A stage has the name of the kind that it makes, but for
     "aligned", which makes a generator of a generator. `made` tells which stages ran, `committed` the keys of those that
-    are there, made or found. `previous`: the release that is built on; `pointer`: how often something had been published when
-    the work began, and `seen` how many live changes each release had then. `younger`: how
-    many came since, known once it has published. `new_ledger`: a ledger may be begun anew where that of the previous release
-    cannot be continued.
+    are there, made or found, `proven` the folders whose bytes it knows. `previous`: the release that is built on; `pointer`:
+    how often something had been published when the work began, and `seen` how many live changes each release had then.
+    `younger`: how many came since, known once it has published. `new_ledger`: a ledger may be begun anew where that of the
+    previous release cannot be continued.
     `resize`: numbers that follow the catalogue's size are chosen anew, whatever the release has.
     `refit_encoder`: a fitted text encoder is fitted anew; `refresh_adapter`: so is the adapter. `lease`: that of the store;
     None for a job that only reads or compares. `say`: where the lines of the log go.
@@ -82,6 +83,7 @@ class Job:
     only: frozenset[str] = frozenset(STAGES)
     plan: tuple[str, ...] = ()
     made: list[str] = field(default_factory=list)
+    proven: set[str] = field(default_factory=set)
     committed: dict[str, str] = field(default_factory=dict)
     peak: cluster.PeakMemory | None = None
     previous: PreviousRelease | None = None
@@ -109,6 +111,8 @@ class Job:
         preflight.refuse(recipe, aligns="aligned" in only)
         store = Store(recipe.store)
         store.check()
+        if lease:
+            preflight.check_store(store)
         job = cls(recipe=recipe, store=store, only=frozenset(only), **choices)
         with contextlib.ExitStack() as ends:
             ends.enter_context(signals.stoppable(job.account))
@@ -143,6 +147,15 @@ class Job:
             self.say("changes_to_carry", release=release.name, changes=self.younger)
         return release
 
+    def put_on_trial(self, parts: dict[str, Manifest], shares: Shares) -> Release:
+        """Store these parts as a release, and put it on trial beside the one that is current; see `artifacts.trials`."""
+        self.check_lease()
+        release = releases.keep(self.store, releases.made(self.store, parts))
+        trials.begin(self.store, release.name, shares, seen=self.seen)
+        self.younger = history.younger(self.store, trials.moves(self.store, release.name), release.name)
+        self.say("on_trial", release=release.name, percent=shares.percent, shadow=shares.shadow)
+        return release
+
     def look(self) -> str | None:
         """The name of the release that is current, None where there is none. Keeps `pointer` and `seen`: to be called before the
         catalogue is read."""
@@ -173,6 +186,8 @@ class Job:
                 f"{self.store.uri} holds no {stage} for this recipe: run `python -m jobs.{STAGES[stage].job} --recipe …` first, "
                 "or `jobs.reindex` for the whole chain"
             )
+        for parent in (parents | history).values():
+            self.prove(parent)
         self.check_lease()
         attempt = Attempt(
             self.store, kind, settings=settings, parents=digests, recipe=self.recipe.model_dump(mode="json")
@@ -186,15 +201,27 @@ class Job:
         try:
             with progress.at_position(position):
                 manifest = work(attempt)
-        except BaseException:
-            self.store.delete_folder(attempt.name("exchange"))
+        except BaseException as error:
+            # A store that is away must not take the place of the cause.
+            with contextlib.suppress(StorageError), self.store.impatient():
+                self.store.delete_folder(attempt.name("exchange"))
+            if scarce_error := scarce.named(error, stage):
+                raise scarce_error from error
             raise
         self.made.append(stage)
+        self.proven.add(manifest.folder)
         self.committed[stage] = manifest.key
         self.say(
             "commit", stage=stage, key=manifest.key, digest=manifest.digest[:12], seconds=manifest.metrics["seconds"]
         )
         return manifest
+
+    def prove(self, manifest: Manifest) -> None:
+        """Read an artefact through, if this job neither made it nor did so before; ArtifactError for a file that is not what was
+        committed. What a stage is made of is read anyway."""
+        if manifest.folder not in self.proven:
+            artifact.prove(self.store, manifest)
+            self.proven.add(manifest.folder)
 
     def find(
         self, kind: str, settings: dict, parents: dict[str, Manifest], history: dict[str, Manifest], *, anew: bool

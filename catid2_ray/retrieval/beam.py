@@ -1,13 +1,15 @@
 """Constrained beam search: the best IDs of a batch of queries, in log space, with array operations alone.
 
-Only children of a beam's own trie node are ever candidates, so no invalid ID can appear and nothing is renormalised
-after the constraint. Equal scores are ordered by ID, at the edge of the beam too, so results do not depend on how a
-device breaks ties. Shapes depend on the trie and the widths only; the host waits once, at the end.
+Only children of a beam's own trie node are ever candidates, so no invalid ID can appear. Scores are renormalised over a
+node's children for a generator that was trained so alone (`normalize="trie"`), and never over what a filter leaves. Equal
+scores are ordered by ID, at the edge of the beam too, so results do not depend on how a device breaks ties. Shapes
+depend on the trie and the widths only, but where beams with one way to go are left out, on a CPU; the host waits once, at the end.
 
 B batch, T query tokens, M beams, L levels, K codes (or results), C children of the widest node of a level, N rows.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ from catid2_ray.retrieval.lookahead import Ahead
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.trie_tensors import LiveTensors, TrieTensors, filter_tensors, tensors
 
+NORMALIZE = ("level", "vocabulary", "trie")
 _DEAD = torch.iinfo(torch.int64).min
 
 
@@ -63,19 +66,22 @@ class _Beams(NamedTuple):
 
 def _extend(
     beams: _Beams,
-    step_logp_BMK: Tensor | None,
+    step: "_Step | None",
     arrays: TrieTensors | LiveTensors,
     width: int,
     filters,
     ahead: Ahead | None,
 ) -> _Beams:
-    """The `width` best children of all beams of each query; `filters` as `filter_tensors` gives them. `step_logp_BMK`: None
-    where the generator is not asked."""
+    """The `width` best children of all beams of each query; `filters` as `filter_tensors` gives them. `step`: None where the
+    generator is not asked."""
     level = beams.prefix_BML.shape[-1]
     children = arrays.children(level, beams.place, beams.score_BM > -torch.inf, beams.prefix_BML, filters)
     logp_BMC = near_BMC = None
-    if step_logp_BMK is not None:
-        step_BMC = step_logp_BMK.gather(-1, children.code_BMC)
+    if step is not None:
+        if step.over_children:
+            step_BMC = arrays.renormalized(level, beams.place, children, step.score_BMK)
+        else:
+            step_BMC = step.score_BMK.gather(-1, children.code_BMC)
         if ahead is not None:
             step_BMC = arrays.fair(level, beams.place, children, step_BMC)
         logp_BMC = beams.logp_BM[..., None] + step_BMC
@@ -142,29 +148,66 @@ def _checked_levels(levels: int | None, trie: Trie | LiveView) -> int:
     return int(levels)
 
 
-class _Steps:
-    """What the generator says of each step's codes."""
+class _Step(NamedTuple):
+    """Of every next code of every beam B×M×K: log p, or where the trie's children alone are compared (`over_children`) its
+    logit, and any number for beams that have one way to go."""
 
-    def __init__(self, model, trie: Trie | LiveView, input_ids, attention_mask, normalize: str, memory):
+    score_BMK: Tensor
+    over_children: bool
+
+
+class _Steps:
+    """What the generator says of each step's codes. `levels`: how many the search has."""
+
+    def __init__(self, model, trie: Trie | LiveView, input_ids, attention_mask, normalize: str, memory, levels: int):
         self.decoder, self.normalize = decoder_for(model, codes_per_level=trie.codes_per_level), normalize
+        self.levels, self.slot_BM = levels, None
         ids_BT, mask_BT = checked_queries(input_ids, attention_mask, self.decoder)
         self.batch = len(ids_BT)
         self.memory, self.cache = self.decoder.encode(ids_BT, mask_BT) if memory is None else memory, None
         self.finite = torch.ones((), dtype=torch.bool, device=self.decoder.device)
 
-    def logp(self, level: int, beams: _Beams) -> Tensor:
-        """B×M×K, log p of every next code of every beam."""
+    def ask(self, level: int, beams: _Beams, arrays: TrieTensors | LiveTensors) -> _Step:
+        if self.normalize == "trie" and level and self.decoder.device.type == "cpu":
+            return _Step(self._of_undecided(level, beams, arrays), True)
         prefix_BML = beams.prefix_BML
         code_BM = prefix_BML[..., -1] if level else beams.parent_BM
         hidden_BMD, self.cache = self.decoder.decode_step(level, self.memory, self.cache, beams.parent_BM, code_BM)
         logits_BMK = self.decoder.level_logits(level, hidden_BMD, prefix_BML).float()
+        if self.normalize == "trie":
+            self.finite = self.finite & logits_BMK.isfinite().all()
+            self.slot_BM = torch.zeros_like(beams.parent_BM)
+            return _Step(logits_BMK, True)
         if self.normalize == "level":
             total_BM = logits_BMK.logsumexp(-1)
         else:
             total_BM = self.decoder.log_partition(level, hidden_BMD, prefix_BML).float()
             self.finite = self.finite & ~logits_BMK.isnan().any()
         self.finite = self.finite & total_BM.isfinite().all()
-        return logits_BMK - total_BM[..., None]
+        return _Step(logits_BMK - total_BM[..., None], False)
+
+    def _of_undecided(self, level: int, beams: _Beams, arrays: TrieTensors | LiveTensors) -> Tensor:
+        """B×M×K, the logits of beams with more than one way to the end, 0 of the others: what has one way has P = 1, so the decoder
+        runs without them. A beam with two ways never comes from one with one, so none lacks its past.
+
+        Beams that are asked are moved to the front; the host waits to count them, so a GPU runs all.
+        """
+        prefix_BML = beams.prefix_BML
+        asked_BM = (beams.score_BM > -torch.inf) & ~arrays.decided(level, beams.place, self.levels)
+        logits_BMK = torch.zeros(*asked_BM.shape, self.decoder.codes_per_level[level], device=self.decoder.device)
+        most = int(asked_BM.sum(1).max())
+        if not most:
+            return logits_BMK
+        at_BA = (~asked_BM).byte().argsort(dim=1, stable=True)[:, :most]
+        parent_BA = self.slot_BM.gather(1, beams.parent_BM.gather(1, at_BA))
+        prefix_BAL = prefix_BML.gather(1, at_BA[..., None].expand(-1, -1, level))
+        hidden_BAD, self.cache = self.decoder.decode_step(
+            level, self.memory, self.cache, parent_BA, prefix_BAL[..., -1]
+        )
+        logits_BAK = self.decoder.level_logits(level, hidden_BAD, prefix_BAL).float()
+        self.finite = self.finite & logits_BAK.isfinite().all()
+        self.slot_BM = torch.zeros_like(beams.parent_BM).scatter_(1, at_BA, torch.arange(most).expand_as(at_BA))
+        return logits_BMK.scatter_(1, at_BA[..., None].expand_as(logits_BAK), logits_BAK)
 
     def check(self) -> None:
         if not self.finite:
@@ -185,6 +228,7 @@ def constrained_beam_search(
     normalize: str = "level",
     memory=None,
     ahead: Ahead | None = None,
+    at_level: Callable[[int, Callable[[int], BeamResult]], bool] | None = None,
 ) -> BeamResult:
     """The `top_k` most likely IDs of each query that a beam of `beam_width` (one number, or one per level) finds.
 
@@ -195,9 +239,11 @@ def constrained_beam_search(
     L); P is then that of the prefix. `allowed`: a `Filter`, or bool N over trie rows (of a live view: a `LiveFilter`, or
     bool over base rows and inserted products), or a list of B of these or None; IDs without an allowed row are never
     returned (a range may still hold rows that are not allowed). `normalize`: scores are log-probabilities over the
-    "level"'s codes, as in training, or over the whole "vocabulary", as in `generate` with length_penalty 0; never over
-    the survivors. `ahead`: what chooses and orders beams in place of log P alone (`lookahead.py`); where its weight of log P
-    is 0, `model` and the queries' tokens are not looked at and may be None.
+    "level"'s codes, as in training, over the whole "vocabulary", as in `generate` with length_penalty 0, or over the
+    children of the beam's node in the "trie", for a generator of loss "trie"; never over what a filter leaves.
+    `ahead`: what chooses and orders beams in place of log P alone (`lookahead.py`); where its weight of log P is 0, `model` and
+    the queries' tokens are not looked at and may be None. `at_level`: called after each level but the last with its number
+    and a function, `top_k` → what was found so far; the search ends there where it returns True.
 
     With `beam_width` ≥ number of IDs this is the exact ranking. Fewer results than `top_k` come back when the trie,
     the filter or the last beam has no more. Raises InputError for a width, `top_k` or `levels` that is no whole number
@@ -207,14 +253,14 @@ def constrained_beam_search(
     """
     levels = _checked_levels(levels, trie)
     widths = _checked_widths(beam_width, levels)
-    if not _is_whole(top_k) or top_k < 1 or normalize not in ("level", "vocabulary"):
+    if not _is_whole(top_k) or top_k < 1 or normalize not in NORMALIZE:
         raise InputError(
-            f"top_k must be a whole number ≥ 1 and normalize 'level' or 'vocabulary', found {top_k!r} and {normalize!r}"
+            f"top_k must be a whole number ≥ 1 and normalize one of {', '.join(NORMALIZE)}, found {top_k!r} and {normalize!r}"
         )
     if ahead is not None and not ahead.asks_the_generator:
         steps, batch, device = None, len(ahead.query_BD), ahead.device
     else:
-        steps = _Steps(model, trie, input_ids, attention_mask, normalize, memory)
+        steps = _Steps(model, trie, input_ids, attention_mask, normalize, memory, levels)
         batch, device = steps.batch, steps.decoder.device
     if ahead is not None and len(ahead.query_BD) != batch:
         raise InputError(f"{len(ahead.query_BD)} query vectors for {batch} queries; give one for each")
@@ -224,8 +270,13 @@ def constrained_beam_search(
     nothing_B1 = root_B1.float()
     beams = _Beams(arrays.root(batch), nothing_B1, nothing_B1, nothing_B1, root_B1, root_B1[..., None][..., :0])
     for level in range(levels):
-        step_logp_BMK = None if steps is None else steps.logp(level, beams)
-        beams = _extend(beams, step_logp_BMK, arrays, widths[level], filters, ahead)
+        step = None if steps is None else steps.ask(level, beams, arrays)
+        beams = _extend(beams, step, arrays, widths[level], filters, ahead)
+        if at_level is not None and level + 1 < levels:
+            if device.type != "cpu":
+                torch.cuda.synchronize(device)  # else only what was asked for has been done
+            if at_level(level + 1, functools.partial(_result, beams, arrays, ahead=ahead)):
+                break
     if steps is not None:
         steps.check()
     return _result(beams, arrays, top_k, ahead)

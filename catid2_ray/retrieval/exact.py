@@ -86,13 +86,18 @@ def _scored(block: _Block, decoder: Decoder, trie: Trie, memory, normalize: str)
     prefix_BML = of_all(trie.prefixes(level, block.node_M))
     hidden_BMD, cache = decoder.decode_step(level, memory, block.cache, of_all(block.parent_M), of_all(block.code_M))
     logits_BMK = decoder.level_logits(level, hidden_BMD, prefix_BML).float()
-    total_BM = logits_BMK.logsumexp(-1)
-    if normalize == "vocabulary":
-        total_BM = decoder.log_partition(level, hidden_BMD, prefix_BML).float()
-    if not total_BM.isfinite().all() or logits_BMK.isnan().any():
-        raise InputError("the model gives NaN or infinite logits; export it again, or serve it in float32")
     children = trie.children(level, block.node_M)
     parent_C, code_C = (torch.from_numpy(part).to(device) for part in (children.parent_index, children.token))
+    if normalize == "vocabulary":
+        total_BM = decoder.log_partition(level, hidden_BMD, prefix_BML).float()
+    elif normalize == "trie":
+        valid_MK = torch.zeros(logits_BMK.shape[1:], dtype=torch.bool, device=device)
+        valid_MK[parent_C.long(), code_C.long()] = True
+        total_BM = logits_BMK.masked_fill(~valid_MK, -torch.inf).logsumexp(-1)
+    else:
+        total_BM = logits_BMK.logsumexp(-1)
+    if not total_BM.isfinite().all() or logits_BMK.isnan().any():
+        raise InputError("the model gives NaN or infinite logits; export it again, or serve it in float32")
     step_BC = logits_BMK[:, parent_C, code_C] - total_BM[:, parent_C]
     below = _Block(
         level + 1, children.child, children.parent_index, children.token, block.logp_BM[:, parent_C] + step_BC, cache

@@ -350,6 +350,11 @@ class Later:
         row_X, last_X = np.unique(row_M[::-1], return_index=True)
         return cls(row_X, values.take(pa.array(len(row_M) - 1 - last_X)))
 
+    def value(self, row: int, before):
+        """What the row got, `before` where it got nothing."""
+        at = int(np.searchsorted(self.row_X, row))
+        return self.values[at].as_py() if at < len(self.row_X) and self.row_X[at] == row else before
+
     def below(self, end: int) -> "Later":
         """Of the rows below `end` alone."""
         count = int(np.searchsorted(self.row_X, end))

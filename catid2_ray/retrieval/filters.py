@@ -231,6 +231,7 @@ class FilterIndex:
         if table.num_rows >= 2**31:
             raise InputError(f"a filter holds fewer than 2^31 rows, found {table.num_rows}")
         self.rows, self.product_column, self.kept = table.num_rows, product_column, kept
+        self.table = table  # as given: of a release it is mapped, so it costs no memory
         self.columns: dict[str, Column] = {
             name: column_of(name, table[name], products=name == product_column) for name in table.column_names
         }

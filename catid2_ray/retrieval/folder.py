@@ -52,8 +52,8 @@ def opened(
 ) -> dict:  # fmt: skip
     """The arguments of a `Retriever`. `normalize` and `weights` win over what the release says; `dtype`: of the model.
 
-    Raises ArtifactError for files that are missing or damaged, ReleaseError for parts of different releases, InputError for
-    int8 weights on another device than the CPU.
+    Raises ArtifactError for files that are missing or damaged, ReleaseError for parts of different releases and for scores that
+    the generator was not taught, InputError for int8 weights on another device than the CPU.
     """
     folder, settings = Path(folder), settings_of(folder)
     weights = weights or settings.get("weights", "float32")
@@ -65,12 +65,13 @@ def opened(
         model, tokenizer = load_to_search(folder / "generator")
         codes_per_level = tuple(settings["codes_per_level"])
         products = _products(folder)
+        normalize = _matched(normalize or settings.get("normalize", "level"), settings.get("loss", "level"))
         expansion = settings.get("expansion")
         expansion = None if expansion is None else Expansion(**expansion)
         ahead = settings["lookahead"] if settings.get("search") == "lookahead" else None
         ahead = None if ahead is None else Lookahead(**ahead)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, (ArtifactError, InputError)):
+        if isinstance(error, (ArtifactError, InputError, ReleaseError)):
             raise
         raise _unreadable(folder, error) from error
     trie = Trie.open(folder / "trie")
@@ -94,10 +95,21 @@ def opened(
         "encode_query": encode_query,
         "adapter": adapter,
         "query_tokens": settings.get("query_tokens", 32),
-        "normalize": normalize or settings.get("normalize", "level"),
+        "normalize": normalize,
         "weights": weights,
         "release": settings.get("release", ""),
     }
+
+
+def _matched(normalize: str, loss: str) -> str:
+    """`normalize`, where a generator of this loss was taught to mean it."""
+    if (normalize == "trie") != (loss == "trie"):
+        taught = "trie" if loss == "trie" else "level or vocabulary"
+        raise ReleaseError(
+            f"the release's generator was trained with loss {loss}, which is searched with normalize {taught}, found {normalize}: "
+            f"leave normalize out, or train with generator.loss {'trie' if normalize == 'trie' else 'level'}"
+        )
+    return normalize
 
 
 def _products(folder: Path) -> Products:

@@ -7,6 +7,7 @@ is a view (`live_view.py`).
 N rows of the base, D inserted products, L levels, M rows of one change.
 """
 
+import copy
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -149,6 +150,13 @@ class LiveTrie:
             if len(self.inserted) > 2 * self._counted + _SPARE:
                 self._compact()
             return [self.view.rows - len(rows) + i for i in range(len(rows))]
+
+    def copy(self) -> "LiveTrie":
+        """The same state, which takes changes of its own."""
+        with self._lock:
+            other = copy.copy(self)
+            other.inserted, other._row_of, other._lock = list(self.inserted), dict(self._row_of), threading.Lock()
+            return other
 
     def state(self) -> dict[str, pa.Table]:
         """The net state of all changes since the release: tables "newcomers" (product_id, codes, live, and as the release has

@@ -152,6 +152,19 @@ class LiveFilterIndex:
             name: merged(column.blocks) for name, column in self.index.columns.items() if isinstance(column, Overlaid)
         }
 
+    def values_of(self, row: int) -> dict:
+        """The columns of one row (base, then inserted) as they are now, but for that of product ids; None for a missing value."""
+        first, values = 0, {}
+        for part in (self.index, *(block.index for block in self._blocks)):
+            if first <= row < first + part.rows:
+                for name in self.index.types.keys() - {self.index.product_column}:
+                    value, column = part.table[name][row - first].as_py(), part.columns[name]
+                    for later in column.blocks if isinstance(column, Overlaid) else ():
+                        value = later.value(row - first, value)
+                    values[name] = value
+            first += part.rows
+        return values
+
     def most_common(self, column: str, rows: np.ndarray, most: int) -> list[tuple[list[str], int]]:
         """The `most` commonest lists in a column of lists of strings among `rows` (base, then inserted), with their numbers
         of rows, commonest first; none for other columns."""

@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.retrieval.beam import BeamResult
 from catid2_ray.retrieval.expansion import DENSE, expand, rescore
 from catid2_ray.retrieval.live_view import LiveView, result_rows
 from catid2_ray.retrieval.products import Products
+
+# Products that are scored where a search ends early, some 20 ms: below the beams of the first levels lies much of a catalogue.
+MOST_BELOW = 100_000
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,16 @@ class Expansion:
         if self.lexical_weight:
             terms["BM25"] = self.lexical_weight * hit.lexical
         return {"path": hit.score - sum(terms.values()), **terms}
+
+
+def first_beams(result: BeamResult, *, most: int = MOST_BELOW) -> BeamResult:
+    """Of each query the best beams that together hold at most `most` products, and always the best one."""
+    size_BK = sum(range_BK2[..., 1] - range_BK2[..., 0] for range_BK2 in _ranges(result)).cumsum(1)
+    return result._replace(count_B=(size_BK <= most).sum(1).clamp(min=1).minimum(result.count_B))
+
+
+def _ranges(result: BeamResult) -> list[Tensor]:
+    return [one for one in (result.row_range_BK2, result.inserted_range_BK2) if one is not None]
 
 
 def beam_hits(

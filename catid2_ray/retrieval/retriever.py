@@ -6,9 +6,10 @@ its node is near. Products may be inserted, withdrawn and restored while queries
 A k wider than the beam widens the beam, but where products are re-scored: there k is a cut of the candidates.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ from catid2_ray.retrieval.live_view import LiveView, filters_for
 from catid2_ray.retrieval.lookahead import Ahead, Lookahead, best_words
 from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import Newcomer, ProductNames, Products, arrow_strings
-from catid2_ray.retrieval.rescoring import Expansion, Hit, beam_hits, expanded_hits
+from catid2_ray.retrieval.rescoring import Expansion, Hit, beam_hits, expanded_hits, first_beams
 from catid2_ray.retrieval.trie import Trie
 from catid2_ray.scripts import says_something
 
@@ -42,6 +43,17 @@ class Adapter(Protocol):
     def queries(self, vector_ND) -> np.ndarray: ...
 
     def products(self, vector_ND) -> np.ndarray: ...
+
+
+class Soft(NamedTuple):
+    """Queries that need not wait for the end of the search: each is answered from the level that is reached when its time is over.
+
+    `deadlines`: times of `clock`, None for a query that waits. `answered` gets the number of such a query, its products and the
+    levels searched, as soon as they are known."""
+
+    deadlines: Sequence[float | None]
+    answered: Callable[[int, list[Hit], int], None]
+    clock: Callable[[], float] = time.monotonic
 
 
 class Retriever:
@@ -152,13 +164,13 @@ class Retriever:
 
     def retrieve(
         self, queries: Sequence[str], *, k: int, filters: Sequence | None = None, allowed=None,
-        beam_width: int | None = None,
+        beam_width: int | None = None, soft: Soft | None = None,
     ) -> list[list[Hit]]:  # fmt: skip
         """At most `k` products per query, best first.
 
         `filters`: a JSON expression, or None, for each query. `allowed`, instead: a `Filter` or bool per trie row for all of
-        them. `beam_width`: at every level, in place of the release's. Raises QueryError when any query, filter or k cannot be
-        answered.
+        them. `beam_width`: at every level, in place of the release's. `soft`: answer some queries early, by `hurried`; it has no
+        effect where that is None. Raises QueryError when any query, filter or k cannot be answered.
         """
         for query in queries:
             self.check(query, k=k)
@@ -180,7 +192,8 @@ class Retriever:
             size = max(1, min(size, _SCORES // view.rows))
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
-            answers += self._answers(list(queries[part]), view, products, k, chosen[part], widths)
+            early = None if soft is None or self.hurried is None else _of_part(soft, part)
+            answers += self._answers(list(queries[part]), view, products, k, chosen[part], widths, early)
         return answers
 
     def why_fewer(self, found: int, *, k: int, expression=None) -> Literal["search", "catalogue"] | None:
@@ -199,30 +212,52 @@ class Retriever:
         """Beams at each level that is searched, for `k` products; `beam_width`: in place of the release's."""
         return [max(beam_width or width, self._needed(k)) for width in self.widths[: self.levels]]
 
+    @property
+    def hurried(self) -> Expansion | None:
+        """How products below the beams of a level are ranked when the search ends there: as the release re-scores, else by their
+        vectors alone; None where it has no vectors."""
+        vectors = self.products.base_vectors
+        if vectors is None or (self.expansion and self.expansion.dense != "none"):
+            return self.expansion if vectors is not None else None
+        return Expansion(a=0.0, dense="dot", unit_vectors=vectors.normalized) if self.lookahead else None
+
     def _answers(
-        self, queries: list[str], view: LiveView, products: Products, k: int, allowed, widths
+        self, queries: list[str], view: LiveView, products: Products, k: int, allowed, widths, soft: Soft | None = None
     ) -> list[list[Hit]]:
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
+        early: dict[int, list[Hit]] = {}
+
+        def ranked(result: BeamResult, rows: list[int], settings: Expansion) -> list[list[Hit]]:
+            vector_BD = query_BD if query_BD is None else query_BD[rows]
+            if vector_BD is not None and settings.unit_vectors:
+                vector_BD = torch.nn.functional.normalize(vector_BD, dim=-1)
+            return expanded_hits(
+                BeamResult(*(None if one is None else one[rows] for one in result)), view, products, settings,
+                queries=[queries[row] for row in rows], query_BD=vector_BD, k=k, allowed=[allowed[row] for row in rows],
+                asked=self._asks,
+            )  # fmt: skip
+
+        def at_level(level: int, found: Callable[[int], BeamResult]) -> bool:
+            now = soft.clock()
+            late = [row for row, until in enumerate(soft.deadlines) if until is not None and until <= now]
+            if late := [row for row in late if row not in early]:
+                early.update(zip(late, ranked(first_beams(found(widths[level - 1])), late, self.hurried)))
+                for row in late:
+                    soft.answered(row, early[row], level)
+            return len(early) == len(queries)
+
         result = constrained_beam_search(
             self.decoder, view, ids_BT, mask_BT, beam_width=widths, top_k=widths[-1] if self.expansion else k,
             allowed=allowed, normalize=self.normalize, levels=self.levels, memory=memory,
-            ahead=self._ahead(queries, query_BD, view, products, allowed),
+            ahead=self._ahead(queries, query_BD, view, products, allowed), at_level=None if soft is None else at_level,
         )  # fmt: skip
+        if len(early) == len(queries):
+            return [early[row] for row in range(len(queries))]
         if self.expansion is None:
-            return beam_hits(result, view, products, k=k, allowed=allowed, asked=self._asks)
-        if query_BD is not None and self.expansion.unit_vectors:
-            query_BD = torch.nn.functional.normalize(query_BD, dim=-1)
-        return expanded_hits(
-            result,
-            view,
-            products,
-            self.expansion,
-            queries=queries,
-            query_BD=query_BD,
-            k=k,
-            allowed=allowed,
-            asked=self._asks,
-        )
+            hits = beam_hits(result, view, products, k=k, allowed=allowed, asked=self._asks)
+        else:
+            hits = ranked(result, list(range(len(queries))), self.expansion)
+        return [early.get(row, mine) for row, mine in enumerate(hits)]
 
     @property
     def _asks(self) -> bool:
@@ -263,12 +298,13 @@ class Retriever:
 
     def searched(
         self, queries: Sequence[str], *, widths: Sequence[int], levels: int | None = None, top_k: int, allowed=None,
-        scored_as: Sequence | None = None, view: LiveView | None = None,
+        scored_as: Sequence | None = None, view: LiveView | None = None, at_level: Callable | None = None,
     ) -> BeamResult:  # fmt: skip
         """What the release's search finds with other widths, one per level, before products are taken of it: IDs, or where
         `levels` (None: as released) ends it earlier, prefixes. `allowed`: as `retrieve` takes it. `scored_as`: other
         filters, one per query or None, whose products' best words count below a node; `allowed` then only leaves prefixes out.
-        `view`: a state of the products that the filters are of, in place of that of now."""
+        `view`: a state of the products that the filters are of, in place of that of now. `at_level`: as
+        `constrained_beam_search` takes it."""
         queries, view = list(queries), view or self.live.view
         ids_BT, mask_BT, memory, query_BD = self._asked(queries)
         chosen = filters_for(allowed, view, len(queries))
@@ -279,6 +315,7 @@ class Retriever:
                 queries, query_BD, view, view.products,
                 chosen if scored_as is None else filters_for(scored_as, view, len(queries)),
             ),
+            at_level=at_level,
         )  # fmt: skip
 
     def rescored(
@@ -375,3 +412,11 @@ class Retriever:
             dense_BE = None if self.encode_query else getattr(self._encoded([title])[2], "dense_BE", None)
             vectors.append(np.asarray(self._vectors([title], dense_BE, of="products")[0], np.float32))
         return np.stack(vectors)
+
+
+def _of_part(soft: Soft, part: slice) -> Soft:
+    """For some of the queries, which are then numbered from 0 on."""
+    return soft._replace(
+        deadlines=soft.deadlines[part],
+        answered=lambda row, hits, levels: soft.answered(part.start + row, hits, levels),
+    )

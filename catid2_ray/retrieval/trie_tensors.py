@@ -111,6 +111,26 @@ class TrieTensors:
         """`step_BMC` as it is: the generator has learnt all nodes. See `LiveTensors.fair`."""
         return step_BMC
 
+    def renormalized(self, level: int, place: tuple[Tensor], children: Children, logits_BMK: Tensor) -> Tensor:
+        """B×M×C, log p of each child among *all* children that its node has in the trie, whatever a filter leaves of them."""
+        return logits_BMK.gather(-1, children.code_BMC) - self.partition(level, place[0], logits_BMK)
+
+    def partition(self, level: int, node_BM: Tensor, logits_BMK: Tensor) -> Tensor:
+        """B×M×1, log Σ exp over the children of nodes of depth `level`."""
+        own = self.children(level, (node_BM,), torch.ones_like(node_BM, dtype=torch.bool), None, None)
+        logit_BMC = logits_BMK.gather(-1, own.code_BMC).masked_fill(~own.live_BMC, -torch.inf)
+        return logit_BMC.logsumexp(-1, keepdim=True)
+
+    def decided(self, level: int, place: tuple[Tensor], levels: int) -> Tensor:
+        """bool B×M: whether the trie has one way from a node of depth `level` down to depth `levels`."""
+        (node_BM,) = place
+        decided_BM = torch.ones_like(node_BM, dtype=torch.bool)
+        for depth in range(level, levels):
+            start_BM = self.child_start[depth].at(node_BM)
+            decided_BM &= self.child_start[depth].at(node_BM + 1) - start_BM == 1
+            node_BM = start_BM
+        return decided_BM
+
     def kept(self, level: int, children: Children, index_BW: Tensor, code_BW: Tensor) -> tuple[Tensor]:
         """The places of the children at `index_BW` (0 … M·C − 1)."""
         return (children.rank_BMC.flatten(1).gather(1, index_BW),)
@@ -181,15 +201,35 @@ class LiveTensors:
     def fair(self, level: int, place, children: Children, step_BMC: Tensor) -> Tensor:
         """log p of each child given its beam, at least log 1 / (C + 1) for a node that the trie lacks, where its parent has C
         children in the trie: the generator has never met such a node, so its own word would bury what came since."""
-        (node_BM, inner_BM), (base_BMC, mine) = place, children.rest
-        # A node of the trie whose rows are all withdrawn is known by its twin.
+        return torch.maximum(step_BMC, self._shares(level, self._released(level, place), children))
+
+    def _released(self, level: int, place) -> Tensor:
+        """int64 B×M, the node of the release's trie, −1 where it has none; one whose rows are all withdrawn by its twin."""
+        node_BM, inner_BM = place
         twin_BM = _taken(self.twin[level], inner_BM.clamp(min=0)).masked_fill(inner_BM < 0, -1)
-        node_BM = torch.where(node_BM >= 0, node_BM, twin_BM)
+        return torch.where(node_BM >= 0, node_BM, twin_BM)
+
+    def _shares(self, level: int, node_BM: Tensor, children: Children) -> Tensor:
+        """B×M×C: log 1 / (C + 1) of the children that the trie lacks, −inf of the others; `node_BM`: as of `_released`."""
+        base_BMC, mine = children.rest
         first_BM, end_BM = (self.base.child_start[level].at(node_BM.clamp(min=0) + i) for i in (0, 1))
         share_BM = -torch.log1p(((end_BM - first_BM) * (node_BM >= 0)).float())
         new_BMC = _taken(self.twin[level + 1], mine.child_BMC) < 0
-        floor_BMC = torch.where(new_BMC, share_BM[..., None], -torch.inf)
-        return torch.maximum(step_BMC, torch.nn.functional.pad(floor_BMC, (base_BMC.shape[2], 0), value=-torch.inf))
+        share_BMC = torch.where(new_BMC, share_BM[..., None], -torch.inf)
+        return torch.nn.functional.pad(share_BMC, (base_BMC.shape[2], 0), value=-torch.inf)
+
+    def renormalized(self, level: int, place, children: Children, logits_BMK: Tensor) -> Tensor:
+        """As TrieTensors.renormalized, over the release's children. A child that the release lacks has log 1 / (C + 1), as it
+        would be one more: the generator was never told what its logit is worth."""
+        node_BM = self._released(level, place)
+        share_BMC = self._shares(level, node_BM, children)
+        total_BM1 = self.base.partition(level, node_BM.clamp(min=0), logits_BMK)
+        return torch.where(share_BMC > -torch.inf, share_BMC, logits_BMK.gather(-1, children.code_BMC) - total_BM1)
+
+    def decided(self, level: int, place, levels: int) -> Tensor:
+        """As TrieTensors.decided, in the release: shares of newcomers ask for no logit."""
+        node_BM = self._released(level, place)
+        return (node_BM < 0) | self.base.decided(level, (node_BM.clamp(min=0),), levels)
 
     def kept(self, level: int, children: Children, index_BW: Tensor, code_BW: Tensor) -> tuple[Tensor, Tensor]:
         base_BMC, mine = children.rest
@@ -229,3 +269,18 @@ def tensors(trie: Trie | LiveView, device: torch.device) -> TrieTensors | LiveTe
     if device not in cached:
         cached[device] = (LiveTensors if live else TrieTensors)(trie, device)
     return cached[device]
+
+
+def continuations(trie: Trie, codes_BL: Tensor) -> list[Tensor]:
+    """Per level bool B×K_l: the codes that IDs of the trie have after the first l codes of each row, an ID of the trie."""
+    arrays = tensors(trie, codes_BL.device)
+    place, alive_B1, valid = arrays.root(len(codes_BL)), torch.ones_like(codes_BL[:, :1], dtype=torch.bool), []
+    for level, codes in enumerate(trie.codes_per_level):
+        children = arrays.children(level, place, alive_B1, None, None)
+        code_BC, live_BC = children.code_BMC[:, 0], children.live_BMC[:, 0]
+        valid_BK = torch.zeros(len(code_BC), codes + 1, dtype=torch.bool, device=code_BC.device)
+        # What is no child is written beside the codes.
+        valid.append(valid_BK.scatter_(1, torch.where(live_BC, code_BC, codes), True)[:, :codes])
+        at_B1 = (live_BC & (code_BC == codes_BL[:, level, None])).byte().argmax(1, keepdim=True)
+        place = arrays.kept(level, children, at_B1, codes_BL[:, level, None])
+    return valid

@@ -1,5 +1,4 @@
-"""The full path, once: tables in S3 → reindex → release in S3 → the same products over HTTP, the command line and a rerun; and
-under load by one replica more."""
+"""The full path, once: tables in S3 → reindex → release in S3 → the same products over HTTP, the command line and a rerun."""
 
 import concurrent.futures
 import json
@@ -7,13 +6,11 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
 import pyarrow.parquet as pq
 import pytest
-from ray import serve
 from transformers import T5ForConditionalGeneration
 
 from catid2_ray.artifacts import release as releases
@@ -21,13 +18,10 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.on_ray.commands import reindex
 from catid2_ray.on_ray.machine import cluster
-from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica
 from tests.command import ROOT, job_here, kill_tree, run, run_here
 from tests.in_process import without_ray
 
 pytestmark = pytest.mark.cluster
-FAST = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1, "metrics_interval_s": 0.5,
-        "look_back_period_s": 2}  # fmt: skip
 
 
 def test_figures_have_the_promised_keys_and_ids_are_unique(released):
@@ -250,44 +244,3 @@ def test_products_come_and_go_while_it_serves(released, server):
     assert "n1" in shown.stdout and "dense" in shown.stdout and "BM25" in shown.stdout, shown.stderr
     assert post("withdraw", {"product_ids": ["n1"]})[0] == 200 and post("retrieve", asked)[1]["products"] == []
     assert post("restore", {"product_ids": ["n1"]})[0] == 200 and len(post("retrieve", asked)[1]["products"]) == 1
-
-
-def replicas() -> int:
-    deployment = serve.status().applications["catid2"].deployments["Retriever"]
-    return sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
-
-
-@pytest.mark.slow
-def test_replicas_go_from_one_to_two(released, shared_ray):
-    """Every answer stays an answer."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        settings = AppSettings(store=released["store"])
-        # Ray may have been running before the server of S3 that this release lies in.
-        surroundings = {"num_cpus": 1, "runtime_env": {"env_vars": released["env"]}}
-        deployment = RetrieverReplica.options(autoscaling_config=FAST, ray_actor_options=surroundings)
-        serve.run(deployment.bind(settings), name="catid2")
-        assert replicas() == 1
-        stop, url = threading.Event(), f"http://127.0.0.1:{port}/v1/retrieve"
-
-        def ask() -> set[int]:
-            codes = set()
-            while not stop.is_set():
-                codes.add(httpx.post(url, json={"query": "oak shelf", "k": 5}, timeout=60).status_code)
-            return codes
-
-        with concurrent.futures.ThreadPoolExecutor(12) as pool:
-            askers = [pool.submit(ask) for _ in range(12)]
-            deadline = time.monotonic() + 300  # the machine is shared, and the askers take their part of it
-            while replicas() < 2 and time.monotonic() < deadline:
-                time.sleep(1)
-            grown = replicas()
-            stop.set()
-            codes = set().union(*(asker.result(timeout=90) for asker in askers))
-        assert grown == 2
-        assert codes == {200}
-    finally:
-        serve.shutdown()

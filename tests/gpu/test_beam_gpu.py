@@ -18,7 +18,7 @@ from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.vectors import VectorStore
 from tests.unit.retrieval.test_beam import model_for, random_ids, random_queries
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 CODES = (24, 300, 16)
 

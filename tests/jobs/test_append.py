@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts import trials
 from catid2_ray.artifacts.store import Store
+from catid2_ray.artifacts.trials import Shares
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
 from catid2_ray.errors import CommitConflict, LeaseError, QualityGateError, RecipeError, ReleaseError
@@ -85,8 +87,10 @@ def test_appended_products_are_served_by_the_old_generator(copied):
         append(job)
     assert job.made == [] and releases.current(Store(strict.store)).name == first.release.name
     recipe = recipe_of(folder / "shop", folder / "store")
-    outcome = append_items(recipe)
-    store = Store(recipe.store)
+    store, outcome = Store(recipe.store), append_items(recipe, trial=Shares(5))
+    assert releases.current(store).name == first.release.name
+    assert trials.running(store).release == outcome.release.name
+    trials.promote(store)
     before, after = ids_of(store, first.parts["ids"]), ids_of(store, outcome.parts["ids"])
     gone, new = set(before) - set(after), set(after) - set(before)
     assert len(gone) == 10 and len(new) == 30

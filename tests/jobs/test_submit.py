@@ -4,6 +4,7 @@ The IDs' first tokens are categories and their last are counted (hi_gen); a caus
 """
 
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -92,6 +93,14 @@ def test_reindex_is_submitted_and_a_stage_that_cannot_run(head, tiny, tmp_path):
     assert "data:image/png;base64," in (tmp_path / "ids.html").read_text()
     again = job_here("assign_ids", "--recipe", recipe)
     assert again.returncode == 0 and "artifacts/ids/" in again.stdout, (again.stdout + again.stderr)[-3000:]
+    environment, address = head
+    for other in ({"RAY_AUTH_TOKEN": secrets.token_hex(32)}, {"RAY_AUTH_MODE": "disabled"}):
+        refused = submit((environment | other, address), "python", "-c", "print('it ran')")
+        shown = refused.stdout + refused.stderr
+        assert refused.returncode != 0 and re.search("(?i)unauthorized|authentication token|401|403", shown), shown[
+            -2000:
+        ]
+        assert "it ran" not in refused.stdout
     wrong = submit(head, "python", "-m", "jobs.train_quantizer", "--recipe", str(recipe), "--set", "seed=1",
                    "--set", "catalog.rows_per_part=60")  # fmt: skip
     assert wrong.returncode != 0 and "jobs.embed_catalog" in wrong.stdout + wrong.stderr

@@ -156,7 +156,7 @@ def test_other_parts_give_the_same_ids(world, tmp_path):
     assert ids_of(other, assigned(other, found)) == ids_of(recipe, assigned(recipe, parts))
 
 
-def test_a_region_larger_than_a_worker_may_hold_is_refused_with_the_numbers(world, tmp_path):
+def test_a_region_larger_than_a_worker_may_hold_is_refused_or_placed_in_turns(world, tmp_path):
     crowded = products(1100, seed=5)
     vectors = np.ones((1100, WIDTH), np.float32) + np.arange(1100, dtype=np.float32)[:, None] * 1e-6
     crowded = crowded.set_column(2, "embedding", fixed_lists(vectors, pa.float32()))
@@ -164,8 +164,19 @@ def test_a_region_larger_than_a_worker_may_hold_is_refused_with_the_numbers(worl
     recipe = recipe_of(tmp_path, refit=False)
     parts = parts_of(recipe, "embeddings")
     shutil.copytree(f"{world[1].store}/artifacts/quantizer", f"{recipe.store}/artifacts/quantizer")
-    with pytest.raises(CapacityError, match=r"1100 products whose IDs begin with \[.*\] .*ids.bucket_rows 1000\)"):
-        assigned(recipe, parts | {"quantizer": world[2]["quantizer"]})
+    parts["quantizer"] = world[2]["quantizer"]
+    refused = r"1100 products whose IDs begin with \[.*\] .*ids.bucket_rows 1000\): set ids.turn_rows"
+    with pytest.raises(CapacityError, match=refused):
+        assigned(recipe, parts)
+    found = []
+    for bucket_rows, rows_per_part in ((1000, 700), (5000, 200)):
+        other = recipe_of(
+            tmp_path, refit=False, rows_per_part=rows_per_part, ids={"turn_rows": 1000, "bucket_rows": bucket_rows}
+        )
+        manifest = assigned(other, parts_of(other, "embeddings") | {"quantizer": world[2]["quantizer"]})
+        found.append(ids_of(other, manifest))
+        assert len(set(found[-1].values())) == 1100 and manifest.metrics["resolution"]["overflowed"] > 0
+    assert found[0] == found[1]
 
 
 def test_other_modes_equal_one_call(world):

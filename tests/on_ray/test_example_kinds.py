@@ -12,18 +12,23 @@ from transformers import AutoTokenizer
 from catid2_ray.artifacts.manifest import Attempt
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
+from catid2_ray.catalog.text import LsaEncoder
 from catid2_ray.config import EXAMPLE_KINDS, Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, RecipeError
+from catid2_ray.hashing import hash_of_text, uniform
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
-from catid2_ray.on_ray.stages import catalog, examples, recent, validation
+from catid2_ray.on_ray.machine.vectors import ProductVectors
+from catid2_ray.on_ray.stages import catalog, examples, recent, teacher, validation
 from catid2_ray.on_ray.stages.train_generator import GeneratorTask
 from catid2_ray.retrieval.trie import Trie
+from tests.oracles import teacher as oracle
 from tests.oracles.examples import epochs_of, user_tokens
 from tests.unit.generator.test_doc2query import save_tiny_doc2query
 
 SPACE = DocidSpace((6, 6, 6))
-MIX = {"query": 1.0, "title": 0.5, "span": 0.25, "user": 0.5, "synthetic": 0.1}
+MIX = {"query": 1.0, "title": 0.5, "span": 0.25, "user": 0.5, "synthetic": 0.1, "teacher": 0.3}
+STAGES_OF_PARTS = (catalog, examples, recent, teacher)  # modules that work part by part
 
 
 def serially(handler, arguments, specs, **_):
@@ -60,7 +65,7 @@ def made(tmp_path_factory):
                 "new_rows": "mean",
                 "vocabulary": 400, "min_relevance": 2, "relevance_weights": {2: 0.5, 3: 1.0}, "mix": MIX, "query_tokens": 10,
                 "user_tokens": 4, "user_recent": 2, "span_tokens": 6, "span_windows": 2, "doc2query_per_product": 2,
-                "doc2query": save_tiny_doc2query(folder / "doc2query"),
+                "doc2query": save_tiny_doc2query(folder / "doc2query"), "teacher_draws": 3,
             },
         }
     )  # fmt: skip
@@ -71,14 +76,17 @@ def made(tmp_path_factory):
         return Attempt(store, kind, settings={}, parents={}, recipe={})
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (catalog, examples, recent):
+        for module in STAGES_OF_PARTS:
             patch.setattr(module, "map_parts", serially)
         products = catalog._make_products(job, attempt("catalog"), None)
         pairs = catalog._make_pairs(job, attempt("pairs"), products)
         ids = write_ids(store, attempt("ids"), products)
-        parents = {"catalog": products, "pairs": pairs, "ids": ids}
+        embeddings, encoder = write_embeddings(store, attempt("embeddings"), products, folder / "encoder")
+        parents = {"catalog": products, "pairs": pairs, "ids": ids, "embeddings": embeddings}
         written = examples._make(job, attempt("examples"), parents)
-    return SimpleNamespace(recipe=recipe, store=store, **parents, parents=parents, examples=written, job=job)
+    return SimpleNamespace(
+        recipe=recipe, store=store, **parents, parents=parents, examples=written, job=job, encoder=encoder
+    )
 
 
 def write_ids(store, attempt, products):
@@ -90,6 +98,20 @@ def write_ids(store, attempt, products):
         table = pa.table({"product_id": names, "codes": fixed_lists(codes, pa.int32())})
         files.append({**store.write_table(attempt.name(entry["name"]), table), "part": entry["part"]})
     return attempt.commit(files, metrics={"codes_per_level": list(SPACE.codes_per_level)})
+
+
+def write_embeddings(store, attempt, products, folder):
+    """The titles' vectors by an encoder fitted to them, which lies beside them."""
+    tables = {e["name"]: store.read_table(products.file(e["name"]), columns=["title"]) for e in products.parts()}
+    titles = [title for table in tables.values() for title in table["title"].to_pylist()]
+    encoder = LsaEncoder.fit(titles, width=8, vocabulary=500, seed=0)
+    encoder.save(folder)
+    files = store.upload(folder, attempt.name("encoder"))
+    for entry in products.parts():
+        vector_ND = encoder.encode(tables[entry["name"]]["title"].to_pylist())
+        table = pa.table({"embedding": fixed_lists(vector_ND, pa.float32())})
+        files.append({**store.write_table(attempt.name(entry["name"]), table), "part": entry["part"]})
+    return attempt.commit(files, metrics={"width": 8}), encoder
 
 
 def read_all(made, manifest, prefix="part-"):
@@ -172,12 +194,63 @@ def test_spans_and_synthetic_queries_meet_their_ids(made):
     assert synthetic == 2 * 90 and rows_of(made, "synthetic").total() > 90
 
 
+def taught_by_oracle(made, *, draws=3):
+    """What a teacher's examples should be, query by query."""
+    tokenizer, codes = tokenizer_of(made), ids_of(made)
+    products, pairs = read_all(made, made.catalog), Counter(row["query"] for row in teaching(made))
+    vector_ND, expected = made.encoder.encode(products["title"].to_pylist()), Counter()
+    for text, count in pairs.items():
+        best = oracle.nearest(made.encoder.encode([text]) @ vector_ND.T, 64)[0]
+        share_M = oracle.shares([-score for score, _ in best], 0.05)
+        offset = float(uniform(hash_of_text(np.array([text])), 5, 10)[0])
+        for place in oracle.draws(share_M, count * draws, offset):
+            target = tuple(codes[products["product_id"][best[place][1]].as_py()])
+            tokens = tokenizer(text, max_length=10, truncation=True)["input_ids"]
+            expected[tuple(tokens), target, 1.0] += 1
+    return expected
+
+
+def test_a_teacher_names_the_nearest_products(made):
+    expected, taught = taught_by_oracle(made), rows_of(made, "teacher")
+    assert taught.total() == expected.total() == 3 * len(teaching(made)) > 90
+    # A point on the edge between two products may fall to either.
+    assert (taught - expected).total() <= 0.01 * taught.total()
+    titles = {row[1] for row in rows_of(made, "title")}
+    assert {row[1] for row in taught} <= titles and len({row[1] for row in taught}) > 20
+
+
+def test_few_of_many_queries_are_taught_group_by_group(made, monkeypatch):
+    monkeypatch.setattr(teacher, "map_parts", serially)
+    monkeypatch.setattr(teacher, "_GROUP", 5)
+    specs, texts = catalog.part_specs(made.catalog, made.pairs), {row["query"] for row in teaching(made)}
+
+    def taught(folder, most):
+        groups = teacher.exchange(
+            made.store, folder, specs, ids=made.ids.folder, vectors=ProductVectors.of(made.store, made.parents),
+            encoder={"name": "lsa", "tokens": 8}, teaches=examples._teaching(made.recipe.generator), queries=len(texts),
+            most=most, draws=3, seed=5, workers=1,
+        )  # fmt: skip
+        parts = [teacher.answers(made.store, folder, place, groups) for place in range(len(specs))]
+        rows = [
+            (text, tuple(codes)) for queries, codes_NL in parts for text, codes in zip(queries.to_pylist(), codes_NL)
+        ]
+        return groups, Counter(rows)
+
+    groups, everything = taught("exchange-all", 1000)
+    assert groups == -(-len(texts) // 5) > 2 and {text for text, _ in everything} == texts
+    assert everything.total() == made.examples.metrics["teacher_examples"]
+    _, few = taught("exchange-few", len(texts) // 2)
+    some = {text for text, _ in few}
+    assert 0.2 < len(some) / len(texts) < 0.8
+    assert few == Counter({row: count for row, count in everything.items() if row[0] in some})
+
+
 def test_examples_do_not_depend_on_the_order_of_the_work(made, monkeypatch):
     def backwards(handler, arguments, specs, **_):
         results = [handler(**arguments)({**spec, "position": p}) for p, spec in reversed(list(enumerate(specs)))]
         return results[::-1]
 
-    for module in (examples, recent):
+    for module in STAGES_OF_PARTS:
         monkeypatch.setattr(module, "map_parts", backwards)
     attempt = Attempt(made.store, "examples", settings={"again": 1}, parents={}, recipe={})
     again = examples._make(made.job, attempt, made.parents)
@@ -185,7 +258,7 @@ def test_examples_do_not_depend_on_the_order_of_the_work(made, monkeypatch):
 
 
 def test_a_kind_without_rows_is_refused(made, monkeypatch, tmp_path):
-    for module in (catalog, examples, recent):
+    for module in STAGES_OF_PARTS:
         monkeypatch.setattr(module, "map_parts", serially)
     shop = generate(products=60, queries=30, seed=1)
     pq.write_table(shop.products, tmp_path / "products.parquet")

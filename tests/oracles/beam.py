@@ -4,13 +4,18 @@ Neither uses a trie, a cache or batching; `generate` with a dictionary trie stan
 that are no T5, with known answers, stand behind the search's protocol.
 """
 
+import math
+
 import numpy as np
 import torch
 from transformers import T5ForConditionalGeneration
 
 
-def step_logp(model: T5ForConditionalGeneration, query_T, codes, *, codes_per_level, normalize: str) -> list[float]:
-    """log p of every next code after the codes `codes`, by one uncached forward pass."""
+def step_logp(
+    model: T5ForConditionalGeneration, query_T, codes, *, codes_per_level, normalize: str, ids=()
+) -> list[float]:
+    """log p of every next code after the codes `codes`, by one uncached forward pass; `ids`: of the trie, where `normalize` is
+    "trie" and all other codes have −inf."""
     first, level = len(model.lm_head.weight) - sum(codes_per_level), len(codes)
     offsets = [first + sum(codes_per_level[:i]) for i in range(len(codes_per_level))]
     decoder_ids = torch.tensor([[0, *(offset + int(code) for offset, code in zip(offsets, codes))]])
@@ -19,26 +24,43 @@ def step_logp(model: T5ForConditionalGeneration, query_T, codes, *, codes_per_le
     mine = slice(offsets[level], offsets[level] + codes_per_level[level])
     if normalize == "level":
         return logits_V[mine].log_softmax(0).tolist()
+    if normalize == "trie":
+        return over_children(logits_V[mine].tolist(), codes, ids)
     return logits_V.log_softmax(0)[mine].tolist()
 
 
-def brute_force(model, ids, query_T, *, codes_per_level, normalize: str) -> list[tuple[float, tuple[int, ...]]]:
-    """(logp, ID) of every ID, best first, equal scores by ID."""
-    scored = []
+def over_children(logits, prefix, ids) -> list[float]:
+    """log p of each code among those that some ID has after `prefix`, −inf of the others."""
+    children = sorted({docid[len(prefix)] for docid in map(tuple, ids) if docid[: len(prefix)] == tuple(prefix)})
+    total = math.log(sum(math.exp(logits[code]) for code in children)) if children else 0.0
+    return [logit - total if code in children else -math.inf for code, logit in enumerate(logits)]
+
+
+def brute_force(
+    model, ids, query_T, *, codes_per_level, normalize: str, trie=None
+) -> list[tuple[float, tuple[int, ...]]]:
+    """(logp, ID) of every ID, best first, equal scores by ID. `trie`: the IDs that are compared where `normalize` is "trie", if
+    they are more than `ids`."""
+    scored, trie = [], np.asarray(ids if trie is None else trie).tolist()
     for docid in sorted({tuple(map(int, docid)) for docid in ids}):
         logp = 0.0
         for level, code in enumerate(docid):
-            steps = step_logp(model, query_T, docid[:level], codes_per_level=codes_per_level, normalize=normalize)
+            steps = step_logp(
+                model, query_T, docid[:level], codes_per_level=codes_per_level, normalize=normalize, ids=trie
+            )
             logp += steps[code]
         scored.append((logp, docid))
     return sorted(scored, key=lambda pair: (-pair[0], pair[1]))
 
 
-def slow_beam(model, ids, query_T, *, codes_per_level, widths, normalize: str) -> list[tuple[float, tuple[int, ...]]]:
-    """`beam_of_lists` with a T5's scores."""
+def slow_beam(
+    model, ids, query_T, *, codes_per_level, widths, normalize: str, trie=None
+) -> list[tuple[float, tuple[int, ...]]]:
+    """`beam_of_lists` with a T5's scores; `trie` as in `brute_force`."""
+    trie = np.asarray(ids if trie is None else trie).tolist()
 
     def steps(prefix):
-        return step_logp(model, query_T, prefix, codes_per_level=codes_per_level, normalize=normalize)
+        return step_logp(model, query_T, prefix, codes_per_level=codes_per_level, normalize=normalize, ids=trie)
 
     return beam_of_lists(steps, ids, widths)
 

@@ -1,7 +1,8 @@
 """Live changes across releases, by a clock: a release holds every change that is younger than its catalogue.
 
 A slow model: per release a dict of its products, whether each is live and its price, and every change with the time at which it
-was made. A change goes on from release to release in the order of the release that it comes from, whole, whatever that could take.
+was made. A change goes on from release to release in the order of the release that it comes from, whole, whatever that could take;
+but a product that has changed later stays as it is.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ class Change:
     kind: str
     names: tuple[str, ...]
     price: int | None = None
+    inserted: frozenset[str] = frozenset()  # products that were not live where it was made
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Release:
     price: dict[str, int | None]
     live: set[str] = field(default_factory=set)
     series: list[Change] = field(default_factory=list)
+    said_live: dict[str, int] = field(default_factory=dict)
+    said_what: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         self.live = set(self.price)
@@ -39,15 +43,19 @@ class Release:
 
     def take(self, change):
         for name in change.names:
-            is_live, is_known = name in self.live, name in self.price
-            if change.kind in ("put", "price") and (is_live or change.kind == "put"):
-                self.price[name] = change.price
-            elif change.kind == "insert" and not is_live:
-                self.price[name] = None
-            if change.kind == "put" or change.kind == "insert" or (change.kind == "restore" and is_known):
-                self.live.add(name)
-            elif change.kind == "withdraw":
-                self.live.discard(name)
+            is_live, is_known, what = name in self.live, name in self.price, change.kind in ("insert", "put", "price")
+            in_place = change.kind == "price" or (change.kind == "put" and is_live and name in change.inserted)
+            impossible = {"insert": is_live, "put": False, "price": not is_live}.get(change.kind, not is_known)
+            late = (not in_place and self.said_live.get(name, 0) > change.made) or (
+                what and self.said_what.get(name, 0) > change.made
+            )
+            if impossible or late:
+                continue
+            if what:
+                self.said_what[name], self.price[name] = change.made, None if change.kind == "insert" else change.price
+            if not in_place:
+                self.said_live[name] = change.made
+                self.live.discard(name) if change.kind == "withdraw" else self.live.add(name)
         self.series.append(change)
 
     @property
@@ -68,7 +76,8 @@ class World:
 
     def change(self, release, kind, names, price=None):
         """Made on a release itself. False where it does not fit, which changes nothing."""
-        change = Change(self.clock + 1, release, kind, tuple(names), price)
+        inserted = frozenset(names) - self.releases[release].live
+        change = Change(self.clock + 1, release, kind, tuple(names), price, inserted)
         if not self.releases[release].fits(change):
             return False
         self.clock += 1

@@ -50,6 +50,17 @@ def equal_rows(embeddings):
     return (len(embeddings) - len(counts)) / len(embeddings), shared / len(embeddings)
 
 
+def gini(counts):
+    """Mean difference of two counts, over twice their mean: over every pair, a count with itself included."""
+    total = sum(counts)
+    return sum(abs(a - b) for a in counts for b in counts) / (2 * len(counts) * total)
+
+
+def entropy(values):
+    """In nats, of how often each value occurs."""
+    return -sum(n / len(values) * math.log(n / len(values)) for n in Counter(values).values())
+
+
 def purity(codes, categories, depth):
     """(purity, products) of the prefixes of depth + 1 tokens."""
     groups = {}

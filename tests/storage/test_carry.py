@@ -11,10 +11,14 @@ from catid2_ray.artifacts import gc, history
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.history import Entry, Left
 from catid2_ray.config import Recipe
+from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CommitConflict, InputError
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
+from catid2_ray.on_ray.machine import live_log
+from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates, changes_of
+from catid2_ray.on_ray.serve import carry
 from catid2_ray.on_ray.serve.carry import Carried, Carrier
+from catid2_ray.on_ray.serve.puts import Puts
 from catid2_ray.retrieval.live_view import codes_of
 from tests.live_shop import Shop
 from tests.oracles.carry import World
@@ -26,21 +30,20 @@ class Newcomers:
     """Stands for an encoder and a quantizer: a product belongs below its number, modulo the codes."""
 
     def __init__(self, quantizer: str):
-        self.parts, self.shop = {"quantizer": SimpleNamespace(digest=quantizer)}, None
+        self.parts = {"quantizer": SimpleNamespace(digest=quantizer)}
 
-    def _used(self) -> set[str]:
-        view = self.shop.live.view
-        return set(map(self.shop.space.text, codes_of(view, np.arange(view.rows)).tolist()))
+    def _used(self, view) -> set[str]:
+        return set(map(DocidSpace(CODES).text, codes_of(view, np.arange(view.rows)).tolist()))
 
     def may_have(self, docid, product_id, view):
-        return docid not in self._used()
+        return docid not in self._used(view)
 
     def prepare(self, asked, view, *, vectors, keeps=None):
         asked = [
             {**one, "docid": docid} if (docid := one.get("docid") or (keeps or {}).get(one["product_id"])) else one
             for one in asked
         ]
-        used, made = self._used() | {one["docid"] for one in asked if "docid" in one}, []
+        used, made = self._used(view) | {one["docid"] for one in asked if "docid" in one}, []
         for one in asked:
             if "description" in one:
                 one = {**one, "said": {"description": one["description"]}}
@@ -57,8 +60,8 @@ class Replica:
     def __init__(self, store, release, catalogue, quantizer="q"):
         self.shop = Shop(catalogue, codes_per_level=CODES)
         self.newcomers = Newcomers(quantizer)
-        self.newcomers.shop = self.shop
         self.updates = LiveUpdates(self.shop, LiveLog(store, release))
+        self.puts = Puts(self.updates, self.newcomers)
         self.carrier = Carrier(store, self.updates, self.newcomers)
 
     def insert(self, *names, **more):
@@ -103,7 +106,7 @@ def catalogue(*numbers, shift=0):
 
 
 def series(store, release) -> list[dict]:
-    return list(LiveLog(store, release).after(0))
+    return [change for record in LiveLog(store, release).after(0) for change in changes_of(record)]
 
 
 def test_a_withdrawn_product_stays_withdrawn_and_an_inserted_one_stays(publisher, capfd):
@@ -122,15 +125,16 @@ def test_a_withdrawn_product_stays_withdrawn_and_an_inserted_one_stays(publisher
     assert moves[1].after == Left(a, 2, {}) and history.younger(store, moves, b) == 4
 
     new, other = publisher.replica(b), publisher.replica(b)
-    assert new.carrier.carry() == Carried(2, 2) and new.carrier.carry() == new.carrier.late() == Carried()
+    assert new.carrier.carry() == Carried(3, 1) and new.carrier.carry() == new.carrier.late() == Carried()
     assert "event=live_changes_carried release=" in capfd.readouterr().err
     assert new.shop.held.keys() == {"p3", "p4", "p5", "p6"}
     written = series(store, b)
+    assert LiveLog(store, b).count() == 1, "one object holds them all"
     assert [one["of"] for one in written] == [[a, number] for number in (3, 4, 5, 6)]
     assert written[0]["products"] == ["p1"] and written[0]["left_out"] == {"p2": f"release {b} lacks it"}
     assert [one["product_id"] for one in written[1]["products"]] == ["p6"]
     assert written[1]["left_out"] == {"p5": f"release {b} has it"}
-    assert written[2]["kind"] == "skipped" and written[2]["why"] == f"it is live in release {b}"
+    assert written[2]["kind"] == "restore" and written[2]["products"] == ["p4"], "it is live, and was said to be"
     assert written[3]["kind"] == "skipped" and written[3]["why"] == f"release {b} lacks it"
     assert old.shop.held["p6"] == new.shop.held["p6"], "the quantizer is the same, so it keeps its ID"
 
@@ -143,7 +147,7 @@ def test_a_withdrawn_product_stays_withdrawn_and_an_inserted_one_stays(publisher
     assert history.rollback(store, a).before == b and history.entries(store)[2].after == Left(b, 0, None)
     again = publisher.replica(a)
     again.updates.catch_up()
-    assert again.carrier.carry() == Carried(1) and series(store, a)[-1]["of"] == [b, 6], (
+    assert again.carrier.carry() == Carried(1) and series(store, a)[-1]["of"] == [b, 3], (
         "what came from there stays there"
     )
     assert "p6" not in again.shop.held and "p3" not in again.shop.held
@@ -176,7 +180,7 @@ def test_what_does_not_fit_is_left_out_alone_and_said(publisher):
     assert [one["product_id"] for one in first["products"]] == ["p9", "p2", "p3"]
     assert set(first["left_out"]) == {"p17", "p25"} and "all IDs below <a_1> are taken" in first["left_out"]["p17"]
     assert second["kind"] == "skipped" and second["why"] == "all IDs below <a_1> are taken" and second["of"] == [a, 2]
-    assert publisher.replica(b).updates.catch_up() == 2
+    assert publisher.replica(b).updates.catch_up() == 1
 
 
 def test_replicas_that_carry_at_once_end_with_one_series(publisher):
@@ -199,6 +203,76 @@ def test_replicas_that_carry_at_once_end_with_one_series(publisher):
         replica.updates.catch_up()
         assert replica.shop.held == replicas[0].shop.held
     assert replicas[0].shop.held.keys() == {f"p{n}" for n in range(12, 32)}
+
+
+def test_an_older_change_that_comes_late_does_not_win(publisher):
+    """In its last second a replica of the old release took changes, which are carried when the new one has changed already."""
+    a = publisher.publish(publisher.begin(), catalogue(1, 2, 3, 4, 5))
+    begun, old = publisher.begin(), publisher.replica(a)
+    b = publisher.publish(begun, catalogue(1, 2, 3, 4, 5, shift=2))
+    new = publisher.replica(b)
+    new.carrier.carry()
+    old.puts.put([{"product_id": f"p{n}", "columns": {"price": 2}} for n in (1, 2)])
+    old.say("withdraw", "p3", "p4", "p5")
+    new.puts.put([{"product_id": f"p{n}", "columns": {"price": 3}} for n in (1, 3)])
+    new.say("restore", "p4")
+    assert new.carrier.late() == Carried(2)
+    prices = {name: price for name, (*_, price) in new.shop.all.items()}
+    assert prices == {"p1": 3, "p2": 2, "p4": 1}, "a price that came later keeps no product from being withdrawn"
+    assert [set(one["left_out"]) for one in series(publisher.store, b) if "of" in one] == [{"p1"}, {"p4"}]
+    old.puts.put([{"product_id": "p1", "columns": {"price": 4}}])
+    assert new.carrier.late() == Carried(1) and new.shop.all["p1"][3] == 4, "it is the younger one"
+
+
+def test_a_clock_that_is_behind_turns_no_changes_around(publisher, monkeypatch):
+    a = publisher.publish(publisher.begin(), catalogue(1, 2))
+    old = publisher.replica(a)
+    b = publisher.publish(publisher.begin(), catalogue(1, 2, shift=2))
+    old.say("withdraw", "p1")
+    new = publisher.replica(b)
+    new.carrier.carry()
+    with monkeypatch.context() as patch:
+        patch.setattr(live_log.time, "time", lambda: 1000.0)
+        new.say("restore", "p1")
+    history.rollback(publisher.store, a)
+    assert "p1" not in old.shop.held and old.carrier.carry() == Carried(1) and "p1" in old.shop.held
+
+
+def test_many_changes_are_carried_in_few_records(publisher, monkeypatch):
+    monkeypatch.setattr(carry, "MOST", 10)
+    a = publisher.publish(publisher.begin(), catalogue(*range(8)))
+    begun, old = publisher.begin(), publisher.replica(a)
+    for n in range(24):
+        old.say("restore" if n % 2 else "withdraw", f"p{n % 8 // 2}")
+    old.say("withdraw", *(f"p{n}" for n in range(8)))
+    b = publisher.publish(begun, catalogue(*range(8), shift=2))
+    new = publisher.replica(b)
+    assert new.carrier.carry() == Carried(25) and new.shop.held == {}
+    assert [len(changes_of(record)) for record in LiveLog(publisher.store, b).after(0)] == [10, 10, 5]
+
+
+def test_a_record_that_fails_in_the_middle_goes_on_there(publisher, monkeypatch):
+    a = publisher.publish(publisher.begin(), catalogue(1))
+    begun, old = publisher.begin(), publisher.replica(a)
+    for n in range(2, 6):
+        old.insert(f"p{n}")
+    b = publisher.publish(begun, catalogue(1))
+    publisher.replica(b).carrier.carry()
+    other, applied = publisher.replica(b), []
+
+    def apply(retriever, change, **options):
+        if len(applied) == 2:
+            applied.append("failed")
+            raise RuntimeError("no memory")
+        applied.append(change["products"][0]["product_id"])
+        real(retriever, change, **options)
+
+    real = live_log.apply
+    monkeypatch.setattr(live_log, "apply", apply)
+    with pytest.raises(RuntimeError, match="no memory"):
+        other.updates.catch_up()
+    assert other.updates.applied == 0 and other.updates.catch_up() == 1
+    assert applied == ["p2", "p3", "failed", "p4", "p5"] and len(other.shop.held) == 5
 
 
 class History:
@@ -249,7 +323,7 @@ class History:
             elif kind in ("put", "price"):
                 self.texts += 1
                 text = {"title": f"text {self.texts}"} if kind == "put" else {}
-                one.carrier.puts.put([{"product_id": name, "columns": {"price": price}, **text} for name in names])
+                one.puts.put([{"product_id": name, "columns": {"price": price}, **text} for name in names])
             else:
                 one.say(kind, *names)
             done = True

@@ -1,5 +1,6 @@
 """From one release to the next under a replica: what is opened, refused, kept, and what a request is answered from."""
 
+import hashlib
 import json
 import time
 from types import SimpleNamespace
@@ -52,7 +53,9 @@ def serving(store, wrong=(), **settings):
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path, monkeypatch):
+    """Its releases have names that are not made of their parts."""
+    monkeypatch.setattr(releases, "_release", lambda fields, name: releases.Release(**fields))
     return Store(str(tmp_path / "store"))
 
 
@@ -97,6 +100,41 @@ def test_a_bad_release_is_refused_once_and_the_old_one_stays(store, capfd):
     assert not one.look() and capfd.readouterr().err.count("event=release_refused") == 1
     point_at(store, "r-3")
     assert one.look() and one.now.name == "r-3" and one.refused is None
+
+
+def test_a_refused_candidate_costs_no_way_back(store):
+    point_at(store, "r-1")
+    one = serving(store, [(ReleaseError, {"r-3"})])
+    point_at(store, "r-2")
+    assert one.look()
+    first = one.last
+    point_at(store, "r-3")
+    assert not one.look() and one.refused[0] == "r-3" and one.last is first and not first.ended
+    point_at(store, "r-1")
+    assert one.look() and one.now is first
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_the_last_makes_room_where_three_do_not_fit_and_comes_back(store, bad):
+    point_at(store, "r-1")
+    full, asked = set(), AppSettings(store=store.uri, follow_s=1e6)
+
+    def open_one(store, name, settings, **options):
+        if name in full and one.last is not None:
+            raise OutOfMemory("no room")
+        return Fake(store, name, settings, wrong=[(ReleaseError, {"r-3"} if bad else ())], **options)
+
+    one = Serving(store, asked, open=open_one)
+    point_at(store, "r-2")
+    assert one.look()
+    first, second = one.last, one.now
+    full.add("r-3")
+    point_at(store, "r-3")
+    assert one.look() != bad and first.ended
+    if bad:
+        assert one.now is second and one.last.name == "r-1" and not one.last.ended and one.last.watched == ["r-2"]
+    else:
+        assert one.now.name == "r-3" and one.last is second
 
 
 @pytest.mark.parametrize("kind", [StorageError, OutOfMemory, RuntimeError])
@@ -246,8 +284,10 @@ def test_a_release_must_give_back_what_its_evaluation_found():
 
 
 def test_an_append_s_release_is_not_asked_what_the_release_before_found():
-    evaluation = SimpleNamespace(named=lambda name: [name], parents={"ids": "old"}, file=str)
-    store = SimpleNamespace(read=lambda name: b'{"a": ["p1"]}')
+    data = b'{"a": ["p1"]}'
+    files = [{"name": "answers.json", "sha256": hashlib.sha256(data).hexdigest()}]
+    evaluation = SimpleNamespace(named=lambda name: [name], parents={"ids": "old"}, file=str, files=files)
+    store = SimpleNamespace(read=lambda name: data)
     parts = {"evaluation": evaluation, "ids": SimpleNamespace(digest="old")}
     assert stored_answers(store, parts) == {"a": ["p1"]}
     assert stored_answers(store, parts | {"ids": SimpleNamespace(digest="new")}) == {}

@@ -70,6 +70,13 @@ def fuzz(client: TestClient, verb: str, path: str, *, examples: int) -> None:
     assert found.status_code == 200 and len(found.json()["products"]) == 3, found.text
 
 
+@pytest.mark.parametrize("verb", ["put", "post"])
+def test_a_docid_of_no_letters_is_no_fault_of_ours(served, verb):
+    product = {"product_id": f"empty docid {verb}", "title": "oak shelf of no ID", "docid": ""}
+    answer = served.request(verb, "/v1/products", json={"products": [product]})
+    assert answer.status_code == 200 and answer.json()["products"][0]["docid"].startswith("<a_"), answer.text
+
+
 @pytest.mark.parametrize(("verb", "path"), CALLS)
 def test_every_answer_is_documented(served, verb, path):
     fuzz(served, verb, path, examples=30)

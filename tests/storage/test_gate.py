@@ -2,9 +2,15 @@
 
 import pytest
 
+from catid2_ray.artifacts import history
+from catid2_ray.artifacts import release as releases
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ChurnGateError, QualityGateError
-from catid2_ray.on_ray.commands import GateFailed, gate
+from catid2_ray.on_ray import commands
+from catid2_ray.on_ray.commands import GateFailed, canary_gate, gate
+from catid2_ray.on_ray.job import Job
+from catid2_ray.on_ray.machine import canary
+from tests.stored import two_releases
 
 RECIPE = Recipe.build(
     {
@@ -70,6 +76,76 @@ def test_the_way_out_is_named_with_its_numbers():
 )
 def test_where_nothing_can_be_demanded_it_is_said(figures, before, reason):
     assert reason in gate(RECIPE, figures, before)
+
+
+def asked(**found) -> dict:
+    return {"queries": 50, "given_back": 1.0, "empty": 0.0, "ms": 30.0, "ms_before": 25.0} | found
+
+
+@pytest.mark.parametrize(
+    "found, message",
+    [
+        (
+            asked(given_back=0.61),
+            r"gives back 61% of the products .* less than 95% .* set evaluation.canary_recall=0.61$",
+        ),
+        (asked(empty=0.1), r"finds nothing for 10%, more than 2% .* set evaluation.canary_empty=0.1$"),
+        (
+            asked(ms=90.0),
+            r"takes 90 ms a query where the current release takes 25, .* set evaluation.canary_slower=3.6$",
+        ),
+    ],
+)
+def test_canary_queries_must_be_answered_and_the_way_out_is_named(found, message):
+    with pytest.raises(GateFailed, match=message) as error:
+        canary_gate(RECIPE, found, {"recall": 1})
+    assert error.value.figures == {"recall": 1}
+    name, value = str(error.value).rsplit("evaluation.", 1)[1].split("=")
+    canary_gate(Recipe.build({"catalog": {"root": "/shop"}, "evaluation": {name: float(value)}}), found, {})
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        asked(),
+        asked(given_back=None),  # an append took the evaluation over
+        asked(ms=9.0, ms_before=1.0),  # 8 ms are no matter
+        asked(ms=900.0, ms_before=None),
+    ],
+)
+def test_canary_queries_that_are_good_enough(found):
+    canary_gate(RECIPE, found, {})
+
+
+@pytest.fixture
+def candidate(tmp_path):
+    """A job on a store with a release, and the parts of another one whose evaluation kept answers."""
+    store, first, second = two_releases(tmp_path, answers=True)
+    history.rollback(store, first)
+    job = Job(recipe=RECIPE, store=store)
+    job.look()
+    return job, releases.load(store, second).manifests(store)
+
+
+def test_what_the_candidate_answers_decides_before_the_pointer_moves(candidate, monkeypatch, capfd):
+    job, parts = candidate
+    current = releases.pointer(job.store)
+    monkeypatch.setattr(commands.Job, "check_lease", lambda self: None)
+    found = commands._published(job, parts, {})
+    assert found.figures["canary"]["given_back"] == 1.0 and found.figures["canary"]["ms_before"] > 0
+    assert "event=canary queries=3 given_back=1 empty=0 ms=" in capfd.readouterr().err
+    assert releases.pointer(job.store)[1] == found.release.name and commands._ask_canaries(job, parts, {}) is None
+    history.rollback(job.store, current[1])
+    job.look()
+    current = releases.pointer(job.store)
+    answers = dict.fromkeys(canary.kept_answers(job.store, parts), ["nobody"])
+    monkeypatch.setattr(canary, "kept_answers", lambda store, parts: answers)
+    with pytest.raises(GateFailed, match="gives back 0% of the products"):
+        commands._published(job, parts, {})
+    assert releases.pointer(job.store) == current
+    monkeypatch.setattr(canary, "kept_answers", lambda store, parts: {})
+    assert commands._published(job, parts, {}).figures["canary"] is None
+    assert "event=no_canary" in capfd.readouterr().err
 
 
 def test_the_gates_have_exit_codes_of_their_own():

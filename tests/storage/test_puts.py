@@ -3,6 +3,7 @@
 import pytest
 
 from catid2_ray.errors import InputError
+from catid2_ray.on_ray.machine import live_log
 from catid2_ray.on_ray.machine.live_log import LiveLog
 from catid2_ray.on_ray.serve.carry import Carried
 from catid2_ray.on_ray.serve.puts import Puts
@@ -135,4 +136,15 @@ def test_what_was_put_is_carried_over(local_store, chain, make):
         "p6": "inserted",
     }
     other = publisher.replica(b)
-    assert other.updates.catch_up() == 2 and other.shop.all == now
+    assert other.updates.catch_up() == 1 and other.shop.all == now
+
+
+def test_the_newest_idempotency_keys_are_known(one, local_store, monkeypatch):
+    monkeypatch.setattr(live_log, "KEPT_KEYS", 3)
+    for n in range(5):
+        one.puts.put([product("p1", columns={"price": float(n)})], key=f"k{n}")
+    assert list(one.updates.keys) == ["k2", "k3", "k4"]
+    assert one.puts.put([product("p1", columns={"price": 2.0})], key="k2").number == 3
+    two = Replica(local_store, "r-1", catalogue(1, 2, 3))
+    two.updates.catch_up()
+    assert two.updates.keys == one.updates.keys

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -135,12 +135,20 @@ def test_a_part_that_is_gone_or_rebuilt_is_named(local_store, chain, make):
 
 
 def test_a_release_without_a_part(local_store, chain):
-    release = publish(local_store, chain(local_store, "one"))[0]
-    record = json.loads(local_store.read(f"releases/{release.name}.json"))
-    del record["parts"]["generator"]
-    local_store.write(f"releases/{release.name}.json", json.dumps(record).encode())
+    publish(local_store, chain(local_store, "one"))
+    without(local_store, "generator")
     with pytest.raises(ReleaseError, match="has no part 'generator'; publish it again"):
         current(local_store).manifests(local_store)
+
+
+def without(store, part: str) -> releases.Release:
+    """Publish the current release once more, without one of its parts."""
+    record = asdict(current(store))
+    del record["parts"][part]
+    release = releases.Release(**record | {"name": releases._name_of(record["parts"])})
+    store.write(f"releases/{release.name}.json", json.dumps(asdict(release)).encode())
+    store.write("current/0000000002.json", json.dumps({"release": release.name}).encode())
+    return release
 
 
 def test_an_unknown_release(local_store, chain):
@@ -427,10 +435,8 @@ def test_the_serving_folder_holds_what_the_serving_part_has(store, chain, make, 
 
 
 def test_a_release_of_before_the_serving_part_is_served_by_the_beam_it_was_evaluated_with(local_store, chain, tmp_path):
-    release = publish(local_store, chain(local_store, "one"))[0]
-    record = json.loads(local_store.read(f"releases/{release.name}.json"))
-    del record["parts"]["serving"]
-    local_store.write(f"releases/{release.name}.json", json.dumps(record).encode())
+    publish(local_store, chain(local_store, "one"))
+    release = without(local_store, "serving")
     folder = release_folder(local_store, current(local_store), tmp_path / "cache")
     assert json.loads((folder / "retriever.json").read_text()) == {
         "beam_width": 50, "query_tokens": 24, "codes_per_level": [4, 4, 4], "release": release.name,
@@ -445,6 +451,17 @@ def test_one_pass_serves_where_the_generator_reads_with_the_products_encoder(cha
     parts["serving"].settings["encoder"] = {"name": "a/b", "tokens": 64}
     parts["generator"].settings.update(model="encoder_decoder", encoder_mode=mode, encoder=encoder)
     assert releases.retriever_settings(parts, release="r").get("shared_encoder", False) == shared
+
+
+def test_the_folder_says_what_the_generator_was_taught_where_it_is_not_what_all_were_before(chain, local_store):
+    parts = chain(local_store, "one")
+    assert "loss" not in releases.retriever_settings(parts, release="r", beam_width=7)
+    parts["generator"].settings.update(loss="level")
+    assert "loss" not in releases.retriever_settings(parts, release="r", beam_width=7)
+    parts["generator"].settings.update(loss="trie")
+    for width in (None, 7):
+        settings = releases.retriever_settings(parts, release="r", beam_width=width)
+        assert settings["loss"] == "trie" and settings["normalize"] == parts["serving"].asked.get("normalize", "trie")
 
 
 def test_parts_are_the_stages_in_order():

@@ -42,7 +42,7 @@ def random_change(rng, one: Replica) -> None:
         prepared = [{**a, "vector": rng.random(3).tolist()} for a in asked]
         one.updates.change(lambda: {"kind": "insert", "products": prepared, "of": ["r-0", int(rng.integers(9))]})
     else:
-        one.carrier.puts.put(asked, key=f"k{rng.integers(999)}" if rng.random() < 0.3 else None)
+        one.puts.put(asked, key=f"k{rng.integers(999)}" if rng.random() < 0.3 else None)
 
 
 def changed(rng, one: Replica, count: int) -> None:
@@ -59,7 +59,8 @@ def state(one: Replica) -> tuple:
     names = sorted({one.shop.products.name(row) for row in range(one.shop.live.view.rows)})
     rows = np.array([one.shop.live.row(name) for name in names])
     codes = dict(zip(names, codes_of(one.shop.live.view, rows).tolist()))  # of products that are withdrawn, too
-    return one.shop.all, codes, updates.applied, updates.carried, updates.contents, updates.keys
+    known = (updates.carried, updates.contents, updates.keys, updates.touched, updates.changes)
+    return one.shop.all, codes, updates.applied, *known
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -93,6 +94,30 @@ def test_a_damaged_snapshot_gives_way_to_the_one_before_and_that_to_the_changes(
     # The next one is made of all changes, by a replica that saw them all.
     changed(rng, two, 15)
     assert Snapshot.of_bytes(local_store.read("live/r-1/snapshots/0000000060")).number == 60
+
+
+def test_changes_of_one_record_count_each(local_store, every_20):
+    """What was carried in one record is in a snapshot soon, and the time of each change too."""
+    one = replica(local_store)
+
+    def build(trial):
+        made = [
+            {"kind": "withdraw", "products": [f"p{n % 11}"], "of": ["r-0", n + 1], "at": 5.0 + n} for n in range(30)
+        ]
+        for change in made:
+            trial.take(change)
+        return made
+
+    assert len(one.updates.change_many(build)) == 30 and list(one.shop.all) == ["p11"]
+    one.updates.snapshotting.join()
+    assert local_store.names("live/r-1/snapshots") == ["0000000001"]
+    two = replica(local_store)
+    assert two.updates.catch_up() == 0 and state(two) == state(one) and two.updates.changes == 30
+    assert two.updates.touched["p7"].live == 34.0
+    one.say("restore", "p3")
+    assert one.updates.snapshotting.is_alive() is False and local_store.names("live/r-1/snapshots") == ["0000000001"]
+    two.updates.catch_up()
+    assert state(two) == state(one) and two.updates.touched["p3"].live > 1e9
 
 
 def test_a_snapshot_leaves_out_what_an_older_version_refused(local_store, every_20):

@@ -228,9 +228,9 @@ def use_every_method(store, folder):
     assert (folder / "down" / "f").read_bytes() == b"uploaded" and store.read("work/a") == b"one"
     assert store.read_table("work/deep/t.parquet") == table == store.parquet_file("work/deep/t.parquet").read()
     assert store.read_table("work/deep/t.parquet", columns=["n"]) == table
-    for opened in (store.open, store.open_stream):
-        with opened("work/a") as source:
-            assert source.read() == b"one"
+    assert store.read_with("work/a", lambda source: source.read()) == b"one"
+    with store.open_stream("work/a") as source:
+        assert source.read() == b"one"
     assert store.names("work") == ["a", "b", "deep", "up"]
     assert store.exists("work") and store.exists("work/a") and store.exists("work/deep") and not store.exists("wor")
     assert files_of(store, "work").files == ["work/deep/t.parquet"]
@@ -432,14 +432,19 @@ def test_a_failed_local_write_leaves_no_litter(local_store, monkeypatch):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("action", ["check", "create", "exists", "read", "read_table", "open", "download"])
+@pytest.mark.parametrize("action", ["check", "create", "exists", "read", "read_table", "read_with", "download"])
 def test_an_unreachable_endpoint_fails_soon_and_names_the_store(s3_environment, monkeypatch, action, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         closed = probe.getsockname()[1]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed}")
     store = Store("s3://bucket/prefix")
-    arguments = {"check": (), "create": ("name", b"x"), "download": ("name", tmp_path / "x")}.get(action, ("name",))
+    arguments = {
+        "check": (),
+        "create": ("name", b"x"),
+        "download": ("name", tmp_path / "x"),
+        "read_with": ("name", bytes),
+    }.get(action, ("name",))
     started = time.monotonic()
     with (
         pytest.raises(StorageError, match=r"s3://bucket/prefix.*check AWS_ENDPOINT_URL, the credentials") as caught,

@@ -10,51 +10,32 @@ import httpx
 import pytest
 from ray import serve
 
-from catid2_ray.artifacts import history
+from catid2_ray.artifacts import history, trials
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
+from catid2_ray.artifacts.trials import Shares
 from catid2_ray.errors import StorageError
+from catid2_ray.on_ray.serve import metrics
 from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica, api
 from catid2_ray.on_ray.serve.opened import Opened
+from tests import load
 from tests.stored import two_releases
 
 QUERIES: list[str] = []  # titles of the release
-ASKERS = 8
 
 
-class Load:
-    """Requests without a pause, in threads of their own, until `end`. `seen`: (release, query, products) of every answer."""
+class Load(load.Load):
+    """Which no request may fail."""
 
     def __init__(self, base):
-        self.base, self.seen, self.failed = base, [], []
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(ASKERS)]
-        for one in self._threads:
-            one.start()
+        super().__init__(base, QUERIES)
 
-    def _ask(self, number: int) -> None:
-        with httpx.Client(base_url=self.base, timeout=60) as client:
-            while not self._stop.is_set():
-                query = QUERIES[number % len(QUERIES)]
-                number += 1
-                answer = client.post("/v1/retrieve", json={"query": query, "k": 5})
-                if answer.status_code != 200:
-                    self.failed.append(answer.text)
-                    continue
-                body = answer.json()
-                self.seen.append((body["release"], query, [one["product_id"] for one in body["products"]]))
-
-    def more(self, answers: int = 40) -> None:
-        """Wait until so many more answers have come."""
-        until = len(self.seen) + answers
-        while len(self.seen) < until:
-            assert not self.failed, self.failed[0]
-            time.sleep(0.01)
+    def more(self, answers: int = 40, **options) -> None:
+        super().more(answers, **options)
+        assert not self.failed, self.failed[0]
 
     def end(self) -> None:
-        self._stop.set()
-        for one in self._threads:
-            one.join(60)
+        super().end()
         assert not self.failed, self.failed[0]
 
 
@@ -110,14 +91,14 @@ def until(true) -> None:
 
 
 def test_a_release_is_swapped_rolled_back_and_refused_under_load(replica):
-    serving, load = replica.own.serving, Load(replica.base)
-    load.more()
+    serving, asked = replica.own.serving, Load(replica.base)
+    asked.more()
     history.rollback(replica.store, replica.second)
     until(lambda: serving.now.name == replica.second)
-    load.more()
+    asked.more()
     history.rollback(replica.store, replica.first)
     until(lambda: serving.now.name == replica.first)
-    load.more()
+    asked.more()
     bad = releases.load(replica.store, replica.second).parts["ids"]["key"]
     (manifest,) = [
         one for one in releases.load(replica.store, replica.second).manifests(replica.store).values() if one.key == bad
@@ -130,11 +111,49 @@ def test_a_release_is_swapped_rolled_back_and_refused_under_load(replica):
     number = releases.pointer(replica.store)[0]
     replica.store.create(f"current/{number + 1:010d}.json", f'{{"release": "{replica.second}"}}'.encode())
     until(lambda: serving.refused is not None)
-    load.more()
-    load.end()
+    asked.more()
+    asked.end()
     assert serving.now.name == replica.first and serving.refused[0] == replica.second
-    assert {name for name, _, _ in load.seen} == {replica.first, replica.second}
-    for name, query, products in load.seen:
+    assert {name for name, _, _ in asked.seen} == {replica.first, replica.second}
+    for name, query, products in asked.seen:
+        assert products == replica.expected[name][query]
+
+
+def test_a_release_is_tried_asked_beside_and_promoted_under_load(replica):
+    serving, seen = replica.own.serving, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            metrics,
+            "observe",
+            lambda name, value, **tags: name == "catid2_shadow_overlap" and seen.append((tags, value)),
+        )
+        asked = Load(replica.base)
+        trials.begin(replica.store, replica.second, Shares(0, 100))
+        until(lambda: len(seen) > 3)
+        assert {name for name, _, _ in asked.seen} == {replica.first}
+        expected = {
+            len(set(replica.expected[replica.first][query]) & set(replica.expected[replica.second][query])) / 5
+            for query in QUERIES
+        }
+        assert {tags["release"] for tags, _ in seen} == {replica.second} and {value for _, value in seen} <= expected
+    trials.begin(replica.store, replica.second, Shares(50))
+    until(lambda: {name for name, _, _ in asked.seen[-100:]} == {replica.first, replica.second})
+    with httpx.Client(base_url=replica.base, timeout=60) as client:
+        assert client.get("/v1/release").json()["trial"] == {"release": replica.second, "percent": 50, "shadow": 0}
+        for session in ("a", "b", "c", "d"):
+            answers = [
+                client.post("/v1/retrieve", json={"query": query}, headers={"x-session-id": session})
+                for query in QUERIES
+            ]
+            assert len({answer.json()["release"] for answer in answers}) == 1
+    trials.promote(replica.store)
+    until(lambda: serving.now.name == replica.second)
+    asked.more()  # those that were on their way have come
+    before = len(asked.seen)
+    asked.more()
+    asked.end()
+    assert {name for name, _, _ in asked.seen[before:]} == {replica.second}
+    for name, query, products in asked.seen:
         assert products == replica.expected[name][query]
 
 
@@ -142,30 +161,30 @@ def test_it_answers_while_the_store_is_away_and_takes_changes_when_it_is_back(re
     def away(*_, **__):
         raise StorageError("the store is away")
 
-    load = Load(replica.base)
-    load.more()
+    asked = Load(replica.base)
+    asked.more()
     updates = replica.own.serving.now.updates
     with monkeypatch.context() as patch:
         for name in ("names", "exists", "read", "create"):
             patch.setattr(Store, name, away)
         until(lambda: updates.lag_s > 0.5)
-        load.more()
+        asked.more()
         refused = httpx.post(f"{replica.base}/v1/withdraw", json={"product_ids": ["p1"]}, timeout=60)
         assert refused.status_code == 503
     gone = replica.expected[replica.first][QUERIES[0]][0]
     until(
         lambda: httpx.post(f"{replica.base}/v1/withdraw", json={"product_ids": [gone]}, timeout=60).status_code == 200
     )
-    load.more()
-    load.end()
-    last = [products for _, query, products in load.seen if query == QUERIES[0]][-1]
+    asked.more()
+    asked.end()
+    last = [products for _, query, products in asked.seen if query == QUERIES[0]][-1]
     assert gone not in last
-    for _, query, products in load.seen:
+    for _, query, products in asked.seen:
         assert products == replica.expected[replica.first][query] or gone in replica.expected[replica.first][query]
 
 
 def test_hundreds_of_changes_arrive_under_load(replica):
-    load, gone = Load(replica.base), replica.expected[replica.first][QUERIES[0]][0]
+    asked, gone = Load(replica.base), replica.expected[replica.first][QUERIES[0]][0]
     with httpx.Client(base_url=replica.base, timeout=60) as client:
         for number, path in enumerate(["withdraw", "restore"] * 60):
             assert client.post(f"/v1/{path}", json={"product_ids": [gone]}).status_code == 200
@@ -174,10 +193,10 @@ def test_hundreds_of_changes_arrive_under_load(replica):
                 422 if number % 2 == 0 else 200
             )
         assert client.get("/healthz").json()["changes"] == 180
-        asked = {"query": QUERIES[0], "k": 5, "filter": {"column": "price", "from": 29.75, "to": 29.75}}
-        assert gone in [one["product_id"] for one in client.post("/v1/retrieve", json=asked).json()["products"]]
-    load.more()
-    load.end()
-    for _, query, products in load.seen:
+        body = {"query": QUERIES[0], "k": 5, "filter": {"column": "price", "from": 29.75, "to": 29.75}}
+        assert gone in [one["product_id"] for one in client.post("/v1/retrieve", json=body).json()["products"]]
+    asked.more()
+    asked.end()
+    for _, query, products in asked.seen:
         whole = replica.expected[replica.first][query]
         assert products == whole or (gone in whole and gone not in products)

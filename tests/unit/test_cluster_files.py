@@ -54,6 +54,18 @@ def test_serve_file_is_valid_and_its_numbers_fit_each_other():
     assert serve_app.BATCHES["most_waiting"] + user["max_batch_size"] < deployment["max_ongoing_requests"]
 
 
+def test_the_pool_that_the_serve_file_offers_is_one_of_the_cluster():
+    """Its line is a comment, because one machine has no pools: uncommented it must fit both files of clusters."""
+    text = (ROOT / "serve_config.yaml").read_text().replace("# label_selector:", "label_selector:")
+    asked = yaml.safe_load(text)["applications"][0]["deployments"][0]["ray_actor_options"]["label_selector"]
+    ServeDeploySchema(**yaml.safe_load(text))
+    cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    assert asked == cluster["available_node_types"]["gpu-serve"]["labels"]
+    service = yaml.safe_load((ROOT / "deploy" / "kuberay" / "rayservice.yaml").read_text())["spec"]
+    deployment = yaml.safe_load(service["serveConfigV2"])["applications"][0]["deployments"][0]
+    assert asked == deployment["ray_actor_options"]["label_selector"]
+
+
 def test_serve_file_names_what_the_code_has():
     from catid2_ray.on_ray.serve import app as serve_app
 

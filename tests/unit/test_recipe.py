@@ -507,6 +507,23 @@ def test_a_dense_head_that_could_not_be_trained_or_searched_is_refused(change, w
         Recipe.build(base | change)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"generator": {"loss": "trie"}}, "loss trie does not go with serving.normalize level"),
+        ({"serving": {"normalize": "trie"}}, "loss level does not go with serving.normalize trie"),
+        ({"generator": {"loss": "trie"}, "serving": {"normalize": "vocabulary"}}, "serving.normalize vocabulary"),
+        ({"generator": {"loss": "trie", "label_smoothing": 0.1}, "serving": {"normalize": "trie"}}, "codes that loss trie"),
+        ({"generator": {"loss": "trie"}, "serving": {"normalize": "trie"}, "alignment": {"enabled": True}}, "alignment compares"),
+    ],
+)  # fmt: skip
+def test_what_is_searched_is_what_was_taught(change, words):
+    pair = {"generator": {"loss": "trie"}, "serving": {"normalize": "trie"}}
+    assert Recipe.build(MINIMAL | pair).generator.loss == "trie"
+    with pytest.raises(RecipeError, match=words):
+        Recipe.build(MINIMAL | change)
+
+
 def test_what_a_recipe_gives_stays_also_where_it_is_the_default():
     today = Recipe.build({"catalog": {"root": "/now"}, "quantizer": {"kind": "cat_id2", "epochs": 300}})
     continued = today.continued({"quantizer": STORED})
@@ -529,7 +546,9 @@ def test_every_setting_that_came_after_the_stored_release_says_what_was_done_bef
     from catid2_ray.config.older import GONE, MEANT
 
     harmless = {"catalog.category_separator", "evaluation.min_to_release", "serving.lookahead"}
-    harmless |= {"cluster.data_pool", "cluster.training_pool"}
+    harmless |= {"cluster.data_pool", "cluster.training_pool", "generator.teacher_draws", "generator.teacher_queries"}
+    harmless |= {"evaluation.canary_recall", "evaluation.canary_empty", "evaluation.canary_slower"}
+    harmless |= {"generator.loss", "ids.turn_rows"}
     stored = json.loads((Path(__file__).parents[1] / "data" / "recipe_format_6.json").read_text())
     today = Recipe.build({"catalog": {"root": "/now"}}).model_dump(mode="json")
     for name, values in today.items():

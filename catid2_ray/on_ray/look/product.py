@@ -18,7 +18,8 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, InputError
 from catid2_ray.on_ray.machine.arrays import matrix
-from catid2_ray.on_ray.machine.live_log import LiveLog
+from catid2_ray.on_ray.machine.live_log import LiveLog, changes_of
+from catid2_ray.on_ray.machine.live_names import Step
 from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.stages.catalog import part_of
 from catid2_ray.retrieval.trie import Trie
@@ -167,8 +168,13 @@ def _past(store: Store, name: str, product_id: str) -> dict | None:
 
 def _changes(store: Store, release: Release, product_id: str) -> list[dict]:
     """The live changes of the release that name the product."""
+    steps = (
+        (number, Step.of(change))
+        for number, record in enumerate(LiveLog(store, release.name).after(0), 1)
+        for change in changes_of(record)
+    )
     return [
         {"number": number, "kind": step.kind, "docid": dict(zip(step.names, step.docids)).get(product_id)}
-        for number, step in enumerate(LiveLog(store, release.name).steps(), 1)
+        for number, step in steps
         if product_id in (*step.names, *step.changed)
     ]

@@ -18,7 +18,7 @@ import ray
 
 from catid2_ray.artifacts.store import S3_ENVIRONMENT
 from catid2_ray.config import ClusterRecipe
-from catid2_ray.on_ray.machine import ranker, signals
+from catid2_ray.on_ray.machine import preflight, ranker, signals
 
 # For a Ray of our own only. Workers inherit this process's environment, which spares the set-up of a runtime_env; and idle
 # ones are kept, since on few cores Python was seen starting anew, second after second, for tasks that are short.
@@ -29,6 +29,8 @@ _PRIVATE_RAY = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_worker_maximum_startup_concurrency": "4",
     # An epoch's checkpoint waits for the controller's next look; and nobody takes the machine that one runs on oneself away.
+    # A task that the machine has no memory for would else be tried for ever.
+    "RAY_task_oom_retries": "2",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
@@ -48,6 +50,8 @@ def worker_environment(cluster: ClusterRecipe) -> dict[str, str]:
     }
     if not cluster.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
+    if os.environ.get("RAY_ADDRESS"):  # elsewhere workers run what this process runs
+        environment[preflight.VERSIONS] = preflight.versions()
     if permitted := os.environ.get(ranker.VARIABLE):
         environment[ranker.VARIABLE] = permitted
     return environment

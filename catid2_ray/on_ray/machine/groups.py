@@ -27,14 +27,12 @@ def write_groups(store: Store, name: str, table: pa.Table, group_N: np.ndarray, 
 
 def read_group(store: Store, name: str, group: int, columns: list[str] | None = None) -> pa.Table:
     """The rows of one group; of a local file, a view of mapped memory."""
-    with store.open(name) as source:
-        return pa.Table.from_batches([_reader(source, columns).get_batch(group)])
+    return store.read_with(name, lambda source: pa.Table.from_batches([_reader(source, columns).get_batch(group)]))
 
 
 def read_groups(store: Store, name: str, columns: list[str]) -> pa.Table:
     """All rows of a file, group after group."""
-    with store.open(name) as source:
-        return _reader(source, columns).read_all()
+    return store.read_with(name, lambda source: _reader(source, columns).read_all())
 
 
 def _reader(source: pa.NativeFile, columns: list[str] | None) -> pa.ipc.RecordBatchFileReader:

@@ -5,11 +5,15 @@ after a restart. Whoever writes a change first tries it on the state at exactly 
 not fit (a product that is live already, say) is refused and leaves nothing. Series of older versions may hold such changes: all
 replicas pass them over. An append on top of the release lets new products keep the IDs that they were given here (`assign`).
 
+A change says when it was made (`at`): later than all that its writer knew, so that no clock which is behind turns two changes
+around. Changes that come from another release (`of`) lie many to a record, of the kind "carried"; they keep what they said.
+
 `live/RELEASE/snapshots/0000001000`, …: the net state after every thousand, from which a replica starts (`live_snapshot.py`).
 Without it all changes give the same.
 """
 
 import contextlib
+import copy
 import json
 import threading
 import time
@@ -28,11 +32,13 @@ from catid2_ray.on_ray.machine.live_snapshot import Snapshot
 from catid2_ray.retrieval.products import Newcomer
 from catid2_ray.retrieval.retriever import Retriever
 
-KINDS = ("insert", "withdraw", "restore", "put", "skipped")
+KINDS = ("insert", "withdraw", "restore", "put", "skipped", "carried")
 _ATTEMPTS = 20  # writers that may come first before a change is given up
 _AT_ONCE = 256  # changes in memory while a series is read
 SNAPSHOT_EVERY = 1000  # changes
 _SNAPSHOTS = 2  # kept of a release: the newest, and one more should it be damaged
+KEPT_KEYS = 10_000  # idempotency keys of a release: the newest
+_TICK_S = 1e-6  # between two changes of which the second knew the first
 _LONGEST_WAIT_S = 30.0  # between two attempts to follow a series that cannot be read or applied
 
 
@@ -42,6 +48,16 @@ class Content(NamedTuple):
     text: str
     whole: str
     number: int
+
+
+class Touched(NamedTuple):
+    """When somebody last said whether a product can be found, and when what it is: text, ID, columns, value. 0: never."""
+
+    live: float = 0.0
+    content: float = 0.0
+
+    def later(self, other: "Touched") -> "Touched":
+        return Touched(max(self.live, other.live), max(self.content, other.content))
 
 
 class LiveLog:
@@ -76,13 +92,14 @@ class LiveLog:
     def _record(self, name: str, data: bytes) -> dict:
         try:
             record = json.loads(data)
-            if record["kind"] not in KINDS or not isinstance(record["products"], list):
-                raise ValueError(f"kind {record['kind']!r}")
-            Step.of(record)
-            if record["kind"] == "put":
-                [Content(*digests, 0) for digests in record["content"].values()]
-            if "of" in record:
-                origin(record)
+            for one in changes_of(record):
+                if one["kind"] not in KINDS or not isinstance(one["products"], list):
+                    raise ValueError(f"kind {one['kind']!r}")
+                Step.of(one)
+                if one["kind"] == "put":
+                    [Content(*digests, 0) for digests in one["content"].values()]
+                if "of" in one:
+                    origin(one)
         except (ValueError, TypeError, KeyError) as error:
             raise ArtifactError(
                 f"{self.store.uri_of(name)} is no change of products ({error!r}); publish a release that holds the changes after "
@@ -92,7 +109,7 @@ class LiveLog:
 
     def steps(self) -> list[Step]:
         """What the whole series does to names and IDs."""
-        return [Step.of(record) for record in self.after(0)]
+        return [Step.of(one) for record in self.after(0) for one in changes_of(record)]
 
     def snapshot(self) -> Snapshot | None:
         """The newest state that can be read, None where there is none."""
@@ -120,9 +137,10 @@ class LiveLog:
 class LiveUpdates:
     """Keeps a retriever at the end of its release's series, and adds to it.
 
-    `applied`: changes that it has; `carried`: release and number of those that were made on another release first; `contents`: what
-    each product was last put as; `keys`: idempotency key → the number of its change, and a digest of what was asked. `failing`: why
-    the follower cannot go on now, None where it can.
+    `applied`: records that it has; `changes`: how many changes they hold; `carried`: release and number of those that were made on
+    another release first; `contents`: what each product was last put as; `keys`: idempotency key → the number of its record, and a
+    digest of what was asked, of the last KEPT_KEYS; `touched`: product → when its last changes were made. `failing`: why the
+    follower cannot go on now, None where it can.
     """
 
     def __init__(self, retriever: Retriever, log: LiveLog):
@@ -130,6 +148,8 @@ class LiveUpdates:
         self.carried: set[tuple[str, int]] = set()
         self.contents: dict[str, Content] = {}
         self.keys: dict[str, tuple[int, str]] = {}
+        self.touched: dict[str, Touched] = {}
+        self.changes, self._latest, self._part = 0, 0.0, 0  # `_part`: changes of the next record that it has
         self.failing: Exception | None = None
         self._begun = False
         self.snapshotting: threading.Thread | None = None
@@ -152,11 +172,14 @@ class LiveUpdates:
             self._begin()
         before = self.applied
         for record in self.log.after(self.applied):
-            try:
-                apply(self.retriever, record)
-            except InputError as error:  # an older version wrote first and validated then
-                self._say("live_change_refused", number=self.applied + 1, reason=repr(str(error)))
-            self._count(record)
+            for one in changes_of(record)[self._part :]:
+                try:
+                    apply(self.retriever, one)
+                except InputError as error:  # an older version wrote first and validated then
+                    self._say("live_change_refused", number=self.applied + 1, reason=repr(str(error)))
+                self._note(one, self.applied + 1)
+                self._part += 1
+            self.applied, self._part = self.applied + 1, 0
         self._at_end_s = time.monotonic()
         return self.applied - before
 
@@ -174,18 +197,59 @@ class LiveUpdates:
                 record = build()
                 if record is None:
                     return None
+                record = {"at": max(time.time(), self._latest + _TICK_S)} | record
                 check(self.retriever, record)
                 try:
                     self.log.write(self.applied + 1, record)
                 except CommitConflict:
                     continue
+                before = self.changes
                 apply(self.retriever, record)
-                self._count(record)
-                if self.applied % SNAPSHOT_EVERY == 0:
-                    self.snapshotting = threading.Thread(target=self._snapshot, name="live-snapshot", daemon=True)
-                    self.snapshotting.start()
+                self._note(record, self.applied + 1)
+                self.applied += 1
+                self._snapshot_after(before)
                 return record | {"number": self.applied}
         raise CommitConflict(f"{_ATTEMPTS} other changes came first; try again")
+
+    def change_many(self, build: Callable[["LiveUpdates"], list[dict]]) -> list[dict]:
+        """Write several changes as one record; returns them. Nothing is written where there is none.
+
+        `build` gets a copy of the state as it is now, and takes each change into it (`take`) before it makes the next. It is called
+        again, with another copy, where another writer came first. Raises as `change`; what `build` raises leaves nothing.
+        """
+        with self._lock:
+            for _ in range(_ATTEMPTS):
+                self._catch_up()
+                trial = self._copy()
+                changes = build(trial)
+                if not changes:
+                    return []
+                one = changes[0] if len(changes) == 1 else {"kind": "carried", "products": [], "changes": changes}
+                try:
+                    self.log.write(self.applied + 1, one)
+                except CommitConflict:
+                    continue
+                before = self.changes
+                self.retriever.live = trial.retriever.live
+                for name in _STATE:
+                    setattr(self, name, getattr(trial, name))
+                self.applied += 1
+                self._snapshot_after(before)
+                return changes
+        raise CommitConflict(f"{_ATTEMPTS} other changes came first; try again")
+
+    def take(self, change: dict) -> None:
+        """For `build` of `change_many`: apply a change to the copy. Raises as `apply`."""
+        apply(self.retriever, change)
+        self._note(change, self.applied + 1)
+
+    def _copy(self) -> "LiveUpdates":
+        """The same state; what happens to one of the two, the other does not see."""
+        trial = LiveUpdates(copy.copy(self.retriever), self.log)
+        trial.retriever.live, trial.applied, trial._begun = self.retriever.live.copy(), self.applied, True
+        for name in _STATE:
+            setattr(trial, name, copy.copy(getattr(self, name)))
+        return trial
 
     def _begin(self) -> None:
         """Start from a snapshot, if there is one that fits: without it all changes give the same."""
@@ -195,6 +259,9 @@ class LiveUpdates:
                 carried = {(release, number) for release, number in known["carried"]}
                 contents = {name: Content(*values) for name, values in known["contents"].items()}
                 keys = {key: (number, request) for key, (number, request) in known["keys"].items()}
+                # Earlier versions had no times, and one change a record.
+                touched = {name: Touched(*times) for name, times in known.get("touched", {}).items()}
+                changes = int(known.get("changes", snapshot.number))
                 self.retriever.restore_state(snapshot.tables)
             except (InputError, KeyError, TypeError, ValueError) as error:
                 self._say(
@@ -202,31 +269,56 @@ class LiveUpdates:
                 )
             else:
                 self.carried, self.contents, self.keys, self.applied = carried, contents, keys, snapshot.number
+                self.touched, self.changes, self._latest = (
+                    touched,
+                    changes,
+                    max(map(max, touched.values()), default=0.0),
+                )
         self._begun = True
+
+    def _snapshot_after(self, before: int) -> None:
+        """Where one of the changes that came on top of `before` is the last of its thousand."""
+        if self.changes // SNAPSHOT_EVERY > before // SNAPSHOT_EVERY:
+            self.snapshotting = threading.Thread(target=self._snapshot, name="live-snapshot", daemon=True)
+            self.snapshotting.start()
 
     def _snapshot(self) -> None:
         """In a thread of its own: who waits for the change that completed the thousand need not wait for this. Changes that came
         meanwhile are in it, too."""
         try:
             with self._lock:
+                if self._part:  # of a record that could not be applied whole
+                    return
                 tables, number = self.retriever.live_state(), self.applied
                 known = {"carried": sorted(self.carried), "contents": dict(self.contents), "keys": dict(self.keys)}
+                known |= {"touched": dict(self.touched), "changes": self.changes}
             self.log.write_snapshot(Snapshot(number, tables, known))
         except Exception as error:  # a replica does without; the next thousand is tried again
             self._say("snapshot_not_written", reason=repr(f"{type(error).__name__}: {error}"))
 
-    def _count(self, record: dict) -> None:
-        self.applied += 1
-        if "of" in record:
-            self.carried.add(origin(record))
-        if record["kind"] != "put":
-            for name in Step.of(record).names:
+    def _note(self, change: dict, number: int) -> None:
+        """What is to be known of a change of record `number`."""
+        self.changes += 1
+        step = Step.of(change)
+        if (at := change.get("at")) is not None:
+            self._latest = max(self._latest, at)
+            whole = Touched(at, at if change["kind"] in ("insert", "put") else 0.0)
+            touched = {one["product_id"]: Touched(content=at) for one in change.get("answer", ())}
+            touched |= dict.fromkeys(step.names, whole)
+            self.touched |= {name: times.later(self.touched.get(name, times)) for name, times in touched.items()}
+        if "of" in change:
+            self.carried.add(origin(change))
+        if change["kind"] != "put":
+            for name in step.names:
                 self.contents.pop(name, None)
             return
-        for name, digests in record["content"].items():
-            self.contents[name] = Content(*digests, self.applied)
-        if "key" in record:
-            self.keys[record["key"]] = self.applied, record["request"]
+        for name, digests in change["content"].items():
+            self.contents[name] = Content(*digests, number)
+        if "key" in change:
+            self.keys.pop(change["key"], None)
+            self.keys[change["key"]] = number, change["request"]
+            if len(self.keys) > KEPT_KEYS:
+                del self.keys[next(iter(self.keys))]
 
     def follow(self, every_s: float, also: Callable[[], object] | None = None) -> None:
         """Catch up now and then, and call `also`, in a thread of this process, until `end`.
@@ -259,6 +351,14 @@ class LiveUpdates:
 
     def end(self) -> None:
         self._ended.set()
+
+
+_STATE = ("carried", "contents", "keys", "touched", "changes", "_latest")  # of LiveUpdates, beside its retriever
+
+
+def changes_of(record: dict) -> list[dict]:
+    """The changes that a record holds."""
+    return record["changes"] if record["kind"] == "carried" else [record]
 
 
 def origin(record: dict) -> tuple[str, int]:

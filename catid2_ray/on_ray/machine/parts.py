@@ -14,8 +14,8 @@ import ray
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from catid2_ray import errors
-from catid2_ray.errors import CatidError
-from catid2_ray.on_ray.machine import cluster, progress
+from catid2_ray.errors import CatidError, StorageError
+from catid2_ray.on_ray.machine import cluster, preflight, progress
 
 
 def our_error(error: BaseException | None) -> CatidError | None:
@@ -45,6 +45,7 @@ class _Worker:
         _forget_peak()
         self.failed = None
         try:
+            preflight.refuse_other_versions()
             self.handler = handler_class(**arguments)
         except CatidError as error:
             self.failed = error
@@ -56,7 +57,14 @@ class _Worker:
         try:
             if self.failed:
                 raise self.failed
-            return self.handler(spec) | {"peak_bytes": _peak_bytes()}
+            try:
+                result = self.handler(spec)
+            except StorageError as error:
+                if not error.transient:
+                    raise
+                # Requests were tried for as long as the store has patience, but for a read that broke off in the middle.
+                result = self.handler(spec)
+            return result | {"peak_bytes": _peak_bytes()}
         except CatidError as error:  # as a value: what Ray wraps around an exception does not keep its class
             return {"position": spec["position"], "error": [type(error).__name__, str(error)]}
 

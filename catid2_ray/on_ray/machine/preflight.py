@@ -1,13 +1,30 @@
-"""What would fail hours later for want of a file or a GPU, refused before any work: in a moment, and without Ray."""
+"""What would fail hours later for want of a file, a right, room on a disk or a GPU, refused before any work: in a moment, and
+without Ray. What only a worker can see, the versions it runs, it compares when it starts."""
 
+import functools
 import os
+import platform
+import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
 
 import torch
 
+import catid2_ray
+from catid2_ray.artifacts import rights
+from catid2_ray.artifacts.release import default_cache
+from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
-from catid2_ray.errors import RecipeError
-from catid2_ray.on_ray.machine import ranker
+from catid2_ray.errors import RecipeError, StorageError
+from catid2_ray.on_ray.machine import progress, ranker
+
+LEAST_FREE = 1_000_000_000  # bytes of each disk that a job writes to
+_SKEW_S = 60.0  # S3 counts whole seconds, and refuses what is more than 15 minutes away
+VERSIONS = "CATID2_VERSIONS"  # in the environment of workers: what the job's own process runs
+_COMPARED = ("torch", "numpy", "pyarrow", "transformers", "deepspeed")
 
 _BUILT_IN = {
     "lsa",
@@ -28,6 +45,45 @@ def refuse(recipe: Recipe, *, aligns: bool, runs: bool = True) -> None:
         _refuse_missing_gpus(recipe)
     if aligns and recipe.alignment.enabled:
         ranker.open_ranker(recipe.alignment.ranker)
+
+
+def check_store(store: Store) -> None:
+    """Raise StorageError where a job may not do in the store what it will do, or where a disk of this machine is all but full; one
+    line in the log where the clocks differ."""
+    places = {"the store": store.uri} if not store.is_s3 else {}
+    places |= {"CATID2_CACHE": str(default_cache()), "TMPDIR": tempfile.gettempdir()}
+    for name, place in places.items():
+        folder = next(folder for folder in (Path(place), *Path(place).parents) if folder.exists())
+        if (free := shutil.disk_usage(folder).free) < LEAST_FREE:
+            raise StorageError(
+                f"only {free / 1e9:.1f} GB are free where {name} lies ({place}), expected {LEAST_FREE / 1e9:g} or more: free some "
+                f"(`catid2 gc` for stores), or set {name} to a larger disk"
+            )
+    ahead_s = rights.check(store)
+    if abs(ahead_s) > _SKEW_S:
+        progress.event(
+            "clocks_differ", store_ahead_s=round(ahead_s), means="'times in manifests are off; leases are not'"
+        )
+
+
+@functools.cache
+def versions() -> str:
+    """Of what decides results, in this process: `python=3.11.7 catid2_ray=… torch=…`."""
+    named = {"python": platform.python_version(), "catid2_ray": catid2_ray.__version__}
+    return " ".join(
+        f"{name}={version}" for name, version in (named | {one: metadata.version(one) for one in _COMPARED}).items()
+    )
+
+
+def refuse_other_versions() -> None:
+    """In a worker: raise RecipeError where this node runs other versions than the job's own process."""
+    asked = os.environ.get(VERSIONS, versions())
+    if asked != versions():
+        pairs = zip(asked.split(), versions().split())
+        differ = ", ".join(f"{here} (the job has {there})" for there, here in pairs if there != here)
+        raise RecipeError(
+            f"node {socket.gethostname()} runs {differ}: give all nodes, and the process that submits, the same image"
+        )
 
 
 def _uris(recipe: Recipe) -> Iterator[tuple[str, str | None]]:

@@ -9,7 +9,7 @@ import contextvars
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -27,8 +27,24 @@ _CLOCK_WIDTH = len("100%  1:02:05 so far")
 _POSITION: contextvars.ContextVar[str] = contextvars.ContextVar("position", default="")
 
 
+_elsewhere: Callable[[str, dict], object] | None = None
+
+
+def write_by(write: Callable[[str, dict], object] | None) -> None:
+    """From now on `write` gets name and values of every event of this process, in place of standard error; None: as before."""
+    global _elsewhere
+    _elsewhere = write
+
+
+def is_written_elsewhere() -> bool:
+    return _elsewhere is not None
+
+
 def event(name: str, **values) -> None:
     """One log line: event=… key=value …"""
+    if _elsewhere is not None:
+        _elsewhere(name, values)
+        return
     line = " ".join([f"event={name}", *(f"{key}={value}" for key, value in values.items())])
     print(redacted(line), file=sys.stderr, flush=True)
 

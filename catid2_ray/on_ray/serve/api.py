@@ -1,6 +1,6 @@
 """Requests and responses of the HTTP interface: queries, and the changes that a serving release takes."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -34,13 +34,18 @@ class RetrieveRequest(_Sound):
         None, strict=True, ge=1, le=MAX_K, description="IDs kept at every level; null = as the release says. Wider finds more "
         "and takes longer",
     )  # fmt: skip
-    mode: Literal["products", "clusters"] = Field(
-        "products", description="clusters: the beginnings of IDs that the search finds, in place of products"
-    )
+    mode: Literal["ids", "clusters", "everything"] = Field(
+        "ids", description="ids: products with their IDs. clusters: the beginnings of IDs that the search finds, in place of "
+        "products. everything: products, each with `explain`, and in `clusters` the beginnings of IDs below which they were found"
+    )  # fmt: skip
     explain: bool = Field(False, description="say of each product how its ID was found and what its score is made of")
     timeout_s: float | None = Field(
         None, gt=0, description="seconds that the caller waits: a query whose search has not begun by then is not searched (504). "
         "The header x-request-timeout-seconds says the same; the shorter one counts",
+    )  # fmt: skip
+    soft_timeout: float | None = Field(
+        None, gt=0, description="seconds after which a search that still runs ends at the level reached: the answer holds what "
+        "ranks best below its beams by vectors, and says so in `degraded`. Without effect where the release has no vectors",
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -49,7 +54,13 @@ class RetrieveRequest(_Sound):
             raise ValueError("give either `query` or `queries`")
         if self.explain and self.mode == "clusters":
             raise ValueError("explain: only products are explained, not clusters")
+        if self.explains and self.soft_timeout is not None:
+            raise ValueError("soft_timeout: to explain an answer takes further searches; ask for one of the two")
         return self
+
+    @property
+    def explains(self) -> bool:
+        return self.explain or self.mode == "everything"
 
     def each(self) -> list["RetrieveRequest"]:
         """One request per query."""
@@ -109,9 +120,19 @@ class Cluster(BaseModel):
     products: int = Field(description="products below it that can be found now, whether they pass the filter or not")
 
 
+class Degraded(BaseModel):
+    reason: Literal["soft_timeout"] = Field(description="soft_timeout: that time was over before the search ended")
+
+
 class Answer(BaseModel):
-    products: list[Product] = Field(description="best first; empty where clusters were asked for")
-    clusters: list[Cluster] | None = Field(None, description="best first, where they were asked for")
+    products: list[Product] = Field(description="best first; empty where clusters alone were asked for")
+    clusters: list[Cluster] | None = Field(
+        None, description="where they were asked for: best first; of everything, in the order of their best products"
+    )
+    degraded: Degraded | None = Field(None, description="why the answer is worse than the release's best")
+    coverage: float | None = Field(
+        None, description="of a degraded answer: levels of the ID that were searched, as a share of all its levels"
+    )
     fewer: Literal["search", "catalogue"] | None = Field(
         description="why there are fewer products than k: search = the beams hold no more; catalogue = no more products are there "
         "or pass the filter; null where there are k"
@@ -133,7 +154,10 @@ class ProductResponse(BaseModel):
     category_path: list[str] | None = Field(
         description="root first; null where the product has none, or category_path is no filter column of the release"
     )
-    live: bool = Field(description="false: it was withdrawn, so that no search finds it")
+    columns: dict[str, Any] = Field(
+        description="its values of the release's filter columns as they are now; null where one is missing"
+    )
+    live: bool = Field(description="false: it was withdrawn or deleted, so that no search finds it")
 
 
 class HealthResponse(BaseModel):
@@ -147,6 +171,12 @@ class ReadyResponse(BaseModel):
     release: str
 
 
+class OnTrial(BaseModel):
+    release: str
+    percent: float = Field(description="of the sessions (x-session-id, else the query) are answered from it")
+    shadow: float = Field(description="per cent of the other sessions ask it beside, for metrics alone")
+
+
 class ReleaseResponse(BaseModel):
     release: str
     created: str = Field(description="when it was published, in UTC")
@@ -158,6 +188,8 @@ class ReleaseResponse(BaseModel):
     refused: str | None = Field(
         description="the current release where this replica refuses to serve it, and why; null: none"
     )
+    trial: OnTrial | None = Field(description="a release on trial beside this one; null: none")
+    trial_refused: str | None = Field(description="a release that was to be on trial, and why it is not; null: none")
 
 
 class NextCode(BaseModel):

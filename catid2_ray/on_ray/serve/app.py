@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import FastAPI, Header, Request
 from fastapi.responses import HTMLResponse, Response
 from ray import serve
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
-from catid2_ray.errors import InputError, QueryError, RecipeError, StorageError
+from catid2_ray.errors import CatidError, InputError, QueryError, RecipeError, StorageError
 from catid2_ray.on_ray.machine import cluster
+from catid2_ray.on_ray.machine.canary import CANARY_QUERY
 from catid2_ray.on_ray.serve import answers as answering
-from catid2_ray.on_ray.serve import metrics, reference, rpc
+from catid2_ray.on_ray.serve import logs, metrics, reference, rpc
+from catid2_ray.on_ray.serve.answers import Asked, Found
 from catid2_ray.on_ray.serve.api import (
     Answer,
     BelowResponse,
@@ -34,6 +36,7 @@ from catid2_ray.on_ray.serve.api import (
     InsertRequest,
     InsertResponse,
     NamesRequest,
+    OnTrial,
     ProductResponse,
     Put,
     PutRequest,
@@ -45,9 +48,10 @@ from catid2_ray.on_ray.serve.api import (
 )
 from catid2_ray.on_ray.serve.batches import Batch, Batches
 from catid2_ray.on_ray.serve.follow import Serving
-from catid2_ray.on_ray.serve.keys import Keys
-from catid2_ray.on_ray.serve.opened import CANARY_QUERY, Opened
-from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, install, refused
+from catid2_ray.on_ray.serve.keys import Keys, Locked
+from catid2_ray.on_ray.serve.opened import Opened
+from catid2_ray.on_ray.serve.puts import standing
+from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, Unserved, install, refused
 from catid2_ray.on_ray.serve.settings import AppSettings
 
 # Requests wait in the replica, which takes the next batch at once and refuses beyond `most_waiting`. Those that wait at a proxy,
@@ -55,6 +59,9 @@ from catid2_ray.on_ray.serve.settings import AppSettings
 MAX_ONGOING, MAX_QUEUED = 384, 256
 BATCHES = {"size": 16, "wait_s": 0.005, "most_waiting": 320}
 FEW = 100  # products that are put into words without a thread
+SESSION = "x-session-id"  # who asks: a session is answered from one release while another is on trial
+BESIDE_S = 10.0  # after which a release on trial is not asked for metrics any more
+PATIENCE_S = 3.0  # that a request to the store is tried: a caller waits for it, and a look at the store comes again
 LAG_S = 60.0  # a replica that cannot apply changes for so long is replaced
 # Threads of each kind of work, so that none waits behind another. Batches come one at a time.
 THREADS = {"search": 1, "filters": 2, "changes": 1, "health": 1}
@@ -63,19 +70,11 @@ PAGE = Path(__file__).with_name("page.html")
 
 api = FastAPI(title="catid2-ray retriever", docs_url=None, redoc_url=None)
 install(api)
+# The last one that is added comes first: a request is counted, its key is looked at, then its body is read.
+api.add_middleware(Locked, keys=lambda: serve.get_replica_context().servable_object.keys)
 api.add_middleware(metrics.Counted)
+api.add_middleware(logs.Logged)
 
-
-def _may(right: str):
-    """What a request needs, where the deployment has keys."""
-
-    def check(request: Request) -> None:
-        serve.get_replica_context().servable_object.keys.check(request.headers, right)
-
-    return Depends(check)
-
-
-READ, WRITE = [_may("read")], [_may("write")]
 READ_REFUSALS = {401: RESPONSES[401]}
 RETRIEVE_REFUSALS = {status: RESPONSES[status] for status in (400, 401, 413, 422, 503, 504)} | {408: LATE}
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -98,14 +97,17 @@ class RetrieverReplica:
 
     canary_deadline_s = 20.0
     canary: asyncio.Future | None = None  # that runs now, or ran last
+    beside: asyncio.Future | None = None  # the same of a release on trial that is asked for metrics
 
     def __init__(self, settings: AppSettings):
         torch.set_num_threads(settings.threads)
+        if settings.logs == "json":
+            logs.write_json()
         self.settings, self.keys = settings, Keys.of(settings.keys, needed=settings.needs_keys)
         self.pools = {name: ThreadPoolExecutor(threads, name) for name, threads in THREADS.items()}
         self.batches = Batches(self._search, self.pools["search"], tell=self._tell, **BATCHES)
         self.answered = time.monotonic()  # when a search last came to its end
-        self.serving = Serving(Store(settings.store), settings)
+        self.serving = Serving(Store(settings.store, patience_s=PATIENCE_S), settings)
         self.serving.now.retriever.retrieve([CANARY_QUERY], k=1)
 
     def __del__(self):
@@ -165,15 +167,18 @@ class RetrieverReplica:
     async def alive(self) -> Response:
         return Response()
 
-    @api.get("/v1/release", dependencies=READ, responses=READ_REFUSALS)
+    @api.get("/v1/release", responses=READ_REFUSALS)
     async def which_release(self) -> ReleaseResponse:
         """Say what is served: the release, how many products can be found, and by what they can be filtered."""
-        now, refusal = self.serving.now, self.serving.refused
+        now, refusal, tried = self.serving.now, self.serving.refused, self.serving.trial
+        not_tried = self.serving.trial_refused
         live = now.retriever.live
         return ReleaseResponse(
             release=now.name, created=now.created, changes=now.updates.applied, products=live.products,
             levels=now.retriever.trie.levels, filters=live.column_types, follows=self.settings.follows,
             refused=None if refusal is None else f"{refusal[0]}: {refusal[1]}",
+            trial=None if tried is None else OnTrial(release=tried.opened.name, **tried.shares._asdict()),
+            trial_refused=None if not_tried is None else f"{not_tried[0]}: {not_tried[1]}",
         )  # fmt: skip
 
     @api.get("/healthz")
@@ -191,64 +196,108 @@ class RetrieverReplica:
             return refused(503, f"this replica answers no query now ({type(error).__name__}: {error})")
         return ReadyResponse(status="ready", release=self.serving.now.name)
 
-    @api.get("/v1/docids/{prefix}", dependencies=READ, responses={422: RESPONSES[422], **READ_REFUSALS})
+    @api.get("/v1/docids/{prefix}", responses={422: RESPONSES[422], **READ_REFUSALS})
     async def docids(self, prefix: str) -> BelowResponse:
         """Say what lives below the first codes of an ID, such as <a_65><b_225>."""
         return await self._run("filters", answering.below_of, self.serving.now, prefix)
 
-    @api.get("/v1/products/{product_id:path}", dependencies=READ, responses={404: RESPONSES[404], **READ_REFUSALS})
+    @api.get("/v1/products/{product_id:path}", responses={404: RESPONSES[404], **READ_REFUSALS})
     async def product(self, product_id: str) -> ProductResponse:
         """Say what the release knows of a product, whether it can be found now or was withdrawn."""
         return await self._run("filters", answering.product_of, self.serving.now, product_id)
 
     # What was not asked for (clusters, answers, explain) is left out.
-    @api.post("/v1/retrieve", dependencies=READ, responses=RETRIEVE_REFUSALS, response_model_exclude_defaults=True)
+    @api.post("/v1/retrieve", responses=RETRIEVE_REFUSALS, response_model_exclude_defaults=True)
     async def retrieve(self, request: RetrieveRequest, asked: Request) -> RetrieveResponse:
         """Find the `k` best products for a query, or for each of several, among those that the filter allows."""
         return await self._retrieve(request, asked.headers)
 
     async def Retrieve(self, message, grpc_context):  # noqa: N802 (the name in retriever.proto)
-        """The same over gRPC."""
+        """The same over gRPC. A refusal is a status without a message: an exception would be a traceback in Ray's log."""
+        began, code, headers = time.perf_counter(), rpc.OK, rpc.headers_of(grpc_context.invocation_metadata())
         try:
-            headers = rpc.headers_of(grpc_context.invocation_metadata())
             self.keys.check(headers, "read")
             return rpc.message_of(await self._retrieve(rpc.request_of(message), headers))
         except Exception as error:
-            grpc_context.set_code(rpc.code_of(error))
+            code = rpc.code_of(error)
+            grpc_context.set_code(code)
             grpc_context.set_details(str(error))
-            raise
+            if not isinstance(error, CatidError):
+                raise
+            return rpc.NOTHING
+        finally:
+            metrics.count("catid2_requests", call=rpc.SERVICE, status=code.name)
+            took_ms = 1e3 * (time.perf_counter() - began)
+            metrics.observe("catid2_request_ms", took_ms, call=rpc.SERVICE)
+            if code != rpc.OK:
+                with logs.of_request(headers):
+                    error = code == rpc.code_of(Exception())
+                    logs.event("request", error=error, call=rpc.SERVICE, status=code.name, ms=round(took_ms, 1))
 
     async def _retrieve(self, request: RetrieveRequest, headers: Mapping[str, str]) -> RetrieveResponse:
-        # Taken once: whatever becomes current meanwhile, this request is answered from one release.
-        now, deadline, each = self.serving.now, answering.deadline_of(request, headers), request.each()
+        # Chosen once: whatever becomes current meanwhile, this request is answered from one release.
+        deadline, each = answering.deadline_of(request, headers), request.each()
+        session = headers.get(SESSION) or each[0].query
+        now = self.serving.chosen(session)
+        soft = None if request.soft_timeout is None else time.monotonic() + request.soft_timeout
         for one in each:
             now.retriever.check(one.query, k=one.k)
         if request.filter is not None:
             # Refused here, it cannot spoil a batch; it is kept for the search.
             await self._run("filters", now.retriever.compile, request.filter)
-        tasks = [asyncio.ensure_future(self._answer(now, one, deadline)) for one in each]
+        tasks = [asyncio.ensure_future(self._answer(Asked(now, one, soft), deadline)) for one in each]
         try:
             answers = await asyncio.gather(*tasks)
         except BaseException:
             for task in tasks:  # of what nobody waits for, nothing is searched
                 task.cancel()
             raise
+        self._ask_beside(now, session, each, answers)
         if request.queries is None:
             return RetrieveResponse(release=now.name, **dict(answers[0]))
         return RetrieveResponse(release=now.name, products=[], fewer=None, answers=answers)
 
-    async def _answer(self, now: Opened, request: RetrieveRequest, deadline: float | None) -> Answer:
-        found = await self.batches.ask((now, request), deadline=deadline)
-        if request.explain or request.k > FEW or len(found) < request.k:
+    async def _answer(self, asked: Asked, deadline: float | None) -> Answer:
+        began = time.perf_counter()
+        (now, request, _), found = asked, await self.batches.ask(asked, deadline=deadline)
+        metrics.count("catid2_answers", release=now.name)
+        metrics.observe("catid2_answer_ms", 1e3 * (time.perf_counter() - began), release=now.name)
+        if request.explains or request.k > FEW or len(found.hits) < request.k:
             answer = await self._run("filters", answering.answer_of, now, request, found)
         else:
             answer = answering.answer_of(now, request, found)
-        metrics.count("catid2_empty_answers", not found)
+        metrics.count("catid2_empty_answers", not found.hits)
+        if answer.degraded:
+            metrics.count("catid2_degraded_answers", reason=answer.degraded.reason)
         if answer.fewer:
             metrics.count("catid2_fewer_answers", reason=answer.fewer)
         return answer
 
-    @api.put("/v1/products", dependencies=WRITE, responses=RESPONSES)
+    def _ask_beside(self, now: Opened, session: str, each: list[RetrieveRequest], answers: list[Answer]) -> None:
+        """Ask the release on trial the same, for metrics alone: one request at a time, and only while nobody waits."""
+        tried = self.serving.trial
+        if tried is None or now is tried.opened or not tried.shadows(session):
+            return
+        if not self.batches.waiting and (self.beside is None or self.beside.done()):
+            self.beside = asyncio.ensure_future(self._compare(tried.opened, each, answers))
+
+    async def _compare(self, tried: Opened, each: list[RetrieveRequest], answers: list[Answer]) -> None:
+        for request, answer in zip(each, answers):
+            if not answer.products or answer.degraded:
+                continue
+            began = time.perf_counter()
+            try:
+                if request.filter is not None:  # refused here, it cannot spoil a batch
+                    await self._run("filters", tried.retriever.compile, request.filter)
+                found = await self.batches.ask(Asked(tried, request), deadline=time.monotonic() + BESIDE_S)
+            except Exception:  # such as a filter by a column that it lacks; nobody waits for this answer
+                metrics.count("catid2_shadow_failures", release=tried.name)
+                continue
+            metrics.observe("catid2_shadow_ms", 1e3 * (time.perf_counter() - began), release=tried.name)
+            both = {product.product_id for product in answer.products} & {hit.product_id for hit in found.hits}
+            metrics.observe("catid2_shadow_overlap", len(both) / len(answer.products), release=tried.name)
+
+    @api.put("/v1/products", responses=RESPONSES)
     async def put(
         self, request: PutRequest, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
     ) -> PutResponse:
@@ -259,7 +308,7 @@ class RetrieverReplica:
         done = await self._run("changes", lambda: now.puts.put(asked, key=idempotency_key))
         return PutResponse(release=now.name, change=done.number, products=[Put(**one) for one in done.products])
 
-    @api.post("/v1/products", dependencies=WRITE, responses=RESPONSES, deprecated=True)
+    @api.post("/v1/products", responses=RESPONSES, deprecated=True)
     async def insert(self, request: InsertRequest) -> InsertResponse:
         """Add products that are not live yet. PUT takes its place: this call will go with the next minor version."""
         self._check_updates()
@@ -274,21 +323,37 @@ class RetrieverReplica:
         inserted = [Inserted(product_id=one["product_id"], docid=one["docid"]) for one in done["products"]]
         return InsertResponse(release=now.name, change=done["number"], products=inserted)
 
-    @api.post("/v1/withdraw", dependencies=WRITE, responses=RESPONSES)
+    @api.post("/v1/withdraw", responses=RESPONSES)
     async def withdraw(self, request: NamesRequest) -> ChangeResponse:
-        """Take products out of every answer. All replicas do so within seconds."""
+        """Take products out of every answer. All replicas do so within seconds. Those that are out already stay out."""
         return await self._change("withdraw", request.product_ids)
 
-    @api.post("/v1/restore", dependencies=WRITE, responses=RESPONSES)
+    @api.post("/v1/restore", responses=RESPONSES)
     async def restore(self, request: NamesRequest) -> ChangeResponse:
-        """Bring withdrawn products back, with the IDs they had."""
+        """Bring withdrawn and deleted products back, with the IDs they had. Those that are live stay so."""
         return await self._change("restore", request.product_ids)
 
-    async def _change(self, kind: str, product_ids: list[str]) -> ChangeResponse:
+    @api.delete("/v1/products/{product_id:path}", responses=RESPONSES)
+    async def delete(self, product_id: str) -> ChangeResponse:
+        """Take one product out of every answer, as /v1/withdraw does; again, it changes nothing. It is gone for good with the next
+        release whose catalogue lacks it. Until then it keeps its ID, and /v1/restore or PUT brings it back."""
+        return await self._change("withdraw", [product_id], missing=404)
+
+    async def _change(self, kind: str, product_ids: list[str], *, missing: int = 422) -> ChangeResponse:
         self._check_updates()
         now = self.serving.now
-        done = await self._run("changes", now.updates.change, lambda: {"kind": kind, "products": product_ids})
-        return ChangeResponse(release=now.name, change=done["number"])
+
+        def made() -> dict | None:
+            found = [standing(now.retriever, one) for one in product_ids]
+            if missing == 404 and found[0].row is None:
+                raise Unserved(404, f"release {now.name} has no product {product_ids[0]!r}")
+            # What is so already need not be said again.
+            if all(one.row is not None and one.live == (kind == "restore") for one in found):
+                return None
+            return {"kind": kind, "products": product_ids}
+
+        done = await self._run("changes", now.updates.change, made)
+        return ChangeResponse(release=now.name, change=now.updates.applied if done is None else done["number"])
 
     def _check_updates(self) -> None:
         takes = self.settings.updates
@@ -297,8 +362,8 @@ class RetrieverReplica:
                 "this deployment takes no changes: give it keys with the right to write (setting `keys`), or set `updates` to true"
             )
 
-    def _search(self, requests: list[tuple[Opened, RetrieveRequest]]) -> list:
-        answers = answering.search(requests)
+    def _search(self, requests: list[Asked], early: Callable[[int, Found], None]) -> list[Found]:
+        answers = answering.search(requests, early)
         self.answered = time.monotonic()
         return answers
 

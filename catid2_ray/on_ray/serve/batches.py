@@ -33,7 +33,8 @@ class _Waiting(NamedTuple):
 
 
 class Batches:
-    """`search` (a list of requests → their answers) gets at most `size` requests at a time in `executor`, oldest first.
+    """`search` (a list of requests → their answers) gets at most `size` requests at a time in `executor`, oldest first, and a
+    function that takes the number of a request and its answer, where that is there before the others'.
 
     `wait_s`: how long the first request that an idle replica gets waits for others. `most_waiting`: further ones are refused.
     Requests whose caller has gone, or whose deadline is over, are dropped before they cost a search. A search that fails is
@@ -107,11 +108,12 @@ class Batches:
 
     async def _answer(self, batch: list[_Waiting]) -> None:
         try:
-            answers = await self._searched([one.request for one in batch])
+            answers = await self._searched(batch)
         except Exception as error:
             if len(batch) > 1:
                 for one in batch:
-                    await self._answer([one])
+                    if not one.answer.done():
+                        await self._answer([one])
                 return
             answers = [error]
         for one, answer in zip(batch, answers):
@@ -122,5 +124,14 @@ class Batches:
             else:
                 one.answer.set_result(answer)
 
-    async def _searched(self, requests: list) -> list:
-        return await asyncio.get_running_loop().run_in_executor(self.executor, self.search, requests)
+    async def _searched(self, batch: list[_Waiting]) -> list:
+        loop = asyncio.get_running_loop()
+
+        def give(one: _Waiting, answer: Any) -> None:
+            if not one.answer.done():
+                one.answer.set_result(answer)
+
+        def early(number: int, answer: Any) -> None:
+            loop.call_soon_threadsafe(give, batch[number], answer)
+
+        return await loop.run_in_executor(self.executor, self.search, [one.request for one in batch], early)

@@ -1,22 +1,26 @@
 """Changes outlive a swap: live changes that are younger than a release's catalogue are carried over from the releases before.
 
-Which they are, the moves of the pointer say (`artifacts.history.sources`), by numbers, not by clocks. Each is written into the
-release's own series, as a change that names the one that it came `of`: release and number where it was made first. So all
-replicas carry at once, and end with one series in one order; and a change that went from release to release is taken once. What
-cannot be carried is written as "skipped" with the reason, so that it is said and counted and never tried again.
+Which they are, the moves of the pointer say (`artifacts.history.sources`), by numbers, not by clocks. They are written into the
+release's own series, many to a record, each as a change that names the one that it came `of`: release and number where it was
+made first. So all replicas carry at once, and end with one series in one order; and a change that went from release to release
+is taken once. What cannot be carried is written as "skipped" with the reason, so that it is said and counted and never tried
+again. Of a product that has changed since, on this release or by what was carried before, an older change that comes late is
+left out: when each was made, its record says.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from catid2_ray.artifacts import history
+from catid2_ray.artifacts import history, trials
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, InputError
 from catid2_ray.on_ray.machine import progress
-from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates, check, origin
+from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates, Touched, changes_of, check, origin
 from catid2_ray.on_ray.serve.newcomers import Newcomers, asked_again
 from catid2_ray.on_ray.serve.puts import Puts, standing
+
+MOST = 1000  # changes, and about so many products, of one record
 
 
 class Carried(NamedTuple):
@@ -25,13 +29,27 @@ class Carried(NamedTuple):
     count: int = 0
     skipped: int = 0
 
+    def plus(self, other: "Carried") -> "Carried":
+        return Carried(self.count + other.count, self.skipped + other.skipped)
+
+
+class _Change(NamedTuple):
+    """A change that may be carried: the release whose record it is, release and number where it was made first, and itself."""
+
+    source: str
+    of: tuple[str, int]
+    record: dict
+
+    @property
+    def products(self) -> int:
+        return max(1, len(self.record["products"]) + len(self.record.get("changed", ())))
+
 
 class Carrier:
     """Carries changes over to the release that `updates` keeps. Several replicas may do so at once."""
 
     def __init__(self, store: Store, updates: LiveUpdates, newcomers: Newcomers):
         self.store, self.updates, self.newcomers, self.release = store, updates, newcomers, updates.log.release
-        self.puts = Puts(updates, newcomers)
         self._seen: dict[str, int] = {}
         self._at: dict[str, int] = {}  # source → its last change that was looked at
         self._left: set[str] = set()
@@ -40,7 +58,7 @@ class Carrier:
 
     def carry(self) -> Carried:
         """Carry all that is known now: before the release is served, and when the pointer moved back to it. Raises StorageError."""
-        moves = history.entries(self.store)
+        moves = trials.moves(self.store, self.release)
         self._seen = dict.fromkeys(sorted(self._watched), 0) | history.sources(moves, self.release)
         # The release that was left is served by some replicas a while longer.
         lately = [move for move in moves if move.release == self.release and move.after]
@@ -66,42 +84,86 @@ class Carrier:
             start, done = max(seen, self._at.get(source, 0)), Carried()
             while (source, start + 1) in self.updates.carried:  # known from the series: need not be read again
                 start += 1
+            waiting: list[_Change] = []
             for number, record in enumerate(LiveLog(self.store, source).after(start), start + 1):
-                one = self._one(source, number, record)
-                done = Carried(done.count + one.count, done.skipped + one.skipped)
+                waiting += [one for change in changes_of(record) if (one := self._missing(source, number, change))]
+                if sum(one.products for one in waiting) >= MOST:
+                    done, waiting = done.plus(self._write(waiting)), []
+                if not waiting:
+                    self._at[source] = number
+            if waiting:
+                done = done.plus(self._write(waiting))
                 self._at[source] = number
             if done != Carried():
                 progress.event(
                     "live_changes_carried", release=self.release, of=source, changes=done.count, skipped=done.skipped
                 )
-            total = Carried(total.count + done.count, total.skipped + done.skipped)
+            total = total.plus(done)
         return total
 
-    def _one(self, source: str, number: int, record: dict) -> Carried:
+    def _missing(self, source: str, number: int, record: dict) -> _Change | None:
+        """None for a change that this release has, or that its catalogue may have seen, and for one that took no effect."""
         of = origin(record) if "of" in record else (source, number)
         if of[0] == self.release or of in self.updates.carried or of[1] <= self._seen.get(of[0], 0):
-            return Carried()
+            return None
         if "of" in record and (record["kind"] in ("skipped", "put") or "left_out" in record):
             # What the source could not take of it, this release may.
             source, record = of[0], LiveLog(self.store, of[0]).find(of[1]) or record
-        if record["kind"] == "skipped":
-            return Carried()
-        written = self.updates.change(lambda: self._rebuilt(source, of, record))
-        if written is None:
-            return Carried()
-        return Carried(skipped=1) if written["kind"] == "skipped" else Carried(1)
+        return None if record["kind"] == "skipped" else _Change(source, of, record)
 
-    def _rebuilt(self, source: str, of: tuple[str, int], record: dict) -> dict | None:
-        """The change as it fits the release now; None where another replica carried it."""
-        if of in self.updates.carried:
-            return None
+    def _write(self, changes: list[_Change]) -> Carried:
+        written = self.updates.change_many(lambda trial: self._fitted(trial, changes))
+        skipped = sum(one["kind"] == "skipped" for one in written)
+        return Carried(len(written) - skipped, skipped)
+
+    def _fitted(self, trial: LiveUpdates, changes: list[_Change]) -> list[dict]:
+        """The changes as they fit the release one after the other, without those that another replica carried."""
+        fitting, made = _Fitting(trial, self.newcomers, self._quantizer), []
+        for one in changes:
+            if one.of not in trial.carried:
+                made.append(fitting.fitted(one))
+                trial.take(made[-1])
+        return made
+
+    def _quantizer(self, release: str) -> str | None:
+        """The digest of a release's quantizer, None where the release is gone."""
+        if release not in self._quantizers:
+            try:
+                self._quantizers[release] = releases.load(self.store, release).parts["quantizer"]["digest"]
+            except ArtifactError:
+                self._quantizers[release] = None
+        return self._quantizers[release]
+
+
+class _Fitting:
+    """Makes changes of other releases fit the one that `updates` keeps, as it is now. `quantizer`: release → its digest."""
+
+    def __init__(self, updates: LiveUpdates, newcomers: Newcomers, quantizer: Callable[[str], str | None]):
+        self.updates, self.newcomers, self.quantizer = updates, newcomers, quantizer
+        self.release, self.puts = updates.log.release, Puts(updates, newcomers)
+
+    def fitted(self, change: _Change) -> dict:
+        source, record = change.source, change.record
         left_out: dict[str, str] = {}
         suited = {"insert": self._inserts, "put": self._puts, "withdraw": self._withdraws, "restore": self._restores}
         candidates, make = suited[record["kind"]](source, record, left_out)
+        if (at := record.get("at")) is not None:
+            late = [one for one in candidates if self._is_late(one, record["kind"], at)]
+            left_out |= dict.fromkeys(map(_name, late), f"it has changed in release {self.release} since")
+            candidates = [one for one in candidates if _name(one) not in left_out]
         changed = self._most(candidates, make, left_out)
         if changed is None:
             changed = {"kind": "skipped", "products": [], "why": "; ".join(sorted(set(left_out.values())))}
-        return changed | {"of": list(of)} | ({"left_out": left_out} if left_out else {})
+        return changed | {"of": list(change.of), "at": at} | ({"left_out": left_out} if left_out else {})
+
+    def _is_late(self, candidate: str | dict, kind: str, at: float) -> bool:
+        """Whether something younger says what this change says: of a withdrawal, whether the product can be found; of a price,
+        what it costs. So a price that came later keeps no product from being withdrawn."""
+        last = self.updates.touched.get(_name(candidate), Touched())
+        if kind in ("withdraw", "restore"):
+            return last.live > at
+        in_place = kind == "put" and "title" not in candidate
+        return last.content > at or (last.live > at and not in_place)
 
     def _most(self, candidates: list, make: Callable[[list], dict], left_out: dict[str, str]) -> dict | None:
         """The change that `make` makes of as many of the candidates as fit together, None where none does; the others, by name,
@@ -115,7 +177,7 @@ class Carrier:
                 check(self.updates.retriever, changed)
             except InputError as error:
                 if len(more) == 1:
-                    left_out[more[0] if isinstance(more[0], str) else more[0]["product_id"]] = str(error)
+                    left_out[_name(more[0])] = str(error)
                 else:
                     add(more[: len(more) // 2])
                     add(more[len(more) // 2 :])
@@ -144,7 +206,7 @@ class Carrier:
 
     def _kept(self, source: str, products: list[dict]) -> dict[str, str]:
         """Product → ID that it has on the source, where that is of the same quantizer and free here."""
-        if self._quantizer(source) != self.newcomers.parts["quantizer"].digest:
+        if self.quantizer(source) != self.newcomers.parts["quantizer"].digest:
             return {}
         view, pairs = self.updates.retriever.live.view, [(one["product_id"], one["docid"]) for one in products]
         return {name: docid for name, docid in pairs if self.newcomers.may_have(docid, name, view)}
@@ -185,21 +247,14 @@ class Carrier:
         return [name for name in names if name not in left_out], lambda kept: {"kind": "withdraw", "products": kept}
 
     def _restores(self, source: str, record: dict, left_out: dict[str, str]) -> tuple[list, Callable]:
-        names = record["products"]
-        reasons = {None: f"release {self.release} lacks it", True: f"it is live in release {self.release}"}
-        left_out |= {name: reasons[live] for name in names if (live := self._is(name)) in reasons}
-        return [name for name in names if name not in left_out], lambda kept: {"kind": "restore", "products": kept}
+        names, make = self._withdraws(source, record, left_out)
+        return names, lambda kept: make(kept) | {"kind": "restore"}
 
     def _is(self, name: str) -> bool | None:
         """Whether a product is live; None where the release never had it."""
         row, live = standing(self.updates.retriever, name)
         return None if row is None else live
 
-    def _quantizer(self, release: str) -> str | None:
-        """The digest of a release's quantizer, None where the release is gone."""
-        if release not in self._quantizers:
-            try:
-                self._quantizers[release] = releases.load(self.store, release).parts["quantizer"]["digest"]
-            except ArtifactError:
-                self._quantizers[release] = None
-        return self._quantizers[release]
+
+def _name(product: str | dict) -> str:
+    return product if isinstance(product, str) else product["product_id"]

@@ -2,32 +2,61 @@
 
 A request takes `now` once and is answered from it whole. Loading happens in the follower's thread; what is refused is said once
 and not tried again until something else becomes current, and what may pass (a store that does not answer, too little memory) is
-tried again, less and less often. The release before is kept open, so that a rollback to it takes no loading.
+tried again, less and less often. The release before is kept open, so that a rollback to it takes no loading. A release on trial is
+open, too, and answers its share of the sessions.
 """
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
-from catid2_ray.artifacts import history, uses
+from catid2_ray.artifacts import history, trials, uses
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
+from catid2_ray.artifacts.trials import Shares
 from catid2_ray.errors import CatidError
 from catid2_ray.on_ray.machine import progress
-from catid2_ray.on_ray.serve.opened import AnswersDiffer, Opened
+from catid2_ray.on_ray.machine.canary import AnswersDiffer
+from catid2_ray.on_ray.serve.opened import Opened, OutOfMemory
 from catid2_ray.on_ray.serve.settings import AppSettings
 
 _LONGEST_WAIT_S = 300.0
 
 
+class Tried(NamedTuple):
+    """A release on trial beside the one that is served."""
+
+    opened: Opened
+    shares: Shares
+
+    def answers(self, session: str) -> bool:
+        return self._drawn("answers", session) < self.shares.percent
+
+    def shadows(self, session: str) -> bool:
+        """Of a session that the current release answers."""
+        return self._drawn("shadows", session) < self.shares.shadow
+
+    def _drawn(self, what: str, session: str) -> float:
+        """From 0 to 100, the same on every replica; another draw for another release."""
+        said = f"{what}\n{self.opened.name}\n{session}".encode(errors="surrogatepass")
+        return 100 * int.from_bytes(hashlib.blake2b(said, digest_size=8).digest()) / 2**64
+
+
 class Serving:
     """What a replica serves: `now`, and `last`, what it served before (None: nothing). `refused`: the release that is current but
-    not served, and why (None: there is none). `swaps`: changes of release so far; `failures`: looks in a row that failed."""
+    not served, and why (None: there is none). `trial`: a release on trial, None where there is none; `trial_refused`: as `refused`.
+    `swaps`: changes of release so far; `failures`: looks in a row that failed."""
 
     def __init__(self, store: Store, settings: AppSettings, *, open: Callable[..., Opened] = Opened):
         self.store, self.settings, self._open = store, settings, open
         self.last: Opened | None = None
         self.refused: tuple[str, str] | None = None
+        self.trial: Tried | None = None
+        self.trial_refused: tuple[str, str] | None = None
+        self._trial_seen = 0  # the last record of trials that was looked at
+        self._made_room: str | None = None  # what was `last` until a candidate needed its memory
         self._ended, self._seen, self.swaps, self.failures = threading.Event(), 0, 0, 0
         self.now = self._first() if settings.follows else self._opened(self._named(), checked=False)
         self.now.follow()
@@ -83,21 +112,93 @@ class Serving:
         self._seen, self.refused = number, None
         return True
 
+    def look_at_trial(self) -> None:
+        """Open the release that is on trial, take on its new shares, or end what was tried. Raises where it may work later."""
+        trial = trials.running(self.store)
+        if trial is None or trial.release == self.now.name:
+            self.end_trial()
+            return
+        if self.trial is not None and self.trial.opened.name == trial.release:
+            self.trial = self.trial._replace(shares=trial.shares)
+            return
+        if trial.number == self._trial_seen:
+            return
+        self.end_trial()
+        try:
+            opened = self._opened(trial.release, beside=True)
+        except CatidError as error:
+            self.trial_refused = trial.release, str(error)
+            progress.event("trial_refused", release=trial.release, reason=repr(f"{type(error).__name__}: {error}"))
+            if error.transient:
+                raise
+        else:
+            opened.follow()
+            self.trial = Tried(opened, trial.shares)
+            progress.event("tries", release=trial.release, percent=trial.shares.percent, shadow=trial.shares.shadow)
+        self._trial_seen = trial.number
+
+    def end_trial(self) -> None:
+        tried, self.trial, self.trial_refused = self.trial, None, None
+        if tried is not None:
+            tried.opened.end()
+            progress.event("trial_ended", release=tried.opened.name)
+
+    def chosen(self, session: str) -> Opened:
+        """The release that answers a session: always the same one while a trial lasts."""
+        tried, now = self.trial, self.now
+        return tried.opened if tried is not None and tried.answers(session) else now
+
     def _change(self, name: str) -> None:
         began, before = time.monotonic(), self.now
         if self.last is not None and self.last.name == name:
             new = self.last
             new.catch_up(waits=True)
         else:
-            if self.last is not None:  # three at once would not fit
+            tried = self.trial
+            if tried is not None and tried.opened.name == name:  # promoted: it is open already
+                new, self.trial = tried.opened, None
+                new.catch_up(waits=True)
+            else:
+                new = self._candidate(name)
+                new.follow()
+            if self.last is not None:
                 self.last.end()
-                self.last = None
-            new = self._opened(name, beside=True)
-            new.follow()
-        self.now, self.last = new, before
+        self.now, self.last, self._made_room = new, before, None
         before.carrier.watch(name)
         self.swaps += 1
         progress.event("serves", release=name, before=before.name, seconds=f"{time.monotonic() - began:.1f}")
+
+    def _candidate(self, name: str) -> Opened:
+        """A release beside `now` and `last`, so that one which is refused costs no way back. Where three do not fit the memory,
+        `last` makes room, and is opened again once the candidate is refused for good."""
+        try:
+            return self._opened(name, beside=True)
+        except OutOfMemory:
+            if self.last is None:
+                raise
+        except CatidError as error:
+            self._take_back(error)
+            raise
+        self.last.end()
+        self.last, self._made_room = None, self.last.name
+        try:
+            return self._opened(name, beside=True)
+        except CatidError as error:
+            self._take_back(error)
+            raise
+
+    def _take_back(self, error: CatidError) -> None:
+        """Open the release that made room for a candidate, where `error` says that this one will not be tried again."""
+        if self._made_room is None or error.transient:
+            return
+        name, self._made_room = self._made_room, None
+        try:
+            self.last = self._opened(name, beside=True)
+            self.last.follow()
+            self.last.carrier.watch(self.now.name)
+        except CatidError as other:
+            self.last = None
+            progress.event("way_back_lost", release=name, reason=repr(f"{type(other).__name__}: {other}"))
 
     def _refuse(self, name: str, error: Exception) -> None:
         if self.refused is None or self.refused[0] != name:
@@ -108,6 +209,7 @@ class Serving:
         while not self._ended.wait(min(self.settings.follow_s * 2**self.failures, _LONGEST_WAIT_S)):
             try:
                 self.look()
+                self.look_at_trial()
                 self.failures = 0
             except Exception as error:  # this thread must outlive whatever a store or a release holds
                 if self.failures == 0:
@@ -116,6 +218,6 @@ class Serving:
 
     def end(self) -> None:
         self._ended.set()
-        for one in (self.now, self.last):
+        for one in (self.now, self.last, self.trial and self.trial.opened):
             if one is not None:
                 one.end()

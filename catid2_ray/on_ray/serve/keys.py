@@ -6,14 +6,18 @@ everybody may read, and changes are as the setting `updates` says.
 
 import hmac
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from starlette._utils import get_route_path  # the path that Starlette routes by, without the application's prefix
+from starlette.datastructures import Headers
+
 from catid2_ray.errors import InputError
-from catid2_ray.on_ray.serve.refusals import Unserved
+from catid2_ray.on_ray.serve.refusals import HEADERS, Unserved, refused
 
 VARIABLE = "CATID2_KEYS"
 RIGHTS = ("read", "write")
+OPEN = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")
 _SHORTEST = 16  # characters of a key
 
 
@@ -67,3 +71,26 @@ class Keys:
             raise Unserved(401, "send a key of this service: Authorization: Bearer KEY")
         if right == "write" and "write" not in rights:
             raise Unserved(403, "this key may read, not change products")
+
+
+def right_of(method: str, path: str) -> str | None:
+    """What a call needs; None for those that need no key. What is not known to read needs the right to write."""
+    if path in OPEN:
+        return None
+    return "read" if method in ("GET", "HEAD") or path == "/v1/retrieve" else "write"
+
+
+class Locked:
+    """ASGI middleware: a request without the right key is refused before its body is read. `keys`: gives those of the replica."""
+
+    def __init__(self, app, keys: Callable[[], Keys]):
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope, receive, send):
+        right = right_of(scope["method"], get_route_path(scope)) if scope["type"] == "http" else None
+        if right is not None:
+            try:
+                self.keys().check(Headers(scope=scope), right)
+            except Unserved as error:
+                return await refused(error.status, str(error), HEADERS.get(error.status))(scope, receive, send)
+        await self.app(scope, receive, send)

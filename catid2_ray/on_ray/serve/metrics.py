@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 _MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -18,7 +19,7 @@ class Metric(NamedTuple):
     kind: type
     about: str
     tags: tuple[str, ...] = ()
-    bounds: tuple[int, ...] = ()
+    bounds: tuple[float, ...] = ()
 
 
 METRICS = {
@@ -32,6 +33,16 @@ METRICS = {
     "catid2_fewer_answers": Metric(
         Counter, "queries with fewer products than asked for, by reason (search or catalogue)", ("reason",)
     ),
+    "catid2_answers": Metric(Counter, "queries answered, by release", ("release",)),
+    "catid2_answer_ms": Metric(Histogram, "milliseconds from query to answer, by release", ("release",), _MS),
+    "catid2_shadow_ms": Metric(
+        Histogram, "milliseconds from query to answer of a release on trial that was asked beside", ("release",), _MS
+    ),
+    "catid2_shadow_overlap": Metric(
+        Histogram, "share of the products of an answer that the release on trial finds, too", ("release",), _SHARES
+    ),
+    "catid2_shadow_failures": Metric(Counter, "queries that the release on trial could not answer", ("release",)),
+    "catid2_degraded_answers": Metric(Counter, "queries that got less than the release's best answer", ("reason",)),
     "catid2_release_age_s": Metric(Gauge, "seconds since the release that is served was published", ("release",)),
     "catid2_changes": Metric(Gauge, "changes to products that the replica has applied", ("release",)),
     "catid2_lag_s": Metric(Gauge, "seconds since the replica last knew of no change that it lacks", ("release",)),

@@ -4,7 +4,6 @@ Opening says no before anybody is answered from it: parts that do not belong tog
 say, a machine that has not the memory for one release more, answers that are not those of the evaluation.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,22 +12,18 @@ import psutil
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts import uses
 from catid2_ray.artifacts.manifest import Manifest
-from catid2_ray.artifacts.stages import ANSWERS
 from catid2_ray.artifacts.store import Store
-from catid2_ray.errors import CatidError, ReleaseError
+from catid2_ray.errors import CatidError
 from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine.canary import AnswersDiffer, check_answers, stored_answers
 from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.serve.carry import Carrier
 from catid2_ray.on_ray.serve.newcomers import Newcomers
 from catid2_ray.on_ray.serve.puts import Puts
 from catid2_ray.on_ray.serve.settings import AppSettings
-from catid2_ray.retrieval.retriever import Retriever
 
-CANARY_QUERY = "canary"
-SAME_ANSWERS = 0.95  # of the products that the evaluation found, so many must be found again
 _SLACK = 1.2  # memory that one more release takes, over the bytes of what is not mapped
-_BATCH = 16
 # Parts of which a replica holds copies; trie, vectors and columns are mapped, and their pages are the machine's to drop.
 _HELD = ("generator", "embeddings", "adapter")
 
@@ -37,10 +32,6 @@ class OutOfMemory(CatidError):
     """There is no room for a second release now; there may be later."""
 
     transient = True
-
-
-class AnswersDiffer(ReleaseError):
-    """The release does not answer as it did when it was evaluated."""
 
 
 class Opened:
@@ -108,34 +99,6 @@ class Opened:
         """Others may delete the release now; who still searches it may go on."""
         self.updates.end()
         self.use.end()
-
-
-def stored_answers(store: Store, parts: dict[str, Manifest]) -> dict[str, list[str]]:
-    """Query → the best products that the release's evaluation found by what is served. Empty where none was kept, and where an
-    append took the evaluation over from the release before."""
-    evaluation = parts["evaluation"]
-    if not evaluation.named(ANSWERS) or evaluation.parents["ids"] != parts["ids"].digest:
-        return {}
-    return json.loads(store.read(evaluation.file(ANSWERS)))
-
-
-def check_answers(retriever: Retriever, answers: dict[str, list[str]], name: str) -> None:
-    """Raise AnswersDiffer unless the release, before any change, finds SAME_ANSWERS of the products that its evaluation found."""
-    if not answers:
-        retriever.retrieve([CANARY_QUERY], k=1)
-        return
-    queries, found, expected = list(answers), 0, sum(map(len, answers.values()))
-    k = max(1, *map(len, answers.values()))
-    for start in range(0, len(queries), _BATCH):
-        asked = queries[start : start + _BATCH]
-        for query, hits in zip(asked, retriever.retrieve([one[: retriever.max_query_chars] for one in asked], k=k)):
-            found += len({hit.product_id for hit in hits} & set(answers[query]))
-    if found < SAME_ANSWERS * expected:
-        raise AnswersDiffer(
-            f"release {name} gives back {found} of the {expected} products that its evaluation found for {len(queries)} queries, "
-            f"less than {SAME_ANSWERS:.0%}: another device, precision or version may be the cause; evaluate it there, or publish "
-            "it again"
-        )
 
 
 def free_memory(

@@ -12,7 +12,7 @@ import numpy as np
 
 from catid2_ray.artifacts.manifest import digest_of
 from catid2_ray.errors import InputError
-from catid2_ray.on_ray.machine.live_log import LiveUpdates
+from catid2_ray.on_ray.machine.live_log import LiveUpdates, changes_of
 from catid2_ray.on_ray.serve.newcomers import Newcomers
 from catid2_ray.retrieval.below import below
 from catid2_ray.retrieval.live_view import codes_of
@@ -83,7 +83,8 @@ class Puts:
             raise InputError(
                 f"the idempotency key {key!r} was used for other products; take a new key for each request"
             )
-        return Done(number, self.updates.log.find(number)["answer"])
+        changes = changes_of(self.updates.log.find(number))
+        return Done(number, next(one["answer"] for one in changes if one.get("key") == key))
 
     def _known(self, one: dict) -> bool:
         return one["product_id"] in self.updates.contents

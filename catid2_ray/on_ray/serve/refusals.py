@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 
 from catid2_ray.errors import CatidError, CommitConflict, InputError, StorageError
@@ -106,9 +107,10 @@ class BodyLimit:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        most, taken = MOST_BYTES.get(scope["path"], MOST_BYTES_ELSEWHERE), 0
+        path, taken = get_route_path(scope), 0
+        most = MOST_BYTES.get(path, MOST_BYTES_ELSEWHERE)
         said = dict(scope["headers"]).get(b"content-length", b"0")
-        way_out = "shorten it" if scope["path"] in MOST_BYTES else "send the products in several requests"
+        way_out = "shorten it" if path in MOST_BYTES else "send the products in several requests"
         refusal = refused(413, f"the body may have {most:,} bytes; {way_out}")
         if said.isdigit() and int(said) > most:
             return await refusal(scope, receive, send)

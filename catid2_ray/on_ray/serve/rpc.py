@@ -17,6 +17,8 @@ from catid2_ray.on_ray.serve.proto import retriever_pb2
 from catid2_ray.on_ray.serve.refusals import Unserved
 
 SERVICE = "catid2.v1.Retriever"
+OK = grpc.StatusCode.OK
+NOTHING = retriever_pb2.RetrieveResponse()
 _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,

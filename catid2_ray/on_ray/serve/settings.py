@@ -20,7 +20,9 @@ class AppSettings(BaseModel):
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the generator and the query encoder run")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="numbers of the generator")
     weights: Literal["float32", "int8"] | None = Field(None, description="null = as the release was evaluated")
-    normalize: Literal["level", "vocabulary"] | None = Field(None, description="null = as the release was evaluated")
+    normalize: Literal["level", "vocabulary", "trie"] | None = Field(
+        None, description="null = as the release was evaluated"
+    )
     updates: bool | None = Field(
         None,
         description="take changes of products; null = only where there are keys with the right to write",
@@ -33,6 +35,9 @@ class AppSettings(BaseModel):
     needs_keys: bool = Field(
         False,
         description="a replica that finds no keys on its node does not start; sets itself where the application is built with keys",
+    )
+    logs: Literal["text", "json"] = Field(
+        "text", description="how a replica writes its log: key=value, or JSON, one event a line"
     )
     poll_s: float = Field(1.0, gt=0, description="seconds between looks for changes that other replicas took")
     follow_s: float = Field(5.0, gt=0, description="seconds between looks for a release that became current")

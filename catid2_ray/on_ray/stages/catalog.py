@@ -120,6 +120,22 @@ def _given_width(job: Job) -> int | None:
     raise InputError(f"{where}: the column 'embedding' holds no vector; set embedding.source=encoder to compute")
 
 
+def _refuse_changed(source: Store, name: str, attempt: Attempt) -> None:
+    """Raise InputError where a table's files are others now than when the artefact was named after them."""
+    named = attempt.settings.get("source")
+    if named is None:  # generated
+        return
+    table = sources.files_of(source, name)
+    now = {file: print_ for file, print_ in _fingerprints(source, table)}
+    for file, before in named:
+        if now.pop(file, None) != before:
+            raise InputError(
+                f"{source.uri_of(file)} was changed or deleted while the job read it: run it again when {name} is whole"
+            )
+    for file in now:
+        raise InputError(f"{source.uri_of(file)} came while the job read {name}: run it again when {name} is whole")
+
+
 @contextlib.contextmanager
 def _source(job: Job, attempt: Attempt) -> Iterator[Store]:
     """Where the tables lie; a generated catalogue is written for the time of the reading."""
@@ -143,6 +159,7 @@ def _make_products(job: Job, attempt: Attempt, width: int | None) -> Manifest:
         part_count = -(-table.rows // recipe.rows_per_part)
         arguments = {"store": job.store, "folder": attempt.folder, "recipe": recipe, "width": width}
         products = _partition(source, table, part_count, _WriteProducts, arguments)
+        _refuse_changed(source, "products", attempt)
     _refuse_bad(source, "products", table.rows, products, recipe)
     job.store.delete_folder(attempt.name("exchange"))
 
@@ -176,6 +193,7 @@ def _make_pairs(job: Job, attempt: Attempt, catalog: Manifest) -> Manifest:
             arguments = {"store": job.store, "folder": attempt.folder, "recipe": recipe, "width": None}
             arguments |= {"catalog": catalog.folder, "groups": groups}
             pairs = _partition(source, table, part_count, _WritePairs, arguments)
+            _refuse_changed(source, "pairs", attempt)
             _refuse_bad(source, "pairs", table.rows, pairs, recipe)
             findings = _find_faults(job, attempt, groups, part_count)
     job.store.delete_folder(attempt.name("exchange"))

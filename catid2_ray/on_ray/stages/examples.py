@@ -1,7 +1,8 @@
 """Stage 3a: pairs, titles, descriptions, users and made-up queries joined to IDs, as token ids for the generator, part by part.
 
 Pairs and products lie in parts by the same hash of product_id, so the join needs no shuffle: a part of pairs meets the same
-part of IDs; only the IDs of what users looked at before come from elsewhere (`recent`). What is cut or left out is counted.
+part of IDs; only the IDs of what users looked at before (`recent`), and what a teacher names (`teacher`), come from elsewhere.
+What is cut or left out is counted.
 """
 
 import tempfile
@@ -21,7 +22,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import pair_weights, training_pairs
 from catid2_ray.config import EXAMPLE_KINDS, GeneratorRecipe
 from catid2_ray.docid import DocidSpace
-from catid2_ray.errors import InputError
+from catid2_ray.errors import InputError, RecipeError
 from catid2_ray.generator.batches import kinds_without_pairs
 from catid2_ray.generator.inputs import Doc2Query, description_spans, user_width, with_users
 from catid2_ray.generator.vocabulary import frame, load_tokenizer, tokenize_cut, train_tokenizer, with_docid_tokens
@@ -30,7 +31,8 @@ from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.parts import map_parts
-from catid2_ray.on_ray.stages import recent
+from catid2_ray.on_ray.machine.vectors import ProductVectors
+from catid2_ray.on_ray.stages import recent, teacher
 from catid2_ray.on_ray.stages.catalog import PAIR_FILES, part_specs, read_sample
 from catid2_ray.on_ray.stages.embed import model_identity
 from catid2_ray.schedule import seed_from
@@ -50,12 +52,14 @@ _DECIDING_OF = {
     "span": ("span_tokens", "span_windows"),
     "user": ("user_tokens", "user_recent"),
     "synthetic": ("doc2query", "doc2query_per_product", "doc2query_top_k"),
+    "teacher": ("teacher_draws", "teacher_queries"),
 }
 _MISSING = {
     "title": "the catalogue has no product",
     "span": "no product has a description of a few words",
     "user": "no training pair has a user: the pairs' columns are `user` (attributes) and `recent` (product_ids)",
     "synthetic": "generator.doc2query made no text of any title",
+    "teacher": "no training query is left to be taught: raise generator.teacher_queries",
 }
 
 
@@ -67,7 +71,12 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     settings |= {**model_identity(recipe.pretrained), "seed": job.recipe.seed, "kinds": list(kinds)}
     if "synthetic" in kinds:
         settings["doc2query_files"] = model_identity(recipe.doc2query)
-    parents = STAGES["examples"].reads(parts)
+    sometimes = ()
+    if "teacher" in kinds:
+        encoder = _query_encoder(job, parts["catalog"])
+        settings |= {"query_encoder": encoder, "query_encoder_files": model_identity(encoder["name"])}
+        sometimes = ("embeddings", *(["adapter"] if "adapter" in parts else []))
+    parents = STAGES["examples"].reads(parts, *sometimes)
     return job.produce("examples", settings, parents, lambda attempt: _make(job, attempt, parents))
 
 
@@ -113,6 +122,13 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
             job.store, attempt.name("exchange"), specs, ids=parents["ids"].folder,
             teaches=_teaching(recipe), most=recipe.user_recent, parts=catalog.metrics["parts"], workers=workers,
         )  # fmt: skip
+    if "teacher" in kinds:
+        arguments["taught"] = teacher.exchange(
+            job.store, attempt.name("exchange"), specs, ids=parents["ids"].folder,
+            vectors=ProductVectors.of(job.store, parents), encoder=_query_encoder(job, parents["catalog"]),
+            teaches=_teaching(recipe), queries=parents["pairs"].metrics["splits"]["train"]["queries"], most=recipe.teacher_queries,
+            draws=recipe.teacher_draws, seed=job.recipe.seed, workers=workers,
+        )  # fmt: skip
     results = map_parts(
         _MakeExamples, arguments, specs, workers=workers, label="making examples", unit="products", actors=synthetic,
         num_gpus=job.recipe.cluster.gpus_per_worker if synthetic else 0,
@@ -129,6 +145,18 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         schema=schemas.fingerprint(schemas.examples(width_of(recipe, space), space.levels)),
         metrics={**metrics, "vocabulary": len(tokenizer)},
     )
+
+
+def _query_encoder(job: Job, catalog: Manifest) -> dict:
+    """Name and tokens of what gives queries vectors in the space of the products'. RecipeError where nothing known does."""
+    recipe = job.recipe
+    name = recipe.serving.query_encoder or (None if catalog.metrics["width"] else recipe.embedding.encoder)
+    if name is None:
+        raise RecipeError(
+            "generator.mix asks for teacher examples, which need vectors for queries, but the catalogue's embeddings are given "
+            "and no encoder is known: set serving.query_encoder to the one that made them, or mix.teacher to 0"
+        )
+    return {"name": name, "tokens": recipe.embedding.tokens}
 
 
 def _refuse_absent(recipe: GeneratorRecipe, kinds: tuple[str, ...], counts: Counter) -> None:
@@ -160,7 +188,8 @@ def _texts(job: Job, catalog: Manifest, pairs: Manifest):
 
 
 class _Rows(NamedTuple):
-    """Examples of one kind in a part: inputs (of any length), the product's row in the part, what each counts."""
+    """Examples of one kind in a part: inputs (of any length), the product's row in the part (beyond these: the teacher's), what
+    each counts."""
 
     input_ids_NT: np.ndarray
     product_N: np.ndarray
@@ -172,10 +201,11 @@ class _MakeExamples:
 
     def __init__(
         self, *, store: Store, folder: str, catalog: str, ids: str, recipe: GeneratorRecipe, kinds: tuple[str, ...],
-        tokenizer, space: DocidSpace, seed: int, answering: list[int], device: str,
+        tokenizer, space: DocidSpace, seed: int, answering: list[int], device: str, taught: int = 0,
     ):  # fmt: skip
         self.store, self.folder, self.catalog, self.ids, self.recipe = store, folder, catalog, ids, recipe
         self.kinds, self.tokenizer, self.space, self.seed, self.answering = kinds, tokenizer, space, seed, answering
+        self.taught = taught
         self.doc2query = None
         if "synthetic" in kinds:
             self.doc2query = Doc2Query(recipe.doc2query, top_k=recipe.doc2query_top_k, device=device)
@@ -192,6 +222,10 @@ class _MakeExamples:
             rows["span"] = self._spans(products["description"], names, counts)
         if "synthetic" in self.kinds:
             rows["synthetic"] = self._synthetic(products["title"], spec["part"], counts)
+        if "teacher" in self.kinds:
+            texts, taught_NL = teacher.answers(self.store, f"{self.folder}/exchange", spec["position"], self.taught)
+            rows["teacher"] = self._whole(texts, len(codes_NL) + np.arange(len(texts)), counts)
+            codes_NL = np.concatenate([codes_NL, taught_NL])
         kinds = [kind for kind in EXAMPLE_KINDS if kind in rows]
         number_N = np.repeat([KIND[kind] for kind in kinds], [len(rows[kind].product_N) for kind in kinds])
         out = pa.table(

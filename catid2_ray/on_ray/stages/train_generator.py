@@ -1,7 +1,10 @@
 """Stage 3b: train the seq2seq generator, query → ID tokens, with Ray Train and DeepSpeed; export it as a folder."""
 
+import functools
 import json
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,8 @@ from catid2_ray.on_ray.stages.examples import KIND, kinds_of
 from catid2_ray.on_ray.stages.token_states import open_states
 from catid2_ray.on_ray.training import worker
 from catid2_ray.on_ray.training.shards import PartReader
+from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.trie_tensors import continuations
 from catid2_ray.schedule import Phase
 
 
@@ -59,11 +64,13 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
         checked = validation.sample(
             job.store, parts["catalog"], parents["pairs"], parents["ids"], tokenizer, queries=recipe.validate_queries,
             seed=job.recipe.seed, min_relevance=job.recipe.evaluation.min_relevance, query_tokens=recipe.query_tokens,
+            normalize="trie" if recipe.loss == "trie" else "level",
         )  # fmt: skip
     space = DocidSpace(parents["ids"].metrics["codes_per_level"])
     task = GeneratorTask(
         recipe, tokenizer, space, counts, job.recipe.seed, validation=checked, codebooks=_codebooks(job, parts, space),
         query_EE=_query_matrix(job, parents.get("adapter")),
+        open_trie=functools.partial(validation.open_trie, job.store, replace(parents["ids"], recipe={})),
     )  # fmt: skip
     for stage, steps in zip(recipe.plan, task.steps_per_epoch()):
         if steps == 1:
@@ -109,7 +116,7 @@ class GeneratorTask:
 
     `counts`: rows of each kind in the whole artefact. `validation`: what to search with after an epoch, or None.
     `codebooks`: per level K×Z, from which ID rows begin and which say what codes are near, and from which with `query_EE`, the
-    adapter's W, a dense head begins. With a frozen text encoder a
+    adapter's W, a dense head begins. `open_trie`: where the loss compares its continuations alone. With a frozen text encoder a
     rank is fed its token states instead of ids (`token_states.py`).
     """
 
@@ -128,11 +135,12 @@ class GeneratorTask:
         validation: validation.Validation | None = None,
         codebooks: list[np.ndarray | None] | None = None,
         query_EE: np.ndarray | None = None,
+        open_trie: Callable[[], Trie] | None = None,
     ):
         self.codebooks, self.query_EE, self.marks, self.states = codebooks, query_EE, marks(tokenizer), None
         self.frozen = recipe.model == "encoder_decoder" and recipe.encoder_mode == "frozen"
         self.recipe, self.tokenizer, self.space, self.counts, self.seed = recipe, tokenizer, space, counts, seed
-        self.validation = validation
+        self.validation, self.open_trie = validation, open_trie
         self.ratios = [mix_ratios(counts, stage.mix) for stage in recipe.plan]
         self.starts_word_V = starts_word(tokenizer)
 
@@ -171,6 +179,7 @@ class GeneratorTask:
         return DocidLoss(
             model, space=self.space, level_weights=recipe.level_weights, label_smoothing=recipe.label_smoothing, near=near,
             consistency=recipe.passes_weight,
+            continuations=functools.partial(continuations, self.open_trie()) if recipe.loss == "trie" else None,
         )  # fmt: skip
 
     def parameter_groups(self, module: DocidLoss, *, weight_decay: float) -> list[dict]:

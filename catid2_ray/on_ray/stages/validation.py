@@ -28,7 +28,8 @@ _BATCH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What rank 0 needs to search: `input_ids_QT` of the sample, and of each relevant pair the query and the packed ID.
+    """What rank 0 needs to search: `input_ids_QT` of the sample, and of each relevant pair the query and the packed ID;
+    `normalize` as the generator's loss asks for it.
 
     `trie` is opened where it is used, once a process.
     """
@@ -39,17 +40,18 @@ class Validation:
     input_ids_QT: np.ndarray
     query_P: np.ndarray
     packed_P: np.ndarray
+    normalize: str = "level"
 
     def figures(self, model) -> dict[str, float]:
         """{"recall@50", "score"} of a generator, or of any Decoder: the mean over queries of the share that was found."""
-        trie = _opened(self.store, self.ids)
+        trie = open_trie(self.store, self.ids)
         found_P = np.zeros(len(self.query_P))
         for start in range(0, len(self.input_ids_QT), _BATCH):
             ids_BT = self.input_ids_QT[start : start + _BATCH]
             mask_BT = ids_BT != self.pad
             used = int(mask_BT.any(0).sum())
             result = constrained_beam_search(
-                model, trie, ids_BT[:, :used], mask_BT[:, :used], beam_width=CUT, top_k=CUT
+                model, trie, ids_BT[:, :used], mask_BT[:, :used], beam_width=CUT, top_k=CUT, normalize=self.normalize
             )  # fmt: skip
             here = np.flatnonzero((self.query_P >= start) & (self.query_P < start + _BATCH))
             found_P[here] = found(result, trie.codes_per_level, self.query_P[here] - start, self.packed_P[here])
@@ -78,7 +80,8 @@ def mean_recall(found_P: np.ndarray, query_P: np.ndarray) -> float:
 _TRIES: dict[str, Trie] = {}
 
 
-def _opened(store: Store, ids: Manifest) -> Trie:
+def open_trie(store: Store, ids: Manifest) -> Trie:
+    """The trie of an artefact of IDs, once a process."""
     if ids.digest not in _TRIES:
         _TRIES[ids.digest] = Trie.open(fetch(store, ids, default_cache(), below=("trie/",)) / "trie")
     return _TRIES[ids.digest]
@@ -97,7 +100,7 @@ def keep_smallest(table: pa.Table, *, queries: int, seed: int) -> pa.Table:
 
 def sample(
     store: Store, catalog: Manifest, pairs: Manifest, ids: Manifest, tokenizer, *, queries: int, min_relevance: float,
-    query_tokens: int, seed: int,
+    query_tokens: int, seed: int, normalize: str = "level",
 ) -> Validation:  # fmt: skip
     """Validation queries with a relevant product in the catalogue. InputError where there is none."""
     space, kept = DocidSpace(tuple(ids.metrics["codes_per_level"])), None
@@ -126,4 +129,5 @@ def sample(
     return Validation(
         store=store, ids=replace(ids, recipe={}), pad=tokenizer.pad_token_id,
         input_ids_QT=tokenize(tokenizer, texts, length=query_tokens), query_P=query_P, packed_P=kept["packed"].to_numpy(),
+        normalize=normalize,
     )  # fmt: skip

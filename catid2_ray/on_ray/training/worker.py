@@ -14,7 +14,7 @@ from catid2_ray.artifacts.manifest import Attempt
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import ClusterRecipe
 from catid2_ray.errors import CatidError, CollapseError, TrainingError, WorkerDied
-from catid2_ray.on_ray.machine import progress, signals
+from catid2_ray.on_ray.machine import preflight, progress, scarce, signals
 from catid2_ray.on_ray.machine.cluster import on_pool
 from catid2_ray.on_ray.machine.parts import our_error
 from catid2_ray.on_ray.training import checkpoints
@@ -165,6 +165,10 @@ def _cause(error: Exception, label: str) -> CatidError:
     ours = [inner for failure in failures if (inner := our_error(getattr(failure, "_base_exc", failure)))]
     if ours:
         return min(ours, key=lambda one: one.transient)
+    for failure in failures:
+        stage = next((name for name in ("adapter", "quantizer") if name in label), "generator")
+        if lack := scarce.named(getattr(failure, "_base_exc", failure), stage):
+            return WorkerDied(str(lack))
     text = str(error).strip().splitlines()
     return (WorkerDied if failures else TrainingError)(
         f"{label} failed: {text[-1] if text else type(error).__name__}. Rerun to resume from the last checkpoint"
@@ -172,6 +176,7 @@ def _cause(error: Exception, label: str) -> CatidError:
 
 
 def _loop(config: dict) -> None:
+    preflight.refuse_other_versions()
     run: Run = ray.cloudpickle.loads(config["run"])
     context = ray.train.get_context()
     rank = context.get_world_rank()

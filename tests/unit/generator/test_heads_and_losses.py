@@ -1,5 +1,7 @@
 """Prefix-aware heads give search and training the same scores; smoothing, consistency and first rows do as they say."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,9 @@ from catid2_ray.generator.step import DocidLoss, cross_entropy, divergence, leve
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.trie_tensors import continuations
 from tests.oracles import generators as oracle
+from tests.oracles.beam import over_children
 from tests.text_models import save_bert
 
 SPACE = DocidSpace((4, 3, 5))
@@ -176,3 +180,30 @@ def test_near_codewords_get_near_rows(width, codewords):
     assert torch.equal(again.shared.weight, made.shared.weight)
     with pytest.raises(RecipeError, match="level 1 has 30 codes but a codebook of 7 codewords"):
         init_docid_rows(made, [rng.normal(size=(7, 4))], space=space)
+
+
+def test_a_loss_over_the_trie_is_the_slow_one_and_skips_what_is_decided(model):
+    ids = np.array([[0, 2, 4], [0, 2, 1], [0, 1, 0], [3, 1, 0], [2, 0, 2], [2, 0, 3]])
+    trie = Trie.build(ids, codes_per_level=SPACE.codes_per_level)
+    settings = {"space": SPACE, "continuations": functools.partial(continuations, trie)}
+    logits, codes = docid_logits(model, IDS_BT, CODES_BL, space=SPACE), CODES_BL.tolist()
+    expected_L = [
+        -sum(over_children(logits[level][row].tolist(), codes[row][:level], ids.tolist())[codes[row][level]] for row in range(3))
+        / 3
+        for level in range(3)
+    ]  # fmt: skip
+    np.testing.assert_allclose(level_losses(model, IDS_BT, CODES_BL, **settings).detach(), expected_L, rtol=1e-5)
+    weight_B = torch.tensor([2.0, 0.0, 1.0])
+    weighed = DocidLoss(model, **settings)(IDS_BT, CODES_BL, weight_B)
+    alone = [level_losses(model, IDS_BT[row : row + 1], CODES_BL[row : row + 1], **settings).sum() for row in range(3)]
+    torch.testing.assert_close(weighed, (2 * alone[0] + alone[2]) / 3)
+    # The second row's last two codes have no rival: they cost nothing and move nothing.
+    model.zero_grad()
+    loss_L = level_losses(model, IDS_BT[1:2], CODES_BL[1:2], **settings)
+    assert loss_L[0] > 0 and loss_L[1:].tolist() == [0, 0]
+    loss_L[1:].sum().backward()
+    assert all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
+    model.zero_grad()
+    with_passes = level_losses(model.train(), IDS_BT, CODES_BL, consistency=0.5, **settings)
+    assert with_passes.isfinite().all() and with_passes.sum() < 1e3
+    model.eval()

@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.identifiers import quality
 from catid2_ray.identifiers.quality import (
+    CodeFigures,
+    code_figures,
     displacement_of,
     hourglass,
     id_quality,
@@ -46,6 +49,24 @@ def test_use_of_codes():
     assert figures["gini"] == pytest.approx([0.0, 0.5])
     assert figures["gini_ids"] == pytest.approx(0.0)
     assert figures["top_share"] == [0.5, 0.25]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 23), min_size=1, max_size=60),
+    cuts=st.lists(st.integers(0, 60), max_size=5).map(sorted),
+)
+def test_ranges_of_ids_give_the_figures_of_all_of_them(ids, cuts):
+    space, packed_N, figures = DocidSpace((2, 3, 4)), np.sort(ids), CodeFigures(DocidSpace((2, 3, 4)))
+    for part in np.split(packed_N, cuts):
+        figures.add(part)
+    found, bucket = figures.figures(), np.unique(packed_N, return_counts=True)[1]
+    assert found == figures.figures() == code_figures(np.random.default_rng(0).permutation(packed_N), space)
+    assert found["p99_bucket"] == pytest.approx(np.percentile(bucket, 99))
+    assert found["gini_ids"] == pytest.approx(oracle.gini(bucket.tolist()))
+    for depth, share in enumerate(found["conditional_entropy"]):
+        joint = [oracle.entropy((packed_N // radix).tolist()) for radix in (24, 12, 4, 1)[depth : depth + 2]]
+        assert share == pytest.approx(joint[1] - joint[0], abs=1e-12)
 
 
 def test_one_code_for_all_is_collapse():

@@ -17,12 +17,15 @@ class Search:
     """Answers n with 10 n once it may go on; -1 makes the whole batch fail. `batches`: what it was asked."""
 
     def __init__(self):
-        self.batches, self.may, self.begun = [], threading.Event(), threading.Event()
+        self.batches, self.may, self.begun, self.hurried = [], threading.Event(), threading.Event(), set()
         self.may.set()
 
-    def __call__(self, requests: list[int]) -> list[int]:
+    def __call__(self, requests: list[int], early) -> list[int]:
         self.batches.append(requests)
         self.begun.set()
+        for place, one in enumerate(requests):
+            if one in self.hurried:
+                early(place, one)
         assert self.may.wait(10)
         if -1 in requests:
             raise ValueError("no such query")
@@ -53,6 +56,22 @@ async def held(search: Search, batches: Batches) -> asyncio.Task:
     first = asyncio.create_task(batches.ask(0))
     assert await asyncio.to_thread(search.begun.wait, 10)
     return first
+
+
+def test_a_request_may_be_answered_before_its_batch_ends(search):
+    async def test(batches):
+        search.hurried = {7}
+        first = await held(search, batches)
+        search.begun.clear()
+        search.may.set()
+        hurried, other = (asyncio.create_task(batches.ask(number)) for number in (7, -1))
+        assert await first == 0
+        assert await asyncio.wait_for(hurried, 10) == 7, "and not searched again where another one fails"
+        with pytest.raises(ValueError, match="no such query"):
+            await other
+        assert search.batches[1:] == [[7, -1], [-1]]
+
+    run(test, search)
 
 
 def test_a_batch_fills_while_another_is_searched(search):

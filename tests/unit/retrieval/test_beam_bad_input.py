@@ -48,7 +48,7 @@ def search():
         ({"allowed": [None, None]}, "allowed has 2 filters for 1 queries"),
         ({"allowed": "stock"}, "allowed must be a filter or .* booleans, one per trie row, found str"),
         ({"model": Table((4, 5), 1, 0)}, r"the decoder has codes per level \[4, 5\], the trie's IDs have \[4, 4\]"),
-        ({"normalize": "beam"}, "normalize 'level' or 'vocabulary'"),
+        ({"normalize": "beam"}, "normalize one of level, vocabulary, trie, found 3 and 'beam'"),
         ({"allowed": np.ones(3, bool)}, "booleans, one per trie row"),
         ({"allowed": np.ones(9)}, "booleans, one per trie row, found torch.float64"),
         ({"allowed": Filter.of(np.ones(3, bool))}, "the filter is over 3 rows, the trie has .*; take both from one release"),
@@ -97,7 +97,7 @@ def test_a_model_without_room_for_the_ids_and_unknown_weights_are_refused(search
         T5Decoder(search.model, codes_per_level=(15, 15))
 
 
-@pytest.mark.parametrize("normalize", ["level", "vocabulary"])
+@pytest.mark.parametrize("normalize", ["level", "vocabulary", "trie"])
 def test_logits_that_are_no_numbers_are_refused(search, normalize):
     with torch.no_grad():
         search.model.decoder.final_layer_norm.weight[0] = torch.nan

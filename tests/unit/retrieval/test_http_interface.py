@@ -1,34 +1,43 @@
 """The HTTP interface without Ray's proxy: every bad request has an answer of one shape, and spoils nobody else's."""
 
 import asyncio
+import datetime
 import json
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from decimal import Decimal
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("ray.serve")
 
+import numpy as np
 import uvicorn
 from fastapi.testclient import TestClient
 from ray import serve
 
 from catid2_ray.artifacts import release as releases
-from catid2_ray.errors import ArtifactError, CatidError, InputError, StorageError
+from catid2_ray.errors import ArtifactError, InputError, StorageError
 from catid2_ray.on_ray.serve import app
-from catid2_ray.on_ray.serve.answers import TIMEOUT_HEADER, deadline_of
+from catid2_ray.on_ray.serve.answers import TIMEOUT_HEADER, Found, deadline_of
 from catid2_ray.on_ray.serve.api import RetrieveRequest
 from catid2_ray.on_ray.serve.app import THREADS, AppSettings, RetrieverReplica, api, build, check_port
-from catid2_ray.on_ray.serve.keys import VARIABLE, Keys
+from catid2_ray.on_ray.serve.keys import VARIABLE, Keys, right_of
 from catid2_ray.on_ray.serve.proto import retriever_pb2 as messages
 from catid2_ray.on_ray.serve.puts import Done
 from catid2_ray.on_ray.serve.refusals import MOST_BYTES, sound
+from catid2_ray.retrieval.filters import FilterIndex
+from catid2_ray.retrieval.live_filters import LiveFilterIndex
+from catid2_ray.retrieval.rescoring import Expansion
 from catid2_ray.retrieval.retriever import Retriever
+from catid2_ray.retrieval.vectors import VectorStore
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +215,51 @@ def test_clusters_are_the_beginnings_of_ids(client):
     refused(wrong, 422, "only products are explained")
 
 
+def test_everything_is_products_explained_and_the_clusters_above_them(client):
+    asked = {"query": "oak door", "k": 3}
+    ids = client.post("/v1/retrieve", json=asked | {"explain": True}).json()
+    found = client.post("/v1/retrieve", json=asked | {"mode": "everything"}).json()
+    assert found["products"] == ids["products"] and len(found["products"]) == 3
+    prefixes = list(dict.fromkeys(one["docid"].split("<b")[0] for one in found["products"]))
+    assert [one["prefix"] for one in found["clusters"]] == prefixes
+    by_search = client.post("/v1/retrieve", json=asked | {"k": 4, "mode": "clusters"}).json()["clusters"]
+    for one in found["clusters"]:
+        (same,) = [other for other in by_search if other["prefix"] == one["prefix"]]
+        assert one["products"] == same["products"] and one["score"] == pytest.approx(same["score"], abs=1e-5)
+
+
+def test_a_soft_timeout_gives_what_lies_below_the_level_reached(client, replica, monkeypatch):
+    calm = {"query": "oak door", "k": 3, "soft_timeout": 60}
+    whole = client.post("/v1/retrieve", json={"query": "oak door", "k": 3}).json()
+    assert client.post("/v1/retrieve", json=calm).json() == whole and "degraded" not in whole
+    late = {"query": "oak door", "k": 3, "soft_timeout": 1e-9}
+    assert client.post("/v1/retrieve", json=late).json() == whole, "without vectors there is nothing to rank by"
+    counted = []
+    monkeypatch.setattr(
+        app.metrics, "count", lambda name, value=1, **tags: counted.append((name, tags)) if value else None
+    )
+    clusters = client.post("/v1/retrieve", json=late | {"mode": "clusters"}).json()
+    assert "degraded" not in clusters, "one level is all that it searches"
+    retriever, vectors = replica.serving.now.retriever, np.eye(6, dtype=np.float32)
+    monkeypatch.setattr(retriever, "encode_query", lambda texts: np.array([[1.0, 0, 0, 0, 0, 0]] * len(texts)))
+    monkeypatch.setattr(retriever, "expansion", Expansion(a=0.0))
+    view = retriever.live.view
+    with tempfile.TemporaryDirectory() as folder:
+        stored = VectorStore.write(folder, [vectors], normalize=True)
+        monkeypatch.setattr(retriever.live, "view", replace(view, products=replace(view.products, base_vectors=stored)))
+        both = client.post(
+            "/v1/retrieve", json={"queries": ["oak door", "oak table"], "k": 2, "soft_timeout": 1e-9}
+        ).json()
+        calm = client.post("/v1/retrieve", json=calm).json()
+    for one in both["answers"]:
+        assert one["degraded"] == {"reason": "soft_timeout"} and one["coverage"] == 0.5 and len(one["products"]) == 2
+        assert one["products"][0]["product_id"] == view.products.name(0), "the nearest by vectors"
+    assert "degraded" not in calm
+    assert counted.count(("catid2_degraded_answers", {"reason": "soft_timeout"})) == 2
+    wrong = client.post("/v1/retrieve", json=late | {"mode": "everything"})
+    refused(wrong, 422, "soft_timeout: to explain an answer takes further searches")
+
+
 def test_a_request_may_ask_for_another_beam(client):
     assert len(client.post("/v1/retrieve", json={"query": "oak", "k": 6}).json()["products"]) == 6
     narrow = client.post("/v1/retrieve", json={"query": "oak", "k": 1, "beam_width": 1}).json()["products"]
@@ -219,7 +273,7 @@ def test_a_request_that_is_late_costs_no_search(client, replica, monkeypatch):
     waits = threading.Event()
     searched = []
     monkeypatch.setattr(
-        replica.batches, "search", lambda requests: searched.append(requests) or waits.wait(20) and [[]]
+        replica.batches, "search", lambda requests, early: searched.append(requests) or waits.wait(20) and [Found([])]
     )
     with client, ThreadPoolExecutor(3) as pool:  # one event loop for all of them
         first = pool.submit(client.post, "/v1/retrieve", json={"query": "oak"})
@@ -243,6 +297,7 @@ def test_a_request_that_is_late_costs_no_search(client, replica, monkeypatch):
 
 def test_it_says_what_it_knows_of_a_product(client, replica):
     known = {"release": "r1", "product_id": "p3", "docid": "<a_1><b_1>", "title": "oak door", "category_path": None}
+    known["columns"] = {}
     assert client.get("/v1/products/p3").json() == known | {"live": True}
     replica.serving.now.retriever.live.withdraw(["p3"])
     try:
@@ -251,6 +306,48 @@ def test_it_says_what_it_knows_of_a_product(client, replica):
         replica.serving.now.retriever.live.restore(["p3"])
     for unknown in ("nobody", "a/b", "%20", "%ED%A0%80"):
         refused(client.get(f"/v1/products/{unknown}"), 404, "")
+
+
+def test_columns_of_a_product_are_json(client, replica, monkeypatch):
+    index = LiveFilterIndex(
+        FilterIndex(
+            {
+                "product_id": [f"p{n}" for n in range(6)], "price": [1.5, float("nan"), None, 2.5, 3.5, 4.5],
+                "added": [datetime.date(2026, 1, 31)] * 6, "market": [["de", "at"]] * 6, "cost": [Decimal("1.20")] * 6,
+            }
+        )
+    )  # fmt: skip
+    view = replica.serving.now.retriever.live.view
+    monkeypatch.setattr(replica.serving.now.retriever.live, "view", replace(view, filters=index))
+    said = [client.get(f"/v1/products/{view.products.name(row)}").json()["columns"] for row in range(3)]
+    rest = {"added": "2026-01-31", "cost": "1.20", "market": ["de", "at"]}
+    assert said == [rest | {"price": price} for price in (1.5, None, None)]
+
+
+def test_products_are_withdrawn_deleted_and_restored_again_and_again(client, replica, monkeypatch):
+    """What is so already is not written again."""
+    live, written = replica.serving.now.retriever.live, []
+
+    def change(build):
+        record = build()
+        if record is None:
+            return None
+        getattr(live, record["kind"])(record["products"])
+        written.append((record["kind"], *record["products"]))
+        return record | {"number": len(written)}
+
+    monkeypatch.setattr(replica.settings, "updates", True)
+    monkeypatch.setattr(replica.serving.now.updates, "change", change, raising=False)
+    for _ in range(2):
+        assert client.delete("/v1/products/p3").json()["release"] == "r1"
+        assert client.get("/v1/products/p3").json()["live"] is False
+    assert client.post("/v1/withdraw", json={"product_ids": ["p3", "p4"]}).json()["change"] == 2
+    for _ in range(2):
+        assert client.post("/v1/restore", json={"product_ids": ["p3", "p4"]}).status_code == 200
+    assert written == [("withdraw", "p3"), ("withdraw", "p3", "p4"), ("restore", "p3", "p4")]
+    refused(client.delete("/v1/products/nobody"), 404, "release r1 has no product 'nobody'")
+    refused(client.post("/v1/withdraw", json={"product_ids": ["p3", "nobody"]}), 422, "no product 'nobody'")
+    assert client.get("/v1/products/p3").json()["live"] is True
 
 
 def test_a_replica_that_answers_nothing_is_alive_but_not_ready(client, replica, monkeypatch):
@@ -348,6 +445,55 @@ def test_keys_say_who_may_read_and_who_may_change(client, replica, monkeypatch, 
     assert client.get("/healthz").status_code == client.get("/readyz").status_code == client.get("/").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "method, path, key, status",
+    [
+        ("POST", "/v1/retrieve", "", 401),
+        ("PUT", "/v1/products", "r" * 20, 403),
+        ("PUT", "/v1/products/p1", "r" * 20, 403),
+        ("POST", "/prefix/v1/withdraw", "r" * 20, 403),
+        ("POST", "/openapi.json/", "", 401),
+    ],
+)
+def test_a_request_without_the_right_key_is_refused_before_its_body_is_read(
+    client, replica, monkeypatch, method, path, key, status
+):
+    monkeypatch.setattr(replica, "keys", Keys("read " + "r" * 20))
+    sent = []
+
+    async def receive():
+        pytest.fail("the body was read")
+
+    async def send(message):
+        sent.append(message)
+
+    root, headers = "/prefix" if path.startswith("/prefix") else "", [(b"content-length", b"9" * 12)]
+    if key:
+        headers.append((b"authorization", f"Bearer {key}".encode()))
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "root_path": root,
+        "headers": headers,
+    }
+    asyncio.run(api(scope | {"query_string": b"", "scheme": "http", "server": ("test", 80)}, receive, send))
+    assert sent[0]["status"] == status
+
+
+def test_every_call_but_those_that_say_nothing_of_products_needs_a_key():
+    needed = {
+        (path, verb): right_of(verb.upper(), path) for path, verbs in api.openapi()["paths"].items() for verb in verbs
+    }
+    reads = {("/v1/retrieve", "post")} | {(path, verb) for path, verb in needed if path in ONLY_READ and verb == "get"}
+    assert {call for call, right in needed.items() if right is None} == {("/healthz", "get"), ("/readyz", "get")}
+    assert {call for call, right in needed.items() if right == "read"} == reads
+
+
+ONLY_READ = ("/v1/release", "/v1/docids/{prefix}", "/v1/products/{product_id}")
+
+
 def test_keys_that_cannot_be_used_are_refused_without_being_named(tmp_path, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     assert not Keys.of(None)
@@ -440,9 +586,14 @@ def test_a_call_over_grpc_is_answered_and_refused_as_over_http(client, replica, 
         (Call(), asked, "UNAUTHENTICATED", "Bearer KEY"),
         (Call(authorization="Bearer " + "r" * 20), {"query": "?"}, "INVALID_ARGUMENT", "at least one letter or digit"),
     ):
-        with pytest.raises(CatidError):
-            asyncio.run(replica.Retrieve(messages.RetrieveRequest(**fields), call))
+        message = asyncio.run(replica.Retrieve(messages.RetrieveRequest(**fields), call))
+        assert message == messages.RetrieveResponse(), "what is raised is a traceback in Ray's log"
         assert call.code.name == code and words in call.details
+    monkeypatch.setattr(replica, "_retrieve", lambda *_: 1 / 0)
+    call = Call(authorization="Bearer " + "r" * 20)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(replica.Retrieve(messages.RetrieveRequest(**asked), call))
+    assert call.code.name == "INTERNAL"
 
 
 def test_products_are_put(client, replica, monkeypatch):

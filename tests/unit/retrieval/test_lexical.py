@@ -13,6 +13,8 @@ from catid2_ray.errors import ArtifactError, InputError
 from catid2_ray.evaluation.baselines.bm25 import Bm25
 from catid2_ray.retrieval import lexical
 from catid2_ray.retrieval.lexical import Block, GrownWords, LexicalIndex, count_words, words
+from catid2_ray.retrieval.products import Newcomer, Products
+from catid2_ray.retrieval.vectors import VectorStore
 
 MADE = generate(products=90, queries=30, seed=4)
 TEXTS = join_text(MADE.products, ("title", "description"))[:86] + [
@@ -57,6 +59,28 @@ def test_scores_are_those_of_bm25s(tmp_path):
         np.testing.assert_allclose(found_BC[b, :45], oracle.scores(query)[row_BC[b, :45]], rtol=1e-5)
         assert (found_BC[b, 45:] == 0).all()
     assert (found_BC[:20] > 0).any() and (found_BC[21:23] == 0).all()
+
+
+def test_one_more_product_beside_many_reads_none_of_them_again(tmp_path, monkeypatch):
+    """Else the next query waits: 1.2 s beside 20,000 newcomers."""
+    random = np.random.default_rng(0)
+    vectors = VectorStore.write(tmp_path / "v", [random.normal(size=(90, 4)).astype(np.float32)], normalize=True)
+    products = Products(
+        pa.array([f"p{row}" for row in range(90)]), pa.array(TEXTS), base_vectors=vectors,
+        base_lexical=build(tmp_path / "l", TEXTS),
+    )  # fmt: skip
+    more = [Newcomer(f"n{row}", TEXTS[row % 90], random.normal(size=4).astype(np.float32)) for row in range(2040)]
+    many, joined = products.with_newcomers(more[:2000]), []
+    real = lexical._joined
+    monkeypatch.setattr(
+        lexical, "_joined", lambda parts: joined.append(sum(part.rows for part in parts)) or real(parts)
+    )
+    now = many
+    for one in more[2000:]:
+        now = now.with_newcomers([one])
+    assert sum(joined) <= 40 * 6, "each of the 40 is copied O(log 40) times, and none of the 2,000"
+    assert now.grown_words.segments[0] is many.grown_words.segments[0]
+    assert np.shares_memory(now.grown_vectors.grown.rows, many.grown_vectors.grown.rows)
 
 
 def test_scores_of_every_row_are_those_of_candidates(tmp_path):

@@ -58,6 +58,8 @@ def test_columns_that_change_in_place_are_those_of_an_index_made_anew(rows, expr
         )
         rows += made
         live.compile(expression)
+        expected = table_of(rows).drop(["product_id"]).to_pylist()
+        assert [live.filters.values_of(row) for row in range(len(rows))] == expected
     for view, expected in [*seen, (live.view, rows)]:
         made = view.compile(expression)
         found = [*made.base.allowed_N.tolist(), *made.inserted.allowed_N.tolist()]

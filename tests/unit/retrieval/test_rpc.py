@@ -13,7 +13,7 @@ from catid2_ray.on_ray.serve.proto import retriever_pb2 as messages
 from catid2_ray.on_ray.serve.refusals import Unserved
 
 
-@pytest.mark.parametrize("name", ["RetrieveResponse", "Answer", "Product", "Cluster", "Explain", "Level"])
+@pytest.mark.parametrize("name", ["RetrieveResponse", "Answer", "Product", "Cluster", "Explain", "Level", "Degraded"])
 def test_messages_have_the_fields_of_the_interface(name):
     fields = {field.name for field in getattr(messages, name).DESCRIPTOR.fields}
     assert fields == set(getattr(api, name).model_fields)

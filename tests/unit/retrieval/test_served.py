@@ -285,6 +285,20 @@ def test_int8_and_other_numbers_win_over_the_release(served, folder):
         Retriever.open(folder, weights="int8", dtype="bfloat16")
 
 
+def test_scores_that_the_generator_was_not_taught_are_refused(folder, tmp_path):
+    taught = copy(folder, tmp_path, loss="trie", normalize="trie")
+    assert Retriever.open(taught).normalize == "trie"
+    for normalize in ("level", "vocabulary"):
+        with pytest.raises(
+            ReleaseError, match=f"with loss trie, which is searched with normalize trie, found {normalize}"
+        ):
+            Retriever.open(taught, normalize=normalize)
+    with pytest.raises(
+        ReleaseError, match="with loss level, which is searched with normalize level or vocabulary, found trie"
+    ):
+        Retriever.open(folder, normalize="trie")
+
+
 def test_value_decides_where_no_vectors_do(served, tmp_path, parts):
     settings = {"dense": "none", "order": "value", "a": 0.0}
     retriever = Retriever.open(copy(served, tmp_path, expansion=settings))

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CapacityError
+from catid2_ray.hashing import bucket_of, hash_of_text
 from catid2_ray.identifiers.collisions import assign_unique, colliding_prefixes
 from catid2_ray.identifiers.overflow import closed_regions, is_member
 from catid2_ray.identifiers.suffixes import ordinal_suffix, split_clusters
@@ -52,11 +53,16 @@ class _Bucket:
         names = [self.work.name("occupied", position) for position in range(len(self.work.specs))]
         return np.sort(np.concatenate([matrix(read_group(self.work.store, n, bucket)["packed"]) for n in names]))
 
-    def write_moves(self, name: str, rows: pa.Table, packed_P, moved_P=None, cost_P=None) -> None:
+    @staticmethod
+    def moves(rows: pa.Table, packed_P, moved_P=None, cost_P=None) -> pa.Table:
         moved_P = np.ones(len(packed_P), bool) if moved_P is None else moved_P
         cost_P = np.zeros(len(packed_P), np.float32) if cost_P is None else cost_P.astype(np.float32)
-        moves = pa.table({"row": rows["row"], "packed": packed_P, "moved": moved_P, "cost": cost_P})
-        write_groups(self.work.store, name, moves, matrix(rows["position"]), len(self.work.specs))
+        places = {"position": rows["position"], "row": rows["row"]}
+        return pa.table(places | {"packed": packed_P, "moved": moved_P, "cost": cost_P})
+
+    def write_moves(self, name: str, moves: pa.Table) -> None:
+        rows = moves.drop_columns(["position"]).combine_chunks()
+        write_groups(self.work.store, name, rows, matrix(moves["position"]), len(self.work.specs))
 
     def twins(self, bucket: int) -> dict:
         """Products whose embedding is that of another: they get equal codes, so they meet in one bucket."""
@@ -85,10 +91,9 @@ class ResolveBucket(_Bucket):
         overfull = homes[size > last - taken_H]
         solved_N = touched_N & ~is_member(overfull, home_N)
         taken_M = taken_M[is_member(touched, self.work.home_of(taken_M))]
-        report = self.resolve(
-            packed_N[solved_N], taken_M, self.chosen(bucket, solved_N, ["row", "product_id", "residual"]),
-            self.work.name("moves", bucket),
-        )  # fmt: skip
+        rows = self.chosen(bucket, solved_N, ["row", "product_id", "residual"])
+        moves, report = self.resolve(packed_N[solved_N], taken_M, rows)
+        self.write_moves(self.work.name("moves", bucket), moves)
         return {
             "position": bucket,
             "collisions": len(together) - len(np.unique(together)),
@@ -102,18 +107,16 @@ class ResolveBucket(_Bucket):
             **self.twins(bucket),
         }  # fmt: skip
 
-    def resolve(self, packed_P: np.ndarray, taken_M: np.ndarray, rows: pa.Table, name: str) -> dict:
-        """Give the rows IDs of their own and write them as moves; returns `assign_unique`'s report."""
+    def resolve(self, packed_P: np.ndarray, taken_M: np.ndarray, rows: pa.Table) -> tuple[pa.Table, dict]:
+        """The rows with IDs of their own, as moves, and `assign_unique`'s report."""
         space = self.work.space
         if not len(packed_P):
-            self.write_moves(name, rows, packed_P)
-            return {}
+            return self.moves(rows, packed_P), {}
         unique = assign_unique(
             space.unpack(packed_P), matrix(rows["residual"]), self.codebooks, rows["product_id"],
             occupied=space.unpack(taken_M) if len(taken_M) else None, method=self.work.recipe.method,
         )  # fmt: skip
-        self.write_moves(name, rows, space.pack(unique.codes_NL), unique.moved_N, unique.cost_N)
-        return unique.report
+        return self.moves(rows, space.pack(unique.codes_NL), unique.moved_N, unique.cost_N), unique.report
 
 
 class CountNodes(_Bucket):
@@ -131,24 +134,36 @@ class CountNodes(_Bucket):
 
 
 class ResolveRegions(ResolveBucket):
-    """Unique IDs where prefixes overflow: everything below some nodes of the ID tree at once, read from all parts."""
+    """Unique IDs where prefixes overflow: everything below some nodes of the ID tree, read from all parts. Where the spec asks
+    for several `turns`, each takes the products that a hash of their ids gives it, and leaves the codes of those before."""
 
     def __call__(self, spec: dict) -> dict:
-        work, rows, packed = self.work, [], []
-        for position in range(len(work.specs)):
-            name = work.name("codes", position)
-            inside_N = self._inside(matrix(read_groups(work.store, name, ["packed"])["packed"]), spec["regions"])
-            if not inside_N.any():
-                continue
-            table = read_groups(work.store, name, ["row", "product_id", "residual", "packed"])
-            table = table.filter(pa.array(inside_N))
-            packed.append(matrix(table["packed"]))
-            rows.append(table.append_column("position", pa.array(np.full(table.num_rows, position, np.int32))))
+        work, turns = self.work, spec.get("turns", 1)
         taken = (self.taken(bucket) for bucket in range(work.buckets))
         taken_M = np.sort(np.concatenate([taken_M[self._inside(taken_M, spec["regions"])] for taken_M in taken]))
-        name = work.name("moves", work.buckets + spec["position"])
-        report = self.resolve(np.concatenate(packed), taken_M, pa.concat_tables(rows).combine_chunks(), name)
-        return {"position": spec["position"], "overflowed": report["overflowed"]}
+        moves, overflowed = [], 0
+        for turn in range(turns):
+            rows = self._rows(spec["regions"], turn, turns)
+            placed, report = self.resolve(matrix(rows["packed"]), taken_M, rows)
+            taken_M = np.sort(np.concatenate((taken_M, matrix(placed["packed"]))))
+            overflowed += report.get("overflowed", 0)
+            moves.append(placed)
+        self.write_moves(work.name("moves", work.buckets + spec["position"]), pa.concat_tables(moves))
+        return {"position": spec["position"], "overflowed": overflowed}
+
+    def _rows(self, regions: list[list[int]], turn: int, turns: int) -> pa.Table:
+        rows = []
+        for position in range(len(self.work.specs)):
+            name = self.work.name("codes", position)
+            inside_N = self._inside(matrix(read_groups(self.work.store, name, ["packed"])["packed"]), regions)
+            if rows and not inside_N.any():  # the first says which columns there are
+                continue
+            table = read_groups(self.work.store, name, ["row", "product_id", "residual", "packed"])
+            table = table.filter(pa.array(inside_N))
+            if turns > 1:
+                table = table.filter(pa.array(bucket_of(hash_of_text(table["product_id"]), turns) == turn))
+            rows.append(table.append_column("position", pa.array(np.full(table.num_rows, position, np.int32))))
+        return pa.concat_tables(rows).combine_chunks()
 
     def _inside(self, packed_N: np.ndarray, regions: list[list[int]]) -> np.ndarray:
         inside_N = np.zeros(len(packed_N), bool)
@@ -181,7 +196,7 @@ class NumberBucket(_Bucket):
             report = report | {"clusters": len(size), "largest_after": max(report["largest_after"], whole)}
         elif len(names_P):
             number_P = ordinal_suffix(packed_N[chosen_N], names_P, priority_N=value_P).codes_NS[:, 0]
-        self.write_moves(work.name("moves", bucket), rows, number_P)
+        self.write_moves(work.name("moves", bucket), self.moves(rows, number_P))
         return {
             "position": bucket,
             "collisions": len(packed_N) - len(size),
@@ -196,8 +211,9 @@ class NumberBucket(_Bucket):
 def resolve_regions(work: Work, coder: Coder, overfull: list[int]) -> list[dict]:
     """Resolve the least nodes of the ID tree that hold all that is below them, `overfull` prefixes of L − 1 codes included.
 
-    Nobody leaves or enters such a node, so the result is that of one run over the whole catalogue. Raises CapacityError
-    where a node has more products than `ids.bucket_rows`.
+    Nobody leaves or enters such a node, so the result is that of one run over the whole catalogue; where `ids.turn_rows` cuts
+    a node's products into turns, IDs stay unique, and late turns travel further. Raises CapacityError where a node has more
+    products than `ids.bucket_rows` and no turns are allowed.
     """
     if not overfull:
         return []
@@ -218,8 +234,14 @@ def resolve_regions(work: Work, coder: Coder, overfull: list[int]) -> list[dict]
     total = sum(size[region] for region in regions)
     progress.event("overflow", prefixes=len(overfull), regions=len(regions), products=total)
     specs: list[dict] = []
+    most = work.recipe.turn_rows
     for region in sorted(regions, key=lambda region: (-size[region], region)):
-        if size[region] > work.recipe.bucket_rows:
+        if most and size[region] > most:
+            turns = -(-size[region] // most)
+            specs.append({"rows": 0, "held": work.recipe.bucket_rows, "regions": [list(region)], "turns": turns})
+            progress.event("overflow_in_turns", products=size[region], turns=turns)
+            continue
+        if not most and size[region] > work.recipe.bucket_rows:
             _refuse(work, region, size[region])
         if not specs or specs[-1]["held"] + size[region] > work.recipe.bucket_rows:
             specs.append({"rows": 0, "held": 0, "regions": []})
@@ -236,6 +258,7 @@ def _refuse(work: Work, region: tuple[int, int], products: int) -> None:
     codes_d = DocidSpace(work.space.codes_per_level[:depth]).unpack(np.array([node]))[0].tolist() if depth else []
     raise CapacityError(
         f"prefixes overflow so far that all {products} products whose IDs begin with {codes_d} have to be placed "
-        f"together, more than one worker may hold (ids.bucket_rows {work.recipe.bucket_rows}): train a quantizer with more codes "
-        f"(quantizer.codes_per_level {list(work.space.codes_per_level)}), or raise ids.bucket_rows"
+        f"together, more than one worker may hold (ids.bucket_rows {work.recipe.bucket_rows}): set ids.turn_rows, which places "
+        "them in turns, or raise ids.bucket_rows, or train a quantizer with more codes (quantizer.codes_per_level "
+        f"{list(work.space.codes_per_level)})"
     )

@@ -1,7 +1,7 @@
 """From parts to the order of serving: all products by ID, one range of IDs at a time, and the trie over them.
 
-This process holds 16 bytes a product (its ID before and after de-duplication as one integer each) and the trie; titles pass
-through, a range at a time. What is written does not depend on how many ranges there were.
+This process holds one range, and 4 bytes for each product whose ID was changed. Codes before de-duplication, which lie in another
+order, go through files of the local disk, 8 bytes a product. What is written does not depend on how many ranges there were.
 """
 
 import tempfile
@@ -13,25 +13,26 @@ import pyarrow as pa
 
 from catid2_ray.artifacts.manifest import Attempt
 from catid2_ray.docid import DocidSpace
+from catid2_ray.identifiers.quality import CodeFigures
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.groups import read_group
 from catid2_ray.on_ray.stages.assign.work import Work
 from catid2_ray.on_ray.stages.trie_order import TrieOrder
-from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.trie_writer import TrieWriter
 
 _BATCH_ROWS = 65_536  # of products.arrow
 _SAMPLE_ROWS = 50_000  # IDs that decide where ranges begin
 
 
 class Ordered(NamedTuple):
-    """`packed_N`: all IDs, ascending; `raw_N`: the same products' codes before de-duplication; `cost_P`: of those moved;
-    `duplicates`: products beyond the first of their ID; `addresses`, `addresses_reused`: IDs of yesterday, and those
-    of them that now name a product which they did not name."""
+    """`final`, `raw`: `code_figures` of the IDs, and of the codes before de-duplication, None where an ordinal makes the ID and
+    codes alone are none yet; `cost_P`: of the products that were moved; `duplicates`: products beyond the first of their ID;
+    `addresses`, `addresses_reused`: IDs of yesterday, and those of them that now name a product which they did not name."""
 
     files: list[dict]
-    packed_N: np.ndarray
-    raw_N: np.ndarray
+    final: dict
+    raw: dict | None
     cost_P: np.ndarray
     duplicates: int
     addresses: int
@@ -60,43 +61,69 @@ def near_equal(work: Work, space: DocidSpace, ranges: int) -> TrieOrder:
 
 def write_ordered(work: Work, attempt: Attempt, space: DocidSpace, order: TrieOrder, *, shared: bool) -> Ordered:
     """Write products.arrow (product_id and title in ID order, Arrow IPC for memory mapping) and trie/."""
-    store, packed, raw, costs, duplicates, addresses, reused = work.store, [], [], [], 0, 0, 0
+    store, costs, duplicates, addresses, reused = work.store, [], 0, 0, 0
     schema = pa.schema([("product_id", pa.string()), ("title", pa.string())])
     total = sum(spec["rows"] for spec in work.specs)
+    final, coded = CodeFigures(space), work.space is not None and work.mode not in ("suffix", "digits")
 
     def of_parts(kind: str) -> list[str]:
         return [work.name(kind, position) for position in range(len(work.specs))]
 
     with tempfile.TemporaryDirectory() as local:
-        folder = Path(local)
+        folder = Path(local) / "files"
+        folder.mkdir()
+        raw = _RawCodes(Path(local), order, space, work.space) if coded else None
         with (
             progress.bar("ordering products", total, "products") as shown,
             pa.OSFile(str(folder / "products.arrow"), "wb") as sink,
             pa.ipc.new_file(sink, schema) as writer,
+            TrieWriter(folder / "trie", total, codes_per_level=space.codes_per_level, shared=shared) as trie,
         ):
             waiting = schema.empty_table()
             for number in range(order.ranges):
                 rows = order.gather(store, of_parts("ordered"), number)
-                packed.append(matrix(rows["packed"]))
-                raw.append(matrix(rows["raw"]))
+                packed_n = matrix(rows["packed"])
+                final.add(packed_n)
+                if raw:
+                    raw.add(matrix(rows["raw"]))
                 costs.append(matrix(rows["cost"])[matrix(rows["moved"])])
-                duplicates += int((np.diff(packed[-1]) == 0).sum())
+                duplicates += int((np.diff(packed_n) == 0).sum())
+                if shared or not duplicates:
+                    trie.add(packed_n)
                 if work.yesterday:
                     old_M = np.unique(matrix(order.gather(store, of_parts("addresses"), number)["packed"]))
                     addresses += len(old_M)
-                    reused += len(np.intersect1d(old_M, packed[-1][matrix(rows["arrived"])]))
+                    reused += len(np.intersect1d(old_M, packed_n[matrix(rows["arrived"])]))
                 waiting = pa.concat_tables([waiting, rows.select(schema.names).cast(schema)])
                 waiting = _write_whole_batches(writer, waiting, last=number == order.ranges - 1)
                 shown.advance(rows.num_rows)
-        packed_N = np.concatenate(packed)
-        progress.event("trie", products=len(packed_N))
-        if duplicates and not shared:
-            files = []
-        else:
-            trie = Trie.from_sorted(packed_N, codes_per_level=space.codes_per_level, shared=shared)
-            trie.save(folder / "trie")
-            files = store.upload(folder, attempt.folder)
-    return Ordered(files, packed_N, np.concatenate(raw), np.concatenate(costs), duplicates, addresses, reused)
+            progress.event("trie", products=total)
+            if shared or not duplicates:
+                trie.finish()
+        files = store.upload(folder, attempt.folder) if shared or not duplicates else []
+        found = raw.figures() if raw else None
+    return Ordered(files, final.figures(), found, np.concatenate(costs), duplicates, addresses, reused)
+
+
+class _RawCodes:
+    """Codes before de-duplication, which come in another order than their own: a local file for each range of them."""
+
+    def __init__(self, folder: Path, order: TrieOrder, space: DocidSpace, raw_space: DocidSpace):
+        self.splitters, self.space = order.splitters // (space.capacity // raw_space.capacity), raw_space
+        self.paths = [folder / f"raw-{number}" for number in range(order.ranges)]
+
+    def add(self, raw_n: np.ndarray) -> None:
+        range_n = np.searchsorted(self.splitters, raw_n, side="right")
+        for number in np.unique(range_n):
+            with open(self.paths[number], "ab") as file:
+                file.write(raw_n[range_n == number].astype(np.int64).tobytes())
+
+    def figures(self) -> dict:
+        figures = CodeFigures(self.space)
+        for path in self.paths:
+            if path.exists():
+                figures.add(np.sort(np.fromfile(path, np.int64)))
+        return figures.figures()
 
 
 def _write_whole_batches(writer, waiting: pa.Table, *, last: bool) -> pa.Table:

@@ -8,7 +8,6 @@ import torch
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.identifiers.quality import (
-    code_figures,
     displacement_of,
     hourglass,
     id_quality,
@@ -45,15 +44,13 @@ def describe(
     """
     columns = ["part", "index", "category", "embedding"]
     sample = read_vectors(work.vectors, columns, rows=_VECTOR_ROWS, seed=job.recipe.seed)
-    labels = sample if sample.num_rows == len(ordered.packed_N) else read_vectors(
+    total = ordered.final["products"]
+    labels = sample if sample.num_rows == total else read_vectors(
         work.vectors, columns[:3], rows=_LABEL_ROWS, seed=job.recipe.seed
     )  # fmt: skip
     (raw_NL, final_NL), category_NH = _codes_of(work, space, labels), matrix(labels["category"])
-    # Where an ordinal makes the ID, its codes alone are no ID yet.
-    raw_space, raw_N = (space, ordered.packed_N) if work.mode in ("suffix", "digits") else (work.space, ordered.raw_N)
-    raw_NL = final_NL if raw_space is space else raw_NL
-    raw = _with_categories(code_figures(raw_N, raw_space), raw_NL, category_NH, raw_space)
-    final = _with_categories(code_figures(ordered.packed_N, space), final_NL, category_NH, space)
+    final = _with_categories(ordered.final, final_NL, category_NH, space)
+    raw = _with_categories(ordered.raw, raw_NL, category_NH, work.space) if ordered.raw else final
     near_NL, embedding_ND = _codes_of(work, space, sample)[1], matrix(sample["embedding"])
     encoded = sum(result["products"] for result in buckets)
     figures = {
@@ -66,7 +63,7 @@ def describe(
         "hourglass": hourglass(raw["normalised_entropy"]),
         "prefix_agreement": prefix_agreement(final_NL, category_NH, seed=job.recipe.seed),
         "neighbour_agreement": neighbour_agreement(near_NL, embedding_ND, seed=job.recipe.seed),
-        "displacement": displacement_of(ordered.cost_P, len(ordered.packed_N)),
+        "displacement": displacement_of(ordered.cost_P, total),
     }
     if isinstance(coder, ResidualQuantizer):
         with torch.no_grad():

@@ -51,6 +51,7 @@ def run(job: Job, parts: dict[str, Manifest], *, keeps: bool = False) -> Manifes
     settings = {**job.recipe.ids.identity(), "ids": quantizer.ids, "by_value": quantizer.tree_categories}
     settings |= {"seed": job.recipe.seed} if quantizer.ids == "cluster" else {}
     settings |= {"append": True} if keeps else {}
+    settings |= {"turn_rows": job.recipe.ids.turn_rows} if job.recipe.ids.turn_rows else {}
     served = served_ids(job.store, job.previous, quarantine=job.recipe.ids.id_quarantine) if keeps else None
     if served:
         settings["served"] = digest_of(served.select(["product_id", "codes"]).to_pydict())

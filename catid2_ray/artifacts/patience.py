@@ -1,0 +1,69 @@
+"""Which failures of a store pass by themselves, which are its refusal, and how long to go on asking.
+
+A budget in seconds for each request instead of a number of tries: an outage of half a minute is outlived whatever a try takes.
+Waits are random between nothing and a bound that doubles ("full jitter": clients that failed together do not come back
+together). A store that never answered is no store that fails but a wrong address: it gets FIRST_S.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+
+PATIENCE_S, FIRST_S = 90.0, 3.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 8.0
+
+# Codes of S3, and what pyarrow's client makes of them in its messages.
+_REFUSED = re.compile(
+    r"AccessDenied|ACCESS_DENIED|Access Denied|ExpiredToken|TokenRefreshRequired|InvalidAccessKeyId|INVALID_ACCESS_KEY_ID"
+    r"|SignatureDoesNotMatch|SIGNATURE_DOES_NOT_MATCH|InvalidToken|InvalidClientTokenId|INVALID_CLIENT_TOKEN_ID"
+    r"|RequestTimeTooSkewed|REQUEST_TIME_TOO_SKEWED|AccountProblem|AllAccessDisabled|NoCredentialsError"
+    r"|Unable to locate credentials|HTTP status 40[013]",
+)
+_PASSES = re.compile(
+    r"SlowDown|SLOW_DOWN|reduce your request rate|InternalError|INTERNAL_FAILURE|ServiceUnavailable|SERVICE_UNAVAILABLE"
+    r"|RequestTimeout\b|REQUEST_TIMEOUT|Throttl|THROTTLING|TooManyRequests|BandwidthLimitExceeded|OperationAborted|NETWORK_CONNECTION"
+    r"|HTTP status (408|429|5\d\d)|Connection (reset|refused|aborted)|IncompleteRead"
+)
+_BY_NAME = re.compile(
+    r"Timeout|Connection|HTTPClientError|IncompleteRead|ResponseStreaming|ClientPayload|ResponseParser|ServerDisconnected"
+)
+
+
+class GaveUp(OSError):
+    """A request that was tried for its whole budget."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the store said no: another try would be refused as well, whatever the load."""
+    return isinstance(error, PermissionError) or bool(_REFUSED.search(_said(error)))
+
+
+def passes(error: BaseException) -> bool:
+    """Whether the store was busy or away, so that another try may succeed."""
+    if isinstance(error, GaveUp):
+        return True
+    status = answered(error)
+    if is_refusal(error) or "SSLError" in type(error).__name__:
+        return False
+    if status in (408, 429) or status >= 500 or _PASSES.search(_said(error)):
+        return True
+    return any(_BY_NAME.search(kind.__name__) for kind in type(error).__mro__) and not status
+
+
+def answered(error: BaseException) -> int:
+    """The status that the store replied with; 0 where it did not reply."""
+    response = getattr(error, "response", None)
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if isinstance(response, dict) else 0
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def waits(budget_s: float) -> Iterator[float]:
+    """Seconds to wait before the second try, the third …; what is waited for adds up to about `budget_s`."""
+    bound, left = _FIRST_WAIT_S, budget_s
+    while left > 0:
+        wait = min(random.uniform(0, bound), left)  # noqa: S311
+        yield wait
+        left, bound = left - max(wait, 0.01), min(2 * bound, _LONGEST_WAIT_S)

@@ -1,0 +1,191 @@
+"""Replicas of Ray Serve under constant load: one is killed, they become more and fewer, the store is away. Nothing fails but what
+was in flight on a killed replica, and every answer is the release's."""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from types import SimpleNamespace
+
+import grpc
+import httpx
+import psutil
+import pytest
+import ray
+from ray import serve
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.store import Store
+from catid2_ray.on_ray.serve import rpc
+from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica
+from catid2_ray.on_ray.serve.opened import Opened
+from catid2_ray.on_ray.serve.proto import retriever_pb2
+from tests.load import Load
+from tests.s3_server import new_bucket, s3_server
+from tests.stored import unpack
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+AUTOSCALING = {
+    "min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1, "downscale_delay_s": 2,
+    "metrics_interval_s": 0.5, "look_back_period_s": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A store with a release, and what that answers: {query: products}."""
+    uri = unpack(tmp_path_factory.mktemp("shop")).store
+    name = releases.current(Store(uri)).name
+    opened = Opened(Store(uri), name, AppSettings(store=uri))
+    queries = [opened.retriever.products.title(row) for row in range(0, 150, 25)]
+    found = opened.retriever.retrieve(queries, k=5)
+    opened.end()
+    return SimpleNamespace(
+        store=uri, release=name, answers={q: [h.product_id for h in hits] for q, hits in zip(queries, found)}
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def served(store: str, *, environment: dict | None = None, grpc_port: int | None = None, **options):
+    """The base URL of a service with these options of its deployment."""
+    port, own = free_port(), {"num_cpus": 1, "runtime_env": {"env_vars": environment or {}}}
+    spoken = {"port": grpc_port, "grpc_servicer_functions": ["catid2_ray.on_ray.serve.rpc.add_to_server"]}
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, grpc_options=spoken if grpc_port else None)
+        settings = AppSettings(store=store, updates=True, poll_s=0.2)
+        serve.run(RetrieverReplica.options(**options, ray_actor_options=own).bind(settings), name="catid2")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+
+
+def running() -> int:
+    deployment = serve.status().applications["catid2"].deployments["Retriever"]
+    return sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
+
+
+def processes() -> dict[int, psutil.Process]:
+    """Those of replicas, which are descendants of this process."""
+    found = {}
+    for one in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if one.cmdline()[0].startswith("ray::ServeReplica:catid2:Retriever"):
+                found[one.pid] = one
+    return found
+
+
+def until(true, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def is_the_release(load: Load, shop) -> None:
+    for release, query, products in load.seen:
+        assert (release, products) == (shop.release, shop.answers[query])
+
+
+@pytest.mark.faults
+def test_a_replica_is_killed(shop, shared_ray):
+    with served(shop.store, num_replicas=2, autoscaling_config=None) as base:
+        until(lambda: running() == 2)
+        load, before = Load(base, shop.answers, askers=6), processes()
+        load.more()
+        victim = next(iter(before.values()))
+        victim.kill()
+        killed = time.monotonic()
+        until(lambda: running() == 2 and len(processes().keys() - before.keys()) == 1)
+        load.more()
+        load.end()
+    assert [one for one in load.failed if one.began > killed] == []
+    assert len(load.failed) <= 6
+    is_the_release(load, shop)
+
+
+def test_replicas_go_from_one_to_two_and_back(shop, shared_ray):
+    with served(shop.store, autoscaling_config=AUTOSCALING) as base:
+        load = Load(base, shop.answers, askers=12)
+        until(lambda: running() == 2)
+        load.more(100)
+        load.fewer(1)
+        until(lambda: running() == 1)
+        load.more(20)
+        load.end()
+    assert load.failed == []
+    is_the_release(load, shop)
+
+
+@pytest.mark.faults
+def test_the_store_answers_nothing_for_a_while(shop, shared_ray):
+    """The server of the store stands still, so that every request to it hangs: searches go on, changes wait or are refused, and
+    later ones are taken."""
+    with s3_server() as environment:
+        (server,) = [one for one in psutil.Process().children() if "s3_server.py" in " ".join(one.cmdline())]
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            uri = f"{new_bucket(environment)}/store"
+            local, remote = shop.store, Store(uri)
+            for folder, _, names in os.walk(local):
+                for name in names:
+                    path = os.path.join(folder, name)
+                    with open(path, "rb") as file:
+                        remote.write(os.path.relpath(path, local), file.read())
+            with served(uri, environment=environment, num_replicas=1, autoscaling_config=None) as base:
+                load = Load(base, shop.answers, askers=4)
+                load.more()
+                server.send_signal(signal.SIGSTOP)
+                try:
+                    stopped = time.monotonic()
+                    with pytest.raises(httpx.TimeoutException):
+                        httpx.post(f"{base}/v1/withdraw", json={"product_ids": ["nobody"]}, timeout=2)
+                    while time.monotonic() < stopped + 10:
+                        load.more(5)
+                finally:
+                    server.send_signal(signal.SIGCONT)
+                query, (gone, *_) = next(iter(shop.answers.items()))
+
+                def withdrawn() -> bool:
+                    answer = httpx.post(f"{base}/v1/withdraw", json={"product_ids": [gone]}, timeout=60)
+                    return answer.status_code == 200
+
+                until(withdrawn)
+                load.more()
+                load.end()
+    assert load.failed == []
+    last = [products for _, asked, products in load.seen if asked == query][-1]
+    assert gone not in last
+    for release, asked, products in load.seen:
+        assert release == shop.release and (products == shop.answers[asked] or gone in shop.answers[asked])
+
+
+def test_grpc_refuses_without_a_traceback_in_the_log(shop, shared_ray):
+    port = free_port()
+    with (
+        served(shop.store, grpc_port=port, num_replicas=1, autoscaling_config=None),
+        grpc.insecure_channel(f"127.0.0.1:{port}") as to,
+    ):
+        ask = rpc.stub(to)
+        of_us = [("application", "catid2")]
+        query, products = next(iter(shop.answers.items()))
+        answer = ask(retriever_pb2.RetrieveRequest(query=query, k=5), metadata=of_us, timeout=60)
+        assert [one.product_id for one in answer.products] == products and answer.release == shop.release
+        with pytest.raises(grpc.RpcError) as refused:
+            ask(retriever_pb2.RetrieveRequest(query="?"), metadata=of_us, timeout=60)
+        assert refused.value.code().name == "INVALID_ARGUMENT"
+        assert "at least one letter or digit" in refused.value.details()
+        logs = os.path.join(ray._private.worker._global_node.get_session_dir_path(), "logs", "serve")
+        said = ""
+        for name in os.listdir(logs):
+            if name.startswith("replica_catid2_Retriever"):
+                with open(os.path.join(logs, name)) as file:
+                    said += file.read()
+        assert "Retrieve" in said and "Traceback" not in said

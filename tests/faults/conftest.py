@@ -1,0 +1,56 @@
+"""Everything here is marked `faults`. `s3`: a server of S3 for the session; `undisturbed`: the digests of the small recipe's parts
+as a run without faults made them, in this process and without Ray."""
+
+import copy
+import time
+
+import pytest
+
+from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.store import Store
+from catid2_ray.config import Recipe
+from catid2_ray.on_ray.commands import reindex
+from tests.conftest import TINY
+from tests.in_process import without_ray
+from tests.s3_server import new_bucket, s3_server
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "faults" in item.path.parts:
+            item.add_marker(pytest.mark.faults)
+
+
+@pytest.fixture(scope="session")
+def small_recipe() -> dict:
+    """The tiny recipe with fewer products and epochs: a chain of 13 stages in some seconds."""
+    small = copy.deepcopy(TINY)
+    small["catalog"] = {"synthetic": {"products": 90, "queries": 60, "seed": 3}, "rows_per_part": 40}
+    small["quantizer"] |= {"epochs": 2, "kmeans_sample": 90, "batch": 45}
+    small["generator"] |= {"epochs": 1}
+    return small
+
+
+@pytest.fixture
+def small(small_recipe) -> dict:
+    return copy.deepcopy(small_recipe)
+
+
+def digests(store: Store) -> dict[str, str]:
+    return {part: manifest.digest for part, manifest in releases.current(store).manifests(store).items()}
+
+
+@pytest.fixture(scope="session")
+def s3():
+    with s3_server() as environment:
+        yield environment, new_bucket(environment)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(small_recipe, tmp_path_factory) -> tuple[dict[str, str], float]:
+    """Digests by part, and the seconds that the run took."""
+    store = tmp_path_factory.mktemp("undisturbed") / "store"
+    started = time.monotonic()
+    with without_ray():
+        reindex(Recipe.build(copy.deepcopy(small_recipe) | {"store": str(store)}))
+    return digests(Store(store)), time.monotonic() - started
