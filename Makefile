@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: quickstart test test-all test-faults lint format bench docs clean
+.PHONY: quickstart test test-all test-faults lint format bench docs audit sbom clean
 .DEFAULT_GOAL := quickstart
 
 $(BIN)/python:
@@ -53,5 +53,18 @@ bench: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
 
+# Tools of their own, so that they are no part of what they look at.
+$(VENV)/audit/bin/pip-audit: | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install -q pip-audit==2.10.1 cyclonedx-bom==7.5.0
+
+# Known holes in the versions that the tests run on. Asks PyPI; a package that it cannot ask about fails too (--strict).
+audit: $(VENV)/audit/bin/pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+# What is installed, as CycloneDX, into sbom.json. Needs no network once its tool is there.
+sbom: $(VENV)/.installed $(VENV)/audit/bin/pip-audit
+	$(VENV)/audit/bin/cyclonedx-py environment $(VENV) --of JSON -o sbom.json
+
 clean:
-	rm -rf $(VENV) catid2_store site
+	rm -rf $(VENV) catid2_store site sbom.json

@@ -1,15 +1,17 @@
 """Generators on a real catalogue: learning curves and recall for several kinds of IDs at equal budgets.
 
     python benchmarks/generator.py --catalog DATA/home_depot --encoder MODELS/all-MiniLM-L6-v2 --store STORE
-        --kinds cat_id2,tiger,cat_id2_shuffled --seeds 3 --examples 1500000 [--ids-seed 0] [--head dense] [--cache FOLDER]
-        [--runs RUNS] [--keep FOLDER] [--render]
+        --kinds cat_id2,tiger,cat_id2_shuffled --seeds 3 --examples 1500000 [--ids-seed 0] [--head dense] [--teacher 0.5]
+        [--loss trie] [--cache FOLDER] [--runs RUNS] [--keep FOLDER] [--render]
 
 STORE is one in which `catid2 compare-ids` or `reindex` assigned IDs of these kinds and seeds. Model: the pretrained text encoder,
 frozen, its token states cached once for all cells, and a T5 decoder of our own. A cell (kind, seed) is one process and one thread;
-cells that are done or begun (RUNS/*.json) are not run again, so several processes can share a grid. The last line printed is
-the JSON of all cells.
+cells that are done or begun (RUNS/*.json) are not run again, so several processes can share a grid. `--teacher`: share of the
+query examples whose product is drawn from the nearest ones (`generator/teacher.py`), in place of a labelled one. Two arms of
+equal IDs, seeds and examples are compared by the paired bootstrap over queries. The last line printed is the JSON of all cells.
 """
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -24,27 +26,34 @@ from harness import RESULTS, finish, machine, parser_of, rounded, spread, table,
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import training_pairs
+from catid2_ray.catalog.text import HuggingFaceEncoder
 from catid2_ray.docid import DocidSpace
-from catid2_ray.evaluation.protocol import Judgements, evaluate
+from catid2_ray.evaluation.metrics import bootstrap_means
+from catid2_ray.evaluation.protocol import Judgements, evaluate, per_query_recalls
 from catid2_ray.generator.batches import Examples
 from catid2_ray.generator.encoder_decoder import encoder_decoder
 from catid2_ray.generator.logits import with_head
 from catid2_ray.generator.saved import save_generator
+from catid2_ray.generator.states import StateCache
 from catid2_ray.generator.step import fit, level_losses
+from catid2_ray.generator.teacher import Nearest, drawn, shares
 from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word, tokenize
+from catid2_ray.hashing import hash_of_text, uniform
 from catid2_ray.on_ray.machine.arrays import matrix
-from catid2_ray.on_ray.machine.vectors import open_adapter
+from catid2_ray.on_ray.machine.vectors import ProductVectors, adapted_queries, open_adapter
 from catid2_ray.on_ray.stages.assign.buckets import codebooks
 from catid2_ray.on_ray.stages.assign.work import open_coder
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.trie import Trie
+from catid2_ray.retrieval.trie_tensors import continuations
 
 TRAIN_FROM, RELEVANT_FROM = 2.33, 2.67
 KS = (5, 10, 50, 100)
 BEGINS = ("quantizer", "adapter")  # what a dense head begins from
 TOKENS, BEAM, CODES = 32, 100, 256
 VALIDATION_QUERIES, VALIDATION_PAIRS = 300, 1024
+DRAWS = 4  # a teacher's, for each pair of a query
 
 
 def load_data(options) -> dict:
@@ -65,7 +74,7 @@ def load_data(options) -> dict:
     }
     return {
         "products": products, "names": names.to_numpy(zero_copy_only=False), "tokenizer": tokenizer,
-        "product_P": place_P[known_P].astype(np.int64),
+        "queries": queries, "product_P": place_P[known_P].astype(np.int64),
         "query_PT": tokenize(tokenizer, queries, length=TOKENS),
         "title_NT": tokenize(tokenizer, products["title"].to_pylist(), length=TOKENS), "judged": judged,
     }  # fmt: skip
@@ -90,6 +99,27 @@ def beginning(options, kind: str, seed: int) -> tuple[list[np.ndarray], np.ndarr
     return codebooks(open_coder(store, of["quantizer"])), None if linear is None else linear.query_DD.detach().numpy()
 
 
+def taught(options, data: dict, kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and products' places of the teacher's examples: of each query DRAWS for each of its pairs."""
+    store, parents = Store(options.store), ids_manifest(options, kind, seed).parents
+    found = {
+        role: next(m for m in manifests(store, role) if m.digest == parents[role])
+        for role in ("embeddings", "adapter") if role in parents
+    }  # fmt: skip
+    vectors = ProductVectors.of(store, found)
+    encode = adapted_queries(
+        HuggingFaceEncoder(options.encoder, batch=64, tokens=64).encode, open_adapter(store, found.get("adapter"))
+    )
+    queries, count_Q = np.unique(np.array(data["queries"], object), return_counts=True)
+    tables = [vectors.read(part["name"], ["product_id", "embedding"]) for part in found["embeddings"].parts()]
+    products = pa.concat_tables(tables)
+    row_N = pc.index_in(pa.array(data["names"]), products["product_id"].combine_chunks()).to_numpy()
+    nearest = Nearest(encode(queries.tolist()))
+    nearest.show(matrix(products["embedding"])[row_N], 0)
+    query_C, place_C = drawn(shares(nearest.score_QM), DRAWS * count_Q, uniform(hash_of_text(queries), seed, 10))
+    return tokenize(data["tokenizer"], queries.tolist(), length=TOKENS)[query_C], nearest.row_QM[query_C, place_C]
+
+
 def ids_manifest(options, kind: str, seed: int) -> Manifest:
     seed = seed if options.ids_seed is None else options.ids_seed
     for manifest in manifests(Store(options.store), "ids"):
@@ -105,7 +135,7 @@ def manifests(store: Store, role: str) -> list[Manifest]:
     ]
 
 
-def ranked(model, trie: Trie, data: dict, queries: list[str]) -> list[list[str]]:
+def ranked(model, trie: Trie, data: dict, queries: list[str], normalize: str) -> list[list[str]]:
     """The products of the best 100 IDs of each query."""
     ids_BT = tokenize(data["tokenizer"], queries, length=TOKENS)
     decoder, answers = decoder_for(model, codes_per_level=trie.codes_per_level), []
@@ -114,7 +144,7 @@ def ranked(model, trie: Trie, data: dict, queries: list[str]) -> list[list[str]]
         mask_BT = part_BT != data["tokenizer"].pad_token_id
         used = int(mask_BT.any(0).sum())
         beams = constrained_beam_search(
-            decoder, trie, part_BT[:, :used], mask_BT[:, :used], beam_width=BEAM, top_k=max(KS)
+            decoder, trie, part_BT[:, :used], mask_BT[:, :used], beam_width=BEAM, top_k=max(KS), normalize=normalize
         )
         rows = beams.row_range_BK2[..., 0].tolist()
         answers += [
@@ -123,16 +153,17 @@ def ranked(model, trie: Trie, data: dict, queries: list[str]) -> list[list[str]]
     return answers
 
 
-def recalls(model, trie: Trie, data: dict, split: str, most: int | None = None) -> dict:
+def recalls(model, trie: Trie, data: dict, split: str, normalize: str, most: int | None = None) -> dict:
     judged = data["judged"][split]
     if most and most < len(judged.queries):
         chosen = np.sort(np.random.default_rng(0).permutation(len(judged.queries))[:most])
         columns = ("query_ids", "queries", "relevant", "seen", "unseen")
         judged = Judgements(**{c: [getattr(judged, c)[i] for i in chosen] for c in columns}, dropped_pairs=0)
-    figures = evaluate(judged, {"beam": ranked(model, trie, data, judged.queries)}, KS)
+    found = {"beam": ranked(model, trie, data, judged.queries, normalize)}
+    figures = evaluate(judged, found, KS)
     return {group: figures[group]["beam"] for group in ("recall", "recall_seen", "recall_unseen")} | {
-        "queries": figures["queries"]
-    }
+        "queries": figures["queries"], "by_query": per_query_recalls(judged, found, KS)["all"]["beam"].tolist(),
+    }  # fmt: skip
 
 
 def check_pairs(data: dict, codes_NL: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,15 +186,25 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
     ), options.head)  # fmt: skip
     if options.head == "dense":
         model.dense.begin(*beginning(options, kind, seed))
+    inputs = {"query": data["query_PT"], "title": data["title_NT"]}
+    codes, ratio = {"query": codes_NL[data["product_P"]], "title": codes_NL}, {"title": options.titles}
+    if options.teacher:
+        inputs["teacher"], row_C = taught(options, data, kind, seed)
+        codes["teacher"] = codes_NL[row_C]
+        ratio |= {"query": 1 - options.teacher, "teacher": options.teacher * len(data["query_PT"]) / len(row_C)}
     examples = Examples(
-        input_ids={"query": data["query_PT"], "title": data["title_NT"]},
-        codes={"query": codes_NL[data["product_P"]], "title": codes_NL}, ratio={"title": options.titles},
+        input_ids=inputs, codes=codes, ratio=ratio,
         starts_word_V=starts_word(data["tokenizer"]), keep=options.keep_words, drop_share=options.drop_share,
         **marks(data["tokenizer"])._asdict(),
     )  # fmt: skip
-    cached = examples.with_states(model.encoder, Path(options.cache) / "states", on_progress=said)
+    folders = [Path(options.cache) / name for name in ("states", "states-taught")]
+    known = [StateCache(folder) for folder in folders if (folder / "cache.json").exists()]
+    cached = examples.with_states(
+        model.encoder, folders[options.teacher > 0], known=known[0] if known else None, on_progress=said
+    )
     steps = options.examples // options.batch
     check_BT, check_BL = check_pairs(data, codes_NL)
+    normalize = "trie" if options.loss == "trie" else "level"
     curve, losses, began, paused = [], [], time.process_time(), 0.0
 
     def watch(step: int, loss: float) -> None:
@@ -172,7 +213,7 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
         if (step + 1) % max(1, steps // options.points) == 0:
             stopped = time.process_time()
             model.eval()
-            score = recalls(model, trie, data, "validation", VALIDATION_QUERIES)["recall"]
+            score = recalls(model, trie, data, "validation", normalize, VALIDATION_QUERIES)["recall"]
             with torch.inference_mode():
                 checked = float(level_losses(model, check_BT, check_BL, space=space).sum())
             model.train()
@@ -187,6 +228,7 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
     fit(
         model, cached, space=space, steps=steps, batch=options.batch, learning_rate=options.learning_rate,
         label_smoothing=options.label_smoothing, seed=seed, on_step=watch,
+        continuations=functools.partial(continuations, trie) if options.loss == "trie" else None,
     )  # fmt: skip
     seconds, seen = time.process_time() - began - paused, steps * options.batch
     if options.keep:
@@ -195,10 +237,19 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
         trie.save(folder / "trie")
         with pa.ipc.new_file(str(folder / "products.arrow"), data["products"].schema) as out:
             out.write_table(data["products"].take(pa.array(trie.order_N)))
+    found = {split: recalls(model, trie, data, split, normalize) for split in ("validation", "test")}
     return {
-        "kind": kind + ("" if options.head == "plain" else f", {options.head} head"), "seed": seed, "examples": seen,
-        "seconds": seconds, "examples_per_second": seen / seconds, "curve": curve, **recalls(model, trie, data, "test"),
+        "kind": ", ".join([kind, *arms(options)]), "seed": seed, "examples": seen, "seconds": seconds,
+        "examples_per_second": seen / seconds, "curve": curve, **found["test"],
+        "by_query": {split: one["by_query"] for split, one in found.items()},
     }  # fmt: skip
+
+
+def arms(options) -> list[str]:
+    """What a cell has that the plain one has not."""
+    said = [f"{options.head} head"] if options.head != "plain" else []
+    said += [f"teacher {options.teacher:g}"] if options.teacher else []
+    return said + (["loss trie"] if options.loss == "trie" else [])
 
 
 def said(done: int, whole: int) -> None:
@@ -218,7 +269,7 @@ def report(cells: list[dict], options) -> str:
             spread([c[g][str(k)] for c in of], ".3f") for g in ("recall", "recall_seen", "recall_unseen") for k in KS
         ]
         rows.append([kind, len(of), examples, f"{np.mean([c['seconds'] for c in of]):.0f}", *figures])
-    asked = cells[0]["queries"]
+    asked, text = cells[0]["queries"], differences(cells)
     return (
         "# Generators on Home Depot\n\n"
         f"Written by `benchmarks/generator.py`. Encoder: {Path(options.encoder).name}, frozen, its token states cached; decoder: "
@@ -228,13 +279,31 @@ def report(cells: list[dict], options) -> str:
         f"{options.label_smoothing:g}, dropout {options.dropout:g}. Beam {BEAM}, full IDs, no re-scoring. Categories of this "
         f"catalogue are inferred, not gold. Recall is per product on the test split (relevance ≥ {RELEVANT_FROM}); *seen* "
         f"products are named by a training pair (≥ {TRAIN_FROM}). Mean over seeds ± half the range. Machine: {machine()}; one "
-        "thread a cell; budgets are equal in examples, and seconds are this thread's own (processor time), without evaluation.\n\n"
+        "thread a cell; budgets are equal in examples; seconds are this thread's own (processor time), without evaluation.\n\n"
         + table(names, rows)
-        + f"\n{asked['all']:,} queries, {asked['seen']:,} with a seen and {asked['unseen']:,} with an unseen relevant product.\n\n"
+        + f"\n{text}{asked['all']:,} queries, {asked['seen']:,} with a seen and {asked['unseen']:,} with an unseen one.\n\n"
         f"## Learning curves\n\nrecall@50 on {VALIDATION_QUERIES} validation queries, and the loss of {VALIDATION_PAIRS:,} "
         "validation pairs in nats an ID, after so many examples (mean over seeds); ![recall over examples](generator.png)\n\n"
         + "\n".join(map(curve_table, of_budgets(cells)))
     )
+
+
+def differences(cells: list[dict]) -> str:
+    """Each arm less the plain cell of the same IDs, examples and seeds, where both say what each query found."""
+    by_arm, rows = {}, []
+    for cell in cells:
+        if "by_query" in cell:
+            by_arm.setdefault((cell["kind"], cell["examples"]), {})[cell["seed"]] = cell["by_query"]
+    for (kind, examples), of_seed in by_arm.items():
+        base = by_arm.get((kind.split(",")[0], examples), {})
+        seeds = sorted(of_seed.keys() & base.keys())
+        if "," in kind and seeds:
+            for split in ("validation", "test"):
+                gain_QK = np.mean([np.subtract(of_seed[s][split], base[s][split]) for s in seeds], 0)
+                gains = [f"{i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}]" for i in bootstrap_means(gain_QK)]
+                rows.append([kind, examples, len(seeds), split, *gains])
+    names = ["IDs", "examples", "seeds", "queries", *(f"@{k}" for k in KS)]
+    return table(names, rows, title="Less the plain cell, paired over queries, 95 % intervals") + "\n" if rows else ""
 
 
 def of_budgets(cells: list[dict]) -> list[list[dict]]:
@@ -286,6 +355,8 @@ def main() -> None:
         "--ids-seed", type=int, help="the seed whose IDs all cells learn; none = each cell those of its own"
     )
     parser.add_argument("--head", default="plain", help="plain or dense")
+    parser.add_argument("--teacher", type=float, default=0.0, help="share of query examples drawn by a teacher")
+    parser.add_argument("--loss", default="level", help="level, or trie with the search that goes with it")
     parser.add_argument("--examples", type=int, default=1_000_000, help="budget of a cell")
     parser.add_argument("--points", type=int, default=8, help="points of the learning curve")
     parser.add_argument("--batch", type=int, default=64)
@@ -306,7 +377,7 @@ def main() -> None:
         "--render", action="store_true", help="measure nothing: write the page and its picture from --runs"
     )
     options = parser.parse_args()
-    runs, named = Path(options.runs), "" if options.head == "plain" else f"+{options.head}"
+    runs, named = Path(options.runs), "".join(f"+{arm.replace(' ', '_')}" for arm in arms(options))
     if not options.render:
         if not (options.catalog and options.encoder and options.store):
             print(json.dumps({"skipped": "give --catalog, --encoder and --store"}))

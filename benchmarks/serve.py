@@ -1,7 +1,7 @@
 """What serving over HTTP costs beside the bare retriever in a process of its own, at the same batch.
 
-    python benchmarks/serve.py --store STORE [--release NAME] [--seconds 10] [--turns 3] [--replicas 1,2] [--cpus 8] [--json FILE]
-        [--out benchmarks/results/serve.md] [--render JSON [--beside JSON]]
+    python benchmarks/serve.py --store STORE [--release NAME] [--seconds 10] [--turns 3] [--replicas 1,2] [--cpus 8] [--swap OTHER]
+        [--json FILE] [--out benchmarks/results/serve.md] [--render JSON [--beside JSON]]
 
 Everything runs on this machine: a private Ray with one proxy, the retriever's deployment with a fixed number of replicas, and the
 asker, a process of its own. Closed loop: so many connections, each asks again as soon as it is answered. Open loop: questions come
@@ -10,15 +10,18 @@ due, so that a service which falls behind cannot hide it. The bare retriever and
 A proxy is Ray's own, or with RAY_SERVE_ENABLE_HA_PROXY=1 and RAY_SERVE_THROUGHPUT_OPTIMIZED=1 in the environment HAProxy, which
 listens on all interfaces: measure it in a network namespace (`unshare -n`, `ip link set lo up`) and show it with `--beside JSON`.
 Queries are the first words of seeded products of the release; every answer's products are compared with the bare retriever's.
+`--swap OTHER` names another release of the store: the pointer is moved to it and back under load, so give a copy of your store.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
 import socket
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,11 @@ import psutil
 from harness import RESULTS, finish, in_fresh_process, memory_of, parser_of, rounded, table, where, wholes
 
 K, BATCH, QUERIES = 10, 16, 512
-CLOSED = ((1, 1), (16, 1), (32, 1), (64, 1), (4, 16))  # connections, queries a request
+# Connections, queries a request, protocol. A connection of gRPC is one call at a time on a channel of its own.
+CLOSED = (
+    (1, 1, "HTTP"), (16, 1, "HTTP"), (16, 1, "gRPC"), (32, 1, "HTTP"), (64, 1, "HTTP"), (4, 16, "HTTP"), (4, 16, "gRPC"),
+)  # fmt: skip
+SWAP_CONNECTIONS = 4
 SHARES = (0.3, 0.7, 0.95)  # of HTTP's own saturation
 BURST = 300
 PERCENTILES = (50, 95, 99)
@@ -78,43 +85,80 @@ def _seconds_of_one(retriever, query: str) -> float:
     return time.perf_counter() - start
 
 
-async def ask(options) -> dict:
-    """The asker: `--connections` of a closed loop, `--rate` of an open one, or `--burst` questions at once."""
+@contextlib.asynccontextmanager
+async def over_http(url: str):
+    """A call: what is asked → (status, products of each answer)."""
     import aiohttp
 
-    wanted = json.loads(options.queries.read_text())
-    queries, done = list(wanted), []
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(120)) as session:
 
-        async def one(number: int, due: float) -> None:
-            mine = [queries[(number + one) % len(queries)] for one in range(options.each)]
-            asked = {"query": mine[0]} if options.each == 1 else {"queries": mine}
+        async def call(asked: dict, connection: int) -> tuple[int | str, list[list[str]]]:
             try:
-                async with session.post(options.url, json={**asked, "k": K}) as answer:
+                async with session.post(url, json=asked) as answer:
                     body, status = await answer.read(), answer.status
             except aiohttp.ClientError as error:
-                body, status = b"", type(error).__name__
-            seconds, right = time.perf_counter() - due, True
-            if status == 200:
-                said = json.loads(body)
-                answers = said.get("answers") or [said]
-                right = [[hit["product_id"] for hit in one["products"]] for one in answers] == [
-                    wanted[query] for query in mine
-                ]
-            done.append((seconds, status, right))
+                return type(error).__name__, []
+            if status != 200:
+                return status, []
+            said = json.loads(body)
+            return status, [[hit["product_id"] for hit in one["products"]] for one in said.get("answers") or [said]]
 
-        async def closed(first: int, until: float) -> None:
-            number = first
+        yield call
+
+
+@contextlib.asynccontextmanager
+async def over_grpc(target: str, connections: int):
+    """The same; its channels lie in a pool, one a connection."""
+    import grpc
+
+    from catid2_ray.on_ray.serve import rpc
+    from catid2_ray.on_ray.serve.proto import retriever_pb2
+
+    alone = [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.aio.insecure_channel(target, options=alone) for _ in range(connections)]
+    stubs = [rpc.stub(channel) for channel in channels]
+
+    async def call(asked: dict, connection: int) -> tuple[int | str, list[list[str]]]:
+        try:
+            said = await stubs[connection](
+                retriever_pb2.RetrieveRequest(**asked), metadata=[("application", "catid2")], timeout=120
+            )
+        except grpc.RpcError as error:
+            return error.code().name, []
+        return 200, [[hit.product_id for hit in one.products] for one in said.answers or [said]]
+
+    yield call
+    for channel in channels:
+        await channel.close()
+
+
+async def ask(options) -> dict:
+    """The asker: `--connections` of a closed loop, `--rate` of an open one, or `--burst` questions at once."""
+    wanted = json.loads(options.queries.read_text())
+    queries, done = list(wanted), []
+    grpc_here = options.url.startswith("grpc://")
+    way = over_grpc(options.url.removeprefix("grpc://"), options.connections) if grpc_here else over_http(options.url)
+    async with way as call:
+
+        async def one(number: int, due: float, connection: int = 0) -> None:
+            mine = [queries[(number + one) % len(queries)] for one in range(options.each)]
+            asked = {"query": mine[0]} if options.each == 1 else {"queries": mine}
+            status, products = await call({**asked, "k": K}, connection)
+            right = status != 200 or products == [wanted[query] for query in mine]
+            done.append((time.perf_counter() - due, status, right))
+
+        async def closed(connection: int, until: float) -> None:
+            number = 13 * connection
             while time.perf_counter() < until:
-                await one(number, time.perf_counter())
+                await one(number, time.perf_counter(), connection)
                 number += 7
 
         start = time.perf_counter()
         if options.burst:
             await asyncio.gather(*(one(number, start) for number in range(options.burst)))
         elif options.connections:
-            await asyncio.gather(*(closed(13 * one, start + options.seconds) for one in range(options.connections)))
+            await asyncio.gather(*(closed(one, start + options.seconds) for one in range(options.connections)))
         else:
             waits = np.random.default_rng(1).exponential(1 / options.rate, int(options.rate * options.seconds) + 1)
             async with asyncio.TaskGroup() as group:
@@ -131,6 +175,12 @@ async def ask(options) -> dict:
     }  # fmt: skip
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Service:
     """The deployment behind its proxy, on a free port. `cpu` and `memory`: of its processes, by their command."""
 
@@ -144,21 +194,25 @@ class Service:
         from catid2_ray.on_ray.machine import cluster
 
         Store(options.store).check()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port, of_grpc = _free_port(), _free_port()
         cluster.connect(ClusterRecipe(logical_cpus=options.cpus))
-        self.options, self.url = options, f"http://127.0.0.1:{port}/v1/retrieve"
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        self.options, self.base = options, f"http://127.0.0.1:{port}"
+        self.urls = {"HTTP": f"{self.base}/v1/retrieve", "gRPC": f"grpc://127.0.0.1:{of_grpc}"}
+        names = ["catid2_ray.on_ray.serve.rpc.add_to_server"]
+        serve.start(
+            http_options={"host": "127.0.0.1", "port": port},
+            grpc_options={"port": of_grpc, "grpc_servicer_functions": names},
+        )
 
-    def run(self, replicas: int) -> float:
+    def run(self, replicas: int, *, follow: bool = False) -> float:
         """Seconds until so many replicas are ready."""
         from ray import serve
 
         from catid2_ray.on_ray.serve import app
 
         start = time.perf_counter()
-        settings = app.AppSettings(store=self.options.store, release=self.options.release, follow=False)
+        named = None if follow else self.options.release
+        settings = app.AppSettings(store=self.options.store, release=named, follow=follow, follow_s=0.2)
         deployment = app.RetrieverReplica.options(autoscaling_config=None, num_replicas=replicas)
         serve.run(deployment.bind(settings), name="catid2")
         return time.perf_counter() - start
@@ -194,12 +248,37 @@ class Service:
             {"rss": one.memory_info().rss, "pss": one.memory_full_info().pss} for one in self.processes()["replica"]
         ]
 
-    def asked(self, **how) -> dict:
+    def swapped(self, other: str) -> list[dict]:
+        """Under load, seconds from the move of the pointer until the replica serves: another release, which it must open, and the
+        one before, which it kept; and what came of the requests meanwhile."""
+        from catid2_ray.artifacts import history
+        from catid2_ray.artifacts import release as releases
+        from catid2_ray.artifacts.store import Store
+
+        self.run(1, follow=True)
+        store, swaps = Store(self.options.store), []
+        for kind, name in (("opened", other), ("kept", releases.current(store).name)) * self.options.turns:
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                load = pool.submit(self.asked, connections=SWAP_CONNECTIONS, seconds=self.options.seconds)
+                time.sleep(1)
+                start = time.perf_counter()
+                history.rollback(store, name)
+                while json.load(urllib.request.urlopen(f"{self.base}/v1/release"))["release"] != name:  # noqa: S310 (our own)
+                    time.sleep(0.02)
+                swaps.append(
+                    {"kind": kind, "seconds": time.perf_counter() - start, "statuses": load.result()["statuses"]}
+                )
+            if kind == "kept":
+                self.run(1, follow=True)  # so that the other one has to be opened anew
+        return swaps
+
+    def asked(self, *, protocol: str = "HTTP", **how) -> dict:
         """One run of the asker, with the milliseconds of processor that replica and proxy spent per answer."""
         before = self.cpu()
         arguments = [f"--{name}={value}" for name, value in how.items()]
-        figures = in_fresh_process(__file__, "--part", "ask", "--url", self.url, "--queries", str(self.options.queries),
-                                   *arguments)  # fmt: skip
+        figures = in_fresh_process(__file__, "--part", "ask", "--url", self.urls[protocol], "--queries",
+                                   str(self.options.queries), *arguments)  # fmt: skip
+        how["protocol"] = protocol
         answered = max(1, figures["statuses"].get("200", 0)) * how.get("each", 1)
         spent = {f"{name}_cpu_ms": 1e3 * (after - before[name]) / answered for name, after in self.cpu().items()}
         return {**how, **figures, **spent}
@@ -217,8 +296,9 @@ def measured(options) -> dict:
         ready = service.run(1)
         service.asked(connections=BATCH, seconds=3)
         for turn in range(options.turns):
-            for connections, each in CLOSED:
-                figures["closed"].append(service.asked(connections=connections, each=each, seconds=options.seconds))
+            for connections, each, protocol in CLOSED:
+                how = {"connections": connections, "each": each, "seconds": options.seconds}
+                figures["closed"].append(service.asked(protocol=protocol, **how))
                 print("closed", turn, figures["closed"][-1], flush=True)
             figures["bare"].append(in_fresh_process(__file__, *arguments))
             print("bare", figures["bare"][-1], flush=True)
@@ -239,6 +319,9 @@ def measured(options) -> dict:
                     {"replicas": replicas, "ready_s": ready, "memory": service.memory(), **answers}
                 )
                 print("replicas", figures["replicas"][-1], flush=True)
+        if options.swap:
+            figures["swaps"] = service.swapped(options.swap)
+            print("swaps", figures["swaps"], flush=True)
     finally:
         service.stop()
     return figures
@@ -247,7 +330,7 @@ def measured(options) -> dict:
 def saturation(closed: list[dict]) -> float:
     """The median over turns of the best throughput of a turn, one query a request."""
     by_turn = np.array([one["queries_a_second"] for one in closed]).reshape(-1, len(CLOSED))
-    single = [place for place, (_, each) in enumerate(CLOSED) if each == 1]
+    single = [place for place, (_, each, protocol) in enumerate(CLOSED) if each == 1 and protocol == "HTTP"]
     return float(np.median(by_turn[:, single].max(1)))
 
 
@@ -260,6 +343,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, help="what --json wrote of a run with another proxy, for the same page")
     parser.add_argument("--replicas", type=wholes, default=[1, 2], help="numbers of replicas")
     parser.add_argument("--cpus", type=int, default=8, help="CPUs that Ray is told of; one a replica")
+    parser.add_argument("--swap", help="another release of the store, to which the pointer is moved and back")
     parser.add_argument("--part", choices=("bare", "ask"))
     parser.add_argument("--queries", type=Path)
     parser.add_argument("--url")
@@ -303,14 +387,18 @@ def _tables(figures: dict) -> list[str]:
     bare, closed, burst = figures["bare"], figures["closed"], figures["burst"]
     alone = {name: float(np.median([one[name] for one in bare])) for name in ("queries_a_second", "cpu_ms")}
     rows = [["bare, batches of 16", alone["queries_a_second"], 1.0, alone["cpu_ms"], None, None, None, None, None]]
-    for connections, each in CLOSED:
-        runs = [one for one in closed if (one["connections"], one["each"]) == (connections, each)]
+    for connections, each, protocol in CLOSED:
+        # Runs of before there was gRPC name no protocol.
+        asked = [(one["connections"], one["each"], one.get("protocol", "HTTP")) for one in closed]
+        runs = [one for one, how in zip(closed, asked) if how == (connections, each, protocol)]
+        if not runs:
+            continue
         middle = {
             name: float(np.median([one[name] for one in runs])) for name in runs[0] if isinstance(runs[0][name], float)
         }
         rows.append(
             [
-                f"HTTP, {connections} connections" + (f", {each} queries a request" if each > 1 else ""),
+                f"{protocol}, {connections} connections" + (f", {each} queries a request" if each > 1 else ""),
                 middle["queries_a_second"], middle["queries_a_second"] / alone["queries_a_second"],
                 middle["replica_cpu_ms"], middle["proxy_cpu_ms"],
                 (middle["replica_cpu_ms"] + middle["proxy_cpu_ms"]) / alone["cpu_ms"],
@@ -339,7 +427,17 @@ def _tables(figures: dict) -> list[str]:
         for one in figures["replicas"]
     ]  # fmt: skip
     head = ("replicas", "seconds until ready", "MB resident, each", "MB with its share of what is shared", "MB of all")
-    return [*text, table(head, rows, title="Replicas")]
+    text.append(table(head, rows, title="Replicas"))
+    if "swaps" in figures:
+        rows = []
+        for kind in ("opened", "kept"):
+            mine = [one for one in figures["swaps"] if one["kind"] == kind]
+            statuses = {status for one in mine for status in one["statuses"]}
+            counts = {status: sum(one["statuses"].get(status, 0) for one in mine) for status in statuses}
+            rows.append([kind, float(np.median([one["seconds"] for one in mine])), _said(counts)])
+        head = ("the release was", "seconds until it is served", f"{SWAP_CONNECTIONS} connections meanwhile")
+        text.append(table(head, rows, title="Changes of release"))
+    return text
 
 
 def _said(statuses: dict[str, int]) -> str:

@@ -26,7 +26,7 @@ TINY = {
         "width": 32, "layers": 1, "heads": 2, "feed_forward": 64, "vocabulary": 300, "batch": 64, "epochs": 4,
         "min_relevance": 2, "max_failures": 0, "checkpoint_every_epochs": 1, "query_tokens": 12,
     },
-    "evaluation": {"min_relevance": 2, "beam_width": 16, "min_beam_to_bm25": 0, "workers": 1},
+    "evaluation": {"min_relevance": 2, "beam_width": 16, "min_beam_to_bm25": 0, "canary_slower": 0, "workers": 1},
 }  # fmt: skip
 
 

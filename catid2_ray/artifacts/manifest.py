@@ -119,12 +119,12 @@ def find(store: Store, kind: str, key: str) -> Manifest | None:
             f"{store.uri_of(name)} says that it is the manifest of {manifest.kind}/{manifest.key}, expected {kind}/{key}; "
             "delete that folder and rerun"
         )
-    _refuse_damaged(store, name, fields, manifest)
     try:
         for file in ("manifest.json", *names):
             manifest.file(file)
     except ArtifactError as error:
         raise ArtifactError(store.uri_of(str(error))) from None
+    _refuse_damaged(store, name, fields, manifest)
     return manifest
 
 

@@ -311,15 +311,15 @@ class GeneratorRecipe(ExamplesRecipe, ModelRecipe, TrainingRecipe):
         sized=True,
     )
     learning_rate: float = setting(1e-3, "AdamW's peak, after which it follows `decay`", unit="1/step", gt=0)
-    validate_queries: int = setting(
-        0, "queries of the validation split, without users, whose recall@50 in the real search is measured while training; "
-        "0 = none",
+    validate_queries: int | None = setting(
+        None, "queries of the validation split, without users, whose recall@50 in the real search is measured while training and "
+        "chooses the epoch; 0 = none; null = 300 where the split has 50 or more that can judge",
         unit="queries", ge=0,
     )  # fmt: skip
 
     @model_validator(mode="after")
     def _patience_has_something_to_count(self):
-        if self.patience is not None and not self.validate_queries:
+        if self.patience is not None and self.validate_queries == 0:
             raise ValueError(
                 f"patience {self.patience} counts validations, but validate_queries is 0: set validate_queries, or leave "
                 "patience out"

@@ -106,7 +106,7 @@ class Recipe(Section):
                 f"quantizer.coder {quantizer.coder!r}, encoder {quantizer.encoder!r} and latent {quantizer.latent}: set "
                 f"quantizer.encoder to residual and leave latent out, or take kind rq_kmeans, {way_out}"
             )
-        if self.serving.normalize != "level":
+        if self.serving.normalize == "vocabulary":
             raise ValueError(
                 f"generator.head dense scores the codes of a level, but serving.normalize is {self.serving.normalize!r}: leave it "
                 f"out, {way_out}"

@@ -13,7 +13,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
 from catid2_ray.catalog.pairs import check_pairs
 from catid2_ray.config import ClusterRecipe, Recipe
-from catid2_ray.errors import ArtifactError, InputError, QualityGateError, RecipeError
+from catid2_ray.errors import ArtifactError, EncoderError, InputError, QualityGateError, RecipeError
 from catid2_ray.evaluation.diagnosis import diagnose, diagnosis_figures, rows_per_query
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import canary, cluster, progress
@@ -160,15 +160,19 @@ def _ask_canaries(job: Job, parts: dict[str, Manifest], figures: dict) -> dict |
     if not answers:
         progress.event("no_canary", reason="'the evaluation kept no answers of what is served'")
         return None
-    candidate = _opened(job.store, parts, retriever_settings(parts, release="candidate"))
+    try:
+        candidate = _opened(job.store, parts, retriever_settings(parts, release="candidate"))
+    except EncoderError as error:  # it is on the nodes that evaluated, and on those that will serve
+        progress.event("no_canary", reason=repr(str(error)))
+        return None
     retrievers, asked = [candidate], canary.given_back(candidate, answers)
     try:
         if before and job.recipe.evaluation.canary_slower:
             manifests = before.manifests(job.store)
             retrievers.append(_opened(job.store, manifests, retriever_settings(manifests, release=before.name)))
-    except ArtifactError as error:
+    except (ArtifactError, EncoderError) as error:
         progress.event("no_canary", of=before.name, reason=repr(str(error)))
-    seconds = canary.seconds_in_turns(retrievers, list(answers))
+    seconds = canary.seconds_in_turns(retrievers, list(answers)[:_TIMED])
     known = bool(canary.stored_answers(job.store, parts))
     found = {
         "queries": len(answers), "given_back": asked.share if known else None, "empty": asked.empty / len(answers),
@@ -183,6 +187,7 @@ def _opened(store: Store, parts: dict[str, Manifest], settings: dict) -> Retriev
     return open_retriever(parts_folder(store, parts, releases.default_cache(), settings))
 
 
+_TIMED = 20  # queries that are timed
 _LONGER_MS = 20.0  # what a query must take longer before a ratio says anything
 
 

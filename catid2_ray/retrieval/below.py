@@ -3,10 +3,12 @@
 For people who look at IDs, not for the search. M rows below the prefix: a call reads the codes of all M.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
+from catid2_ray.retrieval.lexical import words
 from catid2_ray.retrieval.live import LiveTrie
 from catid2_ray.retrieval.live_view import LiveView, codes_of
 
@@ -33,6 +35,16 @@ def below(live: LiveTrie, view: LiveView, prefix: tuple[int, ...]) -> Below:
         next_codes = list(zip(code_n[first_n].tolist(), number_n[first_n].tolist()))
     categories = [] if view.filters is None else view.filters.most_common("category_path", rows, _MOST)
     return Below(len(rows), next_codes, categories, rows[:_MOST].tolist())
+
+
+def top_words(view: LiveView, prefix: tuple[int, ...], *, sample: int = 2000) -> list[tuple[str, int]]:
+    """The commonest words in titles of live products below the prefix, and how many titles have each, most first, equal ones by
+    word. Where more than `sample` products lie there, as many of them, evenly spaced, are read."""
+    rows, counted = _rows(view, prefix), Counter()
+    rows = rows[np.linspace(0, len(rows) - 1, min(sample, len(rows))).astype(np.int64)]
+    for row in rows.tolist() if view.products is not None else ():
+        counted.update(set(words(view.products.title(row) or "")))
+    return sorted(counted.items(), key=lambda pair: (-pair[1], pair[0]))[:_MOST]
 
 
 def category_of(view: LiveView, row: int) -> list[str] | None:

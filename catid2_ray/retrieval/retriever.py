@@ -129,6 +129,9 @@ class Retriever:
         self.lookahead = lookahead
         self.max_query_chars, self.query_tokens = max_query_chars, query_tokens
         self.normalize, self.release, self.batch = normalize, release, batch
+        self.tell: Callable[[np.ndarray], object] = lambda alive_B: (
+            None
+        )  # gets, of each query, the share of beams with an ID
 
     @classmethod
     def open(cls, folder, **options) -> "Retriever":
@@ -251,6 +254,7 @@ class Retriever:
             allowed=allowed, normalize=self.normalize, levels=self.levels, memory=memory,
             ahead=self._ahead(queries, query_BD, view, products, allowed), at_level=None if soft is None else at_level,
         )  # fmt: skip
+        self.tell(result.count_B.numpy() / min(result.logp_BK.shape[1], widths[result.docid_BKL.shape[-1] - 1]))
         if len(early) == len(queries):
             return [early[row] for row in range(len(queries))]
         if self.expansion is None:

@@ -56,8 +56,9 @@ def pytest_terminal_summary(terminalreporter, config):
         minutes = (time.time() - _STARTED) / 60
         Path(page).write_text(
             "# Faults, and what they cost\n\n"
-            f"Written by `make test-faults` on {day}: {cores} cores ({platform.machine()}), {minutes:.0f} minutes, two tests at a "
-            "time.\nEach row is one test with a fixed seed. *Seconds of work lost*: what was done twice, or waited for. *Rows "
-            "lost*: products, changes or\nanswers that a run without the fault has and this one has not.\n\n"
+            f"Written by `make test-faults` (tests marked `{config.option.markexpr}`) on {day}: {cores} cores "
+            f"({platform.machine()}), {minutes:.0f} minutes.\n"
+            "Each row is one test with a fixed seed. *Seconds of work lost*: what was done twice, or waited for.\n"
+            "*Rows lost*: products, changes or answers that a run without the fault has and this one has not.\n\n"
             + _table(rows)
         )

@@ -128,10 +128,10 @@ def test_a_refusal_is_asked_once_and_a_busy_store_for_as_long_as_it_has_patience
     )
     bad.refuses, bad.errors, before, started = 0, 1.0, bad.requests, time.monotonic()
     busy = pytest.raises(StorageError, match=f"{store.uri}.*it answered before, so it is busy or away")
-    with store.impatient(), busy as caught:
+    with store.impatient(0.5), busy as caught:
         getattr(store, action)(*ASKED[action])
     assert not isinstance(caught.value, StorageDenied) and caught.value.transient
-    assert time.monotonic() - started < 20 and bad.requests - before > asked
+    assert time.monotonic() - started < 60 and bad.requests - before > asked
     bad.errors = 0.0
     getattr(store, action)(*ASKED[action])
 
@@ -169,7 +169,7 @@ def test_what_never_answered_is_a_wrong_address_and_what_answered_is_away(s3, mo
         store, started = Store(f"{s3[1]}/{tmp_path.name}"), time.monotonic()
         with pytest.raises(StorageError, match="check AWS_ENDPOINT_URL"):
             store.read("x")
-        assert time.monotonic() - started < 15, "the patience of 90 s is for a store that was there"
+        assert time.monotonic() - started < 60, "the patience of 90 s is for a store that was there"
         proxy.away_until = 0.0
         store.check()
         worker = pickle.loads(pickle.dumps(store))

@@ -1,5 +1,5 @@
 """A release that lives: append, refuse, two at once, then a full re-ID on top; codes by k-means, and as generator one epoch of a
-frozen text encoder under our decoder."""
+frozen text encoder under our decoder, taught by labels and a teacher, over the trie alone."""
 
 import json
 import shutil
@@ -44,11 +44,13 @@ def recipe_of(shop, store, **sections) -> Recipe:
     values["quantizer"] = {"kind": "rq_kmeans", "codes_per_level": [8, 8, 8, 8], "kmeans_sample": 200}
     values["generator"] |= {
         "epochs": 1,
-        "mix": {"query": 1, "title": 0.1},
+        "mix": {"query": 1, "teacher": 0.5, "title": 0.1},
+        "loss": "trie",
         "model": "encoder_decoder",
         "encoder": ENCODER["folder"],
         "head": "dense",
     }
+    values["serving"] = values.get("serving", {}) | {"normalize": "trie"}
     for section, change in sections.items():
         values[section] = values[section] | change
     return Recipe.build(values)

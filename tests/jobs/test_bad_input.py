@@ -165,7 +165,7 @@ def test_a_stage_alone_names_the_job_to_run_first(job):
 
 
 @pytest.mark.faults
-def test_a_half_written_artefact_of_a_killed_job_is_not_a_result(job, tmp_path):
+def test_a_half_written_artefact_of_a_killed_job_is_not_a_result(job, tmp_path, fault):
     recipe = job()
     store, catalog = run_verb(recipe, "embed_catalog")
     manifest = f"artifacts/embeddings/{catalog.key}/manifest.json"
@@ -174,16 +174,23 @@ def test_a_half_written_artefact_of_a_killed_job_is_not_a_result(job, tmp_path):
     store.write(catalog.file(catalog.parts()[0]["name"]), files[0][:100])
     _, again = run_verb(recipe, "embed_catalog")
     assert again.folder != catalog.folder and again.digest == catalog.digest
+    fault(
+        "an artefact half written",
+        times=1,
+        outcome="no result; made anew with the same digest",
+        lost_s=again.metrics["seconds"],
+    )
 
 
 @pytest.mark.faults
-def test_a_damaged_artefact_is_refused_by_name(job):
+def test_a_damaged_artefact_is_refused_by_name(job, fault):
     recipe = job()
     store, embeddings = run_verb(recipe, "embed_catalog")
     name = embeddings.file(embeddings.parts()[0]["name"])
     store.write(name, store.read(name)[:50])
     with pytest.raises(ArtifactError, match="has 50 bytes, its manifest says"):
         run_verb(recipe, "train_quantizer")
+    fault("an artefact cut off", times=1, outcome="refused by name", lost_s=0)
 
 
 @pytest.mark.faults

@@ -74,7 +74,9 @@ def failing_once(builds: Path):
 
 
 @pytest.mark.faults
-def test_a_disk_that_fails_once_is_tried_again_and_the_training_succeeds(no_ray, tiny, tmp_path, monkeypatch, capfd):
+def test_a_disk_that_fails_once_is_tried_again_and_the_training_succeeds(
+    no_ray, tiny, tmp_path, monkeypatch, capfd, fault
+):
     tiny["store"] = str(tmp_path / "store")
     tiny["quantizer"] |= {"max_failures": 2, "epochs": 2}
     run_verb(Recipe.build(tiny), "embed_catalog")
@@ -84,3 +86,4 @@ def test_a_disk_that_fails_once_is_tried_again_and_the_training_succeeds(no_ray,
     assert (tmp_path / "builds").read_text().count("built") == 2, "one more attempt, though two were left"
     log = capfd.readouterr().err
     assert log.count("event=retry") == 1 and "failure=1 of=2" in log and "no space left" in log
+    fault("a disk that fails once in a training", times=1, outcome="tried again from the last checkpoint", lost_s=0)

@@ -50,7 +50,7 @@ class WorkerKiller(threading.Thread):
 
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
-def test_killed_jobs_end_in_the_same_digests(tiny, tmp_path):
+def test_killed_jobs_end_in_the_same_digests(tiny, tmp_path, fault):
     tiny["quantizer"] |= TWO_WORKERS
     tiny["generator"] |= TWO_WORKERS | {"checkpoint_every_steps": 3, "validate_queries": 20, "epochs": 10}
     undisturbed = write_recipe(tmp_path, tiny)
@@ -60,6 +60,7 @@ def test_killed_jobs_end_in_the_same_digests(tiny, tmp_path):
     # Other numbers of actors, too: what they make does not depend on them.
     others = [f"store={tmp_path}/b", "ids.workers=2", "embedding.workers=2", "generator.max_failures=1"]
     job = ["jobs.reindex", "--recipe", undisturbed, *(word for change in others for word in ("--set", change))]
+    started = time.monotonic()
     run_until(r"event=checkpoint stage=training_the_quantizer_\(cat_id2\) epochs_done=[345]", *job)
     killer = WorkerKiller(Store(tmp_path / "b"))
     killer.start()
@@ -73,4 +74,6 @@ def test_killed_jobs_end_in_the_same_digests(tiny, tmp_path):
     before, after = digests(f"{tmp_path}/a"), digests(f"{tmp_path}/b")
     assert before["ids"] == after["ids"]
     assert before == after
+    lost_s = max(0.0, time.monotonic() - started - last.parts["generator"].metrics["seconds"])
+    fault("a training's driver, then a worker, then the driver killed", times=3, outcome="same digests", lost_s=lost_s)
     assert not (tmp_path / "b" / "runs").exists() or not any((tmp_path / "b" / "runs").iterdir())

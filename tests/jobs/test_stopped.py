@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.faults]
 WITHIN_S = 20  # 10 s are promised; tests share the machine with others
 
 
-def test_one_signal_ends_a_job_in_every_stage_and_the_same_command_goes_on(tiny, tmp_path):
+def test_one_signal_ends_a_job_in_every_stage_and_the_same_command_goes_on(tiny, tmp_path, fault):
     tiny["generator"] |= {"epochs": 40}
     job = ["catid2_ray.cli", "reindex", "--recipe", write_recipe(tmp_path, tiny | {"store": str(tmp_path / "store")})]
     store = Store(tmp_path / "store")
@@ -37,4 +37,7 @@ def test_one_signal_ends_a_job_in_every_stage_and_the_same_command_goes_on(tiny,
 
     resumed = run_until("event=resume stage=training_the_generator", *job)[-1]
     words = dict(word.split("=", 1) for word in resumed.split())
+    fault(
+        "SIGINT in a stage, SIGTERM in a training", times=2, outcome="ended in time; the same command goes on", lost_s=0
+    )
     assert int(words["epochs_done"]) >= 1 and words["checkpoint"].startswith(f"{store.uri}/runs/generator-")

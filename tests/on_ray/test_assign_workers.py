@@ -24,7 +24,7 @@ def world(tmp_path_factory):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("written", ["codes", "moves"])
-def test_a_worker_killed_in_the_middle_changes_no_byte(shared_ray, world, written):
+def test_a_worker_killed_in_the_middle_changes_no_byte(shared_ray, world, written, fault):
     """Killed while rows are brought to their buckets, and while what was decided is brought back."""
     recipe, parts, undisturbed = world
     killed, done = [], threading.Event()
@@ -48,3 +48,4 @@ def test_a_worker_killed_in_the_middle_changes_no_byte(shared_ray, world, writte
         done.set()
         watch.join()
     assert killed
+    fault(f"workers killed while {written} are written", times=len(killed), outcome="same digest", lost_s=0)

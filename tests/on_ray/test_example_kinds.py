@@ -327,7 +327,7 @@ def test_only_the_last_stage_is_scored(made):
     recipe = Recipe.build({"catalog": {"synthetic": {}}, "generator": {"stages": stages}}).generator
     task, module = task_of(made, stages=recipe.stages), SimpleNamespace(model=None)
     assert task.validate(module, 0) == {}
-    task.validation = SimpleNamespace(figures=lambda model: {"recall@50": 0.4, "score": 0.4})
+    task.validation = SimpleNamespace(figures=lambda model, beat: {"recall@50": 0.4, "score": 0.4})
     assert task.validate(module, 0) == {"recall@50": 0.4}
     assert task.validate(module, 1) == {"recall@50": 0.4, "score": 0.4}
 

@@ -4,6 +4,7 @@ Unusual: one process and two gloo ranks run side by side, each all of its cases;
 store. A worker's death is an exception in a step, and what a checkpoint loses then is a file taken away.
 """
 
+import datetime
 import time
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from tests.s3_server import new_bucket, s3_server
 
 pytestmark = pytest.mark.faults
 SPACE, ROWS, TOKENS = DocidSpace((4, 4)), 60, 10
+PATIENCE_S = 5
 TEXTS = [
     f"{a} {b} {c}" for a in ("steel", "copper", "oak") for b in ("hinge", "pipe") for c in ("small", "wide", "10 ft")
 ]
@@ -76,9 +78,24 @@ class Watched(GeneratorTask):
 
 
 class Scored(Watched):
-    def validate(self, module, epoch: int) -> dict:
+    def validate(self, module, epoch: int, *, beat) -> dict:
         self.kept = getattr(self, "kept", []) + [checkpoints.copies(module)]
         return {"score": self.scores[epoch], "queries": 7}
+
+
+class Slow(Watched):
+    """Validates for longer than the other rank waits for anything; both begin to wait so briefly with their first step."""
+
+    def loss(self, engine, batch, *, gather):
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=PATIENCE_S), dist.group.WORLD)
+        return super().loss(engine, batch, gather=gather)
+
+    def validate(self, module, epoch: int, *, beat) -> dict:
+        start = time.monotonic()
+        while time.monotonic() < start + PATIENCE_S + 2:
+            time.sleep(0.1)
+            beat()
+        return {"score": 0.5}
 
 
 def run_of(folder: str, name: str, *, world: int, kind=Watched, scores=(), dies_at=None, **changes) -> Run:
@@ -97,6 +114,15 @@ def run_of(folder: str, name: str, *, world: int, kind=Watched, scores=(), dies_
     return Run(
         task=task, settings=recipe, seed=3, threads=1, device="cpu", store=Store(folder), rows=rows, name=name
     )  # fmt: skip
+
+
+def one_slow_run(rank: int, folder: str, world: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
+    run = run_of(folder, "slow", world=world, kind=Slow, scores=(0, 0), validate_queries=7, validate_every_epochs=2)
+    train(run, rank, world)
+    if rank == 0:
+        torch.save(found(run), f"{folder}/slow.pt")
+    dist.destroy_process_group()
 
 
 def train(run: Run, rank: int, world: int) -> None:
@@ -181,6 +207,13 @@ def trained(tmp_path_factory) -> dict[int, dict]:
     return {world: torch.load(f"{folder}/{world}.pt", weights_only=False) for world in (1, 2)}
 
 
+@pytest.mark.slow
+def test_the_other_ranks_wait_for_a_validation_that_lasts_longer_than_their_patience(tmp_path):
+    run_ranks(one_slow_run, (2, (str(tmp_path), 2)), within_s=200)
+    result = torch.load(tmp_path / "slow.pt", weights_only=False)
+    assert result["state"].finished and [record.get("score") for record in result["state"].history] == [None, 0.5]
+
+
 def losses(result: dict) -> list[float]:
     return [record["loss"] for record in result["state"].history]
 
@@ -217,8 +250,16 @@ def test_it_makes_no_difference_that_checkpoints_lie_in_s3(trained, world):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_killed_inside_epochs_a_run_ends_in_the_same_bits_though_the_newest_checkpoint_is_partial(trained, world):
+def test_killed_inside_epochs_a_run_ends_in_the_same_bits_though_the_newest_checkpoint_is_partial(
+    trained, world, fault
+):
     assert same(trained[world]["killed"], trained[world]["undisturbed"])
+    fault(
+        f"a training of {world} killed inside an epoch, its newest checkpoint partial",
+        times=1,
+        outcome="same bits",
+        lost_s=0,
+    )
 
 
 def test_two_ranks_and_one_rank_give_the_same_loss_curve(trained):

@@ -1,11 +1,15 @@
 """Recall while training, on results made by hand: where an ID that products share lies across the cut. No cluster."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from catid2_ray.config import GeneratorRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.generator.model import small_t5
+from catid2_ray.on_ray.stages.train_generator import queries_to_validate
 from catid2_ray.on_ray.stages.validation import CUT, found, mean_recall
 from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
 from catid2_ray.retrieval.trie import Trie
@@ -52,3 +56,21 @@ def test_unique_ids_count_whole():
     answer = result([((code // 8, code % 8), 1) for code in range(32)])
     asked = np.array([(0, 0), (3, 7)])
     assert found(answer, CODES, np.zeros(2, int), DocidSpace(CODES).pack(asked)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("stated", "split", "expected"),
+    [
+        (None, {"queries": 80, "pairs": 200, "relevance_max": 3.0}, 300),
+        (None, {"queries": 49, "pairs": 200, "relevance_max": 3.0}, 0),
+        (None, {"queries": 80, "pairs": 200, "relevance_max": 1.0}, 0),
+        (None, {"queries": 0, "pairs": 0, "relevance_max": None}, 0),
+        (None, None, 0),
+        (0, {"queries": 80, "pairs": 200, "relevance_max": 3.0}, 0),
+        (7, None, 7),
+    ],
+)
+def test_recall_chooses_the_epoch_where_enough_queries_can_judge(stated, split, expected):
+    pairs = SimpleNamespace(metrics={"splits": split and {"validation": split}})
+    recipe = GeneratorRecipe(validate_queries=stated)
+    assert queries_to_validate(recipe, pairs, relevant_from=2.67) == expected

@@ -277,10 +277,10 @@ def test_a_release_must_give_back_what_its_evaluation_found():
         return SimpleNamespace(max_query_chars=100, retrieve=lambda asked, k: [next(hits) for _ in asked])
 
     answers = {"a": ["p1", "p2"], "b": ["p3"]}
-    check_answers(finds(["p2", "p1"], ["p3", "p9"]), answers, "r-1")
-    with pytest.raises(ReleaseError, match="r-1 gives back 2 of the 3 products"):
+    assert check_answers(finds(["p2", "p1"], ["p3", "p9"]), answers, "r-1") == 1
+    with pytest.raises(ReleaseError, match="r-1 gives back 2 of the 3 products") as error:
         check_answers(finds(["p1", "p9"], ["p3"]), answers, "r-1")
-    check_answers(finds(["any"]), {}, "r-1")
+    assert error.value.share == pytest.approx(2 / 3) and check_answers(finds(["any"]), {}, "r-1") is None
 
 
 def test_an_append_s_release_is_not_asked_what_the_release_before_found():

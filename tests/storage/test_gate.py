@@ -5,7 +5,7 @@ import pytest
 from catid2_ray.artifacts import history
 from catid2_ray.artifacts import release as releases
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ChurnGateError, QualityGateError
+from catid2_ray.errors import ChurnGateError, EncoderError, QualityGateError
 from catid2_ray.on_ray import commands
 from catid2_ray.on_ray.commands import GateFailed, canary_gate, gate
 from catid2_ray.on_ray.job import Job
@@ -117,6 +117,10 @@ def test_canary_queries_that_are_good_enough(found):
     canary_gate(RECIPE, found, {})
 
 
+def raising(error):
+    raise error
+
+
 @pytest.fixture
 def candidate(tmp_path):
     """A job on a store with a release, and the parts of another one whose evaluation kept answers."""
@@ -131,7 +135,7 @@ def test_what_the_candidate_answers_decides_before_the_pointer_moves(candidate, 
     job, parts = candidate
     current = releases.pointer(job.store)
     monkeypatch.setattr(commands.Job, "check_lease", lambda self: None)
-    found = commands._published(job, parts, {})
+    found = commands._published(job, parts, {}, None)
     assert found.figures["canary"]["given_back"] == 1.0 and found.figures["canary"]["ms_before"] > 0
     assert "event=canary queries=3 given_back=1 empty=0 ms=" in capfd.readouterr().err
     assert releases.pointer(job.store)[1] == found.release.name and commands._ask_canaries(job, parts, {}) is None
@@ -141,10 +145,14 @@ def test_what_the_candidate_answers_decides_before_the_pointer_moves(candidate, 
     answers = dict.fromkeys(canary.kept_answers(job.store, parts), ["nobody"])
     monkeypatch.setattr(canary, "kept_answers", lambda store, parts: answers)
     with pytest.raises(GateFailed, match="gives back 0% of the products"):
-        commands._published(job, parts, {})
+        commands._published(job, parts, {}, None)
     assert releases.pointer(job.store) == current
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "open_retriever", lambda folder: raising(EncoderError("no such model on this node")))
+        assert commands._ask_canaries(job, parts, {}) is None
+    assert "event=no_canary reason='no such model on this node'" in capfd.readouterr().err
     monkeypatch.setattr(canary, "kept_answers", lambda store, parts: {})
-    assert commands._published(job, parts, {}).figures["canary"] is None
+    assert commands._published(job, parts, {}, None).figures["canary"] is None
     assert "event=no_canary" in capfd.readouterr().err
 
 

@@ -90,7 +90,8 @@ def test_of_many_at_once_one_gets_it(store):
     held[0].release()
 
 
-def test_it_may_be_taken_when_the_heartbeat_is_older_than_the_expiry_and_not_before(store, clock, monkeypatch):
+@pytest.mark.faults
+def test_it_may_be_taken_when_the_heartbeat_is_older_than_the_expiry_and_not_before(store, clock, monkeypatch, fault):
     hung = of_another_machine(store, monkeypatch, expires_s=60)
     clock.ahead_s = 50
     with pytest.raises(LeaseError, match="by .*@node7.*its last heartbeat was 5[01] s ago.*its lease ends 60 s after"):
@@ -115,9 +116,16 @@ def test_it_may_be_taken_when_the_heartbeat_is_older_than_the_expiry_and_not_bef
         clock.ahead_s = 0
         with pytest.raises(LeaseError, match="catid2 append"):
             lease.take(store)
+    fault(
+        "a holder of the lease on another machine hangs",
+        times=1,
+        outcome="taken after 60 s; it commits nothing",
+        lost_s=60,
+    )
 
 
-def test_the_clocks_of_machines_do_not_matter(local_store, monkeypatch):
+@pytest.mark.faults
+def test_the_clocks_of_machines_do_not_matter(local_store, monkeypatch, fault):
     of_another_machine(local_store, monkeypatch)
     for wrong in (-1e6, 1e6):
         with monkeypatch.context() as patch:
@@ -125,6 +133,7 @@ def test_the_clocks_of_machines_do_not_matter(local_store, monkeypatch):
             patch.setattr(time, "time", lambda now=now, wrong=wrong: now + wrong)
             with pytest.raises(LeaseError, match=r"last heartbeat was \d s ago"):
                 lease.take(local_store)
+    fault("a clock that is 12 days off", times=2, outcome="the lease goes by the store's clock", lost_s=0)
 
 
 def test_a_heart_that_beats_keeps_it(store):
@@ -135,14 +144,16 @@ def test_a_heart_that_beats_keeps_it(store):
 
 
 @pytest.mark.faults
-def test_a_killed_process_of_this_machine_holds_nothing(store):
+def test_a_killed_process_of_this_machine_holds_nothing(store, fault):
     process = subprocess.Popen([sys.executable, "-c", HOLD, store.uri], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout.readline() == "held\n"
     with pytest.raises(LeaseError, match=f"killed job by .* pid {process.pid}"):
         lease.take(store)
     process.kill()
     process.wait()
+    started = time.monotonic()
     lease.take(store).release()
+    fault("the holder of a lease killed", times=1, outcome="free at once", lost_s=time.monotonic() - started)
 
 
 def test_a_process_that_got_the_number_of_a_dead_one_is_another():
@@ -165,7 +176,7 @@ def test_wait_begins_when_the_holder_ends(store):
 
 
 @pytest.mark.faults
-def test_a_store_that_is_away_for_a_while_costs_nothing(local_store, monkeypatch):
+def test_a_store_that_is_away_for_a_while_costs_nothing(local_store, monkeypatch, fault):
     failures = []
 
     def fails(*_, **__):
@@ -180,6 +191,7 @@ def test_a_store_that_is_away_for_a_while_costs_nothing(local_store, monkeypatch
         time.sleep(0.1)
         assert "0000000001.heartbeat" in local_store.names("lease")
         held.check()
+    fault("heartbeats that cannot be written", times=len(failures), outcome="the lease is kept", lost_s=0)
 
 
 def test_one_that_looked_long_ago_does_not_take_a_number_of_the_past(local_store):

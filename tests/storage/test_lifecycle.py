@@ -202,7 +202,7 @@ def test_runs_of_trainings_go_when_their_result_is_committed_or_nobody_went_on_w
 
 @pytest.mark.faults
 @pytest.mark.parametrize("removals", range(0, 24, 3))
-def test_nothing_that_is_left_dangles_when_gc_is_killed(local_store, chain, monkeypatch, removals):
+def test_nothing_that_is_left_dangles_when_gc_is_killed(local_store, chain, monkeypatch, removals, fault):
     a, b = publish(local_store, chain, "a", "b")
     left, whole = [removals], (type(local_store).delete, type(local_store).delete_folder)
 
@@ -232,6 +232,7 @@ def test_nothing_that_is_left_dangles_when_gc_is_killed(local_store, chain, monk
                 verify(local_store, manifest)
     gc.collect(local_store, keep=1)
     assert gc.collect(local_store, keep=1).rows == [] and local_store.names("releases") == [f"{b}.json"]
+    fault(f"gc killed after {removals} removals", times=1, outcome="nothing dangles; the next gc finishes", lost_s=0)
 
 
 def test_gc_frees_this_nodes_copies_of_what_it_removed(store, chain, tmp_path):

@@ -302,7 +302,7 @@ def test_four_processes_of_a_node_download_once(local_store, chain, tmp_path):
 
 
 @pytest.mark.faults
-def test_a_killed_downloader_frees_the_next_one(local_store, chain, tmp_path):
+def test_a_killed_downloader_frees_the_next_one(local_store, chain, tmp_path, fault):
     chain(local_store, "one")
     stuck, waiting = fetching(local_store, tmp_path, "stuck"), fetching(local_store, tmp_path)
     for process in (stuck, waiting):
@@ -322,6 +322,7 @@ def test_a_killed_downloader_frees_the_next_one(local_store, chain, tmp_path):
     folder = Path(waiting.communicate(timeout=60)[0].strip())
     assert (folder / "ids.txt").read_bytes() == b"one ids"
     assert list((tmp_path / "cache").iterdir()) == [folder]
+    fault("a download killed in the middle", times=1, outcome="the next one does it whole", lost_s=0)
 
 
 def test_a_cache_that_cannot_be_locked_is_named(s3_store, chain, tmp_path):

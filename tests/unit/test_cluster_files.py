@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import ray
 import ray.autoscaler
 import yaml
 from jsonschema import Draft7Validator
@@ -24,10 +25,36 @@ def test_cluster_file_fits_rays_schema(cluster):
 
 def test_the_head_does_no_work_and_the_pools_exist(cluster):
     nodes = cluster["available_node_types"]
-    assert nodes[cluster["head_node_type"]]["resources"] == {"CPU": 0}
+    assert nodes[cluster["head_node_type"]]["resources"]["CPU"] == 0
     assert set(nodes) == {"head", "cpu-data", "gpu-train", "gpu-serve"}
     assert nodes["gpu-train"]["resources"]["GPU"] and nodes["gpu-serve"]["resources"]["GPU"]
     assert sum(node.get("max_workers", 0) for node in nodes.values()) <= cluster["max_workers"]
+
+
+MEMORY_GB = {"m6i.large": 8, "m6i.4xlarge": 64, "g6e.4xlarge": 128, "g6.2xlarge": 32}  # as AWS lists them
+
+
+def test_object_stores_leave_the_memory_to_workers_and_what_spills_has_a_disk(cluster):
+    for name, node in cluster["available_node_types"].items():
+        memory = MEMORY_GB[node["node_config"]["InstanceType"]] * 1e9
+        store = node["resources"]["object_store_memory"]
+        assert 80_000_000 < store <= 0.15 * memory, f"{name}: Ray takes 30 % where nothing is said"
+        (disk,) = [one["Ebs"]["VolumeSize"] for one in node["node_config"]["BlockDeviceMappings"]]
+        assert disk * 1e9 > 10 * store
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert "--object-spilling-directory=/tmp/spilled" in cluster[commands][-1]
+
+
+def test_the_settings_of_health_and_memory_are_settings_of_this_ray(cluster):
+    """Ray passes over a variable that it does not know."""
+    binary = (Path(ray.__file__).parent / "core" / "src" / "ray" / "gcs" / "gcs_server").read_bytes()
+    asked = {
+        word.split("=")[0]
+        for commands in ("head_start_ray_commands", "worker_start_ray_commands")
+        for word in cluster[commands][-1].split()
+        if word.startswith("RAY_")
+    }
+    assert len(asked) == 4 and all(name.encode() in binary for name in asked)
 
 
 def test_serve_file_is_valid_and_its_numbers_fit_each_other():

@@ -137,6 +137,8 @@ def test_the_pools_are_those_of_the_cluster_file(kind, launcher):
         resources = {
             key: value for key, value in pool["resources"].items() if key not in ("memory", "node:__internal_head__")
         }
+        (group,) = [one for one in spec["workerGroupSpecs"] if one["groupName"] == name]
+        resources["object_store_memory"] = int(group["rayStartParams"]["object-store-memory"])
         assert resources == ours[name]["resources"]
         assert pool["labels"] == ours[name]["labels"] == {"pool": name}
         assert (pool["min_workers"], pool["max_workers"]) == (ours[name]["min_workers"], ours[name]["max_workers"])

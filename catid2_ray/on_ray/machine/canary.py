@@ -17,7 +17,9 @@ _BATCH, _K = 16, 10
 
 
 class AnswersDiffer(ReleaseError):
-    """The release does not answer as it did when it was evaluated."""
+    """The release does not answer as it did when it was evaluated; `share` of the products are the same."""
+
+    share: float | None = None
 
 
 class GivenBack(NamedTuple):
@@ -55,18 +57,22 @@ def given_back(retriever: Retriever, answers: dict[str, list[str]]) -> GivenBack
     return GivenBack(found, sum(map(len, answers.values())), empty)
 
 
-def check_answers(retriever: Retriever, answers: dict[str, list[str]], name: str) -> None:
-    """Raise AnswersDiffer unless the release, before any change, finds SAME_ANSWERS of the products that its evaluation found."""
+def check_answers(retriever: Retriever, answers: dict[str, list[str]], name: str) -> float | None:
+    """The share of the products that its evaluation found which the release, before any change, finds again; None where none were
+    kept. Raises AnswersDiffer below SAME_ANSWERS."""
     if not answers:
         retriever.retrieve([CANARY_QUERY], k=1)
-        return
+        return None
     asked = given_back(retriever, answers)
     if asked.found < SAME_ANSWERS * asked.expected:
-        raise AnswersDiffer(
+        error = AnswersDiffer(
             f"release {name} gives back {asked.found} of the {asked.expected} products that its evaluation found for "
             f"{len(answers)} queries, less than {SAME_ANSWERS:.0%}: another device, precision or version may be the cause; "
             "evaluate it there, or publish it again"
         )
+        error.share = asked.share
+        raise error
+    return asked.share
 
 
 def seconds_in_turns(retrievers: list[Retriever], queries: list[str]) -> list[float]:

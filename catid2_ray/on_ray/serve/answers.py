@@ -22,10 +22,11 @@ from catid2_ray.on_ray.serve.api import (
     Product,
     ProductResponse,
     RetrieveRequest,
+    Word,
 )
 from catid2_ray.on_ray.serve.opened import Opened
 from catid2_ray.on_ray.serve.refusals import Unserved
-from catid2_ray.retrieval.below import below, category_of
+from catid2_ray.retrieval.below import below, category_of, top_words
 from catid2_ray.retrieval.explain import explained
 from catid2_ray.retrieval.live_view import LiveView, codes_of
 from catid2_ray.retrieval.rescoring import Hit
@@ -201,6 +202,7 @@ def below_of(opened: Opened, prefix: str) -> BelowResponse:
         release=opened.name, prefix=prefix, count=seen.products,
         next_codes=[NextCode(token=token, products=number) for token, number in tokens],
         categories=[Category(path=path, products=number) for path, number in seen.categories],
+        words=[Word(word=word, products=number) for word, number in top_words(view, codes)],
         products=[
             Member(product_id=names.name(row), docid=space.text(codes_L), title=names.title(row))
             for row, codes_L in members

@@ -202,6 +202,11 @@ class Category(BaseModel):
     products: int
 
 
+class Word(BaseModel):
+    word: str
+    products: int
+
+
 class Member(BaseModel):
     product_id: str
     docid: str
@@ -215,6 +220,9 @@ class BelowResponse(BaseModel):
     next_codes: list[NextCode] = Field(description="of the next level, most products first, 10 at most")
     categories: list[Category] = Field(
         description="most products first, 10 at most; none where category_path is no filter column of the release"
+    )
+    words: list[Word] = Field(
+        description="of titles, those that most products have, 10 at most; where more than 2,000 products lie below, 2,000 are read"
     )
     products: list[Member] = Field(description="10 at most, in the order of their IDs")
 

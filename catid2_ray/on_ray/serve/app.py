@@ -135,6 +135,9 @@ class RetrieverReplica:
         metrics.put("catid2_changes", updates.applied, release=now.name)
         metrics.put("catid2_lag_s", updates.lag_s, release=now.name)
         metrics.put("catid2_swaps", self.serving.swaps)
+        metrics.put("catid2_waiting", self.batches.waiting)
+        if now.given_back is not None:
+            metrics.put("catid2_canary_recall", now.given_back, release=now.name)
         if updates.lag_s > LAG_S and not isinstance(updates.failing, StorageError | None):
             raise RuntimeError(
                 f"changes have not been applied for {updates.lag_s:.0f} s: {updates.failing}; Serve replaces this replica"

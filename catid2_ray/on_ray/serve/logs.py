@@ -18,7 +18,7 @@ from catid2_ray.on_ray.serve.keys import right_of
 from catid2_ray.redaction import redacted
 
 REQUEST_ID = "x-request-id"  # Ray's proxy sets it where the caller did not, and gives it back
-_LONGEST = 64  # characters of a request id that are kept
+_LONGEST = 64  # characters of a request id, and of a path, that are kept
 
 
 def write_json() -> None:
@@ -59,9 +59,9 @@ def of_request(headers) -> structlog.contextvars.bound_contextvars:
     return structlog.contextvars.bound_contextvars(request_id=_safe(request_id))
 
 
-def _safe(request_id: str) -> str:
+def _safe(text: str) -> str:
     """A caller chooses it: no blanks, quotes or control characters, which would look like other values."""
-    kept = "".join(char for char in request_id[:_LONGEST] if char.isascii() and (char.isalnum() or char in "-_.:"))
+    kept = "".join(char for char in text[:_LONGEST] if char.isascii() and (char.isalnum() or char in "-_.:/"))
     return kept or "unusable"
 
 
@@ -100,7 +100,8 @@ class Logged:
             try:
                 await self.app(scope, receive, sent)
             finally:
-                route = getattr(scope.get("route"), "path", "none")
+                # What is refused before its route is known has its path.
+                route = getattr(scope.get("route"), "path", None) or _safe(scope["path"])
                 if status >= 400 or right_of(scope["method"], route) == "write":
                     call = f"{scope['method']} {route}".replace(" ", "_")
                     took_ms = round(1e3 * (time.perf_counter() - began), 1)

@@ -28,6 +28,13 @@ METRICS = {
     "catid2_wait_ms": Metric(Histogram, "milliseconds that the oldest query of a batch waited", (), _MS),
     "catid2_search_ms": Metric(Histogram, "milliseconds that the search of a batch took", (), _MS),
     "catid2_batch_size": Metric(Histogram, "queries of a batch", (), _SIZES),
+    "catid2_waiting": Metric(Gauge, "queries that wait in the replica for a search"),
+    "catid2_beam_survivors_pct": Metric(
+        Histogram,
+        "of the beams of a query's last level, per cent that hold an ID",
+        (),
+        (1, 2, 5, 10, 25, 50, 75, 90, 99, 100),
+    ),
     "catid2_dropped": Metric(Counter, "queries dropped before their search: the caller had gone, or it was too late"),
     "catid2_empty_answers": Metric(Counter, "queries for which no product was found"),
     "catid2_fewer_answers": Metric(
@@ -46,6 +53,11 @@ METRICS = {
     "catid2_release_age_s": Metric(Gauge, "seconds since the release that is served was published", ("release",)),
     "catid2_changes": Metric(Gauge, "changes to products that the replica has applied", ("release",)),
     "catid2_lag_s": Metric(Gauge, "seconds since the replica last knew of no change that it lacks", ("release",)),
+    "catid2_canary_recall": Metric(
+        Gauge,
+        "of the products that the evaluation found, the share that the replica gave back when it opened the release",
+        ("release",),
+    ),
     "catid2_swaps": Metric(Gauge, "changes of release since the replica began"),
 }
 

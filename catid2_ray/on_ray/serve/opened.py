@@ -7,6 +7,7 @@ say, a machine that has not the memory for one release more, answers that are no
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from catid2_ray.artifacts import release as releases
@@ -18,6 +19,7 @@ from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.canary import AnswersDiffer, check_answers, stored_answers
 from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from catid2_ray.on_ray.serve import metrics
 from catid2_ray.on_ray.serve.carry import Carrier
 from catid2_ray.on_ray.serve.newcomers import Newcomers
 from catid2_ray.on_ray.serve.puts import Puts
@@ -38,7 +40,8 @@ class Opened:
     """A release, its retriever, and the series of its changes.
 
     `beside`: another one is served meanwhile, and goes on where this one is refused. `checked`: refuse a release whose answers are
-    not those of its evaluation; else that is only said. Raises ArtifactError, AnswersDiffer, StorageError, OutOfMemory.
+    not those of its evaluation; else that is only said. `given_back`: the share of them that it gave
+    back, None where none were kept. Raises ArtifactError, AnswersDiffer, StorageError, OutOfMemory.
     """
 
     def __init__(
@@ -57,12 +60,14 @@ class Opened:
                 dtype=settings.dtype, weights=settings.weights, normalize=settings.normalize,
             )  # fmt: skip
             try:
-                check_answers(self.retriever, stored_answers(store, self.parts), name)
+                self.given_back = check_answers(self.retriever, stored_answers(store, self.parts), name)
             except AnswersDiffer as error:
                 # A deployment that asks for other numbers than were evaluated gets other answers.
                 if checked and not settings.other_numbers:
                     raise
                 progress.event("answers_differ", release=name, reason=repr(str(error)))
+                self.given_back = error.share
+            self.retriever.tell = _count_survivors
             self.newcomers = Newcomers(store, self.parts)
             self.updates = LiveUpdates(self.retriever, LiveLog(store, name))
             self.puts = Puts(self.updates, self.newcomers)
@@ -99,6 +104,11 @@ class Opened:
         """Others may delete the release now; who still searches it may go on."""
         self.updates.end()
         self.use.end()
+
+
+def _count_survivors(alive_B: np.ndarray) -> None:
+    for one in alive_B.tolist():
+        metrics.observe("catid2_beam_survivors_pct", 100 * one)
 
 
 def free_memory(

@@ -7,6 +7,7 @@ is kept from release to release until the job's `refresh_adapter`: with another 
 import functools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -327,7 +328,7 @@ class AdapterTask:
     def _before(self) -> dict[str, float]:
         return self._probe.recall(None)
 
-    def validate(self, module: LinearAdapter, epoch: int) -> dict:
+    def validate(self, module: LinearAdapter, epoch: int, *, beat: Callable[[], None] = lambda: None) -> dict:
         """Recall of dense search on the queries kept back, and `before` that of the vectors as they are."""
         recall = self._probe.recall(module)
         return {

@@ -16,6 +16,7 @@ from catid2_ray.artifacts.release import adapted, fetch
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.config import GeneratorRecipe, StageRecipe
 from catid2_ray.docid import DocidSpace
+from catid2_ray.errors import InputError
 from catid2_ray.generator.batches import epoch_order, kept_words, mix_ratios, only_kept
 from catid2_ray.generator.encoder_decoder import load_text_encoder, unrounded
 from catid2_ray.generator.model import build_generator
@@ -38,17 +39,33 @@ from catid2_ray.retrieval.trie import Trie
 from catid2_ray.retrieval.trie_tensors import continuations
 from catid2_ray.schedule import Phase
 
+_VALIDATED, _FEWEST = (
+    300,
+    50,
+)  # queries that choose the epoch where the recipe does not say, and how many it takes at least
+
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The generator artefact: a folder that `generator.saved.load_generator` loads, with its tokenizer."""
     recipe = job.recipe.generator
-    sometimes = {"quantizer": _needs_codewords(recipe), "pairs": bool(recipe.validate_queries)}
+    queries = queries_to_validate(recipe, parts["pairs"], relevant_from=job.recipe.evaluation.min_relevance)
+    sometimes = {"quantizer": _needs_codewords(recipe), "pairs": bool(queries)}
     sometimes["adapter"] = recipe.head == "dense" and adapted(parts.get("adapter"))
     parents = STAGES["generator"].reads(parts, *(role for role, needed in sometimes.items() if needed))
     settings = {**recipe.identity(), **model_identity(recipe.pretrained), "seed": job.recipe.seed}
-    if recipe.validate_queries:
+    settings["validate_queries"] = queries
+    if queries:
         settings["validate_from"] = job.recipe.evaluation.min_relevance
     return job.produce("generator", settings, parents, lambda attempt: _train(job, attempt, parts, parents))
+
+
+def queries_to_validate(recipe: GeneratorRecipe, pairs: Manifest, *, relevant_from: float) -> int:
+    """How many validation queries choose the epoch: as the recipe says, or where it does not, _VALIDATED if there are enough."""
+    if recipe.validate_queries is not None:
+        return recipe.validate_queries
+    judges = (pairs.metrics.get("splits") or {}).get("validation") or {}
+    enough = judges.get("queries", 0) >= _FEWEST and (judges.get("relevance_max") or 0) >= relevant_from
+    return _VALIDATED if enough else 0
 
 
 def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict[str, Manifest]) -> Manifest:
@@ -57,15 +74,7 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
         folder = fetch(job.store, examples, Path(cache), below=("tokenizer/",))
         tokenizer = load_tokenizer(str(folder / "tokenizer"), kind=recipe.kind)
     counts = {kind: examples.metrics[f"{kind}_examples"] for kind in kinds_of(recipe, parts["pairs"])}
-    checked = None
-    if recipe.validate_queries and not parts["pairs"].metrics["pairs_table"]:
-        progress.event("not_validated", reason="'the catalogue has no table of pairs'")
-    elif recipe.validate_queries:
-        checked = validation.sample(
-            job.store, parts["catalog"], parents["pairs"], parents["ids"], tokenizer, queries=recipe.validate_queries,
-            seed=job.recipe.seed, min_relevance=job.recipe.evaluation.min_relevance, query_tokens=recipe.query_tokens,
-            normalize="trie" if recipe.loss == "trie" else "level",
-        )  # fmt: skip
+    checked = _validation(job, parts, tokenizer, queries=attempt.settings["validate_queries"])
     space = DocidSpace(parents["ids"].metrics["codes_per_level"])
     task = GeneratorTask(
         recipe, tokenizer, space, counts, job.recipe.seed, validation=checked, codebooks=_codebooks(job, parts, space),
@@ -88,6 +97,29 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
     manifest = attempt.commit(files, metrics=metrics)
     worker.clean(job.store, attempt)
     return manifest
+
+
+def _validation(job: Job, parts: dict[str, Manifest], tokenizer, *, queries: int) -> validation.Validation | None:
+    """What rank 0 searches with; None where nothing is to be, or can be, validated, which is then said."""
+    recipe, why_not = job.recipe.generator, None
+    if not parts["pairs"].metrics["pairs_table"]:
+        why_not = "the catalogue has no table of pairs" if queries or recipe.patience else None
+    elif queries:
+        try:
+            return validation.sample(
+                job.store, parts["catalog"], parts["pairs"], parts["ids"], tokenizer, queries=queries,
+                seed=job.recipe.seed, min_relevance=job.recipe.evaluation.min_relevance, query_tokens=recipe.query_tokens,
+                normalize="trie" if recipe.loss == "trie" else "level",
+            )  # fmt: skip
+        except InputError:
+            if recipe.validate_queries:  # who asked for it is told; who did not does without
+                raise
+            why_not = "no validation pair names a product of the catalogue"
+    elif recipe.patience:
+        why_not = f"fewer than {_FEWEST} validation queries can judge, and generator.patience has nothing to count"
+    if why_not:
+        progress.event("not_validated", reason=f"'{why_not}'")
+    return None
 
 
 def _needs_codewords(recipe: GeneratorRecipe) -> bool:
@@ -232,12 +264,12 @@ class GeneratorTask:
         inputs = TokenStates(batch["states"], batch["real"]) if "states" in batch else batch["input_ids"].long()
         return engine(inputs, batch["codes"].long(), batch["weight"]), {}
 
-    def validate(self, module: DocidLoss, epoch: int) -> dict:
+    def validate(self, module: DocidLoss, epoch: int, *, beat: Callable[[], None] = lambda: None) -> dict:
         """Recall@50 of the real search on the sample; nothing where none was asked for. It is a `score`, by which the best epoch
         is chosen, in the last stage alone: what an earlier one made is there to be built upon."""
         if self.validation is None:
             return {}
-        figures = self.validation.figures(module.model)
+        figures = self.validation.figures(module.model, beat)
         last = self.stage_of(epoch) + 1 == len(self.recipe.plan)
         return figures if last else {name: value for name, value in figures.items() if name != "score"}
 

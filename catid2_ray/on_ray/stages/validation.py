@@ -4,6 +4,7 @@ The sample is taken part by part: of all queries seen so far those with the smal
 more than them. Q queries, P relevant (query, product) pairs, K results, B batch, T tokens, L levels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,8 +43,9 @@ class Validation:
     packed_P: np.ndarray
     normalize: str = "level"
 
-    def figures(self, model) -> dict[str, float]:
-        """{"recall@50", "score"} of a generator, or of any Decoder: the mean over queries of the share that was found."""
+    def figures(self, model, beat: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """{"recall@50", "score"} of a generator, or of any Decoder: the mean over queries of the share that was found. `beat` is
+        called again and again meanwhile."""
         trie = open_trie(self.store, self.ids)
         found_P = np.zeros(len(self.query_P))
         for start in range(0, len(self.input_ids_QT), _BATCH):
@@ -54,6 +56,7 @@ class Validation:
                 model, trie, ids_BT[:, :used], mask_BT[:, :used], beam_width=CUT, top_k=CUT, normalize=self.normalize
             )  # fmt: skip
             here = np.flatnonzero((self.query_P >= start) & (self.query_P < start + _BATCH))
+            beat()
             found_P[here] = found(result, trie.codes_per_level, self.query_P[here] - start, self.packed_P[here])
         recall = float(mean_recall(found_P, self.query_P))
         return {f"recall@{CUT}": recall, "score": recall}

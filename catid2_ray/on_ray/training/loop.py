@@ -8,6 +8,7 @@ the number of workers either.
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from catid2_ray.on_ray.training.shards import RankRange, open_rows
 from catid2_ray.on_ray.training.task import Run
 from catid2_ray.schedule import seed_from
 
+_BEAT_S = 1.0
 _SHOWN_EVERY = 50  # steps at most between two shows; ten an epoch at least
 
 
@@ -74,7 +76,7 @@ class Training:
         self.state = State(world=seat.world, batch=self.plan.batch)
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.meter: Meter | None = None
-        self._saved_at = 0
+        self._saved_at, self._told_at = 0, time.monotonic()
         self._row_seed = 0 if run.whole else seat.rank
 
     @property
@@ -195,6 +197,10 @@ class Training:
                 self.engine.module, epoch=epoch, means=state.sums, history=state.history
             )
             shared = [{**figures, **self._validate(epoch)}, changed, state.sums, state.best]
+            self._go_on(waiting=False)
+        else:
+            while self._go_on():
+                pass
         figures, changed, sums, state.best = share_objects(shared, self.seat.world, run.device)
         if changed:
             share_weights(self.engine.module, self.seat.world)
@@ -220,13 +226,23 @@ class Training:
             self.meter.skip_time()
         return last
 
+    def _go_on(self, *, waiting: bool = True) -> bool:
+        """Rank 0 tells the others whether to wait on, which they do for a bounded time; they learn it."""
+        self._told_at = time.monotonic()
+        return share_objects([waiting], self.seat.world, self.run.device)[0]
+
+    def _beat(self) -> None:
+        """Rank 0, in the middle of a validation: bid the others wait on, once a second."""
+        if self.seat.world > 1 and time.monotonic() - self._told_at > _BEAT_S:
+            self._go_on()
+
     def _validate(self, epoch: int) -> dict:
         """On rank 0: the figures of a validation that is due, and the best epoch so far, whose weights are put aside."""
         run, state = self.run, self.state
         every, last = getattr(run.settings, "validate_every_epochs", 1), epoch + 1 == self.plan.epochs
         if not hasattr(run.task, "validate") or not (last or (epoch + 1) % every == 0):
             return {}
-        figures = run.task.validate(self.engine.module, epoch)
+        figures = run.task.validate(self.engine.module, epoch, beat=self._beat)
         self.meter.score(self._steps_done, figures)
         if "score" not in figures:
             return figures

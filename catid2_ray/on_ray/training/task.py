@@ -27,8 +27,9 @@ class Task(Protocol):
     trim(columns) -> columns        what a rank is fed after its slice was cut, such as without columns that are all padding
     phases(rows) -> list[Phase]     run one after another; without it one phase of the settings' epochs and learning rate.
                                     `rows`: all rows of the artefact. `order` sees epochs numbered through all phases
-    validate(module, epoch) -> dict on rank 0, figures for the history; `score`: higher is better, the best epoch's weights
-                                    are exported, and the settings' `patience` counts from it
+    validate(module, epoch, beat=…) -> dict on rank 0, figures for the history; `score`: higher is better, the best epoch's
+                                    weights are exported, and the settings' `patience` counts from it. It calls `beat()` again
+                                    and again, since the other ranks wait for a bounded time
     """
 
     columns: list[str]

@@ -24,7 +24,7 @@ from catid2_ray.on_ray.training.meter import FOLDER as TENSORBOARD
 from catid2_ray.on_ray.training.shards import RankRange
 from catid2_ray.on_ray.training.task import Run
 
-_COLLECTIVE_S = 1800  # ranks wait that long for rank 0, which validates alone
+_COLLECTIVE_S = 1800  # ranks wait that long for each other; while rank 0 validates, it bids them wait on
 
 
 def train(run: Run, cluster: ClusterRecipe, attempt: Attempt, *, label: str) -> tuple[list[dict], dict]:

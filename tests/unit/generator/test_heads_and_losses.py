@@ -185,6 +185,9 @@ def test_near_codewords_get_near_rows(width, codewords):
 def test_a_loss_over_the_trie_is_the_slow_one_and_skips_what_is_decided(model):
     ids = np.array([[0, 2, 4], [0, 2, 1], [0, 1, 0], [3, 1, 0], [2, 0, 2], [2, 0, 3]])
     trie = Trie.build(ids, codes_per_level=SPACE.codes_per_level)
+    constrained_beam_search(
+        model, trie, IDS_BT, IDS_BT != 0, beam_width=2, top_k=2
+    )  # a validation before it is trained on
     settings = {"space": SPACE, "continuations": functools.partial(continuations, trie)}
     logits, codes = docid_logits(model, IDS_BT, CODES_BL, space=SPACE), CODES_BL.tolist()
     expected_L = [

@@ -7,10 +7,11 @@ import pyarrow as pa
 import pytest
 
 from catid2_ray.errors import InputError
-from catid2_ray.retrieval.below import below
+from catid2_ray.retrieval.below import below, top_words
 from catid2_ray.retrieval.filters import FilterIndex
 from catid2_ray.retrieval.live import LiveTrie
 from catid2_ray.retrieval.live_view import codes_of
+from catid2_ray.retrieval.products import Newcomer, Products
 from catid2_ray.retrieval.trie import Trie
 from tests.oracles import below as oracle
 
@@ -46,6 +47,18 @@ def test_it_is_what_a_count_says(seed):
         assert all(by_path[tuple(path)] == count for path, count in seen.categories)
         assert len(seen.rows) == min(number, 10) and set(seen.rows) <= set(rows)
         assert all(tuple(codes[: len(prefix)]) == prefix for codes in codes_of(view, seen.rows).tolist())
+
+
+def test_words_are_those_of_the_titles_of_live_products():
+    trie = Trie.build(np.array([[0, 1, n % 5] for n in range(5)] + [[2, 0, 0]]), codes_per_level=CODES_PER_LEVEL)
+    titles = ["red door", "red red lamp", "blue lamp", "The blue sofa", "green sofa", "red chair"]
+    ids = pa.array([f"p{row}" for row in range(6)])
+    live = LiveTrie(trie, product_ids=ids, products=Products(ids, pa.array(titles)))
+    live.put([Newcomer("new", "red sofa"), Newcomer("p4", "red sofa")], [[0, 1, 4], [0, 2, 0]])
+    live.withdraw(["p2"])
+    expected = [("red", 4), ("sofa", 3), ("blue", 1), ("door", 1), ("lamp", 1)]
+    assert top_words(live.view, (0,)) == expected and top_words(live.view, (1,)) == []
+    assert top_words(live.view, (0,), sample=2) == [("red", 2), ("door", 1), ("sofa", 1)]
 
 
 def test_a_release_without_categories_names_none_and_a_wrong_prefix_is_refused():

@@ -48,7 +48,9 @@ def replica(folder):
     made.settings, made.keys = AppSettings(store="s", follow=False), Keys()
     updates = SimpleNamespace(applied=0, lag_s=0.0, failing=None)
     now = SimpleNamespace(name="r1", created="2026-01-31T12:00:00Z", retriever=Retriever.open(folder), updates=updates)
-    made.serving = SimpleNamespace(now=now, refused=None, swaps=0, end=lambda: None)
+    now.given_back = 0.98
+    made.serving = SimpleNamespace(now=now, refused=None, swaps=0, end=lambda: None, trial=None, trial_refused=None)
+    made.serving.chosen = lambda session: made.serving.now
     made.pools, made.answered = {name: ThreadPoolExecutor(threads) for name, threads in THREADS.items()}, 0.0
     made.batches = app.Batches(made._search, made.pools["search"], **app.BATCHES)
     return made
@@ -144,7 +146,7 @@ def test_half_a_character_in_a_title_is_refused_before_anything_is_written():
 def test_it_says_what_it_serves_and_shows_a_page(client):
     assert client.get("/v1/release").json() == {
         "release": "r1", "created": "2026-01-31T12:00:00Z", "changes": 0, "products": 6, "levels": 2,
-        "filters": {"product_id": "string"}, "follows": False, "refused": None,
+        "filters": {"product_id": "string"}, "follows": False, "refused": None, "trial": None, "trial_refused": None,
     }  # fmt: skip
     assert client.head("/healthz").status_code == client.head("/").status_code == 200
     page = client.get("/").text
@@ -164,6 +166,9 @@ def test_it_says_what_lives_below_a_prefix(client):
         ("<a_1><b_0>", "oak table"),
         ("<a_1><b_1>", "oak door"),
     ]
+    assert answer["words"] == [
+        {"word": "oak", "products": 2}, {"word": "door", "products": 1}, {"word": "table", "products": 1},
+    ]  # fmt: skip
     assert client.get("/v1/docids/<a_2><b_3>").json()["next_codes"] == []
     assert client.get("/v1/docids/<a_2><b_0>").json()["count"] == 0
     for wrong in ("a_1", "<b_1>", "<a_9>", "<a_1><b_0><c_0>", "<a_01>", "<a_" + "9" * 5000 + ">", "%ED%A0%80"):

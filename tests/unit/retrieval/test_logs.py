@@ -64,6 +64,12 @@ def test_lines_of_json_name_their_request(as_json, client, capfd):
     assert "request_id" not in one, "it belongs to none"
 
 
+def test_a_request_without_a_route_has_its_path(as_json, client, capfd):
+    client.get('/nowhere" status=200/' + "x" * 100)
+    (one,) = lines(capfd)
+    assert one["status"] == 404 and one["call"].startswith("GET_/nowherestatus200/xxx") and len(one["call"]) < 70
+
+
 def test_secrets_stay_out(as_json, capfd, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG")
     progress.event("x", reason="the key wJalrXUtnFEMI/K7MDENG is wrong")

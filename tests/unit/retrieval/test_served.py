@@ -105,6 +105,13 @@ def test_a_score_is_the_sum_of_features_times_weights_whatever_came_and_is_allow
                 assert hit.score == pytest.approx(np.dot([1.0, 0.3, 0.05], features), abs=1e-6)
 
 
+def test_it_tells_how_many_beams_hold_an_id(served):
+    retriever, told = Retriever.open(served, encode_query=encode), []
+    retriever.tell = lambda alive_B: told.append(alive_B.tolist())
+    retriever.retrieve(["oak table", "hinge"], k=2, filters=[None, {"products": ["p0"]}])
+    assert told == [[1.0, 0.25]], "four codes of the first level, and the one of p0"
+
+
 def test_answers_do_not_depend_on_the_batch_or_on_k(served):
     retriever = Retriever.open(served, encode_query=encode)
     together = retriever.retrieve(TITLES, k=6)
