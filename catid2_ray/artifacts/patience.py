@@ -5,12 +5,19 @@ Waits are random between nothing and a bound that doubles ("full jitter": client
 together). A store that never answered is no store that fails but a wrong address: it gets FIRST_S.
 """
 
+import errno
 import random
 import re
 from collections.abc import Iterator
 
+from catid2_ray.errors import StorageDenied, StorageError
+
 PATIENCE_S, FIRST_S = 90.0, 3.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 8.0
+_FULL = (
+    "; the disk is full: free some (`catid2 gc`), or set `store`, CATID2_CACHE, or TMPDIR of Ray, whichever lies there, to a "
+    "larger one, and run the same command to go on"
+)
 
 # Codes of S3, and what pyarrow's client makes of them in its messages.
 _REFUSED = re.compile(
@@ -50,6 +57,21 @@ def passes(error: BaseException) -> bool:
     return any(_BY_NAME.search(kind.__name__) for kind in type(error).__mro__) and not status
 
 
+def is_conflict(error: BaseException) -> bool:
+    """Whether the object was there already that was to be written only if absent."""
+    code = (
+        getattr(error if hasattr(error, "response") else error.__cause__, "response", {})
+        .get("Error", {})
+        .get("Code", "")
+    )
+    told = ("PreconditionFailed", "pre-conditions")
+    return (
+        code in ("PreconditionFailed", "ConditionalRequestConflict", "412")
+        or any(word in str(error) for word in told)
+        or isinstance(error, FileExistsError)
+    )
+
+
 def answered(error: BaseException) -> int:
     """The status that the store replied with; 0 where it did not reply."""
     response = getattr(error, "response", None)
@@ -67,3 +89,22 @@ def waits(budget_s: float) -> Iterator[float]:
         wait = min(random.uniform(0, bound), left)  # noqa: S311
         yield wait
         left, bound = left - max(wait, 0.01), min(2 * bound, _LONGEST_WAIT_S)
+
+
+def failure(message: str, error: BaseException, *, answered: bool | None) -> StorageError:
+    """The error of ours, which says what to do. `answered`: whether the store ever replied; None for one in a local folder."""
+    if answered is None:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        return StorageError(message + (_FULL if full else ""))
+    if is_refusal(error):
+        return StorageDenied(
+            f"{message}; the store refuses what these credentials ask: check that they have not expired, that they may list, read, "
+            "write and delete below this prefix, and this machine's clock; then run the same command to go on"
+        )
+    if passes(error) and answered:
+        return StorageError(
+            f"{message}; it answered before, so it is busy or away: run the same command later to go on"
+        )
+    return StorageError(
+        f"{message}; check AWS_ENDPOINT_URL, the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and that the bucket exists"
+    )

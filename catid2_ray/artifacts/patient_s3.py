@@ -9,13 +9,25 @@ from s3fs.errors import translate_boto_error
 
 from catid2_ray.artifacts import patience
 
+REACHED: set[tuple | None] = {None}  # endpoint and bucket of the stores that answered this process
+
 
 class PatientS3(s3fs.S3FileSystem):
-    """`patience_s`: how long a request is tried; `answered`: whether the store ever replied, whatever it said. One that was
-    pickled, as for a worker, was reached before."""
+    """`patience_s`: how long a request is tried; `where`: endpoint and bucket, None for one that was pickled by others, as for
+    Ray Train's workers: it was reached before."""
 
     retries = 8  # of a body that ends too soon; waits 0.1 s, then 1.7 times as long each time
-    patience_s, answered = patience.PATIENCE_S, True
+    patience_s, where = patience.PATIENCE_S, None
+
+    @property
+    def answered(self) -> bool:
+        """Whether the store ever replied to this process, whatever it said."""
+        return self.where in REACHED
+
+    @answered.setter
+    def answered(self, reached: bool) -> None:
+        if reached:
+            REACHED.add(self.where)
 
     async def _call_s3(self, method, *more, **given):
         await self.set_session()
@@ -29,7 +41,7 @@ class PatientS3(s3fs.S3FileSystem):
                 self.answered = True
                 return reply
             except Exception as error:
-                self.answered = self.answered or bool(patience.answered(error))
+                self.answered = bool(patience.answered(error))
                 budget_s = self.patience_s if self.answered else min(patience.FIRST_S, self.patience_s)
                 if not patience.passes(error):
                     raise translate_boto_error(error) from error

@@ -29,8 +29,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from catid2_ray.artifacts import patience
+from catid2_ray.artifacts.parquet import ParquetFile
 from catid2_ray.artifacts.s3 import LiteralHandler, arrow_client, delete_below, pages
-from catid2_ray.errors import ArtifactError, CommitConflict, InputError, StorageDenied, StorageError
+from catid2_ray.errors import ArtifactError, CommitConflict, InputError, StorageError
 
 T = TypeVar("T")
 
@@ -45,10 +46,6 @@ _BLOCK, _STREAMS = 64 << 20, 4
 _READERS = 8  # of many small records, each of which takes a round trip
 # A table in an object of at most this size is read in one request, a larger one column by column.
 _WHOLE = 32 << 20
-_FULL = (
-    "; the disk is full: free some (`catid2 gc`), or set `store`, CATID2_CACHE, or TMPDIR of Ray, whichever lies there, to a "
-    "larger one, and run the same command to go on"
-)
 
 
 def stays_inside(name: object) -> bool:
@@ -94,7 +91,7 @@ class Store:
                 skip_instance_cache=True,
                 config_kwargs={"connect_timeout": 4, "read_timeout": 60, "retries": {"total_max_attempts": 1}},
             )
-            self.fs.patience_s, self.fs.answered = patience_s, False
+            self.fs.patience_s, self.fs.where = patience_s, (os.environ.get("AWS_ENDPOINT_URL"), self._bucket)
             self.uri = f"s3://{self.root}"
         elif "://" in uri and not uri.startswith("file://"):
             raise StorageError(f"{uri!r}: only local folders and s3:// prefixes can be stores")
@@ -176,25 +173,8 @@ class Store:
                 ("botocore", "aiobotocore", "aiohttp")
             ):
                 raise
-            raise self._failure(f"cannot {what} {self.uri_of(name)}: {type(error).__name__}: {error}", error) from None
-
-    def _failure(self, message: str, error: BaseException) -> StorageError:
-        if not self.is_s3:
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            return StorageError(message + (_FULL if full else ""))
-        if patience.is_refusal(error):
-            return StorageDenied(
-                f"{message}; the store refuses what these credentials ask: check that they have not expired, that they may list, "
-                "read, write and delete below this prefix, and this machine's clock; then run the same command to go on"
-            )
-        if patience.passes(error) and self.fs.answered:
-            return StorageError(
-                f"{message}; it answered before, so it is busy or away: run the same command later to go on"
-            )
-        return StorageError(
-            f"{message}; check AWS_ENDPOINT_URL, the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and that the bucket "
-            "exists"
-        )
+            message = f"cannot {what} {self.uri_of(name)}: {type(error).__name__}: {error}"
+            raise patience.failure(message, error, answered=self.fs.answered if self.is_s3 else None) from None
 
     def check(self) -> None:
         """Fail early: list what lies below the root, at most one object. Nothing is written, and nothing above is looked at.
@@ -322,17 +302,9 @@ class Store:
             try:
                 self.fs.pipe_file(self.path(name), data, mode="create")
             except Exception as error:
-                cause = error if hasattr(error, "response") else error.__cause__
-                code = getattr(cause, "response", {}).get("Error", {}).get("Code", "")
                 if self._is_ours(name, data):
                     return
-                if code in ("PreconditionFailed", "ConditionalRequestConflict", "412") or "PreconditionFailed" in str(
-                    error
-                ):
-                    raise conflict from None
-                if "pre-conditions" in str(error) or isinstance(error, FileExistsError):
-                    raise conflict from None
-                raise
+                raise (conflict if patience.is_conflict(error) else error) from None
 
     def _is_ours(self, name: str, data: bytes) -> bool:
         """A client that repeats a request whose reply was lost is refused by its own object; records are unique."""
@@ -413,8 +385,11 @@ class Store:
         """
         with self._doing("read", name):
             try:
-                opened = self._patiently(lambda: _Parquet(self.path(name), filesystem=self._reader, buffer_size=buffer))
-                opened.store, opened.name = self, name
+                opened = self._patiently(
+                    lambda: ParquetFile(self.path(name), filesystem=self._reader, buffer_size=buffer)
+                )
+                opened.where, opened.patiently = self.uri_of(name), self._patiently
+                opened.doing = functools.partial(self._doing, "read", name)
                 return opened
             except pa.ArrowInvalid as error:
                 raise InputError(f"{self.uri_of(name)} is not a whole parquet file: {error}") from None
@@ -501,37 +476,6 @@ def _unpickled(uri: str, patience_s: float, was_reached: bool) -> Store:
     if store.is_s3:
         store.fs.answered = was_reached
     return store
-
-
-class _Parquet(pq.ParquetFile):
-    """A parquet file that says which one it is where reading on fails."""
-
-    store, name = None, ""
-
-    def iter_batches(self, *arguments, **options):
-        with self._reading():
-            yield from super().iter_batches(*arguments, **options)
-
-    def read_row_group(self, *arguments, **options):
-        read = super().read_row_group
-        with self._reading():
-            return self.store._patiently(lambda: read(*arguments, **options))
-
-    def read_row_groups(self, *arguments, **options):
-        read = super().read_row_groups
-        with self._reading():
-            return self.store._patiently(lambda: read(*arguments, **options))
-
-    @contextlib.contextmanager
-    def _reading(self):
-        with self.store._doing("read", self.name):
-            try:
-                yield
-            except (pa.ArrowInvalid, OSError) as error:
-                # Arrow raises an OSError without a number for pages that do not unpack.
-                if getattr(error, "errno", None) is not None or patience.passes(error) or patience.is_refusal(error):
-                    raise
-                raise InputError(f"{self.store.uri_of(self.name)} is damaged inside: {error}") from None
 
 
 def _sync(path: Path) -> None:

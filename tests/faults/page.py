@@ -27,6 +27,11 @@ def fault(request):
     return put
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("faults"):
+        item.user_properties.append(("of_faults", True))
+
+
 def pytest_addoption(parser):
     parser.addoption("--faults-page", help="write what tests marked `faults` found to this file")
 
@@ -37,7 +42,7 @@ def _rows(reporter) -> list[list]:
     for report in reporter.stats.get("passed", ()):
         rows += [[*value, report.nodeid] for name, value in report.user_properties if name == "fault"]
     for report in [*reporter.stats.get("failed", ()), *reporter.stats.get("error", ())]:
-        if "faults" in getattr(report, "keywords", ()):
+        if any(name == "of_faults" for name, _ in report.user_properties):
             rows.append([f"`{report.nodeid}`", "", "**FAILED**", "", "", report.nodeid])
     return sorted(rows, key=lambda row: row[-1])
 

@@ -7,7 +7,7 @@ import time
 import pyarrow as pa
 import pytest
 
-from catid2_ray.artifacts import patience
+from catid2_ray.artifacts import patience, patient_s3
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.errors import StorageDenied, StorageError
@@ -172,7 +172,11 @@ def test_what_never_answered_is_a_wrong_address_and_what_answered_is_away(s3, mo
         assert time.monotonic() - started < 60, "the patience of 90 s is for a store that was there"
         proxy.away_until = 0.0
         store.check()
-        worker = pickle.loads(pickle.dumps(store))
+        assert Store(f"{s3[1]}/other").fs.answered, "the same bucket, whoever opens it"
+        pickled = pickle.dumps(store)
+        monkeypatch.setattr(patient_s3, "REACHED", {None})  # as in a worker that starts
+        assert not Store(store.uri).fs.answered
+        worker = pickle.loads(pickled)
         proxy.away_until = time.monotonic() + 5
         worker.check()
         assert time.monotonic() > proxy.away_until, "a worker that starts in a blackout waits for its end"

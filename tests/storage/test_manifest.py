@@ -205,3 +205,9 @@ def test_files_and_their_names_are_on_the_disk_before_the_manifest_exists(local_
     of_manifest = [path.startswith(f"artifacts/ids/{attempt.key}/.manifest.json.") for path, _ in synced].index(True)
     assert synced[of_manifest][1] is False and not any(exists for _, exists in synced[:of_manifest])
     assert synced[of_manifest + 1 :] == [(f"artifacts/ids/{attempt.key}", True)]
+
+
+def test_an_artefact_that_takes_over_the_metrics_of_another_is_found(local_store, make):
+    first = make(local_store, "ids", {"a": b"1"}, metrics={"number": 1})
+    second = make(local_store, "ids", {"a": b"2"}, settings={"k": 2}, metrics=first.metrics | {"number": 2})
+    assert find(local_store, "ids", second.key).metrics == second.metrics != first.metrics

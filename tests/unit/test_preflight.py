@@ -114,6 +114,10 @@ def test_a_worker_of_another_image_is_refused(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setenv(preflight.VERSIONS, cluster.worker_environment(ClusterRecipe())[preflight.VERSIONS])
     preflight.refuse_other_versions()
+    stale = re.sub("code=[^ ]+", "code=0123456789ab", preflight.versions())
+    monkeypatch.setenv(preflight.VERSIONS, stale)
+    with pytest.raises(RecipeError, match=r"node .* runs code=\w{12} \(the job has code=0123456789ab\)"):
+        preflight.refuse_other_versions()
     other = re.sub("torch=[^ ]+", "torch=1.0", preflight.versions())
     monkeypatch.setenv(preflight.VERSIONS, other)
     with pytest.raises(RecipeError, match=r"node .* runs torch=[\d.]+\S* \(the job has torch=1.0\): give all nodes"):

@@ -2,6 +2,7 @@
 without Ray. What only a worker can see, the versions it runs, it compares when it starts."""
 
 import functools
+import hashlib
 import os
 import platform
 import shutil
@@ -68,11 +69,19 @@ def check_store(store: Store) -> None:
 
 @functools.cache
 def versions() -> str:
-    """Of what decides results, in this process: `python=3.11.7 catid2_ray=… torch=…`."""
-    named = {"python": platform.python_version(), "catid2_ray": catid2_ray.__version__}
+    """Of what decides results, in this process: `python=3.11.7 catid2_ray=… code=… torch=…`; `code` is a digest of this package."""
+    named = {"python": platform.python_version(), "catid2_ray": catid2_ray.__version__, "code": _code()}
     return " ".join(
         f"{name}={version}" for name, version in (named | {one: metadata.version(one) for one in _COMPARED}).items()
     )
+
+
+def _code() -> str:
+    """An image that was not built anew has another code under the same version."""
+    folder, digest = Path(catid2_ray.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def refuse_other_versions() -> None:
