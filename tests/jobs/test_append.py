@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from catid2_ray.artifacts import manifest, trials
 from catid2_ray.artifacts import release as releases
-from catid2_ray.artifacts import trials
 from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
 from catid2_ray.catalog.synthetic import generate
@@ -185,8 +185,11 @@ def test_what_does_not_belong_to_the_release_is_refused(copied, tmp_path):
         )
     with pytest.raises(RecipeError, match="embedding.width is 8, the release has 16.*run `catid2 reindex`"):
         append_items(recipe_of(shop, store.uri, embedding={"width": 8}))
-    manifest = Path(store.path(first.parts["ids"].name))
-    manifest.write_text(manifest.read_text().replace(first.parts["quantizer"].digest, "0" * 64))
+    path = Path(store.path(first.parts["ids"].name))
+    fields = json.loads(path.read_text().replace(first.parts["quantizer"].digest, "0" * 64))
+    del fields["metrics"][manifest._CHECK]
+    fields["metrics"][manifest._CHECK] = manifest.digest_of(fields)
+    path.write_text(json.dumps(fields))
     with pytest.raises(ReleaseError, match="ids was made from quantizer 000000000000"):
         append_items(recipe_of(shop, store.uri))
     shutil.rmtree(f"{store.uri}/artifacts/ids")
