@@ -83,7 +83,9 @@ def measure(name: str, ids: np.ndarray, model, decoder, query_BT, options) -> di
 def trained_rows(data, beams: int) -> dict:
     """Rows a validation query with a proxy generator of loss trie, seed 0."""
     trie = Trie.build(data.codes_NL, codes_per_level=data.codes_per_level)
+    torch.set_float32_matmul_precision("medium")  # as in benchmarks/targets.py
     model = train(data.vector_ND, data.codes_NL, data.codes_per_level, data.learn, seed=0, trie=trie)
+    torch.set_float32_matmul_precision("highest")
     query_QD, rows = torch.from_numpy(np.ascontiguousarray(data.asked["validation"].query_QD, np.float32)), {}
     for mode in ("level", "trie"):
         found = [

@@ -69,7 +69,11 @@ class Retriever:
 
     Raises ReleaseError when products and trie differ in length, InputError when the model does not fit the trie or
     re-scoring lacks what it needs.
+
+    `tell` gets, of each query of a search, the share of the last level's beams that hold an ID (floats B); replace it.
     """
+
+    tell: Callable[[np.ndarray], object] = staticmethod(lambda alive_B: None)
 
     def __init__(
         self,
@@ -129,9 +133,6 @@ class Retriever:
         self.lookahead = lookahead
         self.max_query_chars, self.query_tokens = max_query_chars, query_tokens
         self.normalize, self.release, self.batch = normalize, release, batch
-        self.tell: Callable[[np.ndarray], object] = lambda alive_B: (
-            None
-        )  # gets, of each query, the share of beams with an ID
 
     @classmethod
     def open(cls, folder, **options) -> "Retriever":

@@ -102,7 +102,7 @@ class Reader:
         parser.add_argument("-s", action="store_true")
         parser.add_argument("-H")
         parser.add_argument("-d")
-        parser.add_argument("-X", choices=["PUT"])
+        parser.add_argument("-X", choices=["PUT", "DELETE"])
         asked = parser.parse_args(words)
         host, _, path = asked.url.removeprefix("http://").partition("/")
         assert host == "localhost:8000" and (asked.d is None or asked.H == "content-type: application/json")

@@ -81,7 +81,7 @@ def test_what_a_page_shows_works(path, shop, client, tmp_path, monkeypatch):
         ("catid2 serve --prot 80", "No such option: --prot"),
         ("catid2 reindex --recipe jobs/recipes/quickstart.yaml --set seed=-1", "seed: "),
         ("python -m jobs.reindx --recipe shop.yaml", "there is no jobs.reindx"),
-        ("python -m jobs.publish --recpe shop.yaml", "--recipe"),
+        ("python -m jobs.publish --recpe shop.yaml", "No such option: --recpe"),
         ("make quickstrt", "the Makefile has"),
         ("ray job sbmit -- true", "job has no command"),
         ("ray job submit -- catid2 serv", "has no command"),

@@ -41,8 +41,8 @@ def test_a_recipe_stands_beside_the_paper(locale, no_ray, tmp_path):
     assert set(found) >= {"bm25", "bm25_blanks", "dense", "dsi_semantic", "tiger"}
     assert found["bm25"] > 0.5
     if locale == "jp":
-        assert found["bm25_blanks"] < 0.5 * found["bm25"], (
-            "a Japanese query without blanks is one word, as the paper's BM25 took it"
+        assert found["bm25_blanks"] < found["bm25"], (
+            "between blanks a run of Japanese is one word, and only its like is found"
         )
 
 

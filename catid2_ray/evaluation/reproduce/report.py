@@ -34,7 +34,7 @@ from catid2_ray.evaluation.tables import DASH, Cell, Column, Table, columns_of, 
 SHOWN_AT = (10, 50)  # cut-offs with intervals, letters and sentences
 PAPER_LOCALES = ("us", "es", "jp")
 PROXY_NOTE = (
-    "Rows of IDs are found through the *proxy* of `compare-ids --score recall`: a small generator, the same for every "
+    "Rows of IDs are found through the proxy of compare-ids --score recall: a small generator, the same for every "
     "kind, trained for "
     "seconds and searched by a beam of 100. They compare kinds of IDs with each other, not a real generator with BM25."
 )
@@ -155,7 +155,8 @@ def _part(
         parts.append(beside_table(table, outcomes, scored, facts))
     if table == "T2" and scored:
         parts += [groups_table(scored, judged), measures_table(scored), categories_table(scored, judged)]
-    if table == "F5" and scored:
+    # One run may stand at several places of a sweep; alone it says nothing of the setting.
+    if table == "F5" and len({one.outcome.runs[0].manifest for one in scored}) > 1:
         figures["figure_5.png"] = pictures.sweeps(scored, at, SWEEPS)
         parts.append(Picture("Figure 5", figures["figure_5.png"], "Recall at 10 and 50 over each weight and over K; "
             "the numbers stand in the table"))  # fmt: skip

@@ -264,7 +264,7 @@ def advice(scored: Sequence[Scored], comparison: Compared, k: int) -> Advice | N
         + f", of {len(systems)} whole systems measured."
     )  # fmt: skip
     ids, id_ties = "", []
-    if kinds:
+    if len(kinds) > 1:
         cheap, most, tied = chosen(kinds)
         ids, id_ties = cheap.name, [one.name for one in tied if one is not cheap]
         sentence += (

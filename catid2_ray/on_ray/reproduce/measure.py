@@ -136,7 +136,11 @@ class Measures:
         return family(condition, seed, parents)
 
     def with_shared(self, condition: Condition, cost: dict, parents: dict[str, Manifest]) -> dict:
-        """The cost of IDs with what they share with others, which is counted for each: embeddings and the adapter."""
+        """The cost of IDs with what they share with others, counted for each: embeddings and the adapter. Of a release: with the
+        bytes that a replica reads."""
+        if condition.family == "release":
+            read = [parents[name].files for name in ("generator", "serving", "node_vectors") if name in parents]
+            return cost | {"bytes": sum(e["bytes"] for files in [*read, parents["ids"].named("trie/")] for e in files)}
         if condition.family != "ids":
             return cost
         seconds = {name: parents[name].metrics["seconds"] for name in ("adapter", "embeddings") if name in parents}
@@ -387,9 +391,8 @@ class Measures:
         indexing = sum(
             parts[name].metrics["seconds"] for name in ("embeddings", "node_vectors", "serving") if name in parts
         )
-        read = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         kind = Recipe.stored(parts["ids"].recipe).quantizer.kind
-        return Ranking(rows_QC, _cost(training, indexing, milliseconds, read), {"kind": kind, "release": release.name})
+        return Ranking(rows_QC, _cost(training, indexing, milliseconds, 0), {"kind": kind, "release": release.name})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,10 +148,18 @@ def test_figure_5_draws_what_was_measured_and_its_page_is_whole():
         if cell.row.condition.name in ("dispersion_0.1", "dispersion_1", "cat_id2_k64", "tiger_k64")
     ]
     outcomes = [
-        Outcome(Cell("F5", cell.row, "us"), outcome("tiger", ranked(0.5, place)).runs, [])
+        Outcome(
+            Cell("F5", cell.row, "us"),
+            [outcome("tiger", ranked(0.5, place)).runs[0]._replace(manifest=f"a/b/{place}/c")],
+            [],
+        )
         for place, cell in enumerate(cells)
     ]
     made = write(outcomes, JUDGED, facts(images={"Figure 6": Figure()}), docid_of={}, tables=["F5"])
     assert set(made.pictures) == {"figure_5.png", "figure_0.png"}
+    again = [Outcome(Cell("F5", cell.row, "us"), outcomes[0].runs, []) for cell in cells]
+    assert not write(again, JUDGED, facts(), docid_of={}, tables=["F5"]).pictures, (
+        "one run alone says nothing of a setting"
+    )
     assert "](figure_5.png)" in made.markdown and "](figure_0.png)" in made.markdown
     assert "<script" not in made.html and "http" not in made.html.replace("http-equiv", ""), "it fetches nothing"
