@@ -76,7 +76,7 @@ def processes() -> dict[int, psutil.Process]:
     found = {}
     for one in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if one.cmdline()[0].startswith("ray::ServeReplica:catid2:Retriever"):
+            if "".join(one.cmdline()).startswith("ray::ServeReplica:catid2:Retriever"):  # an ended one has none
                 found[one.pid] = one
     return found
 
