@@ -59,11 +59,14 @@ def pytest_terminal_summary(terminalreporter, config):
     if page := config.getoption("--faults-page"):
         day, cores = time.strftime("%Y-%m-%d", time.gmtime()), os.cpu_count()
         minutes = (time.time() - _STARTED) / 60
-        Path(page).write_text(
+        from benchmarks.harness import write_page
+
+        write_page(
+            Path(page),
             "# Faults, and what they cost\n\n"
             f"Written by `make test-faults` (tests marked `{config.option.markexpr}`) on {day}: {cores} cores "
             f"({platform.machine()}), {minutes:.0f} minutes.\n"
             "Each row is one test with a fixed seed. *Seconds of work lost*: what was done twice, or waited for.\n"
             "*Rows lost*: products, changes or answers that a run without the fault has and this one has not.\n\n"
-            + _table(rows)
+            + _table(rows),
         )

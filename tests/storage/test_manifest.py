@@ -211,3 +211,11 @@ def test_an_artefact_that_takes_over_the_metrics_of_another_is_found(local_store
     first = make(local_store, "ids", {"a": b"1"}, metrics={"number": 1})
     second = make(local_store, "ids", {"a": b"2"}, settings={"k": 2}, metrics=first.metrics | {"number": 2})
     assert find(local_store, "ids", second.key).metrics == second.metrics != first.metrics
+
+
+def test_a_damaged_name_of_the_check_is_no_manifest_of_before(local_store, make):
+    made = make(local_store, "ids", {"a": b"1"})
+    data = local_store.read(made.name)
+    local_store.write(made.name, data.replace(b"manifest_sha256", b"manifest_sha257"))
+    with pytest.raises(ArtifactError, match="is not as it was written"):
+        find(local_store, "ids", made.key)
