@@ -122,7 +122,7 @@ def write(
     if "8" in tables and facts.table_8:
         parts.append(table_8(facts.table_8))
     for number, (caption, figure) in enumerate(facts.images.items()):
-        figures[f"figure_{number}.png"] = figure
+        figures[f"ids_{number + 1}.png"] = figure
         parts.append(Picture(caption, figure, caption))
     parts += [cells_table(outcomes, facts, link), _about(facts, notes)]
     summary["not_run"] = {o.cell.name: o.whys for o in outcomes if o.whys}

@@ -155,11 +155,13 @@ def test_figure_5_draws_what_was_measured_and_its_page_is_whole():
         )
         for place, cell in enumerate(cells)
     ]
-    made = write(outcomes, JUDGED, facts(images={"Figure 6": Figure()}), docid_of={}, tables=["F5"])
-    assert set(made.pictures) == {"figure_5.png", "figure_0.png"}
+    made = write(
+        outcomes, JUDGED, facts(images={f"picture {i}": Figure() for i in range(8)}), docid_of={}, tables=["F5"]
+    )
+    assert set(made.pictures) == {"figure_5.png", *(f"ids_{i}.png" for i in range(1, 9))}
     again = [Outcome(Cell("F5", cell.row, "us"), outcomes[0].runs, []) for cell in cells]
     assert not write(again, JUDGED, facts(), docid_of={}, tables=["F5"]).pictures, (
         "one run alone says nothing of a setting"
     )
-    assert "](figure_5.png)" in made.markdown and "](figure_0.png)" in made.markdown
+    assert "](figure_5.png)" in made.markdown and "](ids_8.png)" in made.markdown
     assert "<script" not in made.html and "http" not in made.html.replace("http-equiv", ""), "it fetches nothing"
