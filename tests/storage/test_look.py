@@ -99,6 +99,7 @@ def test_the_quickstart_is_what_is_written_for_its_catalogue(tmp_path):
     assert more == {
         ("catalog", "synthetic"), ("adapter", "batch"), ("adapter", "learning_rate"), ("quantizer", "epochs"),
         ("quantizer", "hidden"), ("serving", "lookahead"), ("evaluation", "beam_width"),
+        ("generator", "validate_queries"),
     }, "docs/your-data.md says what quickstart sets beyond init"  # fmt: skip
 
 

@@ -77,10 +77,14 @@ def parents(local_store, make):
             named = table.take(pa.array(trie_order)).select(["product_id", "title"])
             with pa.ipc.new_file(local_store.path(attempt.name("products.arrow")), named.schema) as writer:
                 writer.write_table(named)
-            size = local_store.sizes(attempt.folder)["products.arrow"]
-            entries.append({"name": attempt.name("products.arrow"), "bytes": size, "sha256": "p"})
+            size, name = local_store.sizes(attempt.folder)["products.arrow"], attempt.name("products.arrow")
+            entries.append({"name": name, "bytes": size, "sha256": local_store.sha256(name)})
             entries += [
-                {"name": attempt.name(f"trie/{name}"), "bytes": size, "sha256": name}
+                {
+                    "name": attempt.name(f"trie/{name}"),
+                    "bytes": size,
+                    "sha256": local_store.sha256(attempt.name(f"trie/{name}")),
+                }
                 for name, size in local_store.sizes(attempt.name("trie")).items()
             ]
         metrics = {"width": None, "codes_per_level": list(SPACE.codes_per_level)}

@@ -238,7 +238,8 @@ class Measures:
             made = self._fine_tuned(job, Attempt(job.store, "dpr", settings=settings, parents=digests,
                                                  recipe=job.recipe.model_dump(mode="json")), seed)  # fmt: skip
         product_ND, query_QD = (
-            np.load(io.BytesIO(job.store.read(made.file(f"{name}.npy")))) for name in ("products", "queries")
+            np.load(io.BytesIO(job.store.read(made.file(f"{name}.npy"))), allow_pickle=False)
+            for name in ("products", "queries")
         )
         place_of = {text: place for place, text in enumerate(self._all_queries())}
         metrics = made.metrics
