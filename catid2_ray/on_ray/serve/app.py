@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 from fastapi import FastAPI, Header, Request
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from ray import serve
 
 from catid2_ray.artifacts import release as releases
@@ -198,6 +198,11 @@ class RetrieverReplica:
         except Exception as error:  # whatever it is, a caller gets an answer of the one shape
             return refused(503, f"this replica answers no query now ({type(error).__name__}: {error})")
         return ReadyResponse(status="ready", release=self.serving.now.name)
+
+    @api.get("/metrics", responses=READ_REFUSALS, response_class=PlainTextResponse)
+    async def counted(self) -> PlainTextResponse:
+        """Say what the replica that answers has counted, in Prometheus's text format; Ray exports the same of all replicas."""
+        return PlainTextResponse(metrics.text())
 
     @api.get("/v1/docids/{prefix}", responses={422: RESPONSES[422], **READ_REFUSALS})
     async def docids(self, prefix: str) -> BelowResponse:

@@ -1,6 +1,6 @@
 """What a replica counts for Prometheus, through Ray, which puts `ray_` before each name and `_total` behind that of a counter.
 
-docs/operations.md says what to alert on; deploy/grafana.json shows it.
+docs/operations.md says what to alert on; deploy/grafana.json shows it. GET /metrics shows the same of one replica, without `ray_`.
 """
 
 import calendar
@@ -8,6 +8,7 @@ import functools
 import time
 from typing import NamedTuple
 
+import prometheus_client
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 _MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
@@ -69,17 +70,42 @@ def _meter(name: str):
     return kind(name, about, **({"boundaries": bounds} if bounds else {}), tag_keys=tags)
 
 
+@functools.cache
+def _registry() -> prometheus_client.CollectorRegistry:
+    """Of this process, which is a replica: what GET /metrics shows."""
+    return prometheus_client.CollectorRegistry()
+
+
+@functools.cache
+def _own(name: str):
+    kind, about, tags, bounds = METRICS[name]
+    own = {Counter: prometheus_client.Counter, Gauge: prometheus_client.Gauge, Histogram: prometheus_client.Histogram}
+    return own[kind](name, about, tags, registry=_registry(), **({"buckets": bounds} if bounds else {}))
+
+
+def _labelled(name: str, tags: dict[str, str]):
+    return _own(name).labels(**tags) if tags else _own(name)
+
+
 def count(name: str, value: float = 1, **tags: str) -> None:
     if value:
         _meter(name).inc(value, tags)
+        _labelled(name, tags).inc(value)
 
 
 def observe(name: str, value: float, **tags: str) -> None:
     _meter(name).observe(value, tags)
+    _labelled(name, tags).observe(value)
 
 
 def put(name: str, value: float, **tags: str) -> None:
     _meter(name).set(value, tags)
+    _labelled(name, tags).set(value)
+
+
+def text() -> str:
+    """All that this replica has counted, in Prometheus's text format."""
+    return prometheus_client.generate_latest(_registry()).decode()
 
 
 def seconds_since(created: str) -> float:

@@ -355,6 +355,20 @@ def test_products_are_withdrawn_deleted_and_restored_again_and_again(client, rep
     assert client.get("/v1/products/p3").json()["live"] is True
 
 
+def test_a_replica_shows_what_it_has_counted(client):
+    def of(status: int) -> float:
+        line = f'catid2_requests_total{{call="/v1/retrieve",status="{status}"}} '
+        return float((client.get("/metrics").text.partition(line)[2] or "0").split()[0])
+
+    before = of(200), of(422)
+    assert client.post("/v1/retrieve", json={"query": "oak door", "k": 2}).status_code == 200
+    assert client.post("/v1/retrieve", json={"query": "oak door", "k": 0}).status_code == 422
+    assert (of(200), of(422)) == (before[0] + 1, before[1] + 1)
+    shown = client.get("/metrics")
+    assert shown.headers["content-type"].startswith("text/plain")
+    assert 'catid2_answer_ms_bucket{le="10000.0",release="r1"}' in shown.text
+
+
 def test_a_replica_that_answers_nothing_is_alive_but_not_ready(client, replica, monkeypatch):
     assert client.get("/readyz").json() == {"status": "ready", "release": "r1"}
     monkeypatch.setattr(replica.serving.now, "retriever", None)
@@ -496,7 +510,7 @@ def test_every_call_but_those_that_say_nothing_of_products_needs_a_key():
     assert {call for call, right in needed.items() if right == "read"} == reads
 
 
-ONLY_READ = ("/v1/release", "/v1/docids/{prefix}", "/v1/products/{product_id}")
+ONLY_READ = ("/metrics", "/v1/release", "/v1/docids/{prefix}", "/v1/products/{product_id}")
 
 
 def test_keys_that_cannot_be_used_are_refused_without_being_named(tmp_path, monkeypatch):
