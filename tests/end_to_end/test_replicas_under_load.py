@@ -55,15 +55,19 @@ def free_port() -> int:
 @contextlib.contextmanager
 def served(store: str, *, environment: dict | None = None, grpc_port: int | None = None, **options):
     """The base URL of a service with these options of its deployment."""
-    port, own = free_port(), {"num_cpus": 1, "runtime_env": {"env_vars": environment or {}}}
+    port = free_port()
     spoken = {"port": grpc_port, "grpc_servicer_functions": ["catid2_ray.on_ray.serve.rpc.add_to_server"]}
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, grpc_options=spoken if grpc_port else None)
-        settings = AppSettings(store=store, updates=True, poll_s=0.2)
-        serve.run(RetrieverReplica.options(**options, ray_actor_options=own).bind(settings), name="catid2")
+        deploy(AppSettings(store=store, updates=True, poll_s=0.2), environment, **options)
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
+
+
+def deploy(settings: AppSettings, environment: dict | None = None, **options) -> None:
+    own = {"num_cpus": 1, "runtime_env": {"env_vars": environment or {}}}
+    serve.run(RetrieverReplica.options(**options, ray_actor_options=own).bind(settings), name="catid2")
 
 
 def running() -> int:
@@ -107,6 +111,19 @@ def test_a_replica_is_killed(shop, shared_ray):
         load.end()
     assert [one for one in load.failed if one.began > killed] == []
     assert len(load.failed) <= 6
+    is_the_release(load, shop)
+
+
+def test_another_configuration_starts_before_the_old_one_stops(shop, shared_ray):
+    options = {"num_replicas": 1, "autoscaling_config": None}
+    with served(shop.store, **options) as base:
+        load, before = Load(base, shop.answers, askers=4), processes()
+        load.more()
+        deploy(AppSettings(store=shop.store, updates=True, poll_s=0.3), **options)
+        until(lambda: not processes().keys() & before.keys())
+        load.more()
+        load.end()
+    assert len(before) == 1 and load.failed == []
     is_the_release(load, shop)
 
 

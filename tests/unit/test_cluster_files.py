@@ -64,6 +64,7 @@ def test_serve_file_is_valid_and_its_numbers_fit_each_other():
     ServeDeploySchema.model_validate(config)
     deployment = config["applications"][0]["deployments"][0]
     scaling, user = deployment["autoscaling_config"], deployment["user_config"]
+    assert deployment["max_surge_percent"] > 0, "else one replica stops before the next starts"
     assert user["max_batch_size"] <= scaling["target_ongoing_requests"] <= deployment["max_ongoing_requests"]
     assert scaling["min_replicas"] >= 1 and scaling["max_replicas"] > scaling["min_replicas"]
     # Scaling down must be slower than the window that the load is averaged over, else replicas come and go in a loop.

@@ -85,6 +85,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
     max_ongoing_requests=MAX_ONGOING,
     max_queued_requests=MAX_QUEUED,
     backpressure_config={"retry_after_s": 1},
+    max_surge_percent=100,
     autoscaling_config={"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 16},
     health_check_period_s=10,
     health_check_timeout_s=30,
