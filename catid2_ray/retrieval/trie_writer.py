@@ -7,6 +7,7 @@ N rows (products), n rows of a range, L levels, K codes of a level.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +100,8 @@ class TrieWriter:
             if level != levels - 1 or self.nodes[levels] != self.rows:
                 self._starts(f"row_start_{level}", self.rows)
         for level, codes in enumerate(self.space.codes_per_level, 1):
-            raw = self._read(f"token_{level}", token_type(codes))
-            self._copy(f"token_{level}", len(raw), raw.dtype, (raw[at : at + _BLOCK] for at in _blocks(len(raw))))
+            name, dtype, count = f"token_{level}", token_type(codes), self.nodes[level]
+            self._save(name, count, dtype, (self._block(name, dtype, at, _BLOCK) for at in range(0, count, _BLOCK)))
         for name in self._files:
             self._raw(name).unlink()
         header = {
@@ -109,18 +110,19 @@ class TrieWriter:
         }  # fmt: skip
         (self.folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
 
-    def _read(self, name: str, dtype: type) -> np.ndarray:
-        return np.memmap(self._raw(name), dtype, "r")
+    def _block(self, name: str, dtype: type, at: int, most: int) -> np.ndarray:
+        """Numbers of a raw file. Read, not mapped: mapped pages would count as this process's memory."""
+        return np.fromfile(self._raw(name), dtype, most, offset=at * np.dtype(dtype).itemsize)
 
     def _starts(self, name: str, total: int) -> int:
         """Write `arrays.Starts` of the first entries in a raw file, over `total` entries; the entries of the largest range."""
-        first, dtype = self._read(name, pointer_type(self.rows)), pointer_type(total)
-        count, stored, widest = len(first), Starts.stored(len(first), total), 0
+        count = self.nodes[int(name.rpartition("_")[2])]
+        stored, widest = Starts.stored(count, total), 0
 
         def blocks(whole: bool):
             nonlocal widest
-            for at in _blocks(count):
-                start = first[at : at + _BLOCK + 1].astype(np.int64)
+            for at in range(0, count, _BLOCK):
+                start = self._block(name, pointer_type(self.rows), at, _BLOCK + 1).astype(np.int64)
                 start = np.append(start, total) if at + _BLOCK >= count else start
                 size = np.diff(start)
                 widest = max(widest, int(size.max()))
@@ -128,17 +130,16 @@ class TrieWriter:
             if whole:
                 yield np.array([total])
 
-        self._copy(name, stored, dtype, blocks(stored > count))
+        self._save(name, stored, pointer_type(total), blocks(stored > count))
         return widest
 
-    def _copy(self, name: str, length: int, dtype, blocks) -> None:
+    def _save(self, name: str, length: int, dtype: type, blocks: Iterable[np.ndarray]) -> None:
         """One .npy file out of blocks; none where there is nothing to store."""
-        path, at = self.folder / f"{name}.npy", 0
-        array = np.lib.format.open_memmap(path, "w+", dtype, (length,)) if length else np.empty(0, dtype)
-        for block in blocks:
-            array[at : at + len(block)] = block
-            at += len(block)
-
-
-def _blocks(count: int) -> range:
-    return range(0, count, _BLOCK)
+        path = self.folder / f"{name}.npy"
+        with open(path, "wb") as file:
+            described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)}
+            np.lib.format.write_array_header_1_0(file, described)
+            for block in blocks:
+                file.write(block.astype(dtype).tobytes())
+        if not length:
+            path.unlink()

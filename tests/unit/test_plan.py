@@ -48,7 +48,8 @@ def test_the_arithmetic_by_hand(recipe):
 
 def test_ten_times_the_products_take_ten_times_the_work_and_room(recipe):
     small, large = (plan(recipe, products=products) for products in (10_000_000, 100_000_000))
-    for name in ("driver_gib", "storage_gb", "transfer_gb"):
+    assert large["driver_gib"] < 1.1 * small["driver_gib"], "the job's own process holds a range of IDs"
+    for name in ("storage_gb", "transfer_gb"):
         assert large[name] == pytest.approx(10 * small[name], rel=1e-2)
     for stage, row in by_stage(large).items():
         assert row["machine_hours"] == pytest.approx(10 * by_stage(small)[stage]["machine_hours"], rel=2e-2, abs=0.01)
