@@ -13,7 +13,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
 from catid2_ray.catalog.pairs import check_pairs
 from catid2_ray.config import ClusterRecipe, Recipe
-from catid2_ray.errors import ArtifactError, EncoderError, InputError, QualityGateError, RecipeError
+from catid2_ray.errors import ArtifactError, EncoderError, InputError, QualityGateError, RecipeError, ReleaseError
 from catid2_ray.evaluation.diagnosis import diagnose, diagnosis_figures, rows_per_query
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import canary, cluster, progress
@@ -62,6 +62,7 @@ def reindex(recipe: Recipe, *, wait: bool = False, trial: Shares | None = None, 
     refit_encoder, refresh_adapter, as in Job.
     """
     with Job.open(recipe, wait=wait, resize=choices.get("new_ledger", False), **choices) as job:
+        _check_trial(job, trial)
         parts = chain(job)
         figures = figures_of(parts, job.store)
         _gate(job, figures)
@@ -76,6 +77,14 @@ def append_items(recipe: Recipe, *, wait: bool = False, trial: Shares | None = N
         if parts["evaluation"].parents["ids"] == parts["ids"].digest:  # else it is that of the release before
             _gate(job, figures)
         return _published(job, parts, figures, trial)
+
+
+def _check_trial(job: Job, trial: Shares | None) -> None:
+    """Before any work: a trial needs a release beside which it is tried."""
+    if trial is not None and releases.pointer(job.store)[1] is None:
+        raise ReleaseError(
+            f"nothing was published to {job.store.uri} yet, so there is nothing to try a release beside: leave --trial out"
+        )
 
 
 def _published(job: Job, parts: dict[str, Manifest], figures: dict, trial: Shares | None = None) -> Outcome:

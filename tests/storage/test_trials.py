@@ -7,9 +7,14 @@ import pytest
 from catid2_ray.artifacts import gc, history, trials
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.history import Entry, Left
+from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
+from catid2_ray.config import Recipe
 from catid2_ray.errors import CommitConflict, InputError, ReleaseError
+from catid2_ray.on_ray.commands import reindex
+from catid2_ray.on_ray.serve import follow
 from catid2_ray.on_ray.serve.follow import Tried
+from catid2_ray.on_ray.serve.opened import OutOfMemory
 from tests.command import run_here
 from tests.storage.test_follow import Fake, point_at, serving, store  # noqa: F401
 from tests.stored import two_releases
@@ -136,6 +141,27 @@ def test_a_replica_drops_what_is_no_longer_tried_and_refuses_what_is_bad_once(tr
     assert one.look()
     one.look_at_trial()
     assert one.trial_refused is None and one.now.name == "r-3"
+
+
+def test_a_trial_without_memory_is_tried_again_and_delays_no_release(tried, monkeypatch, capfd):
+    monkeypatch.setattr(follow, "_TRIAL_AGAIN_S", 0.0)
+    wrong = [(OutOfMemory, {"r-2"})]
+    one = serving(tried, wrong)
+    trials.begin(tried, "r-2", Shares(100), seen=SEEN)
+    for _ in range(3):
+        one.look_at_trial()  # and raises nothing, which the follower would wait for
+    assert one.trial is None and one.trial_refused[0] == "r-2"
+    assert capfd.readouterr().err.count("event=trial_refused") == 1
+    wrong.clear()
+    one.look_at_trial()
+    assert one.trial.opened.name == "r-2" and one.trial_refused is None
+
+
+def test_a_first_release_is_not_tried_and_trains_nothing(tiny, tmp_path, no_ray):
+    recipe = Recipe.build(tiny | {"store": str(tmp_path / "store")})
+    with pytest.raises(ReleaseError, match="nothing to try a release beside: leave --trial out"):
+        reindex(recipe, trial=Shares(5))
+    assert not Store(recipe.store).exists("artifacts/catalog")
 
 
 def test_what_is_on_trial_stays_when_old_releases_go_and_the_commands_say_what_is_tried(tmp_path):

@@ -7,6 +7,7 @@ open, too, and answers its share of the sessions.
 """
 
 import hashlib
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from catid2_ray.on_ray.serve.opened import Opened, OutOfMemory
 from catid2_ray.on_ray.serve.settings import AppSettings
 
 _LONGEST_WAIT_S = 300.0
+_TRIAL_AGAIN_S = 60.0
 
 
 class Tried(NamedTuple):
@@ -55,7 +57,7 @@ class Serving:
         self.refused: tuple[str, str] | None = None
         self.trial: Tried | None = None
         self.trial_refused: tuple[str, str] | None = None
-        self._trial_seen = 0  # the last record of trials that was looked at
+        self._trial_seen, self._trial_again = 0, 0.0  # the last record of trials that was tried; when it is tried again
         self._made_room: str | None = None  # what was `last` until a candidate needed its memory
         self._ended, self._seen, self.swaps, self.failures = threading.Event(), 0, 0, 0
         self.now = self._first() if settings.follows else self._opened(self._named(), checked=False)
@@ -113,7 +115,8 @@ class Serving:
         return True
 
     def look_at_trial(self) -> None:
-        """Open the release that is on trial, take on its new shares, or end what was tried. Raises where it may work later."""
+        """Open the release that is on trial, take on its new shares, or end what was tried. One that cannot be opened now, for want
+        of memory or of a part, is tried again after a minute, and delays no change of release."""
         trial = trials.running(self.store)
         if trial is None or trial.release == self.now.name:
             self.end_trial()
@@ -121,21 +124,25 @@ class Serving:
         if self.trial is not None and self.trial.opened.name == trial.release:
             self.trial = self.trial._replace(shares=trial.shares)
             return
-        if trial.number == self._trial_seen:
+        again = trial.number == self._trial_seen
+        if again and time.monotonic() < self._trial_again:
             return
-        self.end_trial()
+        if not again:
+            self.end_trial()
+        self._trial_seen = trial.number
         try:
             opened = self._opened(trial.release, beside=True)
-        except CatidError as error:
+        except Exception as error:  # as in `look`: whatever a release holds
+            if not again:
+                progress.event("trial_refused", release=trial.release, reason=repr(f"{type(error).__name__}: {error}"))
             self.trial_refused = trial.release, str(error)
-            progress.event("trial_refused", release=trial.release, reason=repr(f"{type(error).__name__}: {error}"))
-            if error.transient:
-                raise
+            for_good = isinstance(error, CatidError) and not error.transient
+            self._trial_again = math.inf if for_good else time.monotonic() + _TRIAL_AGAIN_S
         else:
+            self.trial_refused = None
             opened.follow()
             self.trial = Tried(opened, trial.shares)
             progress.event("tries", release=trial.release, percent=trial.shares.percent, shadow=trial.shares.shadow)
-        self._trial_seen = trial.number
 
     def end_trial(self) -> None:
         tried, self.trial, self.trial_refused = self.trial, None, None
