@@ -148,4 +148,7 @@ def _read(store: Store, name: str) -> Trial | None:
         shares, after = Shares(**fields["shares"]), Left(**fields["after"])
         return Trial(**fields | {"shares": shares, "after": after})
     except (ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{store.uri_of(name)} is no record of a trial ({error!r}); delete it") from None
+        raise ArtifactError(
+            f"{store.uri_of(name)} is no record of a trial ({error!r}); delete it, then end the trial or begin it anew with "
+            "`catid2 trial`"
+        ) from None

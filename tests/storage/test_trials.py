@@ -10,7 +10,7 @@ from catid2_ray.artifacts.history import Entry, Left
 from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
 from catid2_ray.config import Recipe
-from catid2_ray.errors import CommitConflict, InputError, ReleaseError
+from catid2_ray.errors import CommitConflict, InputError, ReleaseError, StorageError
 from catid2_ray.on_ray.commands import reindex
 from catid2_ray.on_ray.serve import follow
 from catid2_ray.on_ray.serve.follow import Tried
@@ -155,6 +155,46 @@ def test_a_trial_without_memory_is_tried_again_and_delays_no_release(tried, monk
     wrong.clear()
     one.look_at_trial()
     assert one.trial.opened.name == "r-2" and one.trial_refused is None
+
+
+def test_a_trial_that_is_over_leaves_its_memory_to_the_next_release(tried):
+    kept(tried, "r-3")
+    full = [(OutOfMemory, set())]
+    one = serving(tried, full)
+    trials.begin(tried, "r-2", Shares(100), seen=SEEN)
+    one.look_at_trial()
+    opened = one.trial.opened
+    point_at(tried, "r-3")
+    full[0][1].add("r-3")
+    with pytest.raises(OutOfMemory):
+        one.look()
+    assert one.trial is None and opened.ended and one.chosen("a") is one.now
+    full[0][1].clear()
+    assert one.look() and one.now.name == "r-3"
+
+
+def test_a_promotion_that_meets_an_error_is_made_again_with_what_is_open(tried, monkeypatch):
+    def away(*, waits):
+        raise StorageError("the store is away")
+
+    one = serving(tried)
+    trials.begin(tried, "r-2", Shares(100), seen=SEEN)
+    one.look_at_trial()
+    opened = one.trial.opened
+    trials.promote(tried)
+    with monkeypatch.context() as patch:
+        patch.setattr(opened, "catch_up", away)
+        with pytest.raises(StorageError):
+            one.look()
+    assert one.chosen("a") is opened and one.now.name == "r-1"
+    assert one.look() and one.now is opened and one.trial is None and not opened.ended
+
+
+def test_a_damaged_record_of_a_trial_is_said_and_holds_up_nothing(tried):
+    tried.write("trials/0000000001.json", b"{")
+    one = serving(tried)
+    one.look_at_trial()
+    assert one.trial is None and "is no record of a trial" in one.trial_refused[1]
 
 
 def test_a_first_release_is_not_tried_and_trains_nothing(tiny, tmp_path, no_ray):

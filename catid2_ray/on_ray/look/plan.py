@@ -48,7 +48,8 @@ RATES = {
     "generator_memory": Rate(5.1, "GiB a worker", "generator_step.md", "| 40% | 5.10 GiB |"),
     "gpu": Rate(30.0, "× a CPU, in training"),
     "trie": Rate(0.2348, "µs an ID, in one process", "trie.md", "| 10,000,000 | 0.2348 |"),
-    # Of the job's own process: one range of IDs, and 4 bytes for each product that de-duplication moves, 14 % of them.
+    # Of the job's own process: what it took at 10^7, files that it does not map any more included, and 4 bytes for each product
+    # that de-duplication moves, 14 % of them.
     "own_memory": Rate(1.22, "GiB, of the job's own process", "assign.md", "1.01, 1.09, 1.22 and 1.79 GiB"),
     "own_moved": Rate(
         0.56, "bytes a product, of the job's own process", "assign.md", "| 30,000,000 | 13.8% | 0 | 224 s |"

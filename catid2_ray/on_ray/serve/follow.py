@@ -17,7 +17,7 @@ from catid2_ray.artifacts import history, trials, uses
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
-from catid2_ray.errors import CatidError
+from catid2_ray.errors import ArtifactError, CatidError
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.canary import AnswersDiffer
 from catid2_ray.on_ray.serve.opened import Opened, OutOfMemory
@@ -103,6 +103,8 @@ class Serving:
         if name == self.now.name:
             self.now.catch_up(waits=True)  # another was current for a while, and may have taken changes
         else:
+            if self.trial is not None and self.trial.opened.name != name:
+                self.end_trial()  # it is over, and the new release may need its memory
             try:
                 self._change(name)
             except Exception as error:
@@ -117,7 +119,11 @@ class Serving:
     def look_at_trial(self) -> None:
         """Open the release that is on trial, take on its new shares, or end what was tried. One that cannot be opened now, for want
         of memory or of a part, is tried again after a minute, and delays no change of release."""
-        trial = trials.running(self.store)
+        try:
+            trial = trials.running(self.store)
+        except ArtifactError as error:  # a damaged record is no reason to follow releases more slowly
+            self.trial_refused = "unknown", str(error)
+            return
         if trial is None or trial.release == self.now.name:
             self.end_trial()
             return
@@ -161,9 +167,8 @@ class Serving:
             new = self.last
             new.catch_up(waits=True)
         else:
-            tried = self.trial
-            if tried is not None and tried.opened.name == name:  # promoted: it is open already
-                new, self.trial = tried.opened, None
+            if self.trial is not None and self.trial.opened.name == name:  # promoted: it is open already
+                new = self.trial.opened
                 new.catch_up(waits=True)
             else:
                 new = self._candidate(name)
@@ -171,6 +176,8 @@ class Serving:
             if self.last is not None:
                 self.last.end()
         self.now, self.last, self._made_room = new, before, None
+        if self.trial is not None and self.trial.opened is new:
+            self.trial = None
         before.carrier.watch(name)
         self.swaps += 1
         progress.event("serves", release=name, before=before.name, seconds=f"{time.monotonic() - began:.1f}")
