@@ -130,15 +130,17 @@ class RetrieverReplica:
     async def check_health(self) -> None:
         """A replica that answers is healthy, however long its queue; one that does not must answer a query in time. One that cannot
         apply the changes of its series is not: another may. A store that is away is no fault of a replica, nor a damaged record."""
-        now, updates = self.serving.now, self.serving.now.updates
-        if now.created:
-            metrics.put("catid2_release_age_s", metrics.seconds_since(now.created), release=now.name)
-        metrics.put("catid2_changes", updates.applied, release=now.name)
-        metrics.put("catid2_lag_s", updates.lag_s, release=now.name)
+        now, tried = self.serving.now, self.serving.trial
+        updates = now.updates
+        for one in (now, *([] if tried is None else [tried.opened])):
+            if one.created:
+                metrics.put("catid2_release_age_s", metrics.seconds_since(one.created), release=one.name)
+            metrics.put("catid2_changes", one.updates.applied, release=one.name)
+            metrics.put("catid2_lag_s", one.updates.lag_s, release=one.name)
+            if one.given_back is not None:
+                metrics.put("catid2_canary_recall", one.given_back, release=one.name)
         metrics.put("catid2_swaps", self.serving.swaps)
         metrics.put("catid2_waiting", self.batches.waiting)
-        if now.given_back is not None:
-            metrics.put("catid2_canary_recall", now.given_back, release=now.name)
         if updates.lag_s > LAG_S and not isinstance(updates.failing, StorageError | None):
             raise RuntimeError(
                 f"changes have not been applied for {updates.lag_s:.0f} s: {updates.failing}; Serve replaces this replica"
