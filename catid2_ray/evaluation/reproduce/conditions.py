@@ -93,14 +93,15 @@ KINDS = (
     _ids("cat_id2_shuffled", "… trained on shuffled categories (control)"),
     _ids("rq_kmeans", "residual k-means, nothing trained"),
     _ids("cq_sid", "CQ-SID, products share IDs"),
+    _ids(
+        "gdr", "GDR: clusters by a generator, their products by adapted dense", "rq_kmeans", settings={"clusters": True}
+    ),
 )
 RELEASE = (
     Condition("generator", "the release's generator alone, beams of whole IDs", "release", {"served": False}),
     Condition("served", "ours with everything on, as served", "release", {"served": True}),
 )
 MISSING = (
-    Condition("gdr", "GDR: clusters, then dense", missing="no generator of clusters is trained here; `served` does as "
-        "much by depth-2 nodes"),
     Condition("pag", "PAG's look-ahead", missing="its simultaneous decoding is not built; `served` looks ahead by node vectors"),
     Condition("genret", "GenRet", missing="it trains tokenizer and generator by turns, which stages that are "
         "committed once cannot"),
