@@ -134,6 +134,19 @@ def test_a_second_run_measures_nothing_and_says_the_same(done):
     assert json.loads((done["below"] / "report.json").read_text()) == done["report"]
 
 
+def test_two_jobs_divide_the_runs_and_read_each_other_s(shop, done, no_ray, tmp_path):
+    recipe = Recipe.build(shop["recipe"] | {"store": str(tmp_path / "divided")})
+    cells = [cell for cell in plan(["2"], ["bm25", "bm25_tuned", "dense"], "tiny")]
+    first, _ = reproduce(recipe, cells, seeds=1, share=(1, 2))
+    assert (first.made, [len(one.runs) for one in first.outcomes]) == (2, [1, 0, 1])
+    second, _ = reproduce(recipe, cells, seeds=1, share=(2, 2))
+    assert (second.made, second.found) == (1, 2)
+    assert [one.runs[0].ranked for one in second.outcomes[::2]] == [one.runs[0].ranked for one in first.outcomes[::2]]
+    for wrong in ("0/2", "3/2", "x", "1/0"):
+        refused = run_here("reproduce", "--recipe", shop["path"], "--share", wrong)
+        assert refused.returncode == 3 and "give I/N with 1 ≤ I ≤ N" in refused.stderr
+
+
 def test_each_cell_leads_to_its_manifest_and_to_the_command_that_remakes_it(done):
     page = (done["below"] / "report.html").read_text()
     links = re.findall(r'href="\.\./\.\./(artifacts/cell/\w+/manifest\.json)"', page)
