@@ -19,6 +19,7 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.generator.batches import epoch_order, kept_words, mix_ratios, only_kept
 from catid2_ray.generator.encoder_decoder import load_text_encoder, unrounded
+from catid2_ray.generator.logits import READ_VECTORS
 from catid2_ray.generator.model import build_generator
 from catid2_ray.generator.saved import save_generator
 from catid2_ray.generator.states import TokenStates
@@ -50,7 +51,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     recipe = job.recipe.generator
     queries = queries_to_validate(recipe, parts["pairs"], relevant_from=job.recipe.evaluation.min_relevance)
     sometimes = {"quantizer": _needs_codewords(recipe), "pairs": bool(queries)}
-    sometimes["adapter"] = recipe.head == "dense" and adapted(parts.get("adapter"))
+    sometimes["adapter"] = recipe.head in READ_VECTORS and adapted(parts.get("adapter"))
     parents = STAGES["generator"].reads(parts, *(role for role, needed in sometimes.items() if needed))
     settings = {**recipe.identity(), **model_identity(recipe.pretrained), "seed": job.recipe.seed}
     settings["validate_queries"] = queries
@@ -123,7 +124,7 @@ def _validation(job: Job, parts: dict[str, Manifest], tokenizer, *, queries: int
 
 
 def _needs_codewords(recipe: GeneratorRecipe) -> bool:
-    return recipe.new_rows == "codewords" or recipe.smoothing == "near" or recipe.head == "dense"
+    return recipe.new_rows == "codewords" or recipe.smoothing == "near" or recipe.head in READ_VECTORS
 
 
 def _query_matrix(job: Job, adapter: Manifest | None) -> np.ndarray | None:
@@ -201,9 +202,9 @@ class GeneratorTask:
             recipe.model, tokenizer=self.tokenizer, space=self.space, width=recipe.width, layers=recipe.layers,
             heads=recipe.heads, feed_forward=recipe.feed_forward, dropout=recipe.dropout, encoder=recipe.encoder,
             encoder_mode=recipe.encoder_mode, decoder_layers=recipe.decoder_layers, causal=recipe.causal, head=recipe.head,
-            head_rank=recipe.head_rank, seed=self.seed,
+            head_rank=recipe.head_rank, head_width=recipe.head_width, head_share=recipe.head_share, seed=self.seed,
             codebooks=self.codebooks if recipe.new_rows == "codewords" else None,
-            begin=(self.codebooks, self.query_EE) if recipe.head == "dense" else None,
+            begin=(self.codebooks, self.query_EE) if recipe.head in READ_VECTORS else None,
         )  # fmt: skip
         near = None
         if recipe.smoothing == "near":
