@@ -255,6 +255,25 @@ def test_a_release_in_use_counts_until_its_replica_ends_or_is_long_silent(store,
     one.end()
 
 
+def test_a_use_that_cannot_be_read_is_not_taken_for_one_that_ended(store, monkeypatch):
+    """gc asks for uses, and removes what nobody uses."""
+    uses.served(store, "r-1", command="serve")
+    ended = uses.served(store, "r-2", command="serve")
+    read = store.read
+
+    def fails(name: str) -> bytes:
+        if "r-2" in name:
+            ended.end()
+            return read(name)
+        raise StorageError("the store is away")
+
+    monkeypatch.setattr(store, "read", fails)
+    with pytest.raises(StorageError, match="away"):
+        uses.of_releases(store)
+    monkeypatch.setattr(store, "read", lambda name: fails(name) if "r-2" in name else read(name))
+    assert uses.of_releases(store) == {"r-1": 1}
+
+
 def test_a_store_without_write_rights_is_served_with_one_line_in_the_log(local_store, monkeypatch):
     def refuse(*_, **__):
         raise StorageError("cannot write: AccessDenied")
