@@ -163,7 +163,8 @@ def _machines(workers: int) -> int:
 def _shown(row: Row, prices: Mapping[str, float] | None) -> dict:
     cost = None if prices is None else round(row.hours * prices[row.pool], 2)
     return {
-        "stage": row.stage, "pool": row.pool, "machines": row.machines, "hours": round(row.seconds / _HOUR, 3),
+        "stage": row.stage, "pool": row.pool, "machines": row.machines, "seconds": round(row.seconds, 1),
+        "hours": round(row.seconds / _HOUR, 3),
         "machine_hours": round(row.hours, 3), "memory_gib": row.gib, "cost": cost,
     }  # fmt: skip
 
