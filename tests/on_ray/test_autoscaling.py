@@ -40,4 +40,14 @@ def test_labels_of_the_cluster_file_decide_what_starts_and_what_runs_where(in_na
     assert done.returncode == 0, done.stderr[-4000:]
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["code"] == 0, done.stderr[-6000:]
-    print(figures)
+    ran = figures["pools"]
+    assert [*ran] == ["head", "cpu-data", "gpu-train"], (
+        "each pool when it was first asked for, and nobody asked for gpu-serve"
+    )
+
+    def where(work: str) -> list[str]:
+        return [pool for pool, names in ran.items() if any(work in name for name in names)]
+
+    assert where("MapBatches") == ["cpu-data"], "no data work on the head or a node with a GPU"
+    assert where("RayTrainWorker") == ["gpu-train"]
+    assert where("JobSupervisor") == ["cpu-data"], "the job's own process, by --entrypoint-resources"
