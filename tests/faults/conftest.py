@@ -64,6 +64,7 @@ def make_nodes(tmp_path_factory, monkeypatch):
     # As this process was when it imported Ray; tokens: jobs/test_submit.py.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_worker_maximum_startup_concurrency", "2")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
 
     def make(pools: dict[str, tuple[int, int]]) -> Nodes:
         made.append(Nodes(tmp_path_factory.mktemp("nodes"), pools))

@@ -58,10 +58,11 @@ class Asker(threading.Thread):
 
 @pytest.fixture
 def nodes(make_nodes, monkeypatch) -> Nodes:
-    # As in a Ray that a job starts: an epoch's checkpoint waits for the controller's next look.
+    # As in a Ray that a job starts: an epoch's checkpoint waits for the controller's next look, and idle workers are kept.
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    return make_nodes({"cpu-data": (2, 2), "gpu-train": (1, 1), "gpu-serve": (1, 1)})
+    monkeypatch.setenv("RAY_idle_worker_killing_time_threshold_ms", "120000")
+    return make_nodes({"cpu-data": (2, 1), "gpu-train": (1, 1), "gpu-serve": (1, 1)})
 
 
 @pytest.fixture

@@ -102,8 +102,8 @@ def plan(recipe: Recipe, *, products: int, width: int = 384, prices: Mapping[str
         "products": products,
         "stages": [_shown(row, prices) for row in rows],
         "driver_gib": round(RATES["own_memory"].value + products * RATES["own_moved"].value / _GIB, 2),
-        "storage_gb": round(stored, 1),
-        "transfer_gb": round(stored * RATES["transfers"].value, 1),
+        "storage_gb": round(stored, 3),
+        "transfer_gb": round(stored * RATES["transfers"].value, 3),
         "rates": {
             name: {"value": rate.value, "unit": rate.unit, "source": rate.source} for name, rate in RATES.items()
         },
