@@ -65,6 +65,7 @@ def make_nodes(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_worker_maximum_startup_concurrency", "2")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else workers stand back behind all other work of the machine
 
     def make(pools: dict[str, tuple[int, int]]) -> Nodes:
         made.append(Nodes(tmp_path_factory.mktemp("nodes"), pools))
