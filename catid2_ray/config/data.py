@@ -66,7 +66,7 @@ class CatalogRecipe(Section):
     )
     category_separator: str | None = setting(
         None, "what stands between two names where category_path is one text, such as ' > '; none = it is a list", unit="text",
-        min_length=1,
+        min_length=1, later=True,
     )  # fmt: skip
     allow_leak: bool = setting(
         False, "go on though a query stands in train and in test, so that its answers were learned; for tables whose split is "
