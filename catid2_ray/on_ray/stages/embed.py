@@ -4,7 +4,6 @@ For kinds of IDs that learn from queries (CQ-SID) also one query a product, embe
 """
 
 import functools
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.config import EmbeddingRecipe
 from catid2_ray.errors import RecipeError
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.machine.vectors import adapted_queries, open_adapter
@@ -179,9 +178,9 @@ def _fit_lsa(job: Job, catalog: Manifest, folder: str) -> list[dict]:
         vocabulary=recipe.lsa_vocabulary,
         seed=job.recipe.seed,
     )
-    with tempfile.TemporaryDirectory() as local:
+    with scratch.folder("encoder") as local:
         encoder.save(local)
-        return job.store.upload(Path(local), folder)
+        return job.store.upload(local, folder)
 
 
 def open_encoder(store: Store, recipe: EmbeddingRecipe, lsa_folder: str | None) -> LsaEncoder | HuggingFaceEncoder:
@@ -189,9 +188,9 @@ def open_encoder(store: Store, recipe: EmbeddingRecipe, lsa_folder: str | None) 
     if lsa_folder is None:
         device = "cuda" if recipe.gpus_per_worker else "cpu"
         return HuggingFaceEncoder(recipe.encoder, batch=recipe.batch, tokens=recipe.tokens, device=device)
-    with tempfile.TemporaryDirectory() as local:
+    with scratch.folder("encoder") as local:
         for name in store.names(lsa_folder):
-            store.download(f"{lsa_folder}/{name}", Path(local) / name)
+            store.download(f"{lsa_folder}/{name}", local / name)
         return LsaEncoder.load(local)
 
 

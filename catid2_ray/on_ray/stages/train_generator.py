@@ -2,7 +2,6 @@
 
 import functools
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from catid2_ray.generator.states import TokenStates
 from catid2_ray.generator.step import DocidLoss, near_codes, parameter_groups
 from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.vectors import open_adapter
 from catid2_ray.on_ray.stages import validation
 from catid2_ray.on_ray.stages.assign.buckets import codebooks
@@ -71,8 +70,8 @@ def queries_to_validate(recipe: GeneratorRecipe, pairs: Manifest, *, relevant_fr
 
 def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict[str, Manifest]) -> Manifest:
     recipe, examples = job.recipe.generator, parents["examples"]
-    with tempfile.TemporaryDirectory() as cache:
-        folder = fetch(job.store, examples, Path(cache), below=("tokenizer/",))
+    with scratch.folder("tokenizer") as cache:
+        folder = fetch(job.store, examples, cache, below=("tokenizer/",))
         tokenizer = load_tokenizer(str(folder / "tokenizer"), kind=recipe.kind)
     counts = {kind: examples.metrics[f"{kind}_examples"] for kind in kinds_of(recipe, parts["pairs"])}
     checked = _validation(job, parts, tokenizer, queries=attempt.settings["validate_queries"])
