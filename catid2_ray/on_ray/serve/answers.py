@@ -61,8 +61,9 @@ def deadline_of(request: RetrieveRequest, headers: Mapping[str, str]) -> float |
 
 
 def search(requests: list[Asked], early: Callable[[int, Found], None] = lambda number, found: None) -> list[Found]:
-    """Requests of one release and the same beams go together: a k above a level's beam widens that, and must not widen it for others.
-    `early` gets the number of a request and its answer where that is there before the others', because its soft timeout was over."""
+    """Requests of one release and the same beams go together: a k above a level's beam widens that, and must not widen it for
+    others. `early` gets the number of a request and its answer where that is there before the others', because its soft timeout
+    was over."""
     groups: dict[tuple, list[int]] = {}
     for number, (opened, request, _) in enumerate(requests):
         widths = tuple(opened.retriever.widths_for(request.k, request.beam_width))

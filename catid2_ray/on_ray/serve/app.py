@@ -97,6 +97,7 @@ class RetrieverReplica:
     """Loads a release, checks its parts against each other, answers one query to warm up, then turns ready."""
 
     canary_deadline_s = 20.0
+    stuck_s = 300.0  # that the search of one batch may take: whoever asked has long gone
     canary: asyncio.Future | None = None  # that runs now, or ran last
     beside: asyncio.Future | None = None  # the same of a release on trial that is asked for metrics
 
@@ -128,8 +129,9 @@ class RetrieverReplica:
         self.batches.size, self.batches.wait_s = user_config["max_batch_size"], user_config["batch_wait_timeout_s"]
 
     async def check_health(self) -> None:
-        """A replica that answers is healthy, however long its queue; one that does not must answer a query in time. One that cannot
-        apply the changes of its series is not: another may. A store that is away is no fault of a replica, nor a damaged record."""
+        """A replica that answers is healthy, however long its queue; one that does not must answer a query in time, and so must its
+        searches end. One that cannot apply the changes of its series is not: another may. A store that is away is no fault of a
+        replica, nor a damaged record."""
         now, tried = self.serving.now, self.serving.trial
         updates = now.updates
         for one in (now, *([] if tried is None else [tried.opened])):
@@ -144,6 +146,10 @@ class RetrieverReplica:
         if updates.lag_s > LAG_S and not isinstance(updates.failing, StorageError | None):
             raise RuntimeError(
                 f"changes have not been applied for {updates.lag_s:.0f} s: {updates.failing}; Serve replaces this replica"
+            )
+        if self.batches.searching_s > self.stuck_s:  # the canary has a thread of its own, and would not notice
+            raise RuntimeError(
+                f"a search has not ended for {self.batches.searching_s:.0f} s; Serve replaces this replica"
             )
         asked = time.monotonic()
         if self.canary is None or self.canary.done():  # one at a time, whoever asks

@@ -421,6 +421,34 @@ def test_a_replica_that_cannot_apply_changes_is_replaced_and_one_without_its_sto
         asyncio.run(replica.check_health())
 
 
+def test_a_replica_whose_search_never_ends_is_replaced_though_its_canary_is_answered(replica, monkeypatch):
+    begun, held = threading.Event(), threading.Event()
+    monkeypatch.setattr(replica, "stuck_s", 1.0, raising=False)
+
+    def search(requests, early):
+        begun.set()
+        held.wait(20)
+        return [Found([])] * len(requests)
+
+    async def ask() -> None:
+        batches = app.Batches(search, replica.pools["search"], size=4, wait_s=0.0, most_waiting=9)
+        monkeypatch.setattr(replica, "batches", batches)
+        await replica.check_health()
+        waiting = asyncio.create_task(batches.ask("oak"))
+        await asyncio.to_thread(begun.wait, 10)
+        await replica.check_health()
+        await asyncio.sleep(1)
+        try:
+            with pytest.raises(RuntimeError, match="a search has not ended for 1 s"):
+                await replica.check_health()
+        finally:
+            held.set()
+        await waiting
+        await replica.check_health()
+
+    asyncio.run(ask())
+
+
 def test_searches_changes_and_health_do_not_wait_for_each_other(replica):
     held = threading.Event()
 
