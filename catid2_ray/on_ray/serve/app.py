@@ -134,13 +134,13 @@ class RetrieverReplica:
         replica, nor a damaged record."""
         now, tried = self.serving.now, self.serving.trial
         updates = now.updates
-        for one in (now, *([] if tried is None else [tried.opened])):
-            if one.created:
-                metrics.put("catid2_release_age_s", metrics.seconds_since(one.created), release=one.name)
-            metrics.put("catid2_changes", one.updates.applied, release=one.name)
-            metrics.put("catid2_lag_s", one.updates.lag_s, release=one.name)
-            if one.given_back is not None:
-                metrics.put("catid2_canary_recall", one.given_back, release=one.name)
+        served = {one.name: one for one in (now, *([] if tried is None else [tried.opened]))}
+        ages = {name: metrics.seconds_since(one.created) for name, one in served.items() if one.created}
+        given_back = {name: one.given_back for name, one in served.items() if one.given_back is not None}
+        metrics.put_by_release("catid2_release_age_s", ages)
+        metrics.put_by_release("catid2_changes", {name: one.updates.applied for name, one in served.items()})
+        metrics.put_by_release("catid2_lag_s", {name: one.updates.lag_s for name, one in served.items()})
+        metrics.put_by_release("catid2_canary_recall", given_back)
         metrics.put("catid2_swaps", self.serving.swaps)
         metrics.put("catid2_waiting", self.batches.waiting)
         if updates.lag_s > LAG_S and not isinstance(updates.failing, StorageError | None):
