@@ -51,7 +51,7 @@ from catid2_ray.on_ray.serve.follow import Serving
 from catid2_ray.on_ray.serve.keys import Keys, Locked
 from catid2_ray.on_ray.serve.opened import Opened
 from catid2_ray.on_ray.serve.puts import standing
-from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, Unserved, install, refused
+from catid2_ray.on_ray.serve.refusals import Unserved, beside_text, install, refusals, refused
 from catid2_ray.on_ray.serve.settings import AppSettings
 
 # Requests wait in the replica, which takes the next batch at once and refuses beyond `most_waiting`. Those that wait at a proxy,
@@ -75,8 +75,9 @@ api.add_middleware(Locked, keys=lambda: serve.get_replica_context().servable_obj
 api.add_middleware(metrics.Counted)
 api.add_middleware(logs.Logged)
 
-READ_REFUSALS = {401: RESPONSES[401]}
-RETRIEVE_REFUSALS = {status: RESPONSES[status] for status in (400, 401, 413, 422, 503, 504)} | {408: LATE}
+READ_REFUSALS = refusals(401)
+RETRIEVE_REFUSALS = refusals(400, 401, 413, 422, 504)
+CHANGE_REFUSALS = refusals(400, 401, 403, 409, 413, 422)
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -193,13 +194,13 @@ class RetrieverReplica:
             trial_refused=None if not_tried is None else f"{not_tried[0]}: {not_tried[1]}",
         )  # fmt: skip
 
-    @api.get("/healthz")
+    @api.get("/healthz", responses=refusals())
     async def healthz(self) -> HealthResponse:
         """Say which release this replica serves, and how many changes to products it has applied."""
         now = self.serving.now
         return HealthResponse(status="ok", release=now.name, changes=now.updates.applied)
 
-    @api.get("/readyz", responses={503: RESPONSES[503]})
+    @api.get("/readyz", responses=refusals())
     async def readyz(self) -> ReadyResponse:
         """Answer a query to itself: a replica that can may take traffic, one that cannot says 503."""
         try:
@@ -208,17 +209,17 @@ class RetrieverReplica:
             return refused(503, f"this replica answers no query now ({type(error).__name__}: {error})")
         return ReadyResponse(status="ready", release=self.serving.now.name)
 
-    @api.get("/metrics", responses=READ_REFUSALS, response_class=PlainTextResponse)
+    @api.get("/metrics", responses=beside_text(READ_REFUSALS), response_class=PlainTextResponse)
     async def counted(self) -> PlainTextResponse:
         """Say what the replica that answers has counted, in Prometheus's text format; Ray exports the same of all replicas."""
         return PlainTextResponse(metrics.text())
 
-    @api.get("/v1/docids/{prefix}", responses={422: RESPONSES[422], **READ_REFUSALS})
+    @api.get("/v1/docids/{prefix}", responses=refusals(401, 422))
     async def docids(self, prefix: str) -> BelowResponse:
         """Say what lives below the first codes of an ID, such as <a_65><b_225>."""
         return await self._run("filters", answering.below_of, self.serving.now, prefix)
 
-    @api.get("/v1/products/{product_id:path}", responses={404: RESPONSES[404], **READ_REFUSALS})
+    @api.get("/v1/products/{product_id:path}", responses=refusals(401, 404, 422))
     async def product(self, product_id: str) -> ProductResponse:
         """Say what the release knows of a product, whether it can be found now or was withdrawn."""
         return await self._run("filters", answering.product_of, self.serving.now, product_id)
@@ -314,7 +315,7 @@ class RetrieverReplica:
             both = {product.product_id for product in answer.products} & {hit.product_id for hit in found.hits}
             metrics.observe("catid2_shadow_overlap", len(both) / len(answer.products), release=tried.name)
 
-    @api.put("/v1/products", responses=RESPONSES)
+    @api.put("/v1/products", responses=CHANGE_REFUSALS)
     async def put(
         self, request: PutRequest, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
     ) -> PutResponse:
@@ -325,7 +326,7 @@ class RetrieverReplica:
         done = await self._run("changes", lambda: now.puts.put(asked, key=idempotency_key))
         return PutResponse(release=now.name, change=done.number, products=[Put(**one) for one in done.products])
 
-    @api.post("/v1/products", responses=RESPONSES, deprecated=True)
+    @api.post("/v1/products", responses=CHANGE_REFUSALS, deprecated=True)
     async def insert(self, request: InsertRequest) -> InsertResponse:
         """Add products that are not live yet. PUT takes its place: this call will go with the next minor version."""
         self._check_updates()
@@ -340,17 +341,17 @@ class RetrieverReplica:
         inserted = [Inserted(product_id=one["product_id"], docid=one["docid"]) for one in done["products"]]
         return InsertResponse(release=now.name, change=done["number"], products=inserted)
 
-    @api.post("/v1/withdraw", responses=RESPONSES)
+    @api.post("/v1/withdraw", responses=CHANGE_REFUSALS)
     async def withdraw(self, request: NamesRequest) -> ChangeResponse:
         """Take products out of every answer. All replicas do so within seconds. Those that are out already stay out."""
         return await self._change("withdraw", request.product_ids)
 
-    @api.post("/v1/restore", responses=RESPONSES)
+    @api.post("/v1/restore", responses=CHANGE_REFUSALS)
     async def restore(self, request: NamesRequest) -> ChangeResponse:
         """Bring withdrawn and deleted products back, with the IDs they had. Those that are live stay so."""
         return await self._change("restore", request.product_ids)
 
-    @api.delete("/v1/products/{product_id:path}", responses=RESPONSES)
+    @api.delete("/v1/products/{product_id:path}", responses=refusals(404) | CHANGE_REFUSALS)
     async def delete(self, product_id: str) -> ChangeResponse:
         """Take one product out of every answer, as /v1/withdraw does; again, it changes nothing. It is gone for good with the next
         release whose catalogue lacks it. Until then it keeps its ID, and /v1/restore or PUT brings it back."""

@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -377,12 +379,33 @@ def test_a_replica_that_answers_nothing_is_alive_but_not_ready(client, replica, 
 
 
 def test_every_status_is_documented_with_its_body():
-    paths = api.openapi()["paths"]
-    for path in ("/v1/retrieve", "/v1/products", "/v1/withdraw", "/v1/restore"):
-        responses = paths[path]["post"]["responses"]
-        documented = {"200", "400", "401", "413", "422", "503"}
-        assert documented | ({"408", "504"} if path == "/v1/retrieve" else {"403", "409"}) <= set(responses)
-        assert responses["422"]["content"]["application/json"]["schema"]["$ref"].endswith("/Refusal")
+    of_any, change = {"200", "408", "503"}, {"400", "401", "403", "409", "413", "422"}
+    more = {
+        ("post", "/v1/retrieve"): {"400", "401", "413", "422", "504"}, ("get", "/v1/docids/{prefix}"): {"401", "422"},
+        ("get", "/v1/products/{product_id}"): {"401", "404", "422"}, ("get", "/v1/release"): {"401"},
+        ("get", "/metrics"): {"401"}, ("get", "/healthz"): set(), ("get", "/readyz"): set(),
+        ("delete", "/v1/products/{product_id}"): change | {"404"}, ("put", "/v1/products"): change,
+        **{("post", path): change for path in ("/v1/products", "/v1/withdraw", "/v1/restore")},
+    }  # fmt: skip
+    documented = {(verb, path): call for path, verbs in api.openapi()["paths"].items() for verb, call in verbs.items()}
+    assert {call: set(one["responses"]) for call, one in documented.items()} == {
+        call: of_any | statuses for call, statuses in more.items()
+    }
+    for one in documented.values():
+        assert set(one["responses"]["503"]["content"]) == {"application/json", "text/plain"}
+        for status in set(one["responses"]) - {"200", "408"}:
+            schema = one["responses"][status]["content"]["application/json"]["schema"]
+            assert schema["$ref"].endswith("/Refusal"), status
+
+
+def test_the_manual_lists_the_statuses_that_the_interface_names():
+    """405 and 500 are of no call, so the description has them not."""
+    page = (Path(__file__).parents[3] / "docs" / "reference" / "http.md").read_text()
+    listed = [status for line in re.findall(r"^\| ([\d, ]+) \|", page, re.MULTILINE) for status in line.split(", ")]
+    named = {
+        status for verbs in api.openapi()["paths"].values() for call in verbs.values() for status in call["responses"]
+    }
+    assert sorted(listed) == sorted(named | {"405", "500"})
 
 
 def test_a_busy_replica_is_healthy_and_a_stuck_one_is_not(replica, monkeypatch):
