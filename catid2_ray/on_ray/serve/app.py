@@ -31,6 +31,7 @@ from catid2_ray.on_ray.serve.api import (
     Answer,
     BelowResponse,
     ChangeResponse,
+    Churn,
     HealthResponse,
     Inserted,
     InsertRequest,
@@ -187,8 +188,9 @@ class RetrieverReplica:
         not_tried = self.serving.trial_refused
         live = now.retriever.live
         return ReleaseResponse(
-            release=now.name, created=now.created, changes=now.updates.applied, products=live.products,
-            levels=now.retriever.trie.levels, filters=live.column_types, follows=self.settings.follows,
+            release=now.name, created=now.created, churn=Churn.of(now.parts["ids"].metrics),
+            changes=now.updates.applied, products=live.products, levels=now.retriever.trie.levels,
+            filters=live.column_types, follows=self.settings.follows,
             refused=None if refusal is None else f"{refusal[0]}: {refusal[1]}",
             trial=None if tried is None else OnTrial(release=tried.opened.name, **tried.shares._asdict()),
             trial_refused=None if not_tried is None else f"{not_tried[0]}: {not_tried[1]}",
