@@ -104,6 +104,11 @@ class RetrieverReplica:
     beside: asyncio.Future | None = None  # the same of a release on trial that is asked for metrics
 
     def __init__(self, settings: AppSettings):
+        if settings.device == "cuda" and not torch.cuda.is_available():
+            raise RecipeError(
+                "device is cuda, but Ray gave this replica no GPU: ray_actor_options of the deployment must name num_gpus, or "
+                "be left out"
+            )
         torch.set_num_threads(settings.threads)
         if settings.logs == "json":
             logs.write_json()
@@ -396,13 +401,16 @@ class RetrieverReplica:
 
 
 def build(settings: AppSettings):
-    """The application that serve_config.yaml names. Where replicas do not follow, it names the release, so that one which starts
-    after a publication serves what the others serve."""
+    """The application that serve_config.yaml names. With `device` cuda each asks for a GPU. Where replicas do not follow, it
+    names the release, so that one which starts after a publication serves what the others serve."""
     if Keys.of(settings.keys):  # what is wrong with them is said here, not by replica after replica
         settings = settings.model_copy(update={"needs_keys": True})
     if settings.release is None and not settings.follow:
         settings = settings.model_copy(update={"release": releases.current(Store(settings.store)).name})
-    return RetrieverReplica.bind(settings)
+    deployment = RetrieverReplica
+    if settings.device == "cuda":  # what serve_config.yaml says of ray_actor_options comes in its place
+        deployment = deployment.options(ray_actor_options={"num_cpus": 1, "num_gpus": 1})
+    return deployment.bind(settings)
 
 
 def check_port(host: str, port: int) -> None:
