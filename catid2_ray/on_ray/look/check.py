@@ -12,7 +12,7 @@ from catid2_ray.config.sizes import examples_an_epoch
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import cluster, preflight
 from catid2_ray.on_ray.pipeline import begin, check_codes, size
-from catid2_ray.on_ray.stages import adapter, catalog, door, lay_out
+from catid2_ray.on_ray.stages import adapter, catalog, door, lay_out, tuned_encoder
 from catid2_ray.schedule import Phase, Plan
 
 
@@ -35,6 +35,7 @@ def check(recipe: Recipe) -> dict:
         recipe, chosen, kept = size(job, parts, begins.previous)
         check_codes(recipe, parts["catalog"])
         door.refuse_unfit(recipe, parts["pairs"])
+        tuned_encoder.refuse_impossible(recipe, parts)
         adapter.refuse_impossible(recipe, parts)
         learns = adapter.reason_against(recipe, parts) is None
         lay_out.settings_of(recipe, parts)

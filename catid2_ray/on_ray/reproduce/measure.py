@@ -34,7 +34,7 @@ from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.pipeline import check_codes
 from catid2_ray.on_ray.reports import parts_of_kind, variant
 from catid2_ray.on_ray.reproduce.bench import Bench
-from catid2_ray.on_ray.stages import adapter, embed
+from catid2_ray.on_ray.stages import adapter, embed, tuned_encoder
 from catid2_ray.retrieval.trie import Trie
 
 
@@ -89,6 +89,8 @@ class Measures:
                 self.job, recipe=self.job.recipe.model_copy(update={"embedding": recipe.embedding})
             )
             parts = {name: self.parts[name] for name in ("catalog", "pairs")}
+            if (made := tuned_encoder.run(job, parts)) is not None:
+                parts["tuned_encoder"] = made
             parts["embeddings"] = embed.run(job, parts)
             if (made := adapter.run(job, parts)) is not None:
                 parts["adapter"] = made
