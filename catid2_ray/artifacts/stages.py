@@ -49,7 +49,8 @@ STAGES = {
     for stage in (
         Stage("catalog", "embed_catalog", part="catalog", timed="catalog", version=2),
         Stage("pairs", "embed_catalog", ("catalog",), part="pairs", timed="pairs"),
-        Stage("tuned_encoder", "embed_catalog", ("catalog", "pairs"), part="tuned_encoder", carried=True, timed="tune encoder"),
+        Stage("lessons", "embed_catalog", ("catalog", "pairs")),
+        Stage("tuned_encoder", "embed_catalog", ("lessons",), part="tuned_encoder", carried=True, timed="tune encoder"),
         Stage("embeddings", "embed_catalog", ("catalog",), ("tuned_encoder",), part="embeddings", timed="embed", version=2),
         Stage("matched", "train_quantizer", ("catalog", "pairs", "embeddings"), ("tuned_encoder",)),
         Stage("adapter", "train_quantizer", ("matched",), part="adapter", carried=True, timed="adapter"),

@@ -163,7 +163,7 @@ class TuningRecipe(Section):
     """How embedding.encoder_mode=tuned is learned, in one process; see `catalog.tuning`. The best epoch is taken, or none."""
 
     epochs: int = setting(1, "passes over the training pairs at most", unit="epochs", ge=1)
-    batch: int = setting(64, "pairs of a batch, the negatives of each other", unit="pairs", ge=2)
+    batch: int = setting(32, "pairs of a batch, the negatives of each other", unit="pairs", ge=2)
     learning_rate: float = setting(5e-5, "AdamW's peak", unit="1/step", gt=0)
     pairs: int = setting(
         20_000, "about how many training pairs are used at most: of more, those of a seeded sample of queries", unit="pairs",
@@ -176,7 +176,7 @@ class TuningRecipe(Section):
         ge=100,
     )
     judged_products: int = setting(
-        6000,
+        2000,
         "of these, products that epochs are judged on, beside those that the queries ask for",
         unit="products",
         ge=100,

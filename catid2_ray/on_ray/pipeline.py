@@ -63,7 +63,7 @@ def planned(recipe: Recipe, last: str) -> tuple[str, ...]:
     if not recipe.quantizer.query_item:
         without.add("queries")
     if recipe.embedding.encoder_mode == "frozen":
-        without.add("tuned_encoder")
+        without |= {"lessons", "tuned_encoder"}
     if recipe.embedding.adapter == "none":
         without |= {"matched", "adapter"}
     if not recipe.alignment.enabled:

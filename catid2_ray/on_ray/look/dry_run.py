@@ -116,11 +116,15 @@ class _Walk:
         self.rows[name] = {"stage": name, "does": does, "key": key, "why": why}
 
 
-_INNER = {"adapter": ("matched",), "aligned": ("prompts",)}  # stages that another one runs
+_INNER = {
+    "tuned_encoder": ("lessons",),
+    "adapter": ("matched",),
+    "aligned": ("prompts",),
+}  # stages that another one runs
 
 
 def _reads(name: str) -> set[str]:
     """The roles that a stage may read, those of the stages that it runs included."""
     stages = [STAGES[each] for each in (name, *_INNER.get(name, ()))]
     roles = {role for stage in stages for role in (*stage.parents, *stage.where_made, *stage.sometimes)}
-    return roles - {"matched", "prompts"} | ({"generator"} if "trained" in roles else set())
+    return roles - {"lessons", "matched", "prompts"} | ({"generator"} if "trained" in roles else set())

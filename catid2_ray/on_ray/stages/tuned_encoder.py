@@ -1,7 +1,8 @@
 """Stage 0b: the text encoder fine-tuned on training pairs, by one worker, before anything goes through it.
 
-`catalog.tuning` trains; here pairs and texts come together. The encoder is kept from release to release until the job's
-`refresh_encoder`: with another one every vector, and so every ID, is another. A stopped training begins anew.
+Two artefacts: `lessons` holds pairs with the texts of their products, `tuned_encoder` the model that `catalog.tuning` trained. It
+is kept from release to release until the job's `refresh_encoder`: with another one every vector, and so every ID, is another. A
+stopped training begins anew.
 """
 
 import json
@@ -32,7 +33,7 @@ from catid2_ray.quantizer.adapter import CUT, Probe
 from catid2_ray.schedule import seed_from
 
 FEWEST = 32  # pairs; fewer say too little to move an encoder by
-_SAMPLE = "exchange/sample.parquet"
+_SAMPLE = "products.parquet"
 _EVERY_S = 30.0
 
 
@@ -54,8 +55,8 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest | None:
     }  # fmt: skip
     if kept := _kept(job, settings):
         return kept
-    parents = STAGES[TUNED].reads(parts)
-    return job.produce(TUNED, settings, parents, lambda attempt: _make(job, attempt, parents))
+    lessons = _collect(job, parts, settings)
+    return job.produce(TUNED, settings, {"lessons": lessons}, lambda attempt: _tune(job, attempt, lessons))
 
 
 def refuse_impossible(recipe: Recipe, parts: dict[str, Manifest]) -> None:
@@ -82,45 +83,61 @@ def _kept(job: Job, settings: dict) -> Manifest | None:
     return before
 
 
-def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
+def _collect(job: Job, parts: dict[str, Manifest], settings: dict) -> Manifest:
+    names = ("pairs", "products", "queries", "held_out", "text", "min_relevance", "relevant_from", "seed")
+    parents = STAGES["lessons"].reads(parts)
+    return job.produce(
+        "lessons",
+        {name: settings[name] for name in names},
+        parents,
+        lambda attempt: _make_lessons(job, attempt, parents),
+    )
+
+
+def _make_lessons(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
+    """part-*.parquet of pairs that teach or judge, with their products' texts; products.parquet, a sample to look among."""
     recipe, settings, catalog = job.recipe, attempt.settings, parents["catalog"]
     kept_back = KeptBack.of(
         parents["pairs"], recipe.tuning, **{name: settings[name] for name in ("min_relevance", "relevant_from", "seed")}
     )
-    text = {"store": job.store, "catalog": catalog.folder, "folder": attempt.folder, "text": recipe.embedding.text}
-    collected = map_parts(
-        _Collect, {**text, "kept_back": kept_back}, part_specs(catalog, parents["pairs"]), workers=recipe.embedding.workers,
+    arguments = {
+        "store": job.store, "catalog": catalog.folder, "folder": attempt.folder, "text": recipe.embedding.text,
+        "kept_back": kept_back,
+    }  # fmt: skip
+    results = map_parts(
+        _Collect, arguments, part_specs(catalog, parents["pairs"]), workers=recipe.embedding.workers,
         label="collecting pairs", unit="products",
     )  # fmt: skip
     sample = read_sample(
-        job.store, catalog, ["product_id", *recipe.embedding.text], rows=recipe.tuning.products, seed=recipe.seed
+        job.store, catalog, ["product_id", *recipe.embedding.text], rows=settings["products"], seed=recipe.seed
     )
     sample = pa.table({"product_id": sample["product_id"], "text": join_text(sample, recipe.embedding.text)})
-    job.store.write_table(attempt.name(_SAMPLE), sample)
-    metrics = {name: sum(part[name] for part in collected) for name in ("pairs", "judging")}
-    metrics["judged_by"] = kept_back.judged_by
-    if metrics["pairs"] < FEWEST or not metrics["judging"]:
-        reason = (
-            f"only {metrics['pairs']} pairs teach, of {FEWEST} at least" if metrics["judging"] else "no pair judges"
-        )
-        tuned = {"adopted": False, "reason": reason, "recall": {}}
+    files = [job.store.write_table(attempt.name(_SAMPLE), sample)]
+    files += [result["entry"] for result in results if result["entry"]]
+    counts = {name: sum(result[name] for result in results) for name in ("pairs", "judging")}
+    return attempt.commit(files, rows=counts["pairs"], metrics={**counts, "judged_by": kept_back.judged_by})
+
+
+def _tune(job: Job, attempt: Attempt, lessons: Manifest) -> Manifest:
+    recipe, metrics = job.recipe, {name: lessons.metrics[name] for name in ("pairs", "judging", "judged_by")}
+    if lessons.rows < FEWEST or not metrics["judging"]:
+        reason = f"only {lessons.rows} pairs teach, of {FEWEST} at least" if metrics["judging"] else "no pair judges"
+        job.say(TUNED, adopted=False, reason=f"'{reason}'")
         files = [job.store.write_file(attempt.name("history.json"), b"[]")]
-    else:
-        gpus = recipe.cluster.gpus_per_worker
-        arguments = {
-            "store": job.store, "folder": attempt.folder, "embedding": recipe.embedding, "tuning": recipe.tuning,
-            "seed": recipe.seed, "device": "cuda" if gpus else "cpu",
-        }  # fmt: skip
-        spec = {"parts": [part["file"] for part in collected if part["file"]], "rows": metrics["pairs"]}
-        [tuned] = map_parts(
-            _Tune, arguments, [spec], workers=1, label="tuning the encoder", unit="pairs", actors=True, num_gpus=gpus
-        )
-        files = tuned.pop("files")
-    job.store.delete_folder(attempt.name("exchange"))
-    metrics |= {name: value for name, value in tuned.items() if name not in ("position", "peak_bytes")}
+        return attempt.commit(files, metrics={**metrics, "adopted": False, "reason": reason, "recall": {}})
+    gpus = recipe.cluster.gpus_per_worker
+    arguments = {
+        "store": job.store, "folder": attempt.folder, "lessons": lessons, "embedding": recipe.embedding,
+        "tuning": recipe.tuning, "seed": recipe.seed, "device": "cuda" if gpus else "cpu",
+    }  # fmt: skip
+    [tuned] = map_parts(
+        _Tune, arguments, [{"rows": lessons.rows}], workers=1, label="tuning the encoder", unit="pairs", actors=True,
+        num_gpus=gpus,
+    )  # fmt: skip
+    metrics |= {name: tuned[name] for name in ("adopted", "epoch", "recall", "queries", "among")}
     recalls = {f"recall_{when}": f"{values[str(CUT)]:.4f}" for when, values in metrics["recall"].items()}
     job.say(TUNED, adopted=metrics["adopted"], **recalls)
-    return attempt.commit(files, metrics=metrics)
+    return attempt.commit(tuned["files"], metrics=metrics)
 
 
 class _Collect:
@@ -130,7 +147,7 @@ class _Collect:
         self.store, self.catalog, self.folder, self.text, self.kept_back = store, catalog, folder, text, kept_back
 
     def __call__(self, spec: dict) -> dict:
-        none = {"position": spec["position"], "file": None, "pairs": 0, "judging": 0}
+        none = {"position": spec["position"], "entry": None, "pairs": 0, "judging": 0}
         if not spec["pairs"]:
             return none
         pairs = self.store.read_table(spec["pairs"], columns=COLUMNS)
@@ -142,27 +159,29 @@ class _Collect:
         products = self.store.read_table(f"{self.catalog}/{spec['file']}", columns=["product_id", *self.text])
         place = pc.index_in(rows["product_id"].combine_chunks(), products["product_id"].combine_chunks())
         rows = rows.append_column("text", pa.array(join_text(products.take(place), self.text), pa.string()))
-        file = f"{self.folder}/exchange/pairs-{spec['part']:05d}.parquet"
-        self.store.write_table(file, rows)
-        return {"position": spec["position"], "file": file, "pairs": learned.num_rows, "judging": judged.num_rows}
+        entry = self.store.write_table(f"{self.folder}/{spec['file']}", rows)
+        return {**none, "entry": {**entry, "part": spec["part"]}, "pairs": learned.num_rows, "judging": judged.num_rows}
 
 
 class _Tune:
     """Actor: pairs with texts in, the tuned encoder and how it was judged out."""
 
     def __init__(
-        self, *, store: Store, folder: str, embedding: EmbeddingRecipe, tuning: TuningRecipe, seed: int, device: str
+        self, *, store: Store, folder: str, lessons: Manifest, embedding: EmbeddingRecipe, tuning: TuningRecipe, seed: int,
+        device: str,
     ):  # fmt: skip
-        self.store, self.folder, self.tuning, self.seed = store, folder, tuning, seed
+        self.store, self.folder, self.lessons, self.tuning, self.seed = store, folder, lessons, tuning, seed
         self.encoder = HuggingFaceEncoder(
             embedding.encoder, batch=embedding.batch, tokens=embedding.tokens, device=device
         )
         self.encoder.refuse_a_part()
 
     def __call__(self, spec: dict) -> dict:
-        pairs = pa.concat_tables([self.store.read_table(name) for name in spec["parts"]])
+        pairs = pa.concat_tables(
+            [self.store.read_table(self.lessons.file(part["name"])) for part in self.lessons.parts()]
+        )
         pairs = pairs.sort_by([("query", "ascending"), ("product_id", "ascending")])
-        sample = self.store.read_table(f"{self.folder}/{_SAMPLE}")
+        sample = self.store.read_table(self.lessons.file(_SAMPLE))
         text_of = {
             name: text
             for table in (sample, pairs)
