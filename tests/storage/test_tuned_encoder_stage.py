@@ -18,8 +18,10 @@ from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.query_encoder import query_encoder, stored_encoder, tuned_folder
+from catid2_ray.on_ray.serve.newcomers import Newcomers
 from catid2_ray.on_ray.stages import adapter, catalog, embed
 from catid2_ray.on_ray.stages import tuned_encoder as stage
+from catid2_ray.on_ray.stages.evaluate import DenseSearch
 from catid2_ray.on_ray.stages.lay_out import encoder_of
 from tests.text_models import WORDS, save_bert
 
@@ -135,7 +137,10 @@ def test_the_adapter_and_serving_give_queries_the_same_encoder(shop, encoder, tm
     )
     (tmp_path / "tuned_encoder").symlink_to(tuned_folder(store, parts["tuned_encoder"]))
     served = query_encoder(tmp_path, {**named, "name": "/gone"})
-    np.testing.assert_allclose(served(TITLES[:3]), alone.encode(TITLES[:3]), atol=1e-5)
+    newcomers = Newcomers(store, {**parts, "ids": SimpleNamespace(recipe=recipe.model_dump(mode="json"))})
+    dense = DenseSearch(store=store, parts=parts, query_encoder=None, k=5)
+    for encode in (served, newcomers._encode, dense.encode):
+        np.testing.assert_allclose(encode(TITLES[:3]), alone.encode(TITLES[:3]), atol=1e-5)
 
 
 def test_it_repeats_itself(shop, encoder, tmp_path):
