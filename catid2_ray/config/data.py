@@ -66,7 +66,7 @@ class CatalogRecipe(Section):
     )
     category_separator: str | None = setting(
         None, "what stands between two names where category_path is one text, such as ' > '; none = it is a list", unit="text",
-        min_length=1,
+        min_length=1, later=True,
     )  # fmt: skip
     allow_leak: bool = setting(
         False, "go on though a query stands in train and in test, so that its answers were learned; for tables whose split is "
@@ -135,7 +135,7 @@ class EmbeddingRecipe(Section):
     encoder_mode: Literal["frozen", "tuned"] = setting(
         "frozen", "tuned = the encoder is fine-tuned on training pairs (section tuning), products and queries then go through it, "
         "and it is kept from release to release; frozen = as it was published",
-        unit="choice", paper="Karpukhin et al. 2020 (2004.04906)",
+        unit="choice", paper="Karpukhin et al. 2020 (2004.04906)", later=True,
     )  # fmt: skip
     tokens: int = setting(64, "longest text that the encoder reads", unit="tokens", ge=4, le=4096)
     batch: int = setting(64, "texts per forward pass; another number may change the last bits", unit="texts", ge=1)

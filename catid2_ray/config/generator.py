@@ -85,13 +85,14 @@ class ExamplesRecipe(Section):
     doc2query_top_k: int = setting(10, "likeliest tokens that one is drawn from", unit="tokens", ge=1)
     teacher_draws: int = setting(
         4, "products that the teacher names for each training pair of a query; an epoch takes some of them", unit="products",
-        paper="RIPOR (2311.09134) learns from a dense retriever, too", ge=1, le=100,
+        paper="RIPOR (2311.09134) learns from a dense retriever, too", ge=1, le=100, later=True,
     )  # fmt: skip
     teacher_queries: int = setting(
         200_000,
         "training queries that are compared with all products, a seeded sample where there are more",
         unit="queries",
         ge=1,
+        later=True,
     )
     tokenizer_rows: int = setting(200_000, "products whose text the small tokenizer sees at most", unit="rows", ge=100)
 
@@ -186,7 +187,7 @@ class ModelRecipe(Section):
     )  # fmt: skip
     loss: Literal["level", "trie"] = setting(
         "level", "level: cross-entropy over all codes of a level; trie: over those that some ID has after the prefix, with "
-        "serving.normalize trie alone", unit="choice", paper="MSL (2504.04178)",
+        "serving.normalize trie alone", unit="choice", paper="MSL (2504.04178)", later=True,
     )  # fmt: skip
     level_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = setting(
         None, "weight per level of the loss, relative to their mean; none = 1", unit="weight"

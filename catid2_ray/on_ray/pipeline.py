@@ -217,9 +217,9 @@ def _refuse_another_recipe(recipe: Recipe, previous: PreviousRelease) -> None:
     differ = [
         f"{section}.{name} is {value!r}, the release has {had!r}"
         for section in ("embedding", "quantizer")
-        for name, value in getattr(recipe, section).identity().items()
+        for name, value in getattr(recipe, section).decided().items()
         if name not in ("warm_start", "adapter", "encoder_mode")
-        and value != (had := getattr(made_by, section).identity()[name])
+        and value != (had := getattr(made_by, section).decided()[name])
     ]
     if differ:
         raise RecipeError(
