@@ -15,6 +15,7 @@ from catid2_ray.catalog.text import HuggingFaceEncoder
 from catid2_ray.config import Recipe
 from catid2_ray.errors import EncoderError, RecipeError
 from catid2_ray.on_ray.job import Job
+from catid2_ray.on_ray.look.check import check
 from catid2_ray.on_ray.machine import cluster
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.query_encoder import query_encoder, stored_encoder, tuned_folder
@@ -227,6 +228,16 @@ def test_a_catalogue_that_cannot_tune_is_refused(encoder, tmp_path):
     for pairs, given, why in ((PAIRS, True, "embeddings are given"), (None, False, "no pairs of the train split")):
         with pytest.raises(RecipeError, match=f"embedding.encoder_mode is tuned, but .*{why}.*encoder_mode=frozen"):
             made(recipe_of(tmp_path, encoder, pairs, given=given))
+        with pytest.raises(RecipeError, match=why):
+            check(recipe_of(tmp_path, encoder, pairs, given=given, evaluation={"methods": []}))
+    recipe = recipe_of(tmp_path, encoder, evaluation={"methods": []})
+    assert check(recipe)["tuned_encoder"] == {"batch": 32, "epochs": 8, "steps": 8 * -(-126 // 32)}
+    assert (
+        check(recipe_of(tmp_path, encoder, evaluation={"methods": []}, embedding={"encoder_mode": "frozen"}))[
+            "tuned_encoder"
+        ]
+        is None
+    )
 
 
 def test_half_a_model_is_refused_before_it_trains(tmp_path, monkeypatch):
