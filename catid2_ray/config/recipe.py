@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from catid2_ray.config.alignment import AlignmentRecipe
-from catid2_ray.config.data import AdapterRecipe, CatalogRecipe, ClusterRecipe, EmbeddingRecipe
+from catid2_ray.config.data import AdapterRecipe, CatalogRecipe, ClusterRecipe, EmbeddingRecipe, TuningRecipe
 from catid2_ray.config.generator import GeneratorRecipe
 from catid2_ray.config.older import as_meant
 from catid2_ray.config.quantizer import IdsRecipe, QuantizerRecipe
@@ -32,6 +32,7 @@ class Recipe(Section):
     cluster: ClusterRecipe = setting(ClusterRecipe(), "where it runs", unit="section", operational=True)
     catalog: CatalogRecipe = setting(description="stage 0", unit="section")
     embedding: EmbeddingRecipe = setting(EmbeddingRecipe(), "stage 0", unit="section")
+    tuning: TuningRecipe = setting(TuningRecipe(), "before the vectors, off by default", unit="section")
     adapter: AdapterRecipe = setting(AdapterRecipe(), "between stages 0 and 1", unit="section")
     quantizer: QuantizerRecipe = setting(QuantizerRecipe(), "stage 1", unit="section")
     ids: IdsRecipe = setting(IdsRecipe(), "stage 2", unit="section")
@@ -95,6 +96,15 @@ class Recipe(Section):
                 f"vectors of generator.encoder {generator.encoder!r}: name one encoder in both, or set generator.head to plain"
             )
         self._codewords_are_vectors()
+        return self
+
+    @model_validator(mode="after")
+    def _queries_go_through_the_tuned_encoder(self):
+        if self.embedding.encoder_mode == "tuned" and self.serving.query_encoder is not None:
+            raise ValueError(
+                f"embedding.encoder_mode tuned gives queries the encoder of the products, but serving.query_encoder is "
+                f"{self.serving.query_encoder!r}: leave it out, or set embedding.encoder_mode to frozen"
+            )
         return self
 
     def _codewords_are_vectors(self) -> None:
