@@ -107,7 +107,9 @@ def _compare_recalls(rows: list[dict], recalls: dict[str, list[np.ndarray]]) -> 
 
 def parts_of_kind(job: Job, parts: dict[str, Manifest]) -> dict[str, Manifest]:
     """`parts` (catalogue, pairs, embeddings, adapter) with the quantizer and the IDs of the job's kind, built on no release."""
-    parts = {name: parts[name] for name in ("catalog", "pairs", "embeddings", "adapter") if name in parts}
+    parts = {
+        name: parts[name] for name in ("catalog", "pairs", "tuned_encoder", "embeddings", "adapter") if name in parts
+    }
     if job.recipe.quantizer.query_item:
         parts["queries"] = embed.run_queries(job, parts)
     parts["quantizer"] = train_quantizer.run(job, parts)

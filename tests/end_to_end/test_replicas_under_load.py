@@ -3,6 +3,7 @@ was in flight on a killed replica, and every answer is the release's."""
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import time
@@ -95,6 +96,36 @@ def until(true, seconds: float = 240) -> None:
 def is_the_release(load: Load, shop) -> None:
     for release, query, products in load.seen:
         assert (release, products) == (shop.release, shop.answers[query])
+
+
+class Busy(RetrieverReplica.func_or_class):
+    """Whose search of a batch takes a second, all of it work."""
+
+    def _search(self, requests, early):
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            answers = super()._search(requests, early)
+        return answers
+
+
+@pytest.mark.timeout(240)
+def test_health_kills_no_replica_that_is_busy(shop, shared_ray):
+    """Searches keep a replica busy for longer than the health of a dead one is waited for: whoever came last waits six seconds for
+    an answer, and Serve replaces a replica whose health is not known for three times two."""
+    health = {"health_check_period_s": 0.5, "health_check_timeout_s": 2, "num_replicas": 1, "autoscaling_config": None}
+    with served(shop.store, func_or_class=Busy, **health) as base:
+        before = processes()
+        load, until_s, waiting = Load(base, shop.answers, askers=96), time.monotonic() + 20, []
+        load.more(96)
+        while time.monotonic() < until_s:
+            load.more(16)
+            said = httpx.get(f"{base}/metrics", timeout=60).text
+            waiting.append(float(re.search(r"^catid2_waiting (.*)", said, re.MULTILINE)[1]))
+        assert processes().keys() == before.keys() and running() == 1
+        load.end()
+    assert len(before) == 1 and load.failed == []
+    assert len(waiting) > 5 and sorted(waiting)[len(waiting) // 2] > 32, "as its own health checks saw it"
+    is_the_release(load, shop)
 
 
 @pytest.mark.faults

@@ -2,8 +2,8 @@
 
 Arithmetic over rates; nothing is read but the recipe. Each rate quotes the line of a benchmark's page that it comes from, and a
 test holds the two together; what nobody measured says "assumed". Rates of one core are taken to add up: an estimate of the order of
-size, not a promise. Not counted, as nobody measured their rates: adapter, node vectors, serving part, evaluation, the start of
-machines.
+size, not a promise. Not counted, as nobody measured their rates: tuned encoder, adapter, node vectors, serving part, evaluation,
+the start of machines.
 """
 
 import math

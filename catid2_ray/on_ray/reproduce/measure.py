@@ -16,13 +16,14 @@ import torch
 from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.catalog import tuning
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.text import HuggingFaceEncoder, join_text
 from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, ReleaseError
 from catid2_ray.evaluation import proxy
-from catid2_ray.evaluation.baselines import bm25, dpr
+from catid2_ray.evaluation.baselines import bm25
 from catid2_ray.evaluation.reproduce import ranking
 from catid2_ray.evaluation.reproduce.conditions import Condition
 from catid2_ray.evaluation.reproduce.ranking import RETURNED, Ranking
@@ -33,7 +34,7 @@ from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.pipeline import check_codes
 from catid2_ray.on_ray.reports import parts_of_kind, variant
 from catid2_ray.on_ray.reproduce.bench import Bench, Vectors
-from catid2_ray.on_ray.stages import adapter, embed
+from catid2_ray.on_ray.stages import adapter, embed, tuned_encoder
 from catid2_ray.retrieval.trie import Trie
 
 
@@ -88,6 +89,8 @@ class Measures:
                 self.job, recipe=self.job.recipe.model_copy(update={"embedding": recipe.embedding})
             )
             parts = {name: self.parts[name] for name in ("catalog", "pairs")}
+            if (made := tuned_encoder.run(job, parts)) is not None:
+                parts["tuned_encoder"] = made
             parts["embeddings"] = embed.run(job, parts)
             if (made := adapter.run(job, parts)) is not None:
                 parts["adapter"] = made
@@ -270,8 +273,8 @@ class Measures:
             if product in self.bench.row_of
         ]
         index, _, _ = self._index("plain")
-        found = dpr.pairs_with_negatives(
-            pairs, texts, lambda query: ranking.top(index.scores(query)[None], dpr.NEGATIVES_FROM, above=0.0)[0].tolist(),
+        found = tuning.pairs_with_negatives(
+            pairs, texts, lambda query: ranking.top(index.scores(query)[None], tuning.NEGATIVES_FROM, above=0.0)[0].tolist(),
             seed=seed, most=budget.dpr_pairs,
         )  # fmt: skip
         encoder = HuggingFaceEncoder(
@@ -281,7 +284,7 @@ class Measures:
         with progress.bar(
             "fine-tuning DPR", -(-len(found) // budget.dpr_batch) * budget.dpr_epochs, unit="steps"
         ) as bar:
-            history = dpr.fine_tune(
+            history = tuning.fine_tune(
                 encoder, found, epochs=budget.dpr_epochs, batch=budget.dpr_batch, learning_rate=budget.dpr_learning_rate,
                 seed=seed, say=lambda step, steps, loss: bar.advance(1),
             )  # fmt: skip
@@ -297,7 +300,7 @@ class Measures:
         a_query = 1000 * (time.monotonic() - indexed) / max(1, len(queries))
         files = [job.store.write_file(attempt.name(f"{name}.npy"), _npy(array)) for name, array in arrays.items()]
         return attempt.commit(
-            files, metrics={"loss": history, "pairs": len(found), "seconds_training": trained - start,
+            files, metrics={"loss": [epoch["loss"] for epoch in history], "pairs": len(found), "seconds_training": trained - start,
                             "seconds_indexing": indexed - trained, "milliseconds_a_query": a_query},
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from catid2_ray.artifacts import schemas
 from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.artifacts.release import tuned, tuned_role
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import pair_weights, training_pairs
@@ -73,7 +74,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     if "teacher" in kinds:
         encoder = _query_encoder(job, parts["catalog"])
         settings |= {"query_encoder": encoder, "query_encoder_files": model_identity(encoder["name"])}
-        sometimes = ("embeddings", *(["adapter"] if "adapter" in parts else []))
+        sometimes = ("embeddings", *(["adapter"] if "adapter" in parts else []), *tuned_role(parts))
     parents = STAGES["examples"].reads(parts, *sometimes)
     return job.produce("examples", settings, parents, lambda attempt: _make(job, attempt, parents))
 
@@ -124,7 +125,8 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         arguments["taught"] = teacher.exchange(
             job.store, attempt.name("exchange"), specs, ids=parents["ids"].folder,
             vectors=ProductVectors.of(job.store, parents), encoder=_query_encoder(job, parents["catalog"]),
-            teaches=_teaching(recipe), queries=parents["pairs"].metrics["splits"]["train"]["queries"], most=recipe.teacher_queries,
+            tuned=tuned(parents), teaches=_teaching(recipe), most=recipe.teacher_queries,
+            queries=parents["pairs"].metrics["splits"]["train"]["queries"],
             draws=recipe.teacher_draws, seed=job.recipe.seed, workers=workers,
         )  # fmt: skip
     results = map_parts(

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.artifacts.manifest import Attempt, Manifest
-from catid2_ray.artifacts.release import fetch
+from catid2_ray.artifacts.release import fetch, tuned
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.text import join_text
@@ -105,6 +105,8 @@ def encoder_of(recipe: Recipe, parts: dict[str, Manifest]) -> dict:
     encoder = {"name": name} if name == "lsa" else {"name": name, "tokens": recipe.embedding.tokens}
     if name == "lsa" and (parts["catalog"].metrics["width"] or recipe.embedding.encoder != "lsa"):
         raise RecipeError("serving.query_encoder is 'lsa', but the products' vectors were made by another encoder")
+    if (encoder_tuned := tuned(parts)) is not None:
+        encoder["tuned"] = encoder_tuned.digest
     return encoder | model_identity(name)
 
 
