@@ -82,3 +82,9 @@ def test_a_folder_that_was_swept_before_it_was_locked_is_made_anew(disk, monkeyp
     monkeypatch.setattr(tempfile, "mkdtemp", swept_at_once)
     with scratch.folder("shard") as folder:
         assert str(folder) == made[1] and folder.is_dir() and len(made) == 2
+
+
+def test_all_folders_on_the_temporary_disk_are_made_here():
+    package = ROOT / "catid2_ray"
+    made = [path for path in package.rglob("*.py") if re.search("TemporaryDirectory|mkdtemp", path.read_text())]
+    assert [path.relative_to(package).as_posix() for path in made] == ["on_ray/machine/scratch.py"]
