@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from catid2_ray.artifacts import release as releases
+from catid2_ray.artifacts.manifest import of_digest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.text import HuggingFaceEncoder
 from catid2_ray.config import Recipe
@@ -151,6 +152,18 @@ def test_it_repeats_itself(shop, encoder, tmp_path):
         (entry["name"], entry["sha256"]) for entry in parts["tuned_encoder"].files
     ]
     assert again["tuned_encoder"].digest == parts["tuned_encoder"].digest
+
+
+def test_work_that_is_done_twice_is_the_same(shop, encoder):
+    """A worker whose store was away in the end is asked once more."""
+    folder, parts = shop
+    recipe, store = recipe_of(folder, encoder, tuning={"epochs": 1}), Store(folder / "store")
+    [lessons] = of_digest(store, "lessons", parts["tuned_encoder"].parents["lessons"])
+    work = stage._Tune(
+        store=store, folder="twice", lessons=lessons, embedding=recipe.embedding, tuning=recipe.tuning, seed=0, device="cpu"
+    )  # fmt: skip
+    first, again = (work({"position": 0}) for _ in range(2))
+    assert first == again and first["adopted"]
 
 
 def test_new_pairs_keep_it_and_the_vectors_until_it_is_to_be_refreshed(shop, encoder):

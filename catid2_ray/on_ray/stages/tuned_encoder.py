@@ -162,53 +162,56 @@ class _Collect:
 
 
 class _Tune:
-    """Actor: pairs with texts in, the tuned encoder and how it was judged out."""
+    """Actor: lessons in, the tuned encoder and how it was judged out. A call begins with the encoder as it was, so that one that
+    is repeated, because the store was away, gives the same."""
 
     def __init__(
         self, *, store: Store, folder: str, lessons: Manifest, embedding: EmbeddingRecipe, tuning: TuningRecipe, seed: int,
         device: str,
     ):  # fmt: skip
-        self.store, self.folder, self.lessons, self.tuning, self.seed = store, folder, lessons, tuning, seed
-        self.encoder = HuggingFaceEncoder(
-            embedding.encoder, batch=embedding.batch, tokens=embedding.tokens, device=device
-        )
-        self.encoder.refuse_a_part()
+        self.store, self.folder, self.lessons, self.embedding = store, folder, lessons, embedding
+        self.tuning, self.seed, self.device = tuning, seed, device
 
     def __call__(self, spec: dict) -> dict:
-        pairs = pa.concat_tables(
-            [self.store.read_table(self.lessons.file(part["name"])) for part in self.lessons.parts()]
-        )
-        pairs = pairs.sort_by([("query", "ascending"), ("product_id", "ascending")])
-        sample = self.store.read_table(self.lessons.file(_SAMPLE))
-        text_of = {
-            name: text
-            for table in (sample, pairs)
-            for name, text in zip(table["product_id"].to_pylist(), table["text"].to_pylist())
-        }
+        recipe, tuning = self.embedding, self.tuning
+        encoder = HuggingFaceEncoder(recipe.encoder, batch=recipe.batch, tokens=recipe.tokens, device=self.device)
+        encoder.refuse_a_part()
+        sample, pairs = self._read()
+        tables = ((table["product_id"].to_pylist(), table["text"].to_pylist()) for table in (sample, pairs))
+        text_of = {name: text for names, texts in tables for name, text in zip(names, texts)}
         row_of = {name: row for row, name in enumerate(sorted(text_of))}
         texts = [text_of[name] for name in row_of]
         teaching, judging = (pairs.filter(pa.array(pairs["judges"].to_numpy() == judges)) for judges in (False, True))
-        order = np.random.default_rng(seed_from(self.seed, 1)).permutation(sample.num_rows)
-        others = sample["product_id"].take(pa.array(order[: self.tuning.judged_products])).to_pylist()
-        judge = Judge(self.encoder, texts, *_asked(judging, row_of), [row_of[name] for name in others])
-        index, seen = Bm25(list(row_of), texts), [row_of[name] for name in teaching["product_id"].to_pylist()]
+        judge = Judge(encoder, texts, *_asked(judging, row_of), [row_of[name] for name in self._others(sample)])
+        index, rows = Bm25(list(row_of), texts), [row_of[name] for name in teaching["product_id"].to_pylist()]
         taught = pairs_with_negatives(
-            list(zip(teaching["query"].to_pylist(), seen)), texts, lambda query: _first(index.scores(query)), seed=self.seed
+            list(zip(teaching["query"].to_pylist(), rows)), texts, lambda query: _first(index.scores(query)), seed=self.seed
         )  # fmt: skip
         history = fine_tune(
-            self.encoder, taught, epochs=self.tuning.epochs, batch=self.tuning.batch,
-            learning_rate=self.tuning.learning_rate, seed=self.seed, score=judge, say=_Says(),
+            encoder, taught, epochs=tuning.epochs, batch=tuning.batch, learning_rate=tuning.learning_rate, seed=self.seed,
+            score=judge, say=_Says(),
         )  # fmt: skip
         for record, recall in zip(history, judge.recalls, strict=True):
             record["recall"] = recall
         return {"position": spec["position"], **outcome(history), "queries": len(judge.queries),
-                "among": len(judge.rows), "files": self._files(history)}  # fmt: skip
+                "among": len(judge.rows), "files": self._files(encoder, history)}  # fmt: skip
 
-    def _files(self, history: list[dict]) -> list[dict]:
+    def _read(self) -> tuple[pa.Table, pa.Table]:
+        """The sample of products, and the pairs in an order that does not depend on the parts."""
+        pairs = [self.store.read_table(self.lessons.file(part["name"])) for part in self.lessons.parts()]
+        pairs = pa.concat_tables(pairs).sort_by([("query", "ascending"), ("product_id", "ascending")])
+        return self.store.read_table(self.lessons.file(_SAMPLE)), pairs
+
+    def _others(self, sample: pa.Table) -> list[str]:
+        """The products that are searched beside those that the queries ask for."""
+        order = np.random.default_rng(seed_from(self.seed, 1)).permutation(sample.num_rows)
+        return sample["product_id"].take(pa.array(order[: self.tuning.judged_products])).to_pylist()
+
+    def _files(self, encoder: HuggingFaceEncoder, history: list[dict]) -> list[dict]:
         with scratch.folder("encoder") as local:
             (local / "history.json").write_text(json.dumps(history, indent=1))
             if outcome(history)["adopted"]:
-                self.encoder.save(local / TUNED)
+                encoder.save(local / TUNED)
             return self.store.upload(local, self.folder)
 
 
