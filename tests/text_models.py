@@ -20,9 +20,9 @@ WORDS = ("steel", "hinge", "brass", "copper", "pipe", "oak", "door", "table", "#
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
-def bert_tokenizer() -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer of 15 entries: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, then words."""
-    vocabulary = {token: number for number, token in enumerate((*_SPECIAL, *WORDS))}
+def bert_tokenizer(words: Iterable[str] = WORDS) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer, of 15 entries unless other words are given: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, then words."""
+    vocabulary = {token: number for number, token in enumerate((*_SPECIAL, *words))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -33,12 +33,13 @@ def bert_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_bert(folder) -> str:
-    """A random BERT of width 24 with its tokenizer, in `folder`."""
+def save_bert(folder, words: Iterable[str] = WORDS) -> str:
+    """A random BERT of width 24 with its tokenizer of these words, in `folder`."""
+    tokenizer = bert_tokenizer(words)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         config = BertConfig(
-            vocab_size=15,
+            vocab_size=len(tokenizer),
             hidden_size=24,
             num_hidden_layers=2,
             num_attention_heads=2,
@@ -47,7 +48,7 @@ def save_bert(folder) -> str:
             initializer_range=0.3,
         )
         BertModel(config).save_pretrained(folder)
-    bert_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 

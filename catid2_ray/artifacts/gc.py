@@ -25,7 +25,7 @@ from catid2_ray.artifacts.store import Listed, Store
 from catid2_ray.errors import ArtifactError, InputError, LeaseError, ReleaseError
 
 # Parents that a rerun does not look for by themselves: parts, which the release names, and what an earlier release gave.
-_NOT_FOLLOWED = frozenset({*PARTS, "previous", "warm", "encoder", "tree", "matched"})
+_NOT_FOLLOWED = frozenset({*PARTS, "previous", "warm", "encoder", "tree", "matched", "lessons"})
 RUNS_OLDER_THAN_DAYS = 7.0
 
 

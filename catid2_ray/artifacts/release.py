@@ -299,10 +299,12 @@ def cache_names(manifest: Manifest) -> list[str]:
 def serving_folder(
     store: Store, ids: Manifest, generator: Manifest, cache: Path, settings: dict, *, serving: Manifest | None = None,
     embeddings: Manifest | None = None, adapter: Manifest | None = None, node_vectors: Manifest | None = None,
+    tuned_encoder: Manifest | None = None,
 ) -> Path:  # fmt: skip
     """A local folder that `retrieval.Retriever.open` reads: generator/, trie/, products.arrow and retriever.json; of
     `serving` what it holds (product_names.npy, vectors/, value.npy, columns.arrow, lexical/), node_vectors/ where the search
-    looks ahead, of `embeddings` the fitted encoder/, if any, and adapter/ where the vectors are adapted.
+    looks ahead, of `embeddings` the fitted encoder/, if any, tuned_encoder/ where it is tuned, and adapter/ where the vectors are
+    adapted.
 
     The parts are links to what `fetch` gives, so opening a second replica on a node copies nothing. `settings` goes to
     retriever.json (`retriever_settings`).
@@ -332,6 +334,8 @@ def serving_folder(
     if links.keys() & {"vectors", "node_vectors"}:
         if embeddings is not None and embeddings.named("encoder/"):
             links["encoder"] = fetch(store, embeddings, cache, below=("encoder/",)) / "encoder"
+        if adapted(tuned_encoder):
+            links[TUNED] = fetch(store, tuned_encoder, cache) / TUNED
         if adapted(adapter):
             links["adapter"] = fetch(store, adapter, cache)
     # The link targets belong to the name: a store that was deleted and built anew has equal digests in other folders.
@@ -356,9 +360,24 @@ def serving_folder(
 _SERVED = ("product_names.npy", "vectors", "value.npy", "columns.arrow", "lexical")
 
 
+TUNED = "tuned_encoder"  # the part, and the folder of its weights in the part and in a serving folder
+
+
 def adapted(adapter: Manifest | None) -> bool:
     """Whether vectors go through this adapter: one that would have lowered recall is the identity, and nothing is done."""
     return adapter is not None and adapter.metrics["adopted"]
+
+
+def tuned(parts: Mapping[str, Manifest]) -> Manifest | None:
+    """The tuned text encoder among artefacts by their roles; None where there is none, or none that found more than the encoder
+    as it was."""
+    encoder = parts.get(TUNED)
+    return encoder if adapted(encoder) else None
+
+
+def tuned_role(parts: Mapping[str, Manifest]) -> tuple[str, ...]:
+    """Its role for `Stage.reads`; nothing where the encoder is as it was, so that what is made with it keeps its key."""
+    return () if tuned(parts) is None else (TUNED,)
 
 
 def default_cache() -> Path:
@@ -377,6 +396,7 @@ def parts_folder(store: Store, manifests: dict[str, Manifest], cache: Path, sett
     return serving_folder(
         store, manifests["ids"], manifests["generator"], cache, settings, serving=manifests.get("serving"),
         embeddings=manifests.get("embeddings"), adapter=manifests.get("adapter"), node_vectors=manifests.get("node_vectors"),
+        tuned_encoder=manifests.get(TUNED),
     )  # fmt: skip
 
 
@@ -413,4 +433,5 @@ def _same_encoder(served: dict, generator: Manifest) -> bool:
     """Whether the generator reads a query with the very encoder that made the products' vectors, so that one pass does."""
     settings, encoder = generator.settings, served.get("encoder") or {}
     frozen = settings.get("model") == "encoder_decoder" and settings.get("encoder_mode") == "frozen"
-    return frozen and encoder.get("name") is not None and settings.get("encoder") == encoder["name"]
+    same = settings.get("encoder") == encoder.get("name") and settings.get(TUNED) == encoder.get("tuned")
+    return frozen and encoder.get("name") is not None and same

@@ -49,20 +49,22 @@ STAGES = {
     for stage in (
         Stage("catalog", "embed_catalog", part="catalog", timed="catalog", version=2),
         Stage("pairs", "embed_catalog", ("catalog",), part="pairs", timed="pairs"),
-        Stage("embeddings", "embed_catalog", ("catalog",), part="embeddings", timed="embed", version=2),
-        Stage("matched", "train_quantizer", ("catalog", "pairs", "embeddings")),
+        Stage("lessons", "embed_catalog", ("catalog", "pairs")),
+        Stage("tuned_encoder", "embed_catalog", ("lessons",), part="tuned_encoder", carried=True, timed="tune encoder"),
+        Stage("embeddings", "embed_catalog", ("catalog",), ("tuned_encoder",), part="embeddings", timed="embed", version=2),
+        Stage("matched", "train_quantizer", ("catalog", "pairs", "embeddings"), ("tuned_encoder",)),
         Stage("adapter", "train_quantizer", ("matched",), part="adapter", carried=True, timed="adapter"),
-        Stage("queries", "train_quantizer", ("catalog", "pairs", "embeddings"), where_made=("adapter",)),
+        Stage("queries", "train_quantizer", ("catalog", "pairs", "embeddings"), ("tuned_encoder",), where_made=("adapter",)),
         Stage("quantizer", "train_quantizer", ("embeddings",), ("queries",), part="quantizer", carried=True, timed="quantizer",
               where_made=("adapter",)),
         Stage("ids", "assign_ids", ("catalog", "embeddings", "quantizer"), part="ids", timed="assign", version=2,
               where_made=("adapter",)),
         Stage("node_vectors", "train_generator", ("embeddings", "ids"), part="node_vectors", timed="node vectors",
               where_made=("adapter",)),
-        Stage("examples", "train_generator", ("catalog", "pairs", "ids"), ("embeddings", "adapter"), part="examples",
-              carried=True, timed="examples", version=2),
-        Stage("generator", "train_generator", ("ids", "examples"), ("quantizer", "pairs", "adapter"), part="generator",
-              carried=True, timed="generator"),
+        Stage("examples", "train_generator", ("catalog", "pairs", "ids"), ("embeddings", "adapter", "tuned_encoder"),
+              part="examples", carried=True, timed="examples", version=2),
+        Stage("generator", "train_generator", ("ids", "examples"), ("quantizer", "pairs", "adapter", "tuned_encoder"),
+              part="generator", carried=True, timed="generator"),
         Stage("prompts", "align_generator", ("catalog", "pairs", "ids", "examples")),
         Stage("aligned", "align_generator", ("trained", "ids", "examples", "prompts"), part="generator", carried=True),
         Stage("serving", "evaluate", ("catalog", "embeddings", "ids"), part="serving", timed="serving", version=2,
@@ -75,7 +77,7 @@ STAGES = {
     )
 }  # fmt: skip
 # What a release may lack: recipes that do without, and releases of before, have none.
-OPTIONAL = ("adapter", "node_vectors", "mixture")
+OPTIONAL = ("tuned_encoder", "adapter", "node_vectors", "mixture")
 PARTS = tuple(dict.fromkeys(stage.part for stage in STAGES.values() if stage.part))
 CARRIED = tuple(dict.fromkeys(stage.part for stage in STAGES.values() if stage.carried))
 

@@ -23,6 +23,8 @@ from catid2_ray.scripts import RULES, words_of
 
 TEXT_COLUMNS = ("title", "category_path", "description")
 PATH_JOINER = " > "
+_MODEL_READS = ("input_ids", "attention_mask")
+_PIECE = 32  # texts of a pass with gradient
 TINY_NORM = 1e-6  # a projection this short is rounding noise: its direction says nothing about the text
 
 
@@ -168,7 +170,8 @@ class HuggingFaceEncoder:
     def __init__(self, name_or_folder: str, *, batch: int, tokens: int, device: str = "cpu"):
         self.batch, self.tokens, self.device = batch, tokens, device
         self._tokenizer, model = _load_pretrained(str(name_or_folder))
-        if model.config.is_encoder_decoder:
+        self._is_part = model.config.is_encoder_decoder
+        if self._is_part:
             model = model.get_encoder()
         if self._tokenizer.pad_token is None:
             # Padding is masked out of the mean, so any token of the vocabulary will do.
@@ -195,7 +198,7 @@ class HuggingFaceEncoder:
 
     def _pooled(self, encoded, rows: np.ndarray, length: int) -> np.ndarray:
         """float32 len(rows)×D: one forward pass over texts padded to `length` tokens."""
-        part = {key: [encoded[key][row] for row in rows] for key in ("input_ids", "attention_mask")}
+        part = {key: [encoded[key][row] for row in rows] for key in _MODEL_READS}
         padded = self._tokenizer.pad(part, padding="max_length", max_length=length, return_tensors="pt")
         return self._unit(padded).cpu().numpy()
 
@@ -210,17 +213,42 @@ class HuggingFaceEncoder:
         return torch.nn.functional.normalize(pooled_BD, dim=-1)
 
     def with_gradient(self, texts: Sequence[str]):
-        """Tensor B×D of these texts in one pass, for whoever trains `parameters`; not to the bit what `encode` gives."""
-        return self._unit(
-            self._tokenizer(
-                list(texts), truncation=True, max_length=self.tokens, padding=True, return_token_type_ids=False,
-                return_tensors="pt",
+        """Tensor B×D of these texts, for whoever trains `parameters`; not to the bit what `encode` gives.
+
+        Texts of like length go together, a few at a time: padded to the longest of a batch they would take twice as long."""
+        import torch
+
+        encoded = self._tokenizer(list(texts), truncation=True, max_length=self.tokens, return_token_type_ids=False)
+        order = sorted(range(len(texts)), key=lambda row: (len(encoded["input_ids"][row]), row))
+        pieces = [
+            self._unit(
+                self._tokenizer.pad(
+                    {key: [encoded[key][row] for row in order[start : start + _PIECE]] for key in _MODEL_READS},
+                    return_tensors="pt",
+                )
             )
-        )  # fmt: skip
+            for start in range(0, len(order), _PIECE)
+        ]
+        return torch.cat(pieces)[np.argsort(order)]
 
     def parameters(self):
         """Of the model; what trains them changes what `encode` gives."""
         return self._model.parameters()
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write model.safetensors (float32), config.json and the tokenizer's JSON files into `folder`, from which this class reads
+        the same encoder. EncoderError for a model of which only a part is used (`refuse_a_part`)."""
+        self.refuse_a_part()
+        self._model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+    def refuse_a_part(self) -> None:
+        """EncoderError for the encoder of an encoder-decoder model, which would not be read again as what it is."""
+        if self._is_part:
+            raise EncoderError(
+                "the encoder is half of an encoder-decoder model (a T5, say), which cannot be tuned: name a model that is an "
+                "encoder and nothing else, or set embedding.encoder_mode to frozen"
+            )
 
 
 def _load_pretrained(name: str):

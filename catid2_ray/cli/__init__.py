@@ -97,6 +97,12 @@ def reindex(
             "--refresh-adapter", help="learn the adapter anew from today's pairs; products may change their IDs"
         ),
     ] = False,
+    refresh_encoder: Annotated[
+        bool,
+        typer.Option(
+            "--refresh-encoder", help="tune the text encoder anew on today's pairs; products may change their IDs"
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="make nothing: say which stages would be found and which made")
     ] = False,
@@ -106,7 +112,10 @@ def reindex(
     """The main job: embed, train, assign unique IDs, train the generator, evaluate, publish. Continues where it was left."""
     from catid2_ray.on_ray.commands import reindex as run
 
-    choices = {"new_ledger": new_ledger, "refit_encoder": refit_encoder, "refresh_adapter": refresh_adapter}
+    choices = {
+        "new_ledger": new_ledger, "refit_encoder": refit_encoder, "refresh_adapter": refresh_adapter,
+        "refresh_encoder": refresh_encoder,
+    }  # fmt: skip
     loaded, shares = Recipe.load(recipe, overrides or []), stored.shares_of(trial, shadow)
     if dry_run:
         look.show_dry_run(loaded, choices, json_file)

@@ -1,5 +1,6 @@
 """`catid2 reproduce` (alias `paper-tables`): the paper's tables and figures on a recipe's catalogue, with honest rivals."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ import typer
 from catid2_ray.artifacts.store import Store
 from catid2_ray.cli.options import RecipeOption, SetOption, console
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError
+from catid2_ray.errors import ArtifactError, InputError
 
 _BELOW = "reports/reproduce/"
 
@@ -42,6 +43,9 @@ def reproduce(
     found_only: Annotated[
         bool, typer.Option("--found-only", help="measure nothing: write the report of what was measured")
     ] = False,
+    share: Annotated[
+        str, typer.Option(metavar="I/N", help="measure the I-th of every N runs: N jobs on one store divide the work")
+    ] = "1/1",
     overrides: SetOption = None,
 ) -> None:
     """Measure the methods of the CAT-ID² paper and their rivals on this catalogue; write its tables and figures as one report.
@@ -67,7 +71,7 @@ def reproduce(
             print(f"{command}{settings} --cell {one.name}" if show_commands else f"{one.name}  {what.title}{missing}")
         return
     _measure(loaded, cells, asked, seeds or loaded.reproduce.seeds, out, command + (" --set …" if overrides else ""),
-             found_only=found_only, dry_run=dry_run)  # fmt: skip
+             found_only=found_only, dry_run=dry_run, share=_share(share))  # fmt: skip
 
 
 def _measure(
@@ -80,6 +84,7 @@ def _measure(
     *,
     found_only: bool,
     dry_run: bool,
+    share: tuple[int, int],
 ) -> None:
     from catid2_ray.evaluation.tables import Column, Table, terminal
     from catid2_ray.on_ray.reproduce.report import keep, report
@@ -97,7 +102,7 @@ def _measure(
     try:
         if dry_run and not _begun(loaded):
             raise ArtifactError("the store is empty")
-        reproduction, made = run(loaded, cells, seeds=seeds, found_only=found_only or dry_run, then=then)
+        reproduction, made = run(loaded, cells, seeds=seeds, found_only=found_only or dry_run, share=share, then=then)
     except ArtifactError as error:
         if not dry_run:
             raise
@@ -114,6 +119,14 @@ def _measure(
         if "advice" in written.json:
             print(written.json["advice"]["sentence"])
         print(f"Tables, figures, and report.md, report.json, trec/ beside them: {where}")
+
+
+def _share(text: str) -> tuple[int, int]:
+    parts = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    part, of = map(int, parts.groups()) if parts else (0, 0)
+    if not 1 <= part <= of:
+        raise InputError(f"--share {text!r}: give I/N with 1 ≤ I ≤ N, such as 2/4")
+    return part, of
 
 
 def _begun(loaded: Recipe) -> bool:

@@ -6,7 +6,7 @@ never its result, and so stay out of the keys of artefacts.
 """
 
 from catid2_ray.config.alignment import AlignmentRecipe
-from catid2_ray.config.data import AdapterRecipe, CatalogRecipe, ClusterRecipe, EmbeddingRecipe
+from catid2_ray.config.data import AdapterRecipe, CatalogRecipe, ClusterRecipe, EmbeddingRecipe, TuningRecipe
 from catid2_ray.config.generator import EXAMPLE_KINDS, ExamplesRecipe, GeneratorRecipe, StageRecipe
 from catid2_ray.config.kinds import KINDS
 from catid2_ray.config.quantizer import IdsRecipe, QuantizerRecipe
@@ -36,5 +36,6 @@ __all__ = [
     "ServingRecipe",
     "StageRecipe",
     "TrainingRecipe",
+    "TuningRecipe",
     "schema",
 ]

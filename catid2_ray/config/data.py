@@ -66,7 +66,7 @@ class CatalogRecipe(Section):
     )
     category_separator: str | None = setting(
         None, "what stands between two names where category_path is one text, such as ' > '; none = it is a list", unit="text",
-        min_length=1,
+        min_length=1, later=True,
     )  # fmt: skip
     allow_leak: bool = setting(
         False, "go on though a query stands in train and in test, so that its answers were learned; for tables whose split is "
@@ -132,14 +132,59 @@ class EmbeddingRecipe(Section):
         "none = vectors as they are; auto = linear where there are training pairs and an encoder for queries",
         unit="choice",
     )  # fmt: skip
+    encoder_mode: Literal["frozen", "tuned"] = setting(
+        "frozen", "tuned = the encoder is fine-tuned on training pairs (section tuning), products and queries then go through it, "
+        "and it is kept from release to release; frozen = as it was published",
+        unit="choice", paper="Karpukhin et al. 2020 (2004.04906)", later=True,
+    )  # fmt: skip
     tokens: int = setting(64, "longest text that the encoder reads", unit="tokens", ge=4, le=4096)
     batch: int = setting(64, "texts per forward pass; another number may change the last bits", unit="texts", ge=1)
     workers: int = setting(2, "actors that embed", unit="actors", operational=True, ge=1)
     gpus_per_worker: float = setting(0, "of an embedding actor; 0 = CPU", unit="GPUs", operational=True, ge=0)
 
     def vectors_identity(self) -> dict:
-        """What decides the vectors as the encoder makes them; the adapter comes after."""
-        return {name: value for name, value in self.identity().items() if name != "adapter"}
+        """What decides the vectors as the encoder makes them; the adapter comes after, and a tuned encoder has a digest."""
+        return {name: value for name, value in self.identity().items() if name not in ("adapter", "encoder_mode")}
+
+    @model_validator(mode="after")
+    def _can_be_tuned(self):
+        if self.encoder_mode == "tuned" and (self.encoder == "lsa" or self.source == "given"):
+            which = (
+                "source given brings vectors and no encoder" if self.source == "given" else "encoder lsa has no weights"
+            )
+            raise ValueError(
+                f"encoder_mode tuned trains a Hugging Face text encoder, but {which}: name one in embedding.encoder with source "
+                "encoder, or set encoder_mode to frozen"
+            )
+        return self
+
+
+class TuningRecipe(Section):
+    """How embedding.encoder_mode=tuned is learned, in one process; see `catalog.tuning`. The best epoch is taken, or none."""
+
+    epochs: int = setting(1, "passes over the training pairs at most", unit="epochs", ge=1)
+    batch: int = setting(32, "pairs of a batch, the negatives of each other", unit="pairs", ge=2)
+    learning_rate: float = setting(5e-5, "AdamW's peak", unit="1/step", gt=0)
+    pairs: int = setting(
+        20_000, "about how many training pairs are used at most: of more, those of a seeded sample of queries", unit="pairs",
+        ge=100,
+    )  # fmt: skip
+    products: int = setting(
+        100_000,
+        "products among which BM25 looks for negatives at most, beside those of the pairs",
+        unit="products",
+        ge=100,
+    )
+    judged_products: int = setting(
+        2000,
+        "of these, products that epochs are judged on, beside those that the queries ask for",
+        unit="products",
+        ge=100,
+    )
+    queries: int = setting(2000, "about how many queries kept back judge at most", unit="queries", ge=10)
+    held_out: float = setting(
+        0.05, "share of the training queries that judge where no validation split can", unit="share", gt=0, lt=1
+    )
 
 
 class AdapterRecipe(TrainingRecipe):

@@ -85,13 +85,14 @@ class ExamplesRecipe(Section):
     doc2query_top_k: int = setting(10, "likeliest tokens that one is drawn from", unit="tokens", ge=1)
     teacher_draws: int = setting(
         4, "products that the teacher names for each training pair of a query; an epoch takes some of them", unit="products",
-        paper="RIPOR (2311.09134) learns from a dense retriever, too", ge=1, le=100,
+        paper="RIPOR (2311.09134) learns from a dense retriever, too", ge=1, le=100, later=True,
     )  # fmt: skip
     teacher_queries: int = setting(
         200_000,
         "training queries that are compared with all products, a seeded sample where there are more",
         unit="queries",
         ge=1,
+        later=True,
     )
     tokenizer_rows: int = setting(200_000, "products whose text the small tokenizer sees at most", unit="rows", ge=100)
 
@@ -175,10 +176,21 @@ class ModelRecipe(Section):
     heads: int = setting(4, "attention heads", unit="heads", ge=1)
     feed_forward: int = setting(512, "d_ff", unit="numbers", ge=16)
     dropout: float = setting(0.1, "dropout of small and of an encoder_decoder's decoder", unit="share", ge=0, lt=1)
-    head: Literal["plain", "pawa", "dense"] = setting(
-        "plain", "plain: one row a code; pawa: rows that depend on the prefix; dense: begins as dense retrieval over "
-        "codewords, for model encoder_decoder", unit="choice", paper="pawa: NCI (2206.02743)",
+    head: Literal["plain", "pawa", "dense", "experts"] = setting(
+        "plain", "plain: one row a code; pawa: rows that depend on the prefix; for model encoder_decoder also dense: begins as "
+        "dense retrieval over codewords, and experts: a perceptron over the query's vector beside the decoder, each taught "
+        "by itself",
+        unit="choice", paper="pawa: NCI (2206.02743)",
     )  # fmt: skip
+    head_width: int = setting(256, "hidden width of the perceptron of head experts", unit="numbers", ge=8, later=True)
+    head_share: float = setting(
+        0.5,
+        "share of the perceptron in the scores of head experts; the rest is the decoder's",
+        unit="share",
+        gt=0,
+        lt=1,
+        later=True,
+    )
     head_rank: int = setting(64, "rank of what a prefix changes in the rows, head pawa", unit="numbers", ge=1)
     new_rows: Literal["codewords", "mean"] = setting(
         "codewords", "where the ID tokens' rows begin: the quantizer's codewords, projected, or the mean embedding of a pretrained "
@@ -186,7 +198,7 @@ class ModelRecipe(Section):
     )  # fmt: skip
     loss: Literal["level", "trie"] = setting(
         "level", "level: cross-entropy over all codes of a level; trie: over those that some ID has after the prefix, with "
-        "serving.normalize trie alone", unit="choice", paper="MSL (2504.04178)",
+        "serving.normalize trie alone", unit="choice", paper="MSL (2504.04178)", later=True,
     )  # fmt: skip
     level_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = setting(
         None, "weight per level of the loss, relative to their mean; none = 1", unit="weight"
@@ -253,10 +265,15 @@ class ModelRecipe(Section):
     def _head_and_loss_fit(self):
         if self.head == "pawa" and self.kind == "causal":
             raise ValueError("head pawa needs a T5 or an encoder_decoder, found model causal: set head to plain")
-        if self.head == "dense" and self.kind != "encoder_decoder":
+        if self.head in ("dense", "experts") and self.kind != "encoder_decoder":
             raise ValueError(
-                f"head dense compares codewords with the text encoder's vectors of queries, found model {self.model!r}: set model "
-                "to encoder_decoder, or head to plain"
+                f"head {self.head} compares codewords with the text encoder's vectors of queries, found model {self.model!r}: "
+                "set model to encoder_decoder, or head to plain"
+            )
+        if self.head == "experts" and self.passes_weight:
+            raise ValueError(
+                "head experts teaches decoder and perceptron by themselves, and consistency compares two passes of one model: set "
+                "consistency to 0, or head to plain"
             )
         if self.consistency and self.dropout == 0 and self.kind in ("small", "encoder_decoder"):
             raise ValueError(

@@ -62,7 +62,7 @@ KINDS = tuple(_VARIANTS)
 DEFINING = frozenset(
     {"coder", "balanced", "tree_categories", "force_category", "ema", "query_item", "reconstruction", "dispersion",
      "hierarchical", "cluster_scale", "latent_radius", "level_power", "scale_temperature", "encoder", "category_on",
-     "category_temperature", "category_decay"}
+     "category_temperature", "category_decay", "hierarchical_over", "scale_distance"}
 )  # fmt: skip
 
 

@@ -61,12 +61,19 @@ class QuantizerRecipe(TrainingRecipe):
         0.0, "eq. 4 of a level is weighted by its mean residual norm relative to the first level's, to this power",
         unit="exponent", paper="none as printed", ge=0,
     )  # fmt: skip
+    hierarchical_over: Literal["anchors", "batch"] = setting(
+        "anchors", "eq. 4 is averaged over the rows that have a positive and a negative, or over the whole batch as printed",
+        unit="choice", paper="eq. 4: 1/|B|", later=True,
+    )  # fmt: skip
     cluster_scale: float = setting(1.0, "γ, weight of eq. 5", unit="weight", paper="4.1", ge=0)
     commitment: float = setting(0.25, "η, weight of the commitment term in eq. 2", unit="weight", ge=0)
     temperature: float = setting(0.1, "τ of the contrastive terms", unit="cosine", gt=0)
     scale_temperature: float = setting(
         1.0, "divides the squared distances of eq. 5 before the softmax", unit="squared norm", paper="1 as printed",
         gt=0,
+    )  # fmt: skip
+    scale_distance: Literal["squared", "plain"] = setting(
+        "squared", "‖r − e‖ in the softmax of eq. 5: squared, as in eq. 2, or plain", unit="choice", later=True,
     )  # fmt: skip
     negatives: Literal["siblings", "all"] = setting(
         "siblings", "negatives of eq. 4 from depth 2 on", unit="choice", paper="3.1, table 5"

@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from catid2_ray.config.alignment import AlignmentRecipe
-from catid2_ray.config.data import AdapterRecipe, CatalogRecipe, ClusterRecipe, EmbeddingRecipe
+from catid2_ray.config.data import AdapterRecipe, CatalogRecipe, ClusterRecipe, EmbeddingRecipe, TuningRecipe
 from catid2_ray.config.generator import GeneratorRecipe
 from catid2_ray.config.older import as_meant
 from catid2_ray.config.quantizer import IdsRecipe, QuantizerRecipe
@@ -32,6 +32,7 @@ class Recipe(Section):
     cluster: ClusterRecipe = setting(ClusterRecipe(), "where it runs", unit="section", operational=True)
     catalog: CatalogRecipe = setting(description="stage 0", unit="section")
     embedding: EmbeddingRecipe = setting(EmbeddingRecipe(), "stage 0", unit="section")
+    tuning: TuningRecipe = setting(TuningRecipe(), "before the vectors, off by default", unit="section")
     adapter: AdapterRecipe = setting(AdapterRecipe(), "between stages 0 and 1", unit="section")
     quantizer: QuantizerRecipe = setting(QuantizerRecipe(), "stage 1", unit="section")
     ids: IdsRecipe = setting(IdsRecipe(), "stage 2", unit="section")
@@ -85,31 +86,41 @@ class Recipe(Section):
         return max(self._workers.values())
 
     @model_validator(mode="after")
-    def _one_encoder_for_a_dense_head(self):
+    def _one_encoder_for_a_head_that_reads_vectors(self):
         generator, embedding = self.generator, self.embedding
-        if generator.head == "dense" and generator.encoder != embedding.encoder:
+        if generator.head not in ("dense", "experts"):
+            return self
+        if generator.encoder != embedding.encoder:
             raise ValueError(
-                f"generator.head dense compares codewords of embedding.encoder {embedding.encoder!r} with queries' vectors of "
-                f"generator.encoder {generator.encoder!r}: name one encoder in both, or set generator.head to plain"
+                f"generator.head {generator.head} compares codewords of embedding.encoder {embedding.encoder!r} with queries' "
+                f"vectors of generator.encoder {generator.encoder!r}: name one encoder in both, or set generator.head to plain"
             )
-        if generator.head == "dense":
-            self._codewords_are_vectors()
+        self._codewords_are_vectors()
+        return self
+
+    @model_validator(mode="after")
+    def _queries_go_through_the_tuned_encoder(self):
+        if self.embedding.encoder_mode == "tuned" and self.serving.query_encoder is not None:
+            raise ValueError(
+                f"embedding.encoder_mode tuned gives queries the encoder of the products, but serving.query_encoder is "
+                f"{self.serving.query_encoder!r}: leave it out, or set embedding.encoder_mode to frozen"
+            )
         return self
 
     def _codewords_are_vectors(self) -> None:
-        """Raise where codewords do not lie in the encoder's space, or the search asks for scores that a dense head lacks."""
+        """Raise where codewords do not lie in the encoder's space, or the search asks for scores that the head lacks."""
         quantizer, way_out = self.quantizer, "or set generator.head to plain"
         trained = quantizer.coder == "rq_vae"
         if quantizer.coder == "tree" or (trained and (quantizer.encoder != "residual" or quantizer.latent is not None)):
             raise ValueError(
-                "generator.head dense needs codewords in the space of embedding.encoder, found "
+                f"generator.head {self.generator.head} needs codewords in the space of embedding.encoder, found "
                 f"quantizer.coder {quantizer.coder!r}, encoder {quantizer.encoder!r} and latent {quantizer.latent}: set "
                 f"quantizer.encoder to residual and leave latent out, or take kind rq_kmeans, {way_out}"
             )
         if self.serving.normalize == "vocabulary":
             raise ValueError(
-                f"generator.head dense scores the codes of a level, but serving.normalize is {self.serving.normalize!r}: leave it "
-                f"out, {way_out}"
+                f"generator.head {self.generator.head} scores the codes of a level, but serving.normalize is "
+                f"{self.serving.normalize!r}: leave it out, {way_out}"
             )
 
     @model_validator(mode="after")

@@ -22,6 +22,10 @@ class ReproduceRecipe(Section):
     printed_learning_rate: float | None = setting(
         None, "their learning rate; none = quantizer.learning_rate", unit="1/step", operational=True, gt=0
     )
+    machine_hour: float | None = setting(
+        None, "what an hour of the machine that measures costs; the report then shows money beside seconds", unit="money",
+        operational=True, ge=0,
+    )  # fmt: skip
     dpr_epochs: int = setting(1, "passes of DPR over the training pairs", unit="epochs", operational=True, ge=1)
     dpr_pairs: int | None = setting(
         None,

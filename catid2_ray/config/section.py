@@ -16,14 +16,17 @@ def setting(
     paper: str = NOT_STATED,
     operational=False,
     sized=False,
+    later=False,
     **limits,
 ) -> Any:
     """A recipe field: what it is, unit, source (unless operational or a section), range (pydantic's ge, le, min_length …).
 
     `sized`: where the recipe leaves it out, or says `auto`, a job takes the number that fits the catalogue (`config.sizes`); the
-    default only stands in for it until then."""
+    default only stands in for it until then. `later`: the setting came after artefacts were published, and its default is what was
+    done before; while a recipe leaves it there, keys are those of before, so that an upgrade remakes nothing."""
     extra = {"unit": unit} | ({"operational": True} if operational else {} if unit == "section" else {"paper": paper})
     extra |= {"sized": True} if sized else {}
+    extra |= {"later": True} if later else {}
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
@@ -59,16 +62,21 @@ class Section(BaseModel):
             properties[name] |= {"anyOf": [limits, {"enum": ["auto"], "type": "string"}], "default": "auto"}
         return schema
 
-    def identity(self) -> dict:
-        """The settings that decide the result, as JSON values: all but the operational ones."""
-        fields = type(self).model_fields
+    def decided(self, *, later: bool = True) -> dict:
+        """The settings that decide the result, as JSON values: all but the operational ones. `later`: also those that came later
+        and change nothing."""
         dumped = self.model_dump(mode="json")
-        for name, field in fields.items():
-            if (field.json_schema_extra or {}).get("operational"):
+        for name, field in type(self).model_fields.items():
+            extra, value = field.json_schema_extra or {}, getattr(self, name)
+            if extra.get("operational") or (not later and extra.get("later") and value == field.get_default()):
                 del dumped[name]
-            elif isinstance(value := getattr(self, name), Section):
-                dumped[name] = value.identity()
+            elif isinstance(value, Section):
+                dumped[name] = value.decided() if later else value.identity()
         return dumped
+
+    def identity(self) -> dict:
+        """What a key covers of this section: `decided` without the later settings that change nothing."""
+        return self.decided(later=False)
 
 
 _FP16 = (

@@ -42,8 +42,8 @@ def plan_tables(figures: Mapping) -> list[Table]:
     ]  # fmt: skip
     assumed = [name for name, rate in figures["rates"].items() if rate["source"] == "assumed"]
     note = (
-        f"Assumed, not measured: {', '.join(assumed)}. Not counted: adapter, node vectors, serving, evaluation, the start "
-        "of machines. --json has every rate and its source."
+        f"Assumed, not measured: {', '.join(assumed)}. Not counted: tuned encoder, adapter, node vectors, serving, evaluation, the "
+        "start of machines. --json has every rate and its source."
     )
     columns = [
         Column("stage", number=False, whole=True),
@@ -164,10 +164,10 @@ def _training(figures: Mapping) -> list[list[str]]:
     if "codes_per_level" in ids:
         codes = " × ".join(f"{count:,}" for count in ids["codes_per_level"])
         rows.append(["", f"{codes} codes, {ids['products_per_first_code']:,.0f} products per first code"])
-    for stage in ("adapter", "quantizer"):
+    for stage in (*(["tuned_encoder"] if figures["tuned_encoder"] else []), "adapter", "quantizer"):
         said, none = figures[stage], "none" if stage == "adapter" else "fitted, not trained"
         steps = said and f"{said['steps']:,} steps: {said['epochs']:,} epochs in batches of {said['batch']:,}"
-        rows.append([stage, steps or none])
+        rows.append([stage.replace("_", " "), steps or none])
     for stage in figures["generator"]:
         rows.append(
             ["generator", f"{stage['steps']:,} steps: {stage['epochs']:,} epochs of {stage['examples']:,} examples in batches of "

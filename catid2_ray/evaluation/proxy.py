@@ -149,13 +149,30 @@ def searched(
 ) -> Iterator[np.ndarray]:
     """Of each query what a beam of `width` finds, best first: int64 width×2, first and last + 1 of the trie's rows of each ID.
     `normalize`: as the search takes it."""
+    for ranges_K2, _ in found(model, trie, query_QD, width=width, normalize=normalize):
+        yield ranges_K2
+
+
+def found(
+    model: ProxyGenerator, trie: Trie, query_QD: np.ndarray, *, width: int = WIDTH, normalize: str = "level",
+    levels: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """As `searched`, with log P of each ID, float32, or of each prefix of `levels` codes; −inf where there are no more."""
     for start in range(0, len(query_QD), _SEARCHED):
         memory_BD = torch.from_numpy(np.ascontiguousarray(query_QD[start : start + _SEARCHED], np.float32))
         ones_B1 = torch.ones(len(memory_BD), 1, dtype=torch.long)
         result = constrained_beam_search(
-            model, trie, ones_B1, ones_B1, beam_width=width, top_k=width, memory=memory_BD, normalize=normalize
+            model,
+            trie,
+            ones_B1,
+            ones_B1,
+            beam_width=width,
+            top_k=width,
+            memory=memory_BD,
+            normalize=normalize,
+            levels=levels,
         )
-        yield from result.row_range_BK2.numpy()
+        yield from zip(result.row_range_BK2.numpy(), result.logp_BK.numpy())
 
 
 def ranked(

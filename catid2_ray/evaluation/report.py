@@ -12,17 +12,18 @@ RECALLS = {"recall": "all", "recall_seen": "seen", "recall_unseen": "unseen"}
 
 
 def closing_tables(figures: Mapping) -> list[Table]:
-    """The report's tables, in order: the catalogue, what changed since the release before, the adapter, the codes, recall, the
-    weights of what is served, time and memory.
+    """The report's tables, in order: the catalogue, what changed since the release before, tuned encoder, adapter, the codes,
+    recall, the weights of what is served, time and memory.
 
     `figures`: the job's JSON; keys release, documents, number, base, ledger, churn, collision_rate_before (0 to 1),
-    duplicates_after, node_vector_bytes, adapter (metrics of its manifest), codes_used, codes_per_level, recall, recall_seen,
-    recall_unseen, not_evaluated (why), set_aside (table → rows, of, reasons, first, at), diagnosis (`diagnosis.diagnosis_figures`,
-    or queries 0 and a reason), mixture (metrics of its manifest), seconds (stage → s), peak_memory_bytes; all optional.
+    duplicates_after, node_vector_bytes, tuned_encoder and adapter (metrics of their manifests), codes_used, codes_per_level,
+    recall, recall_seen, recall_unseen, not_evaluated (why), set_aside (table → rows, of, reasons, first, at), diagnosis
+    (`diagnosis.diagnosis_figures`, or queries 0 and a reason), mixture (metrics of its manifest), seconds (stage → s),
+    peak_memory_bytes; all optional.
     """
     tables = [
-        _catalogue(figures), _churn(figures), _adapter(figures), _codes(figures), _recall(figures),
-        _mixture(figures), *diagnosis_tables(figures.get("diagnosis")), _set_aside(figures), _cost(figures),
+        _catalogue(figures), _churn(figures), _learned(figures, "tuned_encoder"), _learned(figures, "adapter"), _codes(figures),
+        _recall(figures), _mixture(figures), *diagnosis_tables(figures.get("diagnosis")), _set_aside(figures), _cost(figures),
     ]  # fmt: skip
     return [table for table in tables if table.rows]
 
@@ -100,17 +101,20 @@ def _churn(figures: Mapping) -> Table:
     )
 
 
-def _adapter(figures: Mapping) -> Table:
-    """Dense recall before and after, on the queries that judged the adapter."""
-    metrics = figures.get("adapter") or {}
+def _learned(figures: Mapping, name: str) -> Table:
+    """Dense recall before and after, on the queries that judged the adapter or the tuned encoder."""
+    metrics, what = figures.get(name) or {}, name.replace("_", " ")
     if reason := metrics.get("reason"):
         return Table(
-            f"The adapter was not adopted: {reason}", columns_of("", "figure"), [["vectors stay as they are", ""]]
+            f"The {what} was not adopted: {reason}", columns_of("", "figure"), [["vectors stay as they are", ""]]
         )
     recall = metrics.get("recall") or {}
     ks = sorted(map(int, recall.get("before", ())))
     verdict = f"epoch {metrics.get('epoch')}" if metrics.get("adopted") else "not adopted, it would find less"
-    title = f"Adapter ({verdict}): recall of dense search on {metrics.get('queries')} queries kept back"
+    among = f", among {metrics['among']:,} products" if "among" in metrics else ""
+    title = (
+        f"{what.capitalize()} ({verdict}): recall of dense search on {metrics.get('queries')} queries kept back{among}"
+    )
     rows = [[f"{when} it", *(shown(values.get(str(k)), ".3f") for k in ks)] for when, values in recall.items()]
     return Table(title, columns_of("", *(f"@{k}" for k in ks)), rows)
 

@@ -131,7 +131,12 @@ def _load_encoder_decoder(folder: Path, about: dict) -> nn.Module:
     config = AutoConfig.from_pretrained(folder / "text", trust_remote_code=False)
     text = without_pooler(AutoModel.from_config(config, trust_remote_code=False))
     model = EncoderDecoder(text, T5Config.from_dict(about["decoder"]), frozen=about["frozen"])
-    with_head(model, getattr(model.config, "docid_head", "plain"), rank=getattr(model.config, "docid_head_rank", 1))
+    sizes = {name: getattr(model.config, f"docid_head_{name}", None) for name in ("rank", "width", "share")}
+    with_head(
+        model,
+        getattr(model.config, "docid_head", "plain"),
+        **{name: size for name, size in sizes.items() if size is not None},
+    )
     _load_mapped(model, folder / "model.safetensors")
     return model
 

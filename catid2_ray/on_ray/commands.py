@@ -59,7 +59,7 @@ def reindex(recipe: Recipe, *, wait: bool = False, trial: Shares | None = None, 
     """The whole chain: continue at the first stage without a committed manifest, evaluate, publish.
 
     `wait` for another job on the store to end; `trial`: put the release on trial in place of publishing it; `choices`: new_ledger,
-    refit_encoder, refresh_adapter, as in Job.
+    refit_encoder, refresh_adapter, refresh_encoder, as in Job.
     """
     with Job.open(recipe, wait=wait, resize=choices.get("new_ledger", False), **choices) as job:
         _check_trial(job, trial)
@@ -106,7 +106,7 @@ def figures_of(parts: dict[str, Manifest], store: Store) -> dict:
         "codes_per_level": ids["codes_per_level"],
         **{name: ids[name] for name in ("number", "base", "ledger", "churn")},
         **{name: scores[name] for name in ("recall", "recall_seen", "recall_unseen", "queries")},
-        **({"adapter": parts["adapter"].metrics} if "adapter" in parts else {}),
+        **{name: parts[name].metrics for name in ("tuned_encoder", "adapter") if name in parts},
         **{name: scores[name] for name in ("not_evaluated", "diagnosis") if name in scores},
         **({"node_vector_bytes": parts["node_vectors"].metrics["bytes"]} if "node_vectors" in parts else {}),
         **({"mixture": parts["mixture"].metrics} if "mixture" in parts else {}),

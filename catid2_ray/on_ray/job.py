@@ -74,7 +74,8 @@ class Job:
     `younger`: how many came since, known once it has published. `new_ledger`: a ledger may be begun anew where that of the
     previous release cannot be continued.
     `resize`: numbers that follow the catalogue's size are chosen anew, whatever the release has.
-    `refit_encoder`: a fitted text encoder is fitted anew; `refresh_adapter`: so is the adapter. `lease`: that of the store;
+    `refit_encoder`: a fitted text encoder is fitted anew; `refresh_adapter`: so is the adapter, `refresh_encoder`: a tuned
+    encoder is tuned anew. `lease`: that of the store;
     None for a job that only reads or compares. `say`: where the lines of the log go.
     """
 
@@ -94,6 +95,7 @@ class Job:
     resize: bool = False
     refit_encoder: bool = False
     refresh_adapter: bool = False
+    refresh_encoder: bool = False
     lease: leases.Lease | None = None
     say: Callable[..., None] = progress.event
 

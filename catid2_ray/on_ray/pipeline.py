@@ -1,8 +1,8 @@
 """The chain of stages, bound to the code that runs each, and an append to the release that is current.
 
-catalog → pairs → embeddings (→ adapter, where there are pairs) (→ queries, for kinds that learn from them) → quantizer → ids →
-node vectors → examples → generator (→ prompts → generator aligned, where the recipe asks for it) → serving
-(→ mixture, where weights are fitted) → evaluation → release
+catalog → pairs (→ tuned encoder, where the recipe asks for one) → embeddings (→ adapter, where there are pairs) (→ queries, for
+kinds that learn from them) → quantizer → ids → node vectors → examples → generator (→ prompts → generator aligned, where the recipe
+asks for it) → serving (→ mixture, where weights are fitted) → evaluation → release
 """
 
 from catid2_ray.artifacts.manifest import Manifest
@@ -25,6 +25,7 @@ from catid2_ray.on_ray.stages import (
     realign,
     train_generator,
     train_quantizer,
+    tuned_encoder,
 )
 from catid2_ray.on_ray.stages.assign import stage as assign
 
@@ -40,6 +41,7 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
         check_codes(job.recipe, parts["catalog"])
         door.announce(job.recipe, job.store, parts)
         door.refuse_unfit(job.recipe, parts["pairs"])
+        tuned_encoder.refuse_impossible(job.recipe, parts)
         adapter.refuse_impossible(job.recipe, parts)
     if last not in ("catalog", "pairs"):
         for name, run in RUN.items():
@@ -47,7 +49,7 @@ def chain(job: Job, last: str = "evaluation") -> dict[str, Manifest]:
                 continue
             if name == "examples":
                 gate_churn(job.recipe, parts["ids"])
-            if made := run(job, parts):  # adapter, node vectors and mixture are not always made
+            if made := run(job, parts):  # tuned encoder, adapter, node vectors and mixture are not always made
                 parts[STAGES[name].role] = made
             if name == last:
                 break
@@ -60,6 +62,8 @@ def planned(recipe: Recipe, last: str) -> tuple[str, ...]:
     without = set()
     if not recipe.quantizer.query_item:
         without.add("queries")
+    if recipe.embedding.encoder_mode == "frozen":
+        without |= {"lessons", "tuned_encoder"}
     if recipe.embedding.adapter == "none":
         without |= {"matched", "adapter"}
     if not recipe.alignment.enabled:
@@ -105,6 +109,7 @@ def _renamed_quantizer(job: Job, parts: dict[str, Manifest]) -> Manifest:
 
 # Of the stages in `artifacts.stages` that follow the tables, what runs each; `prompts` is run by `aligned`, which alone reads it.
 RUN = {
+    "tuned_encoder": tuned_encoder.run,
     "embeddings": embed.run,
     "adapter": adapter.run,
     "queries": embed.run_queries,
@@ -170,7 +175,7 @@ def append(job: Job) -> dict[str, Manifest]:
         )
     job.previous = open_previous(job.store, name)
     job.plan = APPENDED
-    _refuse_another_adapter(job.recipe, job.previous)
+    _refuse_other_vectors(job.recipe, job.previous)
     recipe = job.recipe = job.recipe.continued(
         {section: job.previous.parts[part].recipe for section, part in _SECTIONS.items()}
     )
@@ -212,8 +217,9 @@ def _refuse_another_recipe(recipe: Recipe, previous: PreviousRelease) -> None:
     differ = [
         f"{section}.{name} is {value!r}, the release has {had!r}"
         for section in ("embedding", "quantizer")
-        for name, value in getattr(recipe, section).identity().items()
-        if name not in ("warm_start", "adapter") and value != (had := getattr(made_by, section).identity()[name])
+        for name, value in getattr(recipe, section).decided().items()
+        if name not in ("warm_start", "adapter", "encoder_mode")
+        and value != (had := getattr(made_by, section).decided()[name])
     ]
     if differ:
         raise RecipeError(
@@ -223,13 +229,20 @@ def _refuse_another_recipe(recipe: Recipe, previous: PreviousRelease) -> None:
         )
 
 
-def _refuse_another_adapter(recipe: Recipe, previous: PreviousRelease) -> None:
+def _refuse_other_vectors(recipe: Recipe, previous: PreviousRelease) -> None:
     """`recipe`: as it came. What it leaves out is the release's, whatever the recipe that made the embeddings said."""
-    section, has = recipe.embedding, "linear" if "adapter" in previous.parts else "none"
+    section, release = recipe.embedding, previous.release.name
+    has = "linear" if "adapter" in previous.parts else "none"
     if "adapter" in section.model_fields_set and section.adapter not in ("auto", has):
         raise RecipeError(
-            f"append keeps the adapter of release {previous.release.name}, which is {has}, but embedding.adapter is "
+            f"append keeps the adapter of release {release}, which is {has}, but embedding.adapter is "
             f"{section.adapter}. Leave it out, or run `catid2 reindex` for a full re-ID"
+        )
+    has = "tuned" if "tuned_encoder" in previous.parts else "frozen"
+    if "encoder_mode" in section.model_fields_set and section.encoder_mode != has:
+        raise RecipeError(
+            f"append keeps the encoder of release {release}, which is {has}, but embedding.encoder_mode is "
+            f"{section.encoder_mode}. Leave it out, or run `catid2 reindex` for a full re-ID"
         )
 
 

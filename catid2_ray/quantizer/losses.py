@@ -77,6 +77,7 @@ def hierarchical_class_terms(
     depth: int,
     temperature: float,
     negatives: str = "siblings",
+    over: str = "anchors",
     gather: Gather | None = None,
     chunk: int | None = None,
 ) -> HierarchicalTerms:
@@ -87,9 +88,9 @@ def hierarchical_class_terms(
     Negatives: at depth 0 rows of another category; deeper, rows of another category under the same parent
     (`negatives="siblings"`) or under any parent (`"all"`, the paper's random-sampling ablation). The term of a positive
     p is −log( exp(s_ap/τ) / (exp(s_ap/τ) + Σ_n exp(s_an/τ)) ): eq. 4 as printed has no positive in the denominator,
-    which would be unbounded below. Averaged over the anchor's positives, then over the anchors of the global batch that
-    have at least one positive and one negative; none → exactly 0, with gradient 0. Raises InputError for a `depth`
-    that is no column and for other `negatives`.
+    which would be unbounded below. Averaged over the anchor's positives, then (`over`) over the "anchors" of the global
+    batch, its rows that have at least one positive and one negative, or over the whole "batch", the 1/|B| that is printed;
+    no anchor → exactly 0, with gradient 0. Raises InputError for a `depth` that is no column and for other `negatives`.
     """
     if not 0 <= depth < category_BH.shape[1]:
         raise InputError(f"depth {depth} is not a column of the categories, which have {category_BH.shape[1]} (from 0)")
@@ -100,7 +101,9 @@ def hierarchical_class_terms(
     unit_MZ, parent_M, child_M = (gathered(rows, gather) for rows in (unit_BZ, parent_B, child_B))
     layout = category_layout(parent_B, child_B, parent_M, child_M)
     total = category_nce(unit_BZ, unit_MZ, layout, temperature=temperature, chunk=chunk)
-    return HierarchicalTerms(*global_mean(total, len(layout.anchor_A), gather))
+    mean = global_mean(total, len(layout.anchor_A), gather)
+    share = mean.count.to(total) / len(unit_MZ) if over == "batch" else 1.0
+    return HierarchicalTerms(mean.mean * share, mean.count)
 
 
 def ancestor_contrast(

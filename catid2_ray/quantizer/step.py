@@ -37,10 +37,12 @@ class LossWeights:
 
     dispersion          α of eq. 8
     hierarchical        β of eq. 8
+    hierarchical_over   what eq. 4 is averaged over: "anchors", the rows that have a positive and a negative, or the "batch"
     cluster_scale       γ of eq. 8
     commitment          weight of ‖r − sg[e]‖² in eq. 2; not stated in the paper
     temperature         τ of eqs. 4 and 7; not stated in the paper
-    scale_temperature   divides the squared distances in p of eq. 5; the paper prints none, which is 1.0
+    scale_temperature   divides the distances in p of eq. 5; the paper prints none, which is 1.0
+    scale_distance      ‖r − e‖ in p of eq. 5: "squared", as in eq. 2, or "plain"
     negatives           "siblings" (section 3.3.1, hard negatives) or "all" (the random-negatives ablation)
     category_depth      H, depths that eq. 4 acts on; 3 at L = 4 (section 4.1.1), fewer than the levels
     reconstruction      weight of ‖d̂ − d‖² (eq. 1); 0 in eq. 8, 1 with the three weights above at 0 is TIGER
@@ -58,10 +60,12 @@ class LossWeights:
 
     dispersion: float = 0.1
     hierarchical: float = 1e-4
+    hierarchical_over: str = "anchors"
     cluster_scale: float = 1.0
     commitment: float = 0.25
     temperature: float = 0.1
     scale_temperature: float = 1.0
+    scale_distance: str = "squared"
     negatives: str = "siblings"
     category_depth: int = 3
     reconstruction: float = 0.0
@@ -131,7 +135,7 @@ def training_loss(
     if weights.hierarchical and min(weights.category_depth, category_BH.shape[1]):
         terms["hierarchical"], anchors = _category_contrast(plain, quantized, category_BH, weights, shared)
     if weights.cluster_scale:
-        terms["cluster_scale"] = _cluster_scale(plain, residual_LBZ, weights.scale_temperature, shared)
+        terms["cluster_scale"] = _cluster_scale(plain, residual_LBZ, weights, shared)
     if weights.query_item and extras.query_BD is not None:
         # ẑ with straight-through gradient, against the query's own latent.
         latent_BZ = quantized.latent_BZ[head]
@@ -165,7 +169,13 @@ def _category_contrast(
         rows_LBZ = latent_BZ + (quantized.codeword_LBZ.cumsum(0) - latent_BZ).detach()
     levels = [
         hierarchical_class_terms(
-            rows_BZ, category_BH, depth=depth, temperature=temperature, negatives=weights.negatives, **shared
+            rows_BZ,
+            category_BH,
+            depth=depth,
+            temperature=temperature,
+            negatives=weights.negatives,
+            over=weights.hierarchical_over,
+            **shared,
         )
         for depth, rows_BZ in enumerate(rows_LBZ[: category_BH.shape[1]])
     ]
@@ -181,12 +191,16 @@ def _level_factors(residual_LBZ: Tensor, power: float, gather: Gather | None) ->
     return (norm_L / norm_L[0].clamp_min(1e-12)) ** power
 
 
-def _cluster_scale(model: ResidualQuantizer, residual_LBZ: Tensor, scale_temperature: float, shared: dict) -> Tensor:
-    """Σ_l of eq. 5 with log p_l = log softmax(−‖r_l − e_l‖² / scale_temperature); ‖r‖² cancels in the softmax."""
+def _cluster_scale(model: ResidualQuantizer, residual_LBZ: Tensor, weights: LossWeights, shared: dict) -> Tensor:
+    """Σ_l of eq. 5 with log p_l = log softmax(−‖r_l − e_l‖² / scale_temperature), where ‖r‖² cancels, or of ‖r_l − e_l‖."""
     total = 0.0
     for residual_BZ, codebook_KZ in zip(residual_LBZ, model.codebooks, strict=True):
         closeness_BK = torch.addmm(-codebook_KZ.square().sum(1), residual_BZ, codebook_KZ.T, alpha=2)
-        total = total + cluster_scale_from_log((closeness_BK / scale_temperature).log_softmax(1), **shared)
+        if weights.scale_distance == "plain":
+            squared_BK = residual_BZ.square().sum(1, keepdim=True) - closeness_BK
+            closeness_BK = -squared_BK.clamp_min(1e-12).sqrt()  # a distance of 0 has no gradient
+        log_BK = (closeness_BK / weights.scale_temperature).log_softmax(1)
+        total = total + cluster_scale_from_log(log_BK, **shared)
     return total
 
 

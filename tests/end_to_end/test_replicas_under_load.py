@@ -129,7 +129,7 @@ def test_health_kills_no_replica_that_is_busy(shop, shared_ray):
 
 
 @pytest.mark.faults
-def test_a_replica_is_killed(shop, shared_ray):
+def test_a_replica_is_killed(shop, shared_ray, fault):
     with served(shop.store, num_replicas=2, autoscaling_config=None) as base:
         until(lambda: running() == 2)
         load, before = Load(base, shop.answers, askers=6), processes()
@@ -143,6 +143,8 @@ def test_a_replica_is_killed(shop, shared_ray):
     assert [one for one in load.failed if one.began > killed] == []
     assert len(load.failed) <= 6
     is_the_release(load, shop)
+    outcome = f"{len(load.failed)} of {len(load.seen) + len(load.failed)} queries failed, those in flight"
+    fault("a replica of two killed under load", times=1, outcome=outcome, lost_s=0)
 
 
 def test_another_configuration_starts_before_the_old_one_stops(shop, shared_ray):
@@ -172,7 +174,7 @@ def test_replicas_go_from_one_to_two_and_back(shop, shared_ray):
 
 
 @pytest.mark.faults
-def test_the_store_answers_nothing_for_a_while(shop, shared_ray):
+def test_the_store_answers_nothing_for_a_while(shop, shared_ray, fault):
     """The server of the store stands still, so that every request to it hangs: searches go on, changes wait or are refused, and
     later ones are taken."""
     with s3_server() as environment:
@@ -213,6 +215,8 @@ def test_the_store_answers_nothing_for_a_while(shop, shared_ray):
     assert gone not in last
     for release, asked, products in load.seen:
         assert release == shop.release and (products == shop.answers[asked] or gone in shop.answers[asked])
+    outcome = f"{len(load.seen)} queries answered, none failed; changes are taken again afterwards"
+    fault("the store of a service silent for 30 s under load", times=1, outcome=outcome, lost_s=0)
 
 
 def test_grpc_refuses_without_a_traceback_in_the_log(shop, shared_ray):

@@ -1,7 +1,8 @@
 """A release that lives: append, refuse, two at once, then a full re-ID on top; codes by k-means, and as generator one epoch of a
-frozen text encoder under our decoder, taught by labels and a teacher, over the trie alone."""
+text encoder, tuned first and then frozen, under our decoder, taught by labels and a teacher, over the trie alone."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
 from catid2_ray.catalog.synthetic import generate
+from catid2_ray.catalog.text import HuggingFaceEncoder
 from catid2_ray.config import Recipe
 from catid2_ray.errors import CommitConflict, LeaseError, QualityGateError, RecipeError, ReleaseError
 from catid2_ray.on_ray.commands import GateFailed, append_items, publish, reindex
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine.query_encoder import open_retriever
+from catid2_ray.on_ray.look.dry_run import dry_run
+from catid2_ray.on_ray.machine.query_encoder import open_retriever, tuned_folder
 from catid2_ray.on_ray.pipeline import APPENDED, append
 from catid2_ray.on_ray.serve.api import Churn
 from tests.command import job_here, write_recipe
@@ -41,7 +44,10 @@ def write_shop(folder, *, first=0, end=260, pairs=True) -> None:
 def recipe_of(shop, store, **sections) -> Recipe:
     values = {name: dict(value) if isinstance(value, dict) else value for name, value in TINY.items()}
     values |= {"store": str(store), "catalog": {"root": str(shop), "rows_per_part": 100}}
-    values["embedding"] = values["embedding"] | {"adapter": "linear", "encoder": ENCODER["folder"], "tokens": 32}
+    values["embedding"] = values["embedding"] | {
+        "adapter": "linear", "encoder": ENCODER["folder"], "encoder_mode": "tuned", "tokens": 32,
+    }  # fmt: skip
+    values["tuning"] = {"epochs": 2, "learning_rate": 1e-2}
     values["quantizer"] = {"kind": "rq_kmeans", "codes_per_level": [8, 8, 8, 8], "kmeans_sample": 200}
     values["generator"] |= {
         "epochs": 1,
@@ -66,7 +72,9 @@ def ids_of(store: Store, manifest) -> dict[str, str]:
 def published(tmp_path_factory, no_ray):
     """A folder with shop/ and store/, in which one release is current."""
     folder = tmp_path_factory.mktemp("append")
-    ENCODER["folder"] = save_bert(folder / "bert")
+    texts = [*MADE.products["title"].to_pylist(), *MADE.pairs["query"].to_pylist()]
+    words = sorted({word for text in texts for word in re.findall(r"\w+", text.lower())})
+    ENCODER["folder"] = save_bert(folder / "bert", words)
     write_shop(folder / "shop")
     return folder, reindex(recipe_of(folder / "shop", folder / "store"))
 
@@ -108,7 +116,7 @@ def test_appended_products_are_served_by_the_old_generator(copied):
     release = releases.current(store)
     parts = release.manifests(store)
     assert release.name == outcome.release.name != first.release.name
-    for part in ("adapter", "quantizer", "examples", "generator"):
+    for part in ("tuned_encoder", "adapter", "quantizer", "examples", "generator"):
         assert parts[part].digest == first.parts[part].digest
     retriever = open_retriever(releases.release_folder(store, release, folder / "cache"))
     hits = retriever.retrieve([MADE.pairs["query"][0].as_py()], k=280)[0]
@@ -135,18 +143,42 @@ def test_appended_products_are_served_by_the_old_generator(copied):
 
 
 def test_new_pairs_alone_remake_what_learns_from_them(copied):
-    """The vectors, the adapter, the quantizer and the IDs stay those of the first release."""
+    """The tuned encoder, the vectors, the adapter, the quantizer and the IDs stay those of the first release."""
     folder, first = copied
     nobody = {"split": ["train"], "relevance": [3.0], "query": ["a shelf that nobody asked for"], "query_id": ["new"]}
     new = pa.table({**nobody, "product_id": [MADE.products["product_id"][0].as_py()]})
     table = pa.concat_tables([MADE.pairs, new.select(MADE.pairs.column_names).cast(MADE.pairs.schema)])
     write_shop(folder / "shop")
     pq.write_table(table, folder / "shop" / "pairs.parquet")
-    outcome = reindex(recipe_of(folder / "shop", folder / "store"))
+    recipe = recipe_of(folder / "shop", folder / "store")
+    outcome = reindex(recipe)
     assert outcome.made == ["pairs", "examples", "generator", "mixture", "evaluation"]
     same = [name for name, part in outcome.parts.items() if part.digest == first.parts[name].digest]
-    assert {"catalog", "embeddings", "adapter", "quantizer", "ids", "serving"} <= set(same)
+    assert {"catalog", "tuned_encoder", "embeddings", "adapter", "quantizer", "ids", "serving"} <= set(same)
     assert outcome.figures["number"] == 1 and outcome.release.name != first.release.name
+    anew = dry_run(recipe, refresh_encoder=True)["stages"]
+    assert [row["stage"] for row in anew if row["does"] == "found"] == ["catalog", "pairs"]
+    assert [row["stage"] for row in anew if row["does"] == "made"][:3] == ["lessons", "tuned_encoder", "embeddings"]
+
+
+def test_a_tuned_encoder_is_what_everything_goes_through(published, monkeypatch):
+    """One pass of the tuned encoder, which lies in the generator, gives a query its states and its vector; the base model that the
+    recipe names is not asked for."""
+    folder, first = published
+    store, parts = Store(folder / "store"), first.parts
+    assert parts["tuned_encoder"].metrics["adopted"], "else the rest says nothing"
+    digest = parts["tuned_encoder"].digest
+    assert parts["generator"].settings["tuned_encoder"] == parts["generator"].parents["tuned_encoder"] == digest
+    settings = releases.retriever_settings(parts, release="r")
+    assert settings["shared_encoder"] and settings["encoder"]["tuned"] == digest
+    monkeypatch.setattr("catid2_ray.catalog.text._load_pretrained", lambda name: pytest.fail(f"{name} is loaded"))
+    retriever = open_retriever(releases.release_folder(store, first.release, folder / "cache"))
+    query = MADE.pairs["query"][0].as_py()
+    monkeypatch.undo()
+    alone = HuggingFaceEncoder(tuned_folder(store, parts["tuned_encoder"]), batch=4, tokens=12).encode([query])
+    base = HuggingFaceEncoder(ENCODER["folder"], batch=4, tokens=12).encode([query])
+    np.testing.assert_allclose(retriever._encoded([query])[2].dense_BE, alone, atol=1e-4)
+    assert np.abs(alone - base).max() > 1e-2
 
 
 def test_two_appends_at_once_one_wins_and_nothing_is_lost(copied):

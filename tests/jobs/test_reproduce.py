@@ -31,6 +31,7 @@ METHODS = [
     "cq_sid",
     "served",
     "gdr",
+    "pag",
 ]
 # 120 queries leave the test split a score of them; those that these tables add are named so.
 LONE, GONE = "q-lone", "q-gone"
@@ -79,10 +80,10 @@ def test_every_method_has_a_figure_or_a_reason(done):
     rows = done["rows"]
     assert list(rows) == [name for name in NAMES if name in METHODS]
     measured = {name for name, row in rows.items() if "recall" in row}
-    assert measured == {"bm25", "bm25_tuned", "dense", "bm25+dense", "tiger", "cq_sid"}
+    assert measured == {"bm25", "bm25_tuned", "dense", "bm25+dense", "tiger", "cq_sid", "gdr"}
     why = {name: row["not_run"][0] for name, row in rows.items() if name not in measured}
     assert "embedding.adapter is none" in why["adapted"] and "lsa, which has no weights" in why["dpr"]
-    assert "512 codes" in why["cat_id2_512"] and "holds no release" in why["served"] and "clusters" in why["gdr"]
+    assert "512 codes" in why["cat_id2_512"] and "holds no release" in why["served"]
     page = (done["below"] / "report.html").read_text()
     assert page.count("[not run: ") >= len(why) and "Table 7" in page and "data:image/png;base64," in page
 
@@ -128,15 +129,28 @@ def test_ids_that_products_share_find_more_ids_than_products(done):
 
 
 def test_a_second_run_measures_nothing_and_says_the_same(done):
-    assert "Measured now: 6. Found: 0." in done["first_run"].stdout
-    assert "Measured now: 0. Found: 6." in done["again"].stdout and "event=start" not in done["again"].stderr
+    assert "Measured now: 7. Found: 0." in done["first_run"].stdout
+    assert "Measured now: 0. Found: 7." in done["again"].stdout and "event=start" not in done["again"].stderr
     assert json.loads((done["below"] / "report.json").read_text()) == done["report"]
+
+
+def test_two_jobs_divide_the_runs_and_read_each_other_s(shop, done, no_ray, tmp_path):
+    recipe = Recipe.build(shop["recipe"] | {"store": str(tmp_path / "divided")})
+    cells = [cell for cell in plan(["2"], ["bm25", "bm25_tuned", "dense"], "tiny")]
+    first, _ = reproduce(recipe, cells, seeds=1, share=(1, 2))
+    assert (first.made, [len(one.runs) for one in first.outcomes]) == (2, [1, 0, 1])
+    second, _ = reproduce(recipe, cells, seeds=1, share=(2, 2))
+    assert (second.made, second.found) == (1, 2)
+    assert [one.runs[0].ranked for one in second.outcomes[::2]] == [one.runs[0].ranked for one in first.outcomes[::2]]
+    for wrong in ("0/2", "3/2", "x", "1/0"):
+        refused = run_here("reproduce", "--recipe", shop["path"], "--share", wrong)
+        assert refused.returncode == 3 and "give I/N with 1 ≤ I ≤ N" in refused.stderr
 
 
 def test_each_cell_leads_to_its_manifest_and_to_the_command_that_remakes_it(done):
     page = (done["below"] / "report.html").read_text()
     links = re.findall(r'href="\.\./\.\./(artifacts/cell/\w+/manifest\.json)"', page)
-    assert len(links) == 6 and all((done["folder"] / "store" / link).exists() for link in links)
+    assert len(links) == 7 and all((done["folder"] / "store" / link).exists() for link in links)
     assert f"catid2 reproduce --recipe {done['path']} --cell T2/tiger/tiny" in page
 
 
@@ -160,7 +174,7 @@ def test_list_commands_and_plan_touch_nothing(shop, tmp_path):
     commands = run_here("paper-tables", *untouched, "--show-commands", "--tables", "5").stdout
     dry = run_here("reproduce", *untouched, "--dry-run")
     assert "T2/tiger/tiny  TIGER\n" in names and "T6/cat_id2_5/tiny" in names and "F5/cat_id2_k64/tiny" in names
-    assert "[not run: no generator of clusters" in names
+    assert "[not run: its simultaneous decoding" in names
     assert all(
         line.startswith(f"catid2 reproduce --recipe {shop['path']} --set store=") for line in commands.splitlines()
     )

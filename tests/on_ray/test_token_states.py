@@ -87,6 +87,25 @@ def test_a_frozen_encoder_is_exported_as_it_was_whatever_the_precision(folder, t
     task.export(whole, tmp_path / "whole", [])
 
 
+def test_a_tuned_encoder_takes_the_place_of_the_one_that_the_recipe_names(folder, tmp_path):
+    tuned = BertModel.from_pretrained(folder)
+    with torch.no_grad():
+        tuned.encoder.layer[0].output.dense.weight.mul_(1.5)
+    tuned.save_pretrained(tmp_path / "tuned")
+    task, rows = task_of(folder)
+    task.tuned = lambda: str(tmp_path / "tuned")
+    module = task.build()
+    weight = module.model.encoder.text.encoder.layer[0].output.dense.weight
+    assert torch.equal(weight, tuned.encoder.layer[0].output.dense.weight)
+    fed, _ = step(task, module, rows)
+    plain, _ = task_of(folder)
+    other, _ = step(plain, plain.build(), rows)
+    assert not np.allclose(fed["states"], other["states"])
+    task.export(module.bfloat16(), tmp_path / "made", [])
+    made = load_generator(tmp_path / "made")[0].encoder.text.encoder.layer[0].output.dense.weight
+    assert torch.equal(made, tuned.encoder.layer[0].output.dense.weight), "in float32, of the tuned one"
+
+
 def test_the_caches_used_last_stay(folder, tmp_path):
     caches = tmp_path / "cache" / "token_states"
 

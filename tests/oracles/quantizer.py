@@ -21,7 +21,7 @@ def residual_quantization(residual_LBZ, codeword_LBZ, *, commitment) -> float:
     return total / len(residual_LBZ[0])
 
 
-def hierarchical_class(residual_BZ, category_BH, *, depth, temperature, negatives="siblings") -> float:
+def hierarchical_class(residual_BZ, category_BH, *, depth, temperature, negatives="siblings", over="anchors") -> float:
     rows, anchors = range(len(residual_BZ)), []
     for a in rows:
         if category_BH[a][depth] < 0:
@@ -38,7 +38,7 @@ def hierarchical_class(residual_BZ, category_BH, *, depth, temperature, negative
         if positives and others:
             against = sum(math.exp(s) for s in others)
             anchors.append(sum(-math.log(math.exp(s) / (math.exp(s) + against)) for s in positives) / len(positives))
-    return sum(anchors) / len(anchors) if anchors else 0.0
+    return sum(anchors) / (len(anchors) if over == "anchors" else len(residual_BZ)) if anchors else 0.0
 
 
 def shared_depth(first_H, second_H) -> int:
@@ -92,10 +92,12 @@ def residual_latents(model, embedding_BD):
     return np.array(latents), np.array(decoded)
 
 
-def probability(residual_BZ, codebook_KZ, *, scale_temperature=1.0):
+def probability(residual_BZ, codebook_KZ, *, scale_temperature=1.0, power=2):
     rows = []
     for residual_Z in residual_BZ:
-        weight_K = [math.exp(-float(((residual_Z - e) ** 2).sum()) / scale_temperature) for e in codebook_KZ]
+        weight_K = [
+            math.exp(-(float(((residual_Z - e) ** 2).sum()) ** (power / 2)) / scale_temperature) for e in codebook_KZ
+        ]
         rows.append([w / sum(weight_K) for w in weight_K])
     return np.array(rows)
 

@@ -15,7 +15,8 @@ from tests.s3_server import new_bucket, s3_server
 PARENTS_OF = {
     "catalog": (),
     "pairs": ("catalog",),
-    "embeddings": ("catalog",),
+    "tuned_encoder": (),
+    "embeddings": ("catalog", "tuned_encoder"),
     "adapter": (),
     "quantizer": ("embeddings", "adapter"),
     "ids": ("catalog", "embeddings", "adapter", "quantizer"),

@@ -445,12 +445,25 @@ def test_a_release_of_before_the_serving_part_is_served_by_the_beam_it_was_evalu
 
 
 @pytest.mark.parametrize(
-    "mode, encoder, shared", [("frozen", "a/b", True), ("tuned", "a/b", False), ("frozen", "c/d", False)]
+    "mode, encoder, tuned, shared",
+    [
+        ("frozen", "a/b", (None, None), True),
+        ("tuned", "a/b", (None, None), False),
+        ("frozen", "c/d", (None, None), False),
+        ("frozen", "a/b", ("d1", "d1"), True),
+        ("frozen", "a/b", ("d1", "d2"), False),
+        ("frozen", "a/b", ("d1", None), False),
+    ],
 )
-def test_one_pass_serves_where_the_generator_reads_with_the_products_encoder(chain, local_store, mode, encoder, shared):
+def test_one_pass_serves_where_the_generator_reads_with_the_products_encoder(
+    chain, local_store, mode, encoder, tuned, shared
+):
+    """`tuned`: digests of the encoder of products, and of that of the generator."""
     parts = chain(local_store, "one")
-    parts["serving"].settings["encoder"] = {"name": "a/b", "tokens": 64}
+    parts["serving"].settings["encoder"] = {"name": "a/b", "tokens": 64} | ({"tuned": tuned[0]} if tuned[0] else {})
     parts["generator"].settings.update(model="encoder_decoder", encoder_mode=mode, encoder=encoder)
+    if tuned[1]:
+        parts["generator"].settings["tuned_encoder"] = tuned[1]
     assert releases.retriever_settings(parts, release="r").get("shared_encoder", False) == shared
 
 
@@ -467,8 +480,8 @@ def test_the_folder_says_what_the_generator_was_taught_where_it_is_not_what_all_
 
 def test_parts_are_the_stages_in_order():
     assert PARTS == (
-        "catalog", "pairs", "embeddings", "adapter", "quantizer", "ids", "node_vectors", "examples", "generator", "serving",
-        "mixture", "evaluation",
+        "catalog", "pairs", "tuned_encoder", "embeddings", "adapter", "quantizer", "ids", "node_vectors", "examples", "generator",
+        "serving", "mixture", "evaluation",
     )  # fmt: skip
 
 

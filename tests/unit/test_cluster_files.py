@@ -54,14 +54,23 @@ def test_object_stores_leave_the_memory_to_workers_and_what_spills_has_a_disk(cl
 
 def test_the_settings_of_health_and_memory_are_settings_of_this_ray(cluster):
     """Ray passes over a variable that it does not know."""
-    binary = (Path(ray.__file__).parent / "core" / "src" / "ray" / "gcs" / "gcs_server").read_bytes()
+    inside = Path(ray.__file__).parent
+    known = (inside / "core" / "src" / "ray" / "gcs" / "gcs_server").read_bytes()
+    known += (inside / "dashboard" / "modules" / "job" / "job_supervisor.py").read_bytes()
     asked = {
         word.split("=")[0]
         for commands in ("head_start_ray_commands", "worker_start_ray_commands")
         for word in cluster[commands][-1].split()
         if word.startswith("RAY_")
     }
-    assert len(asked) == 4 and all(name.encode() in binary for name in asked)
+    assert len(asked) == 6 and all(name.encode() in known for name in asked)
+
+
+def test_nobody_gets_in_without_the_token_that_every_node_has(cluster):
+    """`ray start` takes everybody where nothing is said and no token lies at hand, as on a new machine."""
+    assert cluster["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert "RAY_AUTH_MODE=token" in cluster[commands][-1].partition("ray start")[0]
 
 
 def test_serve_file_is_valid_and_its_numbers_fit_each_other():

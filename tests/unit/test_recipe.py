@@ -17,6 +17,7 @@ from catid2_ray.config import NOT_STATED, GeneratorRecipe, QuantizerRecipe, Reci
 from catid2_ray.errors import RecipeError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
+DATA = Path(__file__).parents[1] / "data"
 MINIMAL = {"catalog": {"synthetic": {}}}
 
 
@@ -353,6 +354,22 @@ def test_the_schema_is_valid_and_describes_what_is_accepted():
     )
 
 
+def test_a_setting_that_came_later_leaves_the_keys_of_before_alone():
+    known = set(json.loads(DATA.joinpath("settings_in_keys.json").read_text()))
+    sections = {name.split(".")[0] for name in known}  # a new section is in keys of its own stages alone
+    identity = Recipe.build(MINIMAL).identity()
+    names = {f"{section}.{name}" for section in sections for name in identity[section]}
+    assert names == known, (
+        "a setting that enters every key makes an upgrade remake every catalogue: give it later=True and the default that "
+        "means what was done before; or raise the stage's version, and write the file anew"
+    )
+    printed: dict = {"hierarchical_over": "batch", "scale_distance": "plain"}
+    plain = Recipe.build(MINIMAL).quantizer
+    assert plain.identity() == {name: value for name, value in plain.decided().items() if name not in printed}
+    changed = Recipe.build(MINIMAL | {"quantizer": printed}).quantizer.identity()
+    assert changed == plain.identity() | printed == Recipe.build(MINIMAL | {"quantizer": printed}).quantizer.decided()
+
+
 def test_identity_leaves_out_what_cannot_change_the_result():
     full = MINIMAL | {"serving": {"expansion": {}}}
     recipe = Recipe.build(full)
@@ -365,7 +382,7 @@ def test_identity_leaves_out_what_cannot_change_the_result():
             if isinstance(node, list):  # sections in a list, such as stages, are there when the recipe names some
                 break
             node = node.get(key, "absent") if isinstance(node, dict) else "absent"
-        assert (node != "absent") == inside, path
+        assert (node != "absent") == (inside and not FIELDS[path][0].json_schema_extra.get("later")), path
     elsewhere = Recipe.build(
         full
         | {
@@ -422,6 +439,10 @@ def test_the_recipes_that_the_readme_runs_are_there():
         ({"encoder": "e"}, "encoder 'e' is set, but model is 'small': set model to encoder_decoder"),
         ({"encoder_mode": "tuned"}, "encoder_mode tuned belongs to model encoder_decoder, found model 'small'"),
         ({"model": "causal", "causal": "c", "head": "pawa"}, "head pawa needs a T5 or an encoder_decoder"),
+        (
+            {"head": "experts", "model": "encoder_decoder", "encoder": "e", "consistency": 0.1},
+            "head experts teaches decoder and perceptron by themselves",
+        ),
         (
             {"head": "dense"},
             "head dense compares codewords with the text encoder.s vectors of queries, found model .small.",
@@ -500,11 +521,12 @@ DENSE = {"embedding": {"encoder": "e"}, "generator": {"model": "encoder_decoder"
         ({"serving": {"normalize": "vocabulary"}}, "serving.normalize is 'vocabulary'"),
     ],
 )
-def test_a_dense_head_that_could_not_be_trained_or_searched_is_refused(change, words):
-    base = {"catalog": {"root": "/r"}, **DENSE}
-    assert Recipe.build(base).generator.head == "dense"
-    assert Recipe.build(base | {"quantizer": {"kind": "rq_kmeans"}}).generator.head == "dense"
-    with pytest.raises(RecipeError, match=words):
+@pytest.mark.parametrize("head", ["dense", "experts"])
+def test_a_head_that_could_not_be_trained_or_searched_is_refused(change, words, head):
+    base = {"catalog": {"root": "/r"}, **DENSE, "generator": DENSE["generator"] | {"head": head}}
+    assert Recipe.build(base).generator.head == head
+    assert Recipe.build(base | {"quantizer": {"kind": "rq_kmeans"}}).generator.head == head
+    with pytest.raises(RecipeError, match=words.replace("dense", head)):
         Recipe.build(base | change)
 
 
@@ -543,13 +565,18 @@ def test_a_stored_recipe_means_what_it_meant(monkeypatch):
 
 
 def test_every_setting_that_came_after_the_stored_release_says_what_was_done_before():
-    """A new setting either has a default that changes nothing, named here, or a line in config/older.py."""
+    """A new setting either has a default that changes nothing (`later`, or named here), or a line in config/older.py."""
     from catid2_ray.config.older import GONE, MEANT
 
-    harmless = {"catalog.category_separator", "evaluation.min_to_release", "serving.lookahead"}
-    harmless |= {"cluster.data_pool", "cluster.training_pool", "generator.teacher_draws", "generator.teacher_queries"}
+    harmless = {
+        "evaluation.min_to_release",
+        "serving.lookahead",
+        "cluster.data_pool",
+        "cluster.training_pool",
+        "ids.turn_rows",
+    }
     harmless |= {"evaluation.canary_recall", "evaluation.canary_empty", "evaluation.canary_slower"}
-    harmless |= {"generator.loss", "ids.turn_rows"}
+    harmless |= {path for path, (field, _) in FIELDS.items() if field.json_schema_extra.get("later")}
     stored = json.loads((Path(__file__).parents[1] / "data" / "recipe_format_6.json").read_text())
     today = Recipe.build({"catalog": {"root": "/now"}}).model_dump(mode="json")
     for name, values in today.items():

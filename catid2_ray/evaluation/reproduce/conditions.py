@@ -93,14 +93,15 @@ KINDS = (
     _ids("cat_id2_shuffled", "… trained on shuffled categories (control)"),
     _ids("rq_kmeans", "residual k-means, nothing trained"),
     _ids("cq_sid", "CQ-SID, products share IDs"),
+    _ids(
+        "gdr", "GDR: clusters by a generator, their products by adapted dense", "rq_kmeans", settings={"clusters": True}
+    ),
 )
 RELEASE = (
     Condition("generator", "the release's generator alone, beams of whole IDs", "release", {"served": False}),
     Condition("served", "ours with everything on, as served", "release", {"served": True}),
 )
 MISSING = (
-    Condition("gdr", "GDR: clusters, then dense", missing="no generator of clusters is trained here; `served` does as "
-        "much by depth-2 nodes"),
     Condition("pag", "PAG's look-ahead", missing="its simultaneous decoding is not built; `served` looks ahead by node vectors"),
     Condition("genret", "GenRet", missing="it trains tokenizer and generator by turns, which stages that are "
         "committed once cannot"),
@@ -112,6 +113,11 @@ NAMES = tuple(condition.name for condition in METHODS)
 # Table 3: the printed rows, and the same on our preset, whose encoder begins as the identity.
 PRINTED_3 = ("paper_tiger", "paper_hcc", "paper_csc", "paper_hcc_csc", "paper_dis", "paper_hcc_dis", "cat_id2_paper")
 OURS_3 = ("tiger", "hcc", "csc", "hcc_csc", "dis", "cat_id2", "hcc_csc_dis")  # cat_id2 is row (5)
+# What eqs. 4 and 5 leave open: the divisor |B| that is printed, and whether ‖r − e‖ is squared.
+READINGS_3 = {
+    "paper_batch": ("eq. 4 over the whole batch", {"quantizer.hierarchical_over": "batch"}),
+    "paper_distance": ("eq. 5 of ‖r − e‖, not squared", {"quantizer.scale_distance": "plain"}),
+}
 _TERMS = ("TIGER", "(0) + HCCL", "(0) + CSCL", "(1) + CSCL", "(0) + DisL", "(1) + DisL", "all three")
 SWEEPS = {
     "α": ("dispersion", (0.0, 0.01, 0.1, 1.0)),
@@ -137,6 +143,8 @@ def rows_of(table: str, methods: Sequence[str], *, text: Sequence[str] = ("title
             Row(_ids(kind, f"({number}) {term}, as printed"), str(number))
             for number, (kind, term) in enumerate(zip(PRINTED_3, _TERMS))
         ]
+        rows += [Row(_ids(name, f"(6) with {title}, as printed", "cat_id2_paper", recipe=changes))
+                 for name, (title, changes) in READINGS_3.items()]  # fmt: skip
         ours = zip(OURS_3, _TERMS)
         return rows + [Row(_ids(kind, f"({number}) {term}, our preset")) for number, (kind, term) in enumerate(ours)]
     if table == "4":

@@ -19,6 +19,8 @@ RETURNED = 100  # products of every ranked list
 TUNED_AT = 50
 K1_GRID, B_GRID = (1.2, 0.6, 0.9, 2.0), (0.75, 0.3, 0.5, 0.9)  # the default comes first and wins ties
 WEIGHT_GRID = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.4)  # of BM25 beside a cosine
+CLUSTERS_GRID = (4, 8, 16, 32)  # of GDR: clusters whose products are scored
+LOGP_GRID = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)  # of GDR: the weight of a cluster's log P beside the cosine
 _QUERIES = 32  # scored at a time
 
 Scores = Callable[[int, int], np.ndarray]  # queries from … to … in, float32 rows × N out
@@ -104,6 +106,48 @@ def tune_weight(lexical: Scores, dense: Scores, asked: Asked) -> dict:
     mean_W = total_W / len(asked.texts)
     best = int(np.argmax(mean_W))
     return {"weight": WEIGHT_GRID[best], "validation_recall": round(float(mean_W[best]), 4)}
+
+
+class ClusterScores(NamedTuple):
+    """Of one query the products below its clusters. `rows`: among the N products; `cosine`, `logp` of the cluster, `place` of the
+    cluster, 0 = the likeliest; all of one length."""
+
+    rows: np.ndarray
+    cosine: np.ndarray
+    logp: np.ndarray
+    place: np.ndarray
+
+
+def clusters_scored(
+    clusters: Iterator[tuple[np.ndarray, np.ndarray]], query_QD: np.ndarray, product_ND: np.ndarray, order_N: np.ndarray
+) -> Iterator[ClusterScores]:
+    """`clusters`: for each query ranges C×2 among `order_N`, and log P. Both vectors are of length 1."""
+    for (ranges_C2, logp_C), query_D in zip(clusters, query_QD):
+        sizes_C = ranges_C2[:, 1] - ranges_C2[:, 0]
+        place = np.repeat(np.arange(len(ranges_C2)), sizes_C)
+        rows = np.concatenate([order_N[first:last] for first, last in ranges_C2])
+        yield ClusterScores(rows, product_ND[rows] @ query_D, logp_C[place], place)
+
+
+def best_of(scored: ClusterScores, clusters: int, weight: float, k: int = RETURNED) -> np.ndarray:
+    """int64 k: the rows of the first `clusters` by cosine + weight · log P, equal ones by their row; −1 beyond the last."""
+    kept = scored.place < clusters
+    rows, score = scored.rows[kept], scored.cosine[kept] + np.float32(weight) * scored.logp[kept]
+    best = rows[np.lexsort((rows, -score))[:k]]
+    return np.pad(best, (0, k - len(best)), constant_values=-1)
+
+
+def tune_clusters(scored: Iterator[ClusterScores], relevant: Sequence[np.ndarray]) -> dict:
+    """How many clusters and which weight find most."""
+    choices = list(itertools.product(CLUSTERS_GRID, LOGP_GRID))
+    total_C, queries = np.zeros(len(choices)), 0
+    for one, rows in zip(scored, relevant):
+        queries += 1
+        for place, (clusters, weight) in enumerate(choices):
+            total_C[place] += np.isin(rows, best_of(one, clusters, weight, TUNED_AT)).mean()
+    clusters, weight = choices[int(np.argmax(total_C))]
+    recall = round(float(total_C.max() / max(1, queries)), 4)
+    return {"clusters": clusters, "weight": weight, "validation_recall": recall}
 
 
 def lexical_scores(index: Bm25, texts: Sequence[str]) -> Scores:

@@ -59,7 +59,7 @@ class Facts(NamedTuple):
     remade it all, without --cell; `about`: name → text, shown on top; `table_1`: counts by the paper's columns; `table_8`: products
     as `ids_report.examples_table` takes them, TIGER's IDs as the other ones; `distance`: how far vectors with and without category
     text are apart, or None;
-    `images`: caption → picture of figures 3, 4 and 6."""
+    `images`: caption → picture of figures 3, 4 and 6; `hour`: what an hour of the machine costs, or None."""
 
     data: str
     locale: str | None
@@ -70,6 +70,7 @@ class Facts(NamedTuple):
     distance: Mapping[str, float] | None
     images: Mapping[str, Figure]
     published: Mapping
+    hour: float | None = None
 
 
 class Written(NamedTuple):
@@ -103,7 +104,7 @@ def write(
         said = advice(scores["T2"], at["T2"][50], 50)
         figures["overview.png"] = pictures.overview(scores["T2"], at["T2"][50], 50)
         parts += [Picture("What each method finds", figures["overview.png"], "Recall at 50 of every method with its "
-            "interval, drawn from the table below"), cost_table(scores["T2"], at["T2"][50], said)]  # fmt: skip
+            "interval, drawn from the table below"), cost_table(scores["T2"], at["T2"][50], said, facts.hour)]  # fmt: skip
     if said:
         headline = Headline("good" if said.take == said.best else "look", said.sentence)
         summary["advice"] = said._asdict()
@@ -284,8 +285,8 @@ def beside_table(table: str, outcomes: Sequence[Outcome], scored: Sequence[Score
     return Table("Beside the paper's", columns, rows, caption)
 
 
-def cost_table(scored: Sequence[Scored], comparison: Compared, said: Advice | None) -> Table:
-    """Which method to take, with what each costs."""
+def cost_table(scored: Sequence[Scored], comparison: Compared, said: Advice | None, hour: float | None) -> Table:
+    """Which method to take, with what each costs. `hour`: the price of an hour of the machine, or None."""
     order = sorted(scored, key=lambda one: -comparison.intervals[one.name].mean)
     rows = []
     for one in order:
@@ -297,16 +298,24 @@ def cost_table(scored: Sequence[Scored], comparison: Compared, said: Advice | No
         rows.append(
             [one.title + (" (proxy)" if is_proxy else ""), Cell([per_cent(interval.mean)], remark=_bounds(interval)),
              _seconds(one.cost("train_seconds")), _seconds(one.cost("index_seconds")), f"{one.cost('ms_per_query') or 0:.1f}",
-             f"{(one.cost('bytes') or 0) / 2**20:,.0f}", mark]
+             f"{(one.cost('bytes') or 0) / 2**20:,.0f}", *([] if hour is None else _money(one, hour)), mark]
         )  # fmt: skip
     columns = [Column("method", number=False), Column("recall@50"), Column("training"), Column("indexing"),
-               Column("ms a query"), Column("MiB read"), Column("", number=False)]  # fmt: skip
+               Column("ms a query"), Column("MiB read"),
+               *([] if hour is None else [Column("to make it"), Column("10⁶ queries")]), Column("", number=False)]  # fmt: skip
     caption = (
         "Times are of this machine, in one process; other work on it makes them upper bounds. Training of a proxy "
         "row: IDs and the small "
-        "generator. A query's time includes its encoding. Money: seconds × what your machine costs."
-    )
+        "generator. A query's time includes its encoding. "
+        + ("Money: set reproduce.machine_hour to what an hour of this machine costs." if hour is None else
+           f"Money: these times at {hour:g} an hour of this machine, with one process on it.")
+    )  # fmt: skip
     return Table("Which method to take, and what each costs", columns, rows, caption)
+
+
+def _money(one: Scored, hour: float) -> list[str]:
+    making = (one.cost("train_seconds") or 0) + (one.cost("index_seconds") or 0)
+    return [f"{hour * making / 3600:,.2f}", f"{hour * (one.cost('ms_per_query') or 0) / 3.6:,.2f}"]
 
 
 def _seconds(value: float | None) -> str:

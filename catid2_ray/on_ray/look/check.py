@@ -4,22 +4,20 @@ Both tables go through the same code at the door as in a job, in this process an
 the store is only read. 100,000 products take some seconds.
 """
 
-import tempfile
-
 from catid2_ray.artifacts.store import Store
-from catid2_ray.config import Recipe
+from catid2_ray.config import AdapterRecipe, Recipe, TuningRecipe
 from catid2_ray.config.sizes import examples_an_epoch
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import cluster, preflight
+from catid2_ray.on_ray.machine import cluster, preflight, scratch
 from catid2_ray.on_ray.pipeline import begin, check_codes, size
-from catid2_ray.on_ray.stages import adapter, catalog, door, lay_out
+from catid2_ray.on_ray.stages import adapter, catalog, door, lay_out, tuned_encoder
 from catid2_ray.schedule import Phase, Plan
 
 
 def check(recipe: Recipe) -> dict:
-    """Ready for JSON: `products` and `pairs` (rows that were read, how many of them were set aside and why), `splits`, `adapter`,
-    `quantizer`, `generator`, `ids`, `release` (that it builds on), `sized` (numbers that the recipe leaves to the catalogue's size,
-    by setting) and `notes`, sentences on what a person should know.
+    """Ready for JSON: `products` and `pairs` (rows that were read, how many of them were set aside and why), `splits`,
+    `tuned_encoder`, `adapter`, `quantizer`, `generator`, `ids`, `release` (that it builds on), `sized` (numbers that
+    the recipe leaves to the catalogue's size, by setting) and `notes`, sentences on what a person should know.
 
     Raises what `reindex` would raise before it trains, and what its serving stage would raise after.
     """
@@ -28,13 +26,14 @@ def check(recipe: Recipe) -> dict:
     store.check()
     begins = Job(recipe=recipe, store=store)
     begin(begins)
-    with tempfile.TemporaryDirectory(prefix="catid2-check-") as folder, cluster.without_ray():
+    with scratch.folder("check") as folder, cluster.without_ray():
         job = Job(recipe=recipe, store=Store(folder), peak=cluster.PeakMemory(), say=_silently)
         parts = {"catalog": catalog.run(job, {})}
         parts["pairs"] = catalog.run_pairs(job, parts)
         recipe, chosen, kept = size(job, parts, begins.previous)
         check_codes(recipe, parts["catalog"])
         door.refuse_unfit(recipe, parts["pairs"])
+        tuned_encoder.refuse_impossible(recipe, parts)
         adapter.refuse_impossible(recipe, parts)
         learns = adapter.reason_against(recipe, parts) is None
         lay_out.settings_of(recipe, parts)
@@ -47,7 +46,8 @@ def check(recipe: Recipe) -> dict:
         "pairs": {"teaching": teaching, **_aside(pairs["set_aside"]["pairs"])},
         "splits": pairs["splits"] if pairs["pairs_table"] else {},
         "ids": _ids(recipe, parts["catalog"].rows),
-        "adapter": _adapter(recipe, teaching) if learns else None,
+        "tuned_encoder": _learning(recipe.tuning, teaching) if recipe.embedding.encoder_mode == "tuned" else None,
+        "adapter": _learning(recipe.adapter, teaching) if learns else None,
         "quantizer": _quantizer(recipe, parts["catalog"].rows),
         "generator": _generator(recipe, parts["catalog"].rows, teaching),
     }
@@ -73,8 +73,7 @@ def _ids(recipe: Recipe, products: int) -> dict:
     }  # fmt: skip
 
 
-def _adapter(recipe: Recipe, teaching: int) -> dict:
-    settings = recipe.adapter
+def _learning(settings: AdapterRecipe | TuningRecipe, teaching: int) -> dict:
     plan = Plan((Phase(settings.epochs, min(teaching, settings.pairs), settings.learning_rate),), settings.batch)
     return {"batch": settings.batch, "epochs": settings.epochs, "steps": plan.steps}
 

@@ -14,7 +14,7 @@ from catid2_ray.config import Recipe, sizes
 from catid2_ray.on_ray import pipeline
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import preflight
-from catid2_ray.on_ray.stages import adapter, catalog, door
+from catid2_ray.on_ray.stages import adapter, catalog, door, tuned_encoder
 
 
 class _Unmade(Exception):
@@ -74,6 +74,7 @@ class _Walk:
         self.job.recipe = pipeline.size(self.job, self.parts, self.job.previous).recipe
         pipeline.check_codes(self.job.recipe, self.parts["catalog"])
         door.refuse_unfit(self.job.recipe, self.parts["pairs"])
+        tuned_encoder.refuse_impossible(self.job.recipe, self.parts)
         adapter.refuse_impossible(self.job.recipe, self.parts)
         self.open = False
 
@@ -84,7 +85,7 @@ class _Walk:
         if new:
             for each in (*_INNER.get(name, ()), name):
                 self._made(each, f"reads {', '.join(new)}, which will be new")
-        elif self.open and name not in ("catalog", "pairs", "embeddings"):
+        elif self.open and name not in ("catalog", "pairs", "tuned_encoder", "embeddings"):
             self._row(
                 name, "open", None, "its numbers follow the catalogue's size, which is known once the tables were read"
             )
@@ -115,11 +116,15 @@ class _Walk:
         self.rows[name] = {"stage": name, "does": does, "key": key, "why": why}
 
 
-_INNER = {"adapter": ("matched",), "aligned": ("prompts",)}  # stages that another one runs
+_INNER = {
+    "tuned_encoder": ("lessons",),
+    "adapter": ("matched",),
+    "aligned": ("prompts",),
+}  # stages that another one runs
 
 
 def _reads(name: str) -> set[str]:
     """The roles that a stage may read, those of the stages that it runs included."""
     stages = [STAGES[each] for each in (name, *_INNER.get(name, ()))]
     roles = {role for stage in stages for role in (*stage.parents, *stage.where_made, *stage.sometimes)}
-    return roles - {"matched", "prompts"} | ({"generator"} if "trained" in roles else set())
+    return roles - {"lessons", "matched", "prompts"} | ({"generator"} if "trained" in roles else set())

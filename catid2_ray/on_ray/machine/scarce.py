@@ -21,6 +21,7 @@ _OBJECTS = (
 _MEMORY = {
     "catalog": "catalog.rows_per_part or catalog.workers",
     "pairs": "catalog.rows_per_part or catalog.workers",
+    "tuned_encoder": "tuning.batch or tuning.products",
     "embeddings": "embedding.batch, embedding.workers or catalog.rows_per_part",
     "adapter": "adapter.batch or adapter.pairs",
     "quantizer": "quantizer.batch or quantizer.workers",

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.artifacts.manifest import Manifest
-from catid2_ray.artifacts.release import default_cache, fetch
+from catid2_ray.artifacts.release import tuned
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.text import join_text
 from catid2_ray.config import Recipe
@@ -25,7 +25,7 @@ from catid2_ray.evaluation.reproduce.ranking import Asked
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
-from catid2_ray.on_ray.machine.query_encoder import query_encoder
+from catid2_ray.on_ray.machine.query_encoder import stored_encoder
 from catid2_ray.on_ray.machine.vectors import Encode, ProductVectors, open_adapter
 from catid2_ray.on_ray.stages.catalog import PAIR_FILES
 from catid2_ray.on_ray.stages.evaluate import sampled
@@ -189,12 +189,11 @@ class Vectors:
 
 def encoder_of(job: Job, parts: dict[str, Manifest]) -> Encode:
     """Texts → vectors of the encoder that made the products', not adapted."""
-    named, folder = job.recipe.serving.query_encoder or job.recipe.embedding.encoder, None
+    named = job.recipe.serving.query_encoder or job.recipe.embedding.encoder
     if parts["catalog"].metrics["width"] and not job.recipe.serving.query_encoder:
         raise InputError(
             "the catalogue's embeddings are given and no encoder is known for queries: set serving.query_encoder to "
             "the one that made them"
         )
-    if named == "lsa":
-        folder = fetch(job.store, parts["embeddings"], default_cache(), below=("encoder/",))
-    return query_encoder(folder, {"name": named, "tokens": job.recipe.embedding.tokens})
+    encoder = {"name": named, "tokens": job.recipe.embedding.tokens}
+    return stored_encoder(job.store, encoder, embeddings=parts["embeddings"], tuned=tuned(parts))

@@ -16,13 +16,14 @@ import torch
 from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.catalog import tuning
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.text import HuggingFaceEncoder, join_text
 from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, ReleaseError
 from catid2_ray.evaluation import proxy
-from catid2_ray.evaluation.baselines import bm25, dpr
+from catid2_ray.evaluation.baselines import bm25
 from catid2_ray.evaluation.reproduce import ranking
 from catid2_ray.evaluation.reproduce.conditions import Condition
 from catid2_ray.evaluation.reproduce.ranking import RETURNED, Ranking
@@ -32,8 +33,8 @@ from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.pipeline import check_codes
 from catid2_ray.on_ray.reports import parts_of_kind, variant
-from catid2_ray.on_ray.reproduce.bench import Bench
-from catid2_ray.on_ray.stages import adapter, embed
+from catid2_ray.on_ray.reproduce.bench import Bench, Vectors
+from catid2_ray.on_ray.stages import adapter, embed, tuned_encoder
 from catid2_ray.retrieval.trie import Trie
 
 
@@ -88,6 +89,8 @@ class Measures:
                 self.job, recipe=self.job.recipe.model_copy(update={"embedding": recipe.embedding})
             )
             parts = {name: self.parts[name] for name in ("catalog", "pairs")}
+            if (made := tuned_encoder.run(job, parts)) is not None:
+                parts["tuned_encoder"] = made
             parts["embeddings"] = embed.run(job, parts)
             if (made := adapter.run(job, parts)) is not None:
                 parts["adapter"] = made
@@ -270,8 +273,8 @@ class Measures:
             if product in self.bench.row_of
         ]
         index, _, _ = self._index("plain")
-        found = dpr.pairs_with_negatives(
-            pairs, texts, lambda query: ranking.top(index.scores(query)[None], dpr.NEGATIVES_FROM, above=0.0)[0].tolist(),
+        found = tuning.pairs_with_negatives(
+            pairs, texts, lambda query: ranking.top(index.scores(query)[None], tuning.NEGATIVES_FROM, above=0.0)[0].tolist(),
             seed=seed, most=budget.dpr_pairs,
         )  # fmt: skip
         encoder = HuggingFaceEncoder(
@@ -281,7 +284,7 @@ class Measures:
         with progress.bar(
             "fine-tuning DPR", -(-len(found) // budget.dpr_batch) * budget.dpr_epochs, unit="steps"
         ) as bar:
-            history = dpr.fine_tune(
+            history = tuning.fine_tune(
                 encoder, found, epochs=budget.dpr_epochs, batch=budget.dpr_batch, learning_rate=budget.dpr_learning_rate,
                 seed=seed, say=lambda step, steps, loss: bar.advance(1),
             )  # fmt: skip
@@ -297,7 +300,7 @@ class Measures:
         a_query = 1000 * (time.monotonic() - indexed) / max(1, len(queries))
         files = [job.store.write_file(attempt.name(f"{name}.npy"), _npy(array)) for name, array in arrays.items()]
         return attempt.commit(
-            files, metrics={"loss": history, "pairs": len(found), "seconds_training": trained - start,
+            files, metrics={"loss": [epoch["loss"] for epoch in history], "pairs": len(found), "seconds_training": trained - start,
                             "seconds_indexing": indexed - trained, "milliseconds_a_query": a_query},
         )  # fmt: skip
 
@@ -318,7 +321,14 @@ class Measures:
             torch.set_float32_matmul_precision("highest")
         trained = time.monotonic()
         trie = Trie.build(codes_NL, codes_per_level=codes_per_level, shared=True)
-        indexed, query_QD = time.monotonic(), vectors.adapted_queries(self._texts)
+        indexed = time.monotonic()
+        making = parents["quantizer"].metrics["seconds"] + ids.metrics["seconds"]
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        cost = _cost(making + trained - start, indexed - trained, 0.0, trie.nbytes + weights)
+        cost |= {"ids_seconds": round(making, 2), "generator_seconds": round(trained - start, 2)}
+        if condition.settings.get("clusters"):
+            return self._clustered(vectors, model, trie, cost)
+        query_QD = vectors.adapted_queries(self._texts)
         rows_QC, found = np.full((len(query_QD), RETURNED), -1, np.int64), []
         searching, order_N = time.monotonic(), trie.order_N
         for query, ranges_K2 in enumerate(proxy.searched(model, trie, query_QD, width=RETURNED)):
@@ -327,11 +337,25 @@ class Measures:
             rows_QC[query, : len(rows)] = rows
             found.append([docids[order_N[first]] for first, _ in ranges_K2])
         milliseconds = vectors.milliseconds + 1000 * (time.monotonic() - searching) / max(1, len(query_QD))
-        making = parents["quantizer"].metrics["seconds"] + ids.metrics["seconds"]
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        cost = _cost(making + trained - start, indexed - trained, milliseconds, trie.nbytes + weights)
-        cost |= {"ids_seconds": round(making, 2), "generator_seconds": round(trained - start, 2)}
-        return Ranking(rows_QC, cost, {}, found)
+        return Ranking(rows_QC, cost | {"ms_per_query": round(milliseconds, 3)}, {}, found)
+
+    def _clustered(self, vectors: Vectors, model: proxy.ProxyGenerator, trie: Trie, cost: dict) -> Ranking:
+        """GDR (2401.10487): the products of the clusters that the generator finds, ordered by cosine + a · log P(cluster); how
+        many clusters and a are chosen on validation."""
+        product_ND, order_N = ranking.unit(vectors.adapted()), trie.order_N
+        validation = self.bench.asked("validation")
+        asked_QD, most = vectors.adapted_queries(validation.texts), max(ranking.CLUSTERS_GRID)
+        clusters = proxy.found(model, trie, asked_QD, width=most, levels=1)
+        scored = ranking.clusters_scored(clusters, ranking.unit(asked_QD), product_ND, order_N)
+        chosen = ranking.tune_clusters(scored, validation.relevant)
+        query_QD = vectors.adapted_queries(self._texts)
+        start = time.monotonic()
+        clusters = proxy.found(model, trie, query_QD, width=chosen["clusters"], levels=1)
+        scored = ranking.clusters_scored(clusters, ranking.unit(query_QD), product_ND, order_N)
+        rows_QC = np.stack([ranking.best_of(one, chosen["clusters"], chosen["weight"]) for one in scored])
+        milliseconds = vectors.milliseconds + 1000 * (time.monotonic() - start) / max(1, len(query_QD))
+        read = cost["bytes"] + product_ND.nbytes
+        return Ranking(rows_QC, cost | {"ms_per_query": round(milliseconds, 3), "bytes": int(read)}, chosen)
 
     def codes(self, ids: Manifest) -> tuple[np.ndarray, list[str]]:
         """Codes N×L and IDs in the order of the bench's products."""

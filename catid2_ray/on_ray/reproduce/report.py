@@ -53,6 +53,7 @@ def report(reproduction: Reproduction, *, tables: Sequence[str], command: str, l
     facts = Facts(
         data, locale, command, _about(reproduction), _table_1(reproduction), examples,
         _distance(measures) if "4" in tables else None, images, published(),
+        bench.recipe.reproduce.machine_hour,
     )  # fmt: skip
     wanted = {run.parents["ids"] for outcome in reproduction.outcomes for run in outcome.runs if run.ids is not None}
     docid_of = {}

@@ -47,10 +47,11 @@ class Reproduction(NamedTuple):
 
 
 def reproduce(
-    recipe: Recipe, cells: Sequence[Cell], *, seeds: int, found_only: bool = False,
+    recipe: Recipe, cells: Sequence[Cell], *, seeds: int, found_only: bool = False, share: tuple[int, int] = (1, 1),
     then: Callable[[Reproduction], object] = lambda reproduction: None,
 ) -> tuple[Reproduction, object]:  # fmt: skip
     """Measure every cell, or with `found_only` read what was measured; and what `then` gives, called while the job is open.
+    `share`: (i, n): measure the i-th of every n runs and read the others, so that n jobs on one store divide the work.
 
     Raises what the catalogue's own stages raise, and InputError where no test query can be judged; what a cell meets becomes the
     reason why it has no figure.
@@ -69,7 +70,8 @@ def reproduce(
         started, made = time.monotonic(), 0
         for number, (condition, seed) in enumerate(work):
             before = time.monotonic()
-            result, was_made = _guarded(measures, condition, seed, found_only=found_only)
+            others = number % share[1] != share[0] - 1
+            result, was_made = _guarded(measures, condition, seed, found_only=found_only or others)
             runs[_key(condition), seed] = result
             made += was_made
             left = (time.monotonic() - started) / (number + 1) * (len(work) - number - 1)

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import torch
 
 from catid2_ray.artifacts.manifest import Manifest, tree_of
-from catid2_ray.artifacts.release import default_cache, fetch
+from catid2_ray.artifacts.release import default_cache, fetch, tuned
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.taxonomy import Taxonomy
 from catid2_ray.catalog.text import join_text
@@ -25,7 +25,7 @@ from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.on_ray.machine.arrays import matrix
-from catid2_ray.on_ray.machine.query_encoder import query_encoder
+from catid2_ray.on_ray.machine.query_encoder import stored_encoder
 from catid2_ray.on_ray.machine.vectors import open_adapter
 from catid2_ray.quantizer.adapter import LinearAdapter
 from catid2_ray.quantizer.coder import encode, load_coder
@@ -49,10 +49,8 @@ class Newcomers:
             raise InputError(
                 "the catalogue's embeddings are given, so the release has no encoder for new products: send the product's vector"
             )
-        name, folder = self.recipe.embedding.encoder, None
-        if name == "lsa":
-            folder = fetch(self.store, self.parts["embeddings"], default_cache(), below=("encoder/",))
-        return query_encoder(folder, {"name": name, "tokens": self.recipe.embedding.tokens})
+        encoder = {"name": self.recipe.embedding.encoder, "tokens": self.recipe.embedding.tokens}
+        return stored_encoder(self.store, encoder, embeddings=self.parts["embeddings"], tuned=tuned(self.parts))
 
     @functools.cached_property
     def _adapter(self) -> LinearAdapter | None:

@@ -28,7 +28,7 @@ from catid2_ray.on_ray.serve.settings import AppSettings
 
 _SLACK = 1.2  # memory that one more release takes, over the bytes of what is not mapped
 # Parts of which a replica holds copies; trie, vectors and columns are mapped, and their pages are the machine's to drop.
-_HELD = ("generator", "embeddings", "adapter")
+_HELD = ("generator", "embeddings", "tuned_encoder", "adapter")
 _WAY_OUT = (
     "the one before is served on, and this one is tried again: give replicas more memory, or set follow: false and deploy anew "
     "after a publication"

@@ -1,4 +1,4 @@
-"""Stage 0c: the adapter between embeddings and quantizer, learned from training pairs with Ray Train and DeepSpeed.
+"""Stage 0d: the adapter between embeddings and quantizer, learned from training pairs with Ray Train and DeepSpeed.
 
 Two artefacts: `matched` holds the vectors of training pairs and of the queries kept back, `adapter` the two matrices. The adapter
 is kept from release to release until the job's `refresh_adapter`: with another one every vector, and so every ID, is another.
@@ -6,7 +6,6 @@ is kept from release to release until the job's `refresh_adapter`: with another 
 
 import functools
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,24 +16,24 @@ import torch
 
 from catid2_ray.artifacts import schemas
 from catid2_ray.artifacts.manifest import Attempt, Manifest, verify
+from catid2_ray.artifacts.release import tuned, tuned_role
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
-from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.config import AdapterRecipe, EmbeddingRecipe, Recipe
 from catid2_ray.errors import RecipeError
-from catid2_ray.hashing import hash_of_text, uniform
+from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.stages.catalog import part_specs, read_sample
 from catid2_ray.on_ray.stages.embed import model_identity, open_encoder
+from catid2_ray.on_ray.stages.kept_back import COLUMNS, KeptBack
 from catid2_ray.on_ray.training import worker
 from catid2_ray.on_ray.training.shards import PartReader
 from catid2_ray.quantizer.adapter import CUT, LinearAdapter, Probe, adapter_loss, pair_order
 
 _JUDGED, _PRODUCTS = "judged/", "products.parquet"
-_DRAW_JUDGES, _DRAW_LEARNS = 7, 8  # numbers of the draws by which queries are chosen
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest | None:
@@ -103,7 +102,7 @@ def _space(embeddings: Manifest) -> list:
 
 
 def _match(job: Job, parts: dict[str, Manifest]) -> Manifest:
-    recipe, parents = job.recipe, STAGES["matched"].reads(parts)
+    recipe, parents = job.recipe, STAGES["matched"].reads(parts, *tuned_role(parts))
     settings = {name: getattr(recipe.adapter, name) for name in ("pairs", "products", "queries", "held_out")}
     settings |= {
         "min_relevance": recipe.generator.min_relevance, "relevant_from": recipe.evaluation.min_relevance,
@@ -115,19 +114,17 @@ def _match(job: Job, parts: dict[str, Manifest]) -> Manifest:
 def _make_matched(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     """part-*.parquet of schemas.matched, judged/part-*.parquet of queries kept back, products.parquet to search among."""
     recipe, embeddings, settings = job.recipe, parents["embeddings"], attempt.settings
-    width, splits = embeddings.metrics["width"], parents["pairs"].metrics["splits"]
-    train, judges = splits["train"], splits["validation"]
-    # Without a validation split that can judge, whole queries of the train split do, and are not learned from.
-    held_out = (judges["relevance_max"] or 0.0) < settings["relevant_from"]
-    share = settings["queries"] / max(1, (train if held_out else judges)["queries"])
-    encoder = recipe.embedding
+    width, encoder = embeddings.metrics["width"], recipe.embedding
+    kept_back = KeptBack.of(
+        parents["pairs"],
+        recipe.adapter,
+        **{name: settings[name] for name in ("min_relevance", "relevant_from", "seed")},
+    )
     if name := settings.get("query_encoder"):
         encoder = encoder.model_copy(update={"encoder": name})
     arguments = {
-        "store": job.store, "folder": attempt.folder, "embeddings": embeddings, "recipe": encoder, "settings": settings,
-        "lsa_folder": embeddings.file("encoder") if encoder.encoder == "lsa" else None, "held_out": held_out,
-        "judging": min(share, settings["held_out"] if held_out else 1.0),
-        "learning": min(1.0, settings["pairs"] / max(1, train["pairs"])),
+        "store": job.store, "folder": attempt.folder, "embeddings": embeddings, "recipe": encoder, "kept_back": kept_back,
+        "lsa_folder": embeddings.file("encoder") if encoder.encoder == "lsa" else None, "tuned": tuned(parents),
     }  # fmt: skip
     results = map_parts(
         _MatchPart, arguments, part_specs(parents["catalog"], parents["pairs"]), workers=encoder.workers,
@@ -142,7 +139,7 @@ def _make_matched(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> M
     pairs = sum(result["pairs"] for result in results)
     return attempt.commit(
         files, rows=pairs, schema=schemas.fingerprint(schemas.matched(width)),
-        metrics={"pairs": pairs, "width": width, "judged_by": "train, held out" if held_out else "validation"},
+        metrics={"pairs": pairs, "width": width, "judged_by": kept_back.judged_by},
     )  # fmt: skip
 
 
@@ -157,22 +154,21 @@ class _MatchPart:
     Each distinct query of a part is encoded once. The encoder is loaded for the first part that has pairs."""
 
     def __init__(
-        self, *, store: Store, folder: str, embeddings: Manifest, recipe: EmbeddingRecipe, settings: dict,
-        lsa_folder: str | None, held_out: bool, judging: float, learning: float,
+        self, *, store: Store, folder: str, embeddings: Manifest, recipe: EmbeddingRecipe, kept_back: KeptBack,
+        lsa_folder: str | None, tuned: Manifest | None,
     ):  # fmt: skip
-        self.store, self.folder, self.embeddings, self.settings = store, folder, embeddings, settings
-        self.recipe, self.lsa_folder = recipe, lsa_folder
-        self.held_out, self.judging, self.learning = held_out, judging, learning
+        self.store, self.folder, self.embeddings, self.kept_back = store, folder, embeddings, kept_back
+        self.recipe, self.lsa_folder, self.tuned = recipe, lsa_folder, tuned
 
     @functools.cached_property
     def encoder(self):
-        return open_encoder(self.store, self.recipe, self.lsa_folder)
+        return open_encoder(self.store, self.recipe, self.lsa_folder, self.tuned)
 
     def __call__(self, spec: dict) -> dict:
         if not spec["pairs"]:
             return {"position": spec["position"], "files": [], "pairs": 0}
-        pairs = self.store.read_table(spec["pairs"], columns=["query", "product_id", "split", "relevance"])
-        chosen = [("", self._learned(pairs)), (_JUDGED, self._judged(pairs))]
+        pairs = self.store.read_table(spec["pairs"], columns=COLUMNS)
+        chosen = [("", self.kept_back.learned(pairs)), (_JUDGED, self.kept_back.judged(pairs))]
         files, vectors = [], self.store.read_table(
             self.embeddings.file(spec["file"]), columns=["product_id", "embedding"]
         )  # fmt: skip
@@ -182,23 +178,6 @@ class _MatchPart:
                 entry = self.store.write_table(f"{self.folder}/{below}{spec['file']}", table)
                 files.append({**entry, "part": spec["part"]})
         return {"position": spec["position"], "files": files, "pairs": chosen[0][1].num_rows}
-
-    def _draw(self, pairs: pa.Table, number: int) -> np.ndarray:
-        """float N in [0, 1), the same for all pairs of a query's text, whatever part they lie in."""
-        return uniform(hash_of_text(pairs["query"]), self.settings["seed"], number)
-
-    def _learned(self, pairs: pa.Table) -> pa.Table:
-        rows = training_pairs(pairs, self.settings["min_relevance"])
-        kept_N = self._draw(rows, _DRAW_LEARNS) < self.learning
-        if self.held_out:
-            kept_N &= self._draw(rows, _DRAW_JUDGES) >= self.judging
-        return rows.filter(pa.array(kept_N))
-
-    def _judged(self, pairs: pa.Table) -> pa.Table:
-        split = "train" if self.held_out else "validation"
-        relevant = pc.field("relevance") >= self.settings["relevant_from"]
-        rows = pairs.filter((pc.field("split") == split) & relevant)
-        return rows.filter(pa.array(self._draw(rows, _DRAW_JUDGES) < self.judging))
 
     def _with_vectors(self, rows: pa.Table, vectors: pa.Table, part: int) -> pa.Table:
         texts, place_N = np.unique(rows["query"].to_numpy().astype(object), return_inverse=True)
@@ -257,11 +236,11 @@ def _train(job: Job, attempt: Attempt, matched: Manifest) -> Manifest:
 
 
 def _commit_identity(job: Job, attempt: Attempt, matched: Manifest, reason: str) -> Manifest:
-    with tempfile.TemporaryDirectory() as local:
+    with scratch.folder("adapter") as local:
         LinearAdapter(matched.metrics["width"]).save(local)
-        (Path(local) / "history.json").write_text("[]")
+        (local / "history.json").write_text("[]")
         return attempt.commit(
-            job.store.upload(Path(local), attempt.folder),
+            job.store.upload(local, attempt.folder),
             metrics={"adopted": False, "reason": reason, "pairs": matched.rows, "recall": {}},
         )  # fmt: skip
 

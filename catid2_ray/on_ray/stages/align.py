@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from catid2_ray.artifacts.manifest import Attempt, Manifest
-from catid2_ray.artifacts.release import default_cache, fetch
+from catid2_ray.artifacts.release import TUNED, default_cache, fetch
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import AlignmentRecipe
@@ -50,7 +50,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     del settings["enabled"]
     # What the generator is stays what it was; serving asks for it (artifacts.release).
     settings |= {
-        name: trained.settings[name] for name in ("model", "encoder", "encoder_mode") if name in trained.settings
+        name: trained.settings[name] for name in ("model", "encoder", "encoder_mode", TUNED) if name in trained.settings
     }
     recipe = recipe.model_copy(update={"learning_rate": rate})
     return job.produce(
@@ -75,7 +75,8 @@ def _align(job: Job, attempt: Attempt, parents: dict[str, Manifest], recipe: Ali
 
 def objective_of(recipe: AlignmentRecipe) -> Objective:
     return Objective(
-        injected=recipe.injected, form=recipe.group_form, ratio=recipe.ratio, clip=recipe.clip_ratio, kl=recipe.kl,
+        term=recipe.term, beta=recipe.beta, injected=recipe.injected, form=recipe.group_form, ratio=recipe.ratio,
+        clip=recipe.clip_ratio, kl=recipe.kl,
         kl_weight=recipe.kl_weight, expert_term=recipe.expert_term, expert_weight=recipe.expert_weight,
         expert_cap=recipe.expert_cap,
     )  # fmt: skip

@@ -51,9 +51,8 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The catalog artefact: products in part-*.parquet, what was set aside in rejected/, taxonomy.json."""
     recipe, width = job.recipe.catalog, _given_width(job)
     settings = {**recipe.identity(), "width": width}
-    for name in ("filter_columns", "category_separator"):
-        if not settings[name]:
-            del settings[name]  # so that catalogues without them are those of before
+    if not recipe.filter_columns:
+        del settings["filter_columns"]  # so that catalogues without them are those of before
     if recipe.root is not None:
         source = _checked(recipe.root)
         settings["source"] = _fingerprints(source, sources.products_of(source))

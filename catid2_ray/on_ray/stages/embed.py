@@ -1,10 +1,9 @@
-"""Stage 0b: one vector a product, as given by the table or from the recipe's encoder, in a pool of Ray Data actors.
+"""Stage 0c: one vector a product, as given by the table or from the recipe's encoder, in a pool of Ray Data actors.
 
 For kinds of IDs that learn from queries (CQ-SID) also one query a product, embedded by the same encoder.
 """
 
 import functools
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 from catid2_ray import tables
 from catid2_ray.artifacts import schemas
 from catid2_ray.artifacts.manifest import Attempt, Manifest, digest_of, tree_of
+from catid2_ray.artifacts.release import tuned, tuned_role
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store, sha256_of
 from catid2_ray.catalog.pairs import training_pairs
@@ -22,9 +22,10 @@ from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.config import EmbeddingRecipe
 from catid2_ray.errors import RecipeError
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.parts import map_parts
+from catid2_ray.on_ray.machine.query_encoder import tuned_folder
 from catid2_ray.on_ray.machine.vectors import adapted_queries, open_adapter
 from catid2_ray.on_ray.stages.catalog import part_specs, read_sample
 from catid2_ray.on_ray.stages.embedded_before import EmbeddedBefore, embed_texts, nothing_known, open_before
@@ -41,11 +42,12 @@ def run(job: Job, parts: dict[str, Manifest], *, frozen: dict[str, Manifest] | N
     encoded again (`embedded_before.py`); the metrics say how many texts were `encoded`, and how many vectors `reused`.
     """
     recipe, catalog = job.recipe.embedding, parts["catalog"]
-    parents, history = STAGES["embeddings"].reads(parts), {}
+    parents, history = STAGES["embeddings"].reads(parts, *tuned_role(parts)), {}
     if catalog.metrics["width"]:
         settings = {"given": True}
     else:
         settings = {**recipe.vectors_identity(), "seed": job.recipe.seed, **model_identity(recipe.encoder)}
+        settings |= {role: parts[role].digest for role in tuned_role(parts)}
         if recipe.encoder == "lsa" and not frozen and job.previous and not job.refit_encoder:
             history = _kept_encoder(job, settings, catalog)
     if frozen:
@@ -107,6 +109,7 @@ def _embed(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest
         "recipe": recipe,
         "given": given,
         "lsa_folder": attempt.name("encoder") if recipe.encoder == "lsa" else None,
+        "tuned": tuned(parents),
         "tree": tree,
         "grown": "tree" in parents,
         "before": before,
@@ -149,7 +152,7 @@ def _encoder_files(
     """Makes the encoder ready for the workers; the entries of its files where it is part of the artefact."""
     recipe = job.recipe.embedding
     if recipe.encoder != "lsa":
-        if before is None:
+        if before is None and tuned(parents) is None:
             # Loaded here once, so that an unknown encoder fails at once and by name, not in an actor far away.
             HuggingFaceEncoder(recipe.encoder, batch=recipe.batch, tokens=recipe.tokens)
         return []
@@ -179,19 +182,22 @@ def _fit_lsa(job: Job, catalog: Manifest, folder: str) -> list[dict]:
         vocabulary=recipe.lsa_vocabulary,
         seed=job.recipe.seed,
     )
-    with tempfile.TemporaryDirectory() as local:
+    with scratch.folder("encoder") as local:
         encoder.save(local)
-        return job.store.upload(Path(local), folder)
+        return job.store.upload(local, folder)
 
 
-def open_encoder(store: Store, recipe: EmbeddingRecipe, lsa_folder: str | None) -> LsaEncoder | HuggingFaceEncoder:
-    """The recipe's encoder; a fitted one from its folder in the store."""
+def open_encoder(
+    store: Store, recipe: EmbeddingRecipe, lsa_folder: str | None, tuned: Manifest | None = None
+) -> LsaEncoder | HuggingFaceEncoder:
+    """The recipe's encoder; a fitted one from its folder in the store, a tuned one from its artefact."""
     if lsa_folder is None:
         device = "cuda" if recipe.gpus_per_worker else "cpu"
-        return HuggingFaceEncoder(recipe.encoder, batch=recipe.batch, tokens=recipe.tokens, device=device)
-    with tempfile.TemporaryDirectory() as local:
+        name = recipe.encoder if tuned is None else tuned_folder(store, tuned)
+        return HuggingFaceEncoder(name, batch=recipe.batch, tokens=recipe.tokens, device=device)
+    with scratch.folder("encoder") as local:
         for name in store.names(lsa_folder):
-            store.download(f"{lsa_folder}/{name}", Path(local) / name)
+            store.download(f"{lsa_folder}/{name}", local / name)
         return LsaEncoder.load(local)
 
 
@@ -200,15 +206,15 @@ class _EmbedPart:
 
     def __init__(
         self, *, store: Store, catalog: str, folder: str, recipe: EmbeddingRecipe, given: bool, lsa_folder: str | None,
-        tree: str, grown: bool, before: EmbeddedBefore | None = None,
+        tree: str, grown: bool, before: EmbeddedBefore | None = None, tuned: Manifest | None = None,
     ):  # fmt: skip
         self.store, self.catalog, self.folder, self.recipe, self.given = store, catalog, folder, recipe, given
         self.taxonomy, self.grown = Taxonomy.from_json(store.read(tree).decode()), grown
-        self.lsa_folder, self.before = lsa_folder, before
+        self.lsa_folder, self.before, self.tuned = lsa_folder, before, tuned
 
     @functools.cached_property
     def encoder(self) -> LsaEncoder | HuggingFaceEncoder:
-        return open_encoder(self.store, self.recipe, self.lsa_folder)
+        return open_encoder(self.store, self.recipe, self.lsa_folder, self.tuned)
 
     def _embedded(self, table: pa.Table, part: int) -> tuple[np.ndarray, dict]:
         """float32 N×D, and how many texts were encoded and vectors reused."""
@@ -256,7 +262,10 @@ def run_queries(job: Job, parts: dict[str, Manifest]) -> Manifest:
     A product's query is that of its most relevant training pair (generator.min_relevance and more); of several, the first
     by query_id. A catalogue without pairs has none, and the query–item term is then 0.
     """
-    settings, parents = {"min_relevance": job.recipe.generator.min_relevance}, STAGES["queries"].reads(parts)
+    settings, parents = (
+        {"min_relevance": job.recipe.generator.min_relevance},
+        STAGES["queries"].reads(parts, *tuned_role(parts)),
+    )
     return job.produce("queries", settings, parents, lambda attempt: _embed_queries(job, attempt, parents))
 
 
@@ -265,7 +274,7 @@ def _embed_queries(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> 
     arguments = {
         "store": job.store, "folder": attempt.folder, "catalog": parents["catalog"].folder, "recipe": recipe, "width": width,
         "lsa_folder": parents["embeddings"].file("encoder") if recipe.encoder == "lsa" else None,
-        "min_relevance": job.recipe.generator.min_relevance, "adapter": parents.get("adapter"),
+        "min_relevance": job.recipe.generator.min_relevance, "adapter": parents.get("adapter"), "tuned": tuned(parents),
     }  # fmt: skip
     results = map_parts(
         _EmbedQueries, arguments, part_specs(parents["catalog"], parents["pairs"]), workers=recipe.workers,
@@ -285,11 +294,13 @@ class _EmbedQueries:
 
     def __init__(
         self, *, store: Store, folder: str, catalog: str, recipe: EmbeddingRecipe, width: int, lsa_folder: str | None,
-        min_relevance: float, adapter: Manifest | None,
+        min_relevance: float, adapter: Manifest | None, tuned: Manifest | None,
     ):  # fmt: skip
         self.store, self.folder, self.catalog, self.width = store, folder, catalog, width
         self.min_relevance = min_relevance
-        self.encode = adapted_queries(open_encoder(store, recipe, lsa_folder).encode, open_adapter(store, adapter))
+        self.encode = adapted_queries(
+            open_encoder(store, recipe, lsa_folder, tuned).encode, open_adapter(store, adapter)
+        )
 
     def __call__(self, spec: dict) -> dict:
         names = self.store.read_table(f"{self.catalog}/{spec['file']}", columns=["product_id"])["product_id"]

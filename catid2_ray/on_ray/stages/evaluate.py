@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 
 from catid2_ray.artifacts.manifest import Attempt, Manifest
-from catid2_ray.artifacts.release import default_cache, fetch, parts_folder, retriever_settings
+from catid2_ray.artifacts.release import default_cache, parts_folder, retriever_settings, tuned
 from catid2_ray.artifacts.stages import ANSWERS, STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import training_pairs
@@ -27,8 +27,7 @@ from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.parts import map_parts
-from catid2_ray.on_ray.machine.query_encoder import open_retriever
-from catid2_ray.on_ray.machine.query_encoder import query_encoder as open_encoder
+from catid2_ray.on_ray.machine.query_encoder import open_retriever, stored_encoder
 from catid2_ray.on_ray.machine.vectors import ProductVectors, adapted_queries, open_adapter
 from catid2_ray.on_ray.stages.catalog import PAIR_FILES, part_specs, read_sample
 from catid2_ray.on_ray.stages.lay_out import encoder_of
@@ -380,10 +379,8 @@ class DenseSearch:
                 "dense search needs vectors for queries, but the catalogue's embeddings are given and no encoder is known: set "
                 "serving.query_encoder, or leave dense out of the methods"
             )
-        name, folder = query_encoder or made_by.encoder, None
-        if name == "lsa":
-            folder = fetch(store, embeddings, default_cache(), below=("encoder/",))
-        encode = open_encoder(folder, {"name": name, "tokens": made_by.tokens})
+        encoder = {"name": query_encoder or made_by.encoder, "tokens": made_by.tokens}
+        encode = stored_encoder(store, encoder, embeddings=embeddings, tuned=tuned(parts))
         self.encode = adapted_queries(encode, open_adapter(store, parts.get("adapter")))
         ids, blocks, vectors = [], [], ProductVectors.of(store, parts)
         for entry in embeddings.parts():

@@ -5,10 +5,8 @@ part of IDs; only the IDs of what users looked at before (`recent`), and what a 
 What is cut or left out is counted.
 """
 
-import tempfile
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +15,7 @@ import pyarrow.compute as pc
 
 from catid2_ray.artifacts import schemas
 from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.artifacts.release import tuned, tuned_role
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import pair_weights, training_pairs
@@ -28,7 +27,7 @@ from catid2_ray.generator.inputs import Doc2Query, description_spans, user_width
 from catid2_ray.generator.vocabulary import frame, load_tokenizer, tokenize_cut, train_tokenizer, with_docid_tokens
 from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.machine.vectors import ProductVectors
@@ -75,7 +74,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     if "teacher" in kinds:
         encoder = _query_encoder(job, parts["catalog"])
         settings |= {"query_encoder": encoder, "query_encoder_files": model_identity(encoder["name"])}
-        sometimes = ("embeddings", *(["adapter"] if "adapter" in parts else []))
+        sometimes = ("embeddings", *(["adapter"] if "adapter" in parts else []), *tuned_role(parts))
     parents = STAGES["examples"].reads(parts, *sometimes)
     return job.produce("examples", settings, parents, lambda attempt: _make(job, attempt, parents))
 
@@ -106,9 +105,9 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     else:
         tokenizer = load_tokenizer(recipe.pretrained, kind=recipe.kind)
     tokenizer = with_docid_tokens(tokenizer, space)
-    with tempfile.TemporaryDirectory() as local:
+    with scratch.folder("tokenizer") as local:
         tokenizer.save_pretrained(local)
-        files = job.store.upload(Path(local), attempt.name("tokenizer"))
+        files = job.store.upload(local, attempt.name("tokenizer"))
     kinds = kinds_of(recipe, parents["pairs"])
     specs, workers, synthetic = part_specs(catalog, parents["pairs"]), job.recipe.ids.workers, "synthetic" in kinds
     arguments = {
@@ -126,7 +125,8 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
         arguments["taught"] = teacher.exchange(
             job.store, attempt.name("exchange"), specs, ids=parents["ids"].folder,
             vectors=ProductVectors.of(job.store, parents), encoder=_query_encoder(job, parents["catalog"]),
-            teaches=_teaching(recipe), queries=parents["pairs"].metrics["splits"]["train"]["queries"], most=recipe.teacher_queries,
+            tuned=tuned(parents), teaches=_teaching(recipe), most=recipe.teacher_queries,
+            queries=parents["pairs"].metrics["splits"]["train"]["queries"],
             draws=recipe.teacher_draws, seed=job.recipe.seed, workers=workers,
         )  # fmt: skip
     results = map_parts(

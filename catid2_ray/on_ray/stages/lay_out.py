@@ -7,7 +7,6 @@ itself and nothing else.
 """
 
 import json
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.artifacts.manifest import Attempt, Manifest
-from catid2_ray.artifacts.release import fetch
+from catid2_ray.artifacts.release import fetch, tuned
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.text import join_text
@@ -24,7 +23,7 @@ from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, RecipeError
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.groups import read_group, write_groups
 from catid2_ray.on_ray.machine.parts import map_parts
@@ -106,16 +105,18 @@ def encoder_of(recipe: Recipe, parts: dict[str, Manifest]) -> dict:
     encoder = {"name": name} if name == "lsa" else {"name": name, "tokens": recipe.embedding.tokens}
     if name == "lsa" and (parts["catalog"].metrics["width"] or recipe.embedding.encoder != "lsa"):
         raise RecipeError("serving.query_encoder is 'lsa', but the products' vectors were made by another encoder")
+    if (encoder_tuned := tuned(parts)) is not None:
+        encoder["tuned"] = encoder_tuned.digest
     return encoder | model_identity(name)
 
 
 def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     store, needs = job.store, needs_of(attempt.settings)
     files = [store.write_file(attempt.name("serving.json"), json.dumps(attempt.settings, indent=1).encode())]
-    with tempfile.TemporaryDirectory() as local:
+    with scratch.folder("serving") as local:
         ids, folder = (
-            fetch(store, parents["ids"], Path(local) / "cache", below=("trie/", "products.arrow")),
-            Path(local) / "made",
+            fetch(store, parents["ids"], local / "cache", below=("trie/", "products.arrow")),
+            local / "made",
         )
         products = pa.ipc.open_file(pa.memory_map(str(ids / "products.arrow"))).read_all()
         ProductNames(products["product_id"]).save(folder)

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catid2_ray.artifacts.manifest import Manifest
-from catid2_ray.artifacts.release import default_cache, fetch
+from catid2_ray.artifacts.release import tuned
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, InputError, RecipeError
 from catid2_ray.evaluation.proxy import Questions, score
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
-from catid2_ray.on_ray.machine.query_encoder import query_encoder
+from catid2_ray.on_ray.machine.query_encoder import stored_encoder
 from catid2_ray.on_ray.machine.vectors import Encode, ProductVectors, adapted_queries, open_adapter
 from catid2_ray.on_ray.stages.catalog import part_specs, read_sample, read_vectors
 from catid2_ray.on_ray.stages.validation import keep_smallest
@@ -93,10 +93,9 @@ def material(job: Job, parts: dict[str, Manifest]) -> Material:
 
 def _encoder(job: Job, parts: dict[str, Manifest]) -> Encode:
     """Texts → vectors in the space of the products' vectors, adapted where they are."""
-    named, folder = job.recipe.serving.query_encoder or job.recipe.embedding.encoder, None
-    if named == "lsa":
-        folder = fetch(job.store, parts["embeddings"], default_cache(), below=("encoder/",))
-    encode = query_encoder(folder, {"name": named, "tokens": job.recipe.embedding.tokens})
+    named = job.recipe.serving.query_encoder or job.recipe.embedding.encoder
+    encoder = {"name": named, "tokens": job.recipe.embedding.tokens}
+    encode = stored_encoder(job.store, encoder, embeddings=parts["embeddings"], tuned=tuned(parts))
     return adapted_queries(encode, open_adapter(job.store, parts.get("adapter")))
 
 

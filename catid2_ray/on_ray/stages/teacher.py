@@ -10,14 +10,14 @@ import functools
 import numpy as np
 import pyarrow as pa
 
-from catid2_ray.artifacts.release import default_cache, fetch
+from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.generator.teacher import Nearest, drawn, shares
 from catid2_ray.hashing import bucket_of, hash_of_text, uniform
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.groups import read_group, write_groups
 from catid2_ray.on_ray.machine.parts import map_parts
-from catid2_ray.on_ray.machine.query_encoder import query_encoder
+from catid2_ray.on_ray.machine.query_encoder import stored_encoder
 from catid2_ray.on_ray.machine.vectors import ProductVectors, adapted_queries, open_adapter
 
 _DRAW_KEPT, _DRAW_PLACE = 9, 10  # numbers of the draws: which queries are taught, and where their sampling begins
@@ -25,14 +25,14 @@ _GROUP = 16_384  # queries that go through the products together
 
 
 def exchange(
-    store: Store, folder: str, specs: list[dict], *, ids: str, vectors: ProductVectors, encoder: dict, teaches, queries: int,
-    most: int, draws: int, seed: int, workers: int,
+    store: Store, folder: str, specs: list[dict], *, ids: str, vectors: ProductVectors, encoder: dict, tuned: Manifest | None,
+    teaches, queries: int, most: int, draws: int, seed: int, workers: int,
 ) -> int:  # fmt: skip
     """Write the taught examples for all parts below `folder`; `answers` reads those of one. Returns the number of groups.
 
-    `specs` as of `part_specs`. `encoder`: name and tokens of what gives queries their vectors. `teaches(pairs)`: the rows of a
-    part's pairs that are meant. `queries`: about how many texts these have, of which about `most` are taught. `draws`: products
-    for each pair of a query.
+    `specs` as of `part_specs`. `encoder`: name and tokens of what gives queries their vectors, `tuned` where it is
+    tuned. `teaches(pairs)`: the rows of a part's pairs that are meant. `queries`: about how many texts these have, of which about
+    `most` are taught. `draws`: products for each pair of a query.
     """
     groups = -(-max(1, min(queries, most)) // _GROUP)
     asking = [spec for spec in specs if spec["pairs"]]
@@ -42,8 +42,8 @@ def exchange(
     }  # fmt: skip
     map_parts(_Ask, arguments, asking, workers=workers, label="collecting queries to teach", unit="products")
     arguments = {
-        "store": store, "folder": folder, "ids": ids, "vectors": vectors, "encoder": encoder, "draws": draws, "seed": seed,
-        "asking": [spec["part"] for spec in asking], "specs": specs,
+        "store": store, "folder": folder, "ids": ids, "vectors": vectors, "encoder": encoder, "tuned": tuned, "draws": draws,
+        "seed": seed, "asking": [spec["part"] for spec in asking], "specs": specs,
     }  # fmt: skip
     work = [{"group": group, "rows": sum(spec["rows"] for spec in specs)} for group in range(groups)]
     map_parts(
@@ -85,19 +85,16 @@ class _Teach:
     """Actor: the queries of a group in, the products drawn for each out."""
 
     def __init__(
-        self, *, store: Store, folder: str, ids: str, vectors: ProductVectors, encoder: dict, draws: int, seed: int,
-        asking: list[int], specs: list[dict],
+        self, *, store: Store, folder: str, ids: str, vectors: ProductVectors, encoder: dict, tuned: Manifest | None,
+        draws: int, seed: int, asking: list[int], specs: list[dict],
     ):  # fmt: skip
         self.store, self.folder, self.ids, self.vectors, self.encoder = store, folder, ids, vectors, encoder
-        self.draws, self.seed, self.asking, self.specs = draws, seed, asking, specs
+        self.tuned, self.draws, self.seed, self.asking, self.specs = tuned, draws, seed, asking, specs
 
     @functools.cached_property
     def encode(self):
-        folder = None
-        if self.encoder["name"] == "lsa":
-            folder = fetch(self.store, self.vectors.embeddings, default_cache(), below=("encoder/",))
-        linear = open_adapter(self.store, self.vectors.adapter)
-        return adapted_queries(query_encoder(folder, self.encoder), linear)
+        encode = stored_encoder(self.store, self.encoder, embeddings=self.vectors.embeddings, tuned=self.tuned)
+        return adapted_queries(encode, open_adapter(self.store, self.vectors.adapter))
 
     def __call__(self, spec: dict) -> dict:
         asked = pa.concat_tables(

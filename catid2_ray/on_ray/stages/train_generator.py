@@ -2,7 +2,6 @@
 
 import functools
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +11,22 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from catid2_ray.artifacts.manifest import Attempt, Manifest
-from catid2_ray.artifacts.release import adapted, fetch
+from catid2_ray.artifacts.release import TUNED, adapted, fetch, tuned
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.config import GeneratorRecipe, StageRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.generator.batches import epoch_order, kept_words, mix_ratios, only_kept
 from catid2_ray.generator.encoder_decoder import load_text_encoder, unrounded
+from catid2_ray.generator.logits import READ_VECTORS
 from catid2_ray.generator.model import build_generator
 from catid2_ray.generator.saved import save_generator
 from catid2_ray.generator.states import TokenStates
 from catid2_ray.generator.step import DocidLoss, near_codes, parameter_groups
 from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
+from catid2_ray.on_ray.machine.query_encoder import tuned_folder
 from catid2_ray.on_ray.machine.vectors import open_adapter
 from catid2_ray.on_ray.stages import validation
 from catid2_ray.on_ray.stages.assign.buckets import codebooks
@@ -50,9 +51,14 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     recipe = job.recipe.generator
     queries = queries_to_validate(recipe, parts["pairs"], relevant_from=job.recipe.evaluation.min_relevance)
     sometimes = {"quantizer": _needs_codewords(recipe), "pairs": bool(queries)}
-    sometimes["adapter"] = recipe.head == "dense" and adapted(parts.get("adapter"))
+    sometimes["adapter"] = recipe.head in READ_VECTORS and adapted(parts.get("adapter"))
+    # The encoder of the products' vectors is the tuned one, so the generator's is, where it is the same model.
+    same = recipe.kind == "encoder_decoder" and recipe.encoder == job.recipe.embedding.encoder
+    sometimes[TUNED] = same and tuned(parts) is not None
     parents = STAGES["generator"].reads(parts, *(role for role, needed in sometimes.items() if needed))
     settings = {**recipe.identity(), **model_identity(recipe.pretrained), "seed": job.recipe.seed}
+    if sometimes[TUNED]:
+        settings[TUNED] = parents[TUNED].digest
     settings["validate_queries"] = queries
     if queries:
         settings["validate_from"] = job.recipe.evaluation.min_relevance
@@ -70,8 +76,8 @@ def queries_to_validate(recipe: GeneratorRecipe, pairs: Manifest, *, relevant_fr
 
 def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict[str, Manifest]) -> Manifest:
     recipe, examples = job.recipe.generator, parents["examples"]
-    with tempfile.TemporaryDirectory() as cache:
-        folder = fetch(job.store, examples, Path(cache), below=("tokenizer/",))
+    with scratch.folder("tokenizer") as cache:
+        folder = fetch(job.store, examples, cache, below=("tokenizer/",))
         tokenizer = load_tokenizer(str(folder / "tokenizer"), kind=recipe.kind)
     counts = {kind: examples.metrics[f"{kind}_examples"] for kind in kinds_of(recipe, parts["pairs"])}
     checked = _validation(job, parts, tokenizer, queries=attempt.settings["validate_queries"])
@@ -80,6 +86,7 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
         recipe, tokenizer, space, counts, job.recipe.seed, validation=checked, codebooks=_codebooks(job, parts, space),
         query_EE=_query_matrix(job, parents.get("adapter")),
         open_trie=functools.partial(validation.open_trie, job.store, replace(parents["ids"], recipe={})),
+        tuned=functools.partial(tuned_folder, job.store, replace(parents[TUNED], recipe={})) if TUNED in parents else None,
     )  # fmt: skip
     for stage, steps in zip(recipe.plan, task.steps_per_epoch()):
         if steps == 1:
@@ -123,7 +130,7 @@ def _validation(job: Job, parts: dict[str, Manifest], tokenizer, *, queries: int
 
 
 def _needs_codewords(recipe: GeneratorRecipe) -> bool:
-    return recipe.new_rows == "codewords" or recipe.smoothing == "near" or recipe.head == "dense"
+    return recipe.new_rows == "codewords" or recipe.smoothing == "near" or recipe.head in READ_VECTORS
 
 
 def _query_matrix(job: Job, adapter: Manifest | None) -> np.ndarray | None:
@@ -148,7 +155,8 @@ class GeneratorTask:
 
     `counts`: rows of each kind in the whole artefact. `validation`: what to search with after an epoch, or None.
     `codebooks`: per level K×Z, from which ID rows begin and which say what codes are near, and from which with `query_EE`, the
-    adapter's W, a dense head begins. `open_trie`: where the loss compares its continuations alone. With a frozen text encoder a
+    adapter's W, a dense head begins. `open_trie`: where the loss compares its continuations alone. `tuned`: gives this
+    node's folder of the tuned text encoder, in place of the recipe's. With a frozen text encoder a
     rank is fed its token states instead of ids (`token_states.py`).
     """
 
@@ -168,11 +176,12 @@ class GeneratorTask:
         codebooks: list[np.ndarray | None] | None = None,
         query_EE: np.ndarray | None = None,
         open_trie: Callable[[], Trie] | None = None,
+        tuned: Callable[[], str] | None = None,
     ):
         self.codebooks, self.query_EE, self.marks, self.states = codebooks, query_EE, marks(tokenizer), None
         self.frozen = recipe.model == "encoder_decoder" and recipe.encoder_mode == "frozen"
         self.recipe, self.tokenizer, self.space, self.counts, self.seed = recipe, tokenizer, space, counts, seed
-        self.validation, self.open_trie = validation, open_trie
+        self.validation, self.open_trie, self.tuned = validation, open_trie, tuned
         self.ratios = [mix_ratios(counts, stage.mix) for stage in recipe.plan]
         self.starts_word_V = starts_word(tokenizer)
 
@@ -195,15 +204,19 @@ class GeneratorTask:
             for number, stage in enumerate(self.recipe.plan)
         ]
 
+    @property
+    def text_encoder(self) -> str | None:
+        return self.tuned() if self.tuned else self.recipe.encoder
+
     def build(self) -> DocidLoss:
         recipe = self.recipe
         model = build_generator(
             recipe.model, tokenizer=self.tokenizer, space=self.space, width=recipe.width, layers=recipe.layers,
-            heads=recipe.heads, feed_forward=recipe.feed_forward, dropout=recipe.dropout, encoder=recipe.encoder,
+            heads=recipe.heads, feed_forward=recipe.feed_forward, dropout=recipe.dropout, encoder=self.text_encoder,
             encoder_mode=recipe.encoder_mode, decoder_layers=recipe.decoder_layers, causal=recipe.causal, head=recipe.head,
-            head_rank=recipe.head_rank, seed=self.seed,
+            head_rank=recipe.head_rank, head_width=recipe.head_width, head_share=recipe.head_share, seed=self.seed,
             codebooks=self.codebooks if recipe.new_rows == "codewords" else None,
-            begin=(self.codebooks, self.query_EE) if recipe.head == "dense" else None,
+            begin=(self.codebooks, self.query_EE) if recipe.head in READ_VECTORS else None,
         )  # fmt: skip
         near = None
         if recipe.smoothing == "near":
@@ -228,7 +241,7 @@ class GeneratorTask:
         table, ratio = rows.take(slice(None)), self.ratios[self.stage_of(epoch)]
         kind_N = table["kind"]
         if self.frozen and self.states is None:
-            self.states = open_states(self.recipe.encoder, table["input_ids"], pad=self.marks.pad)
+            self.states = open_states(self.text_encoder, table["input_ids"], pad=self.marks.pad)
         places = {kind: np.flatnonzero(kind_N == KIND[kind]) for kind in ratio}
         sizes = {kind: len(place) for kind, place in places.items() if len(place)}
         order = epoch_order(sizes, {kind: ratio[kind] for kind in sizes}, seed=seed, epoch=epoch)
@@ -279,6 +292,6 @@ class GeneratorTask:
         return ({"stage": plan[self.stage_of(epoch)].name} if len(plan) > 1 else {}), False
 
     def export(self, module: DocidLoss, folder: Path, history: list[dict]) -> None:
-        model = unrounded(module.model, lambda: load_text_encoder(self.recipe.encoder))
+        model = unrounded(module.model, lambda: load_text_encoder(self.text_encoder))
         save_generator(model, self.tokenizer, folder)
         (folder / "history.json").write_text(json.dumps(history, indent=1))

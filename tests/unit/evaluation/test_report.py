@@ -41,6 +41,10 @@ def test_the_adapter_has_its_recall_before_and_after_or_its_reason():
     assert "not adopted, it would find less" in table.title
     (table,) = closing_tables({"adapter": {"adopted": False, "reason": "no pair teaches", "recall": {}}})
     assert table.title == "The adapter was not adopted: no pair teaches"
+    (table,) = closing_tables({"tuned_encoder": metrics | {"among": 2100}})
+    assert table.title.startswith("Tuned encoder (epoch") and table.title.endswith("kept back, among 2,100 products")
+    (table,) = closing_tables({"tuned_encoder": {"adopted": False, "reason": "only 3 pairs teach", "recall": {}}})
+    assert table.title == "The tuned encoder was not adopted: only 3 pairs teach"
 
 
 def test_chosen_weights_are_readable_with_what_they_gain_or_the_reason_against_them():

@@ -7,7 +7,9 @@ from catid2_ray.evaluation.baselines.bm25 import Bm25
 from catid2_ray.evaluation.reproduce.ranking import (
     WEIGHT_GRID,
     Asked,
+    best_of,
     blanks,
+    clusters_scored,
     dense_scores,
     fused_scores,
     lexical_scores,
@@ -15,6 +17,7 @@ from catid2_ray.evaluation.reproduce.ranking import (
     recall_by_rank,
     top,
     tune_bm25,
+    tune_clusters,
     tune_weight,
 )
 
@@ -76,3 +79,23 @@ def test_words_between_blanks_find_no_japanese_and_pairs_of_letters_do():
     assert ours.retrieve(["折りたたみ傘"], k=5) == theirs.retrieve(["折りたたみ傘"], k=5) == [["p3"]]
     assert ours.retrieve(["折りたたみ"], k=5) == [["p3"]] and theirs.retrieve(["折りたたみ"], k=5) == [[]]
     assert (lexical_scores(theirs, ["steel"])(0, 1)[0] > 0).tolist() == [True, False, False, False, True]
+
+
+def test_clusters_are_ranked_as_by_a_loop_and_chosen_by_what_they_find():
+    rng = np.random.default_rng(5)
+    order_N, product_ND, query_QD = rng.permutation(60), rng.standard_normal((60, 4)), rng.standard_normal((5, 4))
+    edges = np.arange(0, 61, 6)
+    ranges_QC2 = [np.stack([edges[:-1], edges[1:]], 1)[rng.permutation(10)[:8]] for _ in query_QD]
+    logp_QC = -np.sort(rng.random((5, 8)).astype(np.float32))
+    scored = list(clusters_scored(zip(ranges_QC2, logp_QC), query_QD, product_ND, order_N))
+    for query, one in enumerate(scored):
+        slow = {
+            int(row): product_ND[row] @ query_QD[query] + 0.5 * logp_QC[query][place]
+            for place, (first, last) in enumerate(ranges_QC2[query][:3])
+            for row in order_N[first:last]
+        }
+        expected = sorted(slow, key=lambda row: (-slow[row], row))
+        assert best_of(one, 3, 0.5, k=25).tolist() == expected + [-1] * 7
+    # Only the fifth cluster holds what is wanted, so that four are too few; the weight makes no difference.
+    relevant = [order_N[slice(*ranges_C2[4])] for ranges_C2 in ranges_QC2]
+    assert tune_clusters(iter(scored), relevant) == {"clusters": 8, "weight": 0.0, "validation_recall": 1.0}

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from catid2_ray.evaluation.protocol import Judgements
 from catid2_ray.evaluation.reproduce.conditions import Cell, plan
-from catid2_ray.evaluation.reproduce.report import Facts, write
+from catid2_ray.evaluation.reproduce.report import Facts, cost_table, write
 from catid2_ray.evaluation.reproduce.scores import (
     CLAIMS,
     Judged,
@@ -165,3 +165,14 @@ def test_figure_5_draws_what_was_measured_and_its_page_is_whole():
     )
     assert "](figure_5.png)" in made.markdown and "](ids_8.png)" in made.markdown
     assert "<script" not in made.html and "http" not in made.html.replace("http-equiv", ""), "it fetches nothing"
+
+
+def test_money_is_time_at_the_price_that_the_recipe_says():
+    found = scored_of(outcome("bm25", ranked(0.6), train=5400.0), outcome("dense", ranked(0.5, 1)))
+    priced = cost_table(found, compared(found, 50), None, 0.8)
+    names = [column.heading for column in priced.columns]
+    row = next(row for row in priced.rows if row[0].startswith("BM25"))
+    assert row[names.index("to make it")] == "1.20" and row[names.index("10⁶ queries")] == "0.44"  # 2 ms each
+    plain = cost_table(found, compared(found, 50), None, None)
+    assert "to make it" not in [column.heading for column in plain.columns] and "machine_hour" in plain.caption
+    assert all(len(row) == len(table.columns) for table in (plain, priced) for row in table.rows)

@@ -54,10 +54,11 @@ def random_rows(*shape: int, seed: int) -> torch.Tensor:
     branch=st.sampled_from([1, 2, 5]),
     temperature=st.sampled_from([0.2, 0.01]),
     wide=st.sampled_from([3, 8, 512]),
+    over=st.sampled_from(["anchors", "batch"]),
 )
-def test_hierarchical_equals_oracle(rows, seed, depth, negatives, chunk, branch, temperature, wide):
+def test_hierarchical_equals_oracle(rows, seed, depth, negatives, chunk, branch, temperature, wide, over):
     residual_BZ, category_BH = random_rows(rows, 4, seed=seed), ragged_paths(rows, 3, seed, branch)
-    settings_ = {"depth": depth, "temperature": temperature, "negatives": negatives}
+    settings_ = {"depth": depth, "temperature": temperature, "negatives": negatives, "over": over}
     with blocks_of(wide):
         fast = losses.hierarchical_class_terms(residual_BZ, category_BH, chunk=chunk, **settings_)
         only_loss = hierarchical_class_constraint(residual_BZ, category_BH, chunk=chunk, **settings_)

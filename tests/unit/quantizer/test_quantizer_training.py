@@ -39,10 +39,12 @@ def build(**changes):
     return ResidualQuantizer(**{"width": 16, "hidden": (24,), "latent": 8, "codes_per_level": (16, 16, 16)} | changes)
 
 
-def test_total_is_equation_8():
+@pytest.mark.parametrize("distance, power", [("squared", 2), ("plain", 1)])
+def test_total_is_equation_8(distance, power):
     embedding_ND, category_NH = tree(30)
     model, embedding_ND = build().double(), embedding_ND.double()
-    weights = LossWeights(dispersion=0.3, hierarchical=0.2, cluster_scale=0.7, scale_temperature=2.0, temperature=0.5)
+    weights = LossWeights(dispersion=0.3, hierarchical=0.2, cluster_scale=0.7, scale_temperature=2.0, temperature=0.5,
+                          scale_distance=distance)  # fmt: skip
     loss = training_loss(model, embedding_ND, category_NH, weights=weights)
     out = model(embedding_ND)
     residual_LBZ, codeword_LBZ = out.residual_LBZ.detach().numpy(), out.codeword_LBZ.detach().numpy()
@@ -53,7 +55,7 @@ def test_total_is_equation_8():
             oracle.hierarchical_class(residual_LBZ[h], category_NH.tolist(), depth=h, temperature=0.5) for h in (0, 1)
         ),
         "cluster_scale": sum(
-            oracle.cluster_scale(oracle.probability(r, c.detach().numpy(), scale_temperature=2.0))
+            oracle.cluster_scale(oracle.probability(r, c.detach().numpy(), scale_temperature=2.0, power=power))
             for r, c in zip(residual_LBZ, model.codebooks, strict=True)
         ),
     }
