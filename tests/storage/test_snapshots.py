@@ -140,6 +140,19 @@ def test_a_snapshot_that_does_not_fit_gives_way_to_the_changes(local_store, ever
     assert alone.updates.catch_up() == 20 and state(alone) == state(other)
 
 
+def test_a_snapshot_of_changes_that_were_deleted_is_none(local_store, every_20, capfd):
+    """Who must delete a damaged change and those after it leaves a series that all replicas can go on with."""
+    changed(np.random.default_rng(5), replica(local_store), 45)
+    for number in range(31, 46):
+        local_store.delete(f"live/r-1/{number:010d}.json")
+    assert local_store.names("live/r-1/snapshots") == ["0000000020", "0000000040"]
+    one = replica(local_store)
+    assert one.updates.catch_up() == 10 and one.updates.applied == 30, "from the snapshot before"
+    assert "event=snapshot_passed_over" in capfd.readouterr().err
+    changed(np.random.default_rng(6), one, 1)
+    assert local_store.exists("live/r-1/0000000031.json")
+
+
 def test_a_snapshot_that_cannot_be_written_loses_nothing(local_store, every_20, monkeypatch, capfd):
     one = replica(local_store)
 

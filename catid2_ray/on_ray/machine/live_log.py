@@ -112,9 +112,13 @@ class LiveLog:
         return [Step.of(one) for record in self.after(0) for one in changes_of(record)]
 
     def snapshot(self) -> Snapshot | None:
-        """The newest state that can be read, None where there is none."""
+        """The newest state that can be read, None where there is none. One beyond the end of the series, of which somebody deleted
+        changes, is none: its replica would write on behind a gap, where no other replica looks."""
         for name in reversed([one for one in self.store.names(f"live/{self.release}/snapshots") if one.isdigit()]):
             path = f"live/{self.release}/snapshots/{name}"
+            if not self.store.exists(self._name(int(name))):
+                progress.event("snapshot_passed_over", uri=self.store.uri_of(path), reason=repr("its change is gone"))
+                continue
             try:
                 return Snapshot.of_bytes(self.store.read(path))
             except StorageError as error:  # damaged, or deleted since it was listed

@@ -65,7 +65,7 @@ BESIDE_S = 10.0  # after which a release on trial is not asked for metrics any m
 PATIENCE_S = 3.0  # that a request to the store is tried: a caller waits for it, and a look at the store comes again
 LAG_S = 60.0  # a replica that cannot apply changes for so long is replaced
 # Threads of each kind of work, so that none waits behind another. Batches come one at a time.
-THREADS = {"search": 1, "filters": 2, "changes": 1, "health": 1}
+THREADS = {"search": 1, "filters": 2, "explain": 1, "changes": 1, "health": 1}
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -288,7 +288,10 @@ class RetrieverReplica:
         metrics.count("catid2_answers", release=now.name)
         metrics.observe("catid2_answer_ms", 1e3 * (time.perf_counter() - began), release=now.name)
         if request.explains or request.k > FEW or len(found.hits) < request.k:
-            answer = await self._run("filters", answering.answer_of, now, request, found)
+            # To explain takes further searches: requests with filters must not wait for them.
+            answer = await self._run(
+                "explain" if request.explains else "filters", answering.answer_of, now, request, found
+            )
         else:
             answer = answering.answer_of(now, request, found)
         metrics.count("catid2_empty_answers", not found.hits)

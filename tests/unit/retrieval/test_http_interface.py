@@ -489,6 +489,25 @@ def test_searches_changes_and_health_do_not_wait_for_each_other(replica):
     asyncio.run(ask())
 
 
+def test_filters_do_not_wait_for_explanations(client, replica):
+    """Which take searches of their own, as many as there are levels."""
+    held = threading.Event()
+    busy = [replica.pools["explain"].submit(held.wait, 20) for _ in range(3)]
+    with client, ThreadPoolExecutor(3) as pool:
+        explained = [
+            pool.submit(client.post, "/v1/retrieve", json={"query": "oak door", "k": 2, "explain": True})
+            for _ in range(2)
+        ]
+        filtered = {"query": "oak door", "k": 1, "filter": {"products": ["p0"]}}
+        try:
+            assert client.post("/v1/retrieve", json=filtered).status_code == 200
+            assert not any(one.done() for one in explained)
+        finally:
+            held.set()
+        assert [one.result().json()["products"][0]["product_id"] for one in explained] == ["p3"] * 2
+    assert all(one.result() for one in busy)
+
+
 def test_keys_say_who_may_read_and_who_may_change(client, replica, monkeypatch, tmp_path):
     reader, writer = "r" * 20, "w" * 20
     (tmp_path / "keys").write_text(f"# of the shop\nread {reader}\n\nwrite {writer}\n")
