@@ -1,7 +1,7 @@
 """Does injecting ground-truth IDs prevent the collapse that plain GRPO is said to have? Writes benchmarks/results/alignment.md.
 
     python benchmarks/alignment.py [--serving FOLDER --catalog ROOT] [--generator FOLDER] [--steps 200 | --minutes 5]
-        [--ks 0,2,4] [--seeds 3] [--kl-weights 1,0] [--learning-rate 2.5e-5] [--json FILE] [--render JSON]
+        [--ks 0,2,4] [--terms policy,pairs] [--seeds 3] [--kl-weights 1,0] [--learning-rate 2.5e-5] [--json FILE] [--render JSON]
 
 One process, no Ray. `--serving` is a folder that a release is served from (generator/, trie/, products.arrow), `--catalog` the
 folder with its pairs.parquet, `--generator` another saved generator for the same trie. Without them: the quickstart catalogue
@@ -170,7 +170,8 @@ def run_cell(world: World, environment: Environment, objective: Objective, optio
     seconds, tail = time.monotonic() - start, history[-max(1, len(history) // 10) :]
     training = {name: float(np.mean([record[name] for record in tail])) for name in history[0]}
     return {
-        "k": objective.injected, "kl_weight": objective.kl_weight, "seed": seed, "steps": len(history), "seconds": seconds,
+        "term": objective.term, "k": objective.injected, "kl_weight": objective.kl_weight,
+        "seed": seed, "steps": len(history), "seconds": seconds,
         "before": before, "after": figures(model), "training": training,
         "curve": [[record["reward"], record["kl"], record["entropy"]] for record in history[:: max(1, len(history) // 20)]],
     }  # fmt: skip
@@ -178,16 +179,23 @@ def run_cell(world: World, environment: Environment, objective: Objective, optio
 
 def report(figures: dict) -> str:
     runs = figures["runs"]
-    cells = list(dict.fromkeys((run["k"], run["kl_weight"]) for run in runs))
-    of_cell = {cell: [run for run in runs if (run["k"], run["kl_weight"]) == cell] for cell in cells}
+    cells = list(dict.fromkeys((run.get("term", "policy"), run["k"], run["kl_weight"]) for run in runs))
+    of_cell = {
+        cell: [run for run in runs if (run.get("term", "policy"), run["k"], run["kl_weight"]) == cell] for cell in cells
+    }
 
     def row(name: str, measured: list[dict]) -> list[str]:
         return [name, *(spread([each[of.key] for each in measured], of.form) for of in MEASURED)]
 
-    names = {(k, weight): f"k = {k}, KL weight {weight:g}" for k, weight in cells}
+    names = {
+        (term, k, weight): f"{'pairs, ' if term == 'pairs' else ''}k = {k}, KL weight {weight:g}" for term, k, weight in cells
+    }  # fmt: skip
     rows = [row("before", [run["before"] for run in runs])]
     rows += [
-        row(names[cell].replace("k = 0,", "k = 0 (plain GRPO),"), [run["after"] for run in of_cell[cell]])
+        row(
+            names[cell].replace("k = 0,", "k = 0 (plain GRPO),") if cell[0] == "policy" else names[cell],
+            [run["after"] for run in of_cell[cell]],
+        )
         for cell in cells
     ]
     flat = "; ".join(
@@ -217,6 +225,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--work", help="where the synthetic generator is kept; default a temporary folder")
     parser.add_argument("--sft-steps", type=int, default=800, help="training of the synthetic generator")
     parser.add_argument("--ks", default="0,2,4")
+    parser.add_argument("--terms", default="policy", help="policy, pairs")
+    parser.add_argument("--beta", type=float, default=0.1, help="of pairs")
     parser.add_argument("--kl-weights", default="1,0")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
@@ -241,11 +251,17 @@ def measured(options, work: Path) -> dict:
     world = replace(world, model=world.model.to(options.device).eval())
     rules = Rules(group=options.group, source=options.source)
     environment, runs = Environment(world.trie, rules), []
-    cells = [(k, w) for w in map(float, options.kl_weights.split(",")) for k in map(int, options.ks.split(","))]
+    weights, ks = map(float, options.kl_weights.split(",")), [int(k) for k in options.ks.split(",")]
+    cells = [(term, k, weight) for weight in weights for term in options.terms.split(",") for k in ks]
     for seed in range(options.seeds):
-        for k, weight in cells:
+        for term, k, weight in cells:
             objective = Objective(
-                injected=k, form=options.form, kl_weight=weight, expert_cap=options.expert_cap or None
+                term=term,
+                beta=options.beta,
+                injected=k,
+                form=options.form,
+                kl_weight=weight,
+                expert_cap=options.expert_cap or None,
             )
             runs.append(run_cell(world, environment, objective, options, seed))
             print(json.dumps(rounded({key: runs[-1][key] for key in ("k", "kl_weight", "seed", "seconds", "after")})))

@@ -1,4 +1,4 @@
-"""What a live change costs: the change itself, the first search and the first filter after it, a snapshot and its restoring.
+"""What a live change costs: the change itself, the first search and the first filter after it, and a replica's start after many.
 
     python benchmarks/changes.py [--rows 2e6] [--newcomers 20000] [--changes 50000] [--repeats 30] [--json FILE]
         [--out benchmarks/results/changes.md]
@@ -9,16 +9,22 @@ A catalogue of `--rows` products with vectors (96 numbers), words, node vectors 
     search      beam 100, one query, looking ahead by vectors and words: the first after a change, and the one after that
     filter      compiling a price range and a brand before any price changed, and the first time after one has
     state       made, and restored on the release, whole
+    start       seconds and requests to the store (a local folder) until a replica has a series of `--changes` records, one change
+                each (nine of ten prices, one of ten a new product): from the snapshot of its last thousand, and without any
 The last line printed is one JSON object.
 """
 
+import json
 import statistics
+import tempfile
 import time
 
 import numpy as np
 import pyarrow as pa
 from harness import finish, parser_of, rounded, table, where, whole
 
+from catid2_ray.artifacts.store import Store
+from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates
 from catid2_ray.retrieval.beam import constrained_beam_search
 from catid2_ray.retrieval.filters import FilterIndex
 from catid2_ray.retrieval.lexical import LexicalIndex
@@ -101,6 +107,67 @@ class Shop:
             self.live.put([], [], changed={str(name): {"price": 20.0}})
 
 
+class Counting(Store):
+    """`listings` and `others`: requests so far."""
+
+    listings = others = 0
+
+    def names(self, *arguments, **options):
+        self.listings += 1
+        return super().names(*arguments, **options)
+
+    def exists(self, name):
+        self.others += 1
+        return super().exists(name)
+
+    def read(self, name):
+        self.others += 1
+        return super().read(name)
+
+
+class Replica:
+    """What `LiveUpdates` asks of a retriever."""
+
+    def __init__(self, parts: dict):
+        self.live = LiveTrie(**parts)
+        self.space, self.put = self.live.space, self.live.put
+        self.live_state, self.restore_state = self.live.state, self.live.restore_state
+
+
+def record(number: int, shop: Shop) -> dict:
+    """The change of this number, as PUT /v1/products writes it."""
+    if number % 10:
+        name, products = str(shop.random.integers(shop.live.base.rows)), []
+        changed, did = [{"product_id": name, "columns": {"price": float(number % 90)}}], "changed"
+    else:
+        ((one,), (codes_L,), columns), changed, did = shop.newcomers(1), [], "inserted"
+        product = {"product_id": one.product_id, "title": one.title, "docid": shop.live.space.text(codes_L.tolist())}
+        products = [product | {"vector": one.vector_D.tolist(), "columns": {"price": float(columns["price"][0])}}]
+        name = one.product_id
+    answer, digests = [{"product_id": name, "docid": "", "did": did}], {name: ["0" * 16, f"{number:016d}"]}
+    said = {"kind": "put", "products": products, "changed": changed, "content": digests, "answer": answer}
+    return said | {"at": 1.0 + number}
+
+
+def starts(parts: dict, changes: int) -> list[list]:
+    """Rows of (how, seconds, listings, other requests)."""
+    shop, rows = Shop(parts, 2), []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(1, changes):
+            said = json.dumps(record(number, shop)).encode()
+            Store(folder).write(f"live/r-1/{number:010d}.json", said, durable=False)
+        for how in ("without a snapshot", "from a snapshot"):
+            store = Counting(folder)
+            updates = LiveUpdates(Replica(parts), LiveLog(store, "r-1"))
+            start = time.perf_counter()
+            count = updates.catch_up()
+            rows.append([how, time.perf_counter() - start, count, store.listings, store.others])
+            if how == "without a snapshot":  # the last change completes a thousand, and is written as any is
+                updates.change(lambda: record(changes, shop))
+                updates.snapshotting.join()
+    return rows
+
+
 def taken(work) -> float:
     start = time.process_time()
     work()
@@ -136,6 +203,7 @@ def measured(rows: int, newcomers: int, changes: int, repeats: int) -> dict:
     fresh = LiveTrie(**parts)
     figures["state restored"] = taken(lambda: fresh.restore_state(state[0]))
     figures["search after it"] = taken(lambda: Shop.search(type("Restored", (), {"live": fresh})))
+    figures["starts"] = starts(parts, changes)
     return rounded(figures)
 
 
@@ -144,7 +212,8 @@ def report(figures: dict) -> str:
         [what, *(figures[f"{what}: {one}"] for one in ("change", "first search", "next search", "filter"))]
         for what in CHANGES
     ]
-    settings = (*where(""), "rows", "newcomers", "changes")
+    settings = (*where(""), "rows", "newcomers", "changes", "starts")
+    start = ["a replica's start", "seconds", "changes applied one by one", "listings", "other requests"]
     others = [[name, value] for name, value in figures.items() if ": " not in name and name not in settings]
     return (
         f"# Live changes\n\nWritten by `benchmarks/changes.py`: {figures['rows']:,} products, {figures['newcomers']:,} inserted "
@@ -153,6 +222,8 @@ def report(figures: dict) -> str:
         + table(["one change", "itself", "first search after it", "next search", "first filter by price"], rows)
         + "\n"
         + table(["beside it", "ms"], others)
+        + "\n"
+        + table(start, figures["starts"], title=f"Ready after {figures['changes']:,} changes")
     )
 
 

@@ -1,7 +1,7 @@
 """Generators on a real catalogue: learning curves and recall for several kinds of IDs at equal budgets.
 
     python benchmarks/generator.py --catalog DATA/home_depot --encoder MODELS/all-MiniLM-L6-v2 --store STORE
-        --kinds cat_id2,tiger,cat_id2_shuffled --seeds 3 --examples 1500000 [--ids-seed 0] [--head dense] [--teacher 0.5]
+        --kinds cat_id2,tiger,cat_id2_shuffled --seeds 3 --examples 1500000 [--ids-seed 0] [--head dense | experts] [--teacher 0.5]
         [--loss trie] [--cache FOLDER] [--runs RUNS] [--keep FOLDER] [--render]
 
 STORE is one in which `catid2 compare-ids` or `reindex` assigned IDs of these kinds and seeds. Model: the pretrained text encoder,
@@ -32,7 +32,7 @@ from catid2_ray.evaluation.metrics import bootstrap_means
 from catid2_ray.evaluation.protocol import Judgements, evaluate, per_query_recalls
 from catid2_ray.generator.batches import Examples
 from catid2_ray.generator.encoder_decoder import encoder_decoder
-from catid2_ray.generator.logits import with_head
+from catid2_ray.generator.logits import READ_VECTORS, with_head
 from catid2_ray.generator.saved import save_generator
 from catid2_ray.generator.states import StateCache
 from catid2_ray.generator.step import fit, level_losses
@@ -50,7 +50,7 @@ from catid2_ray.retrieval.trie_tensors import continuations
 
 TRAIN_FROM, RELEVANT_FROM = 2.33, 2.67
 KS = (5, 10, 50, 100)
-BEGINS = ("quantizer", "adapter")  # what a dense head begins from
+BEGINS = ("quantizer", "adapter")  # what a head that reads vectors begins from
 TOKENS, BEAM, CODES = 32, 100, 256
 VALIDATION_QUERIES, VALIDATION_PAIRS = 300, 1024
 DRAWS = 4  # a teacher's, for each pair of a query
@@ -183,9 +183,9 @@ def run_cell(options, data: dict, kind: str, seed: int) -> dict:
     model = with_head(encoder_decoder(
         options.encoder, width=options.width, layers=options.layers, heads=options.width // 64,
         feed_forward=4 * options.width, dropout=options.dropout, codes_per_level=space.codes_per_level, seed=seed,
-    ), options.head)  # fmt: skip
-    if options.head == "dense":
-        model.dense.begin(*beginning(options, kind, seed))
+    ), options.head, seed=seed)  # fmt: skip
+    if options.head in READ_VECTORS:
+        getattr(model, options.head).begin(*beginning(options, kind, seed))
     inputs = {"query": data["query_PT"], "title": data["title_NT"]}
     codes, ratio = {"query": codes_NL[data["product_P"]], "title": codes_NL}, {"title": options.titles}
     if options.teacher:
@@ -354,7 +354,7 @@ def main() -> None:
     parser.add_argument(
         "--ids-seed", type=int, help="the seed whose IDs all cells learn; none = each cell those of its own"
     )
-    parser.add_argument("--head", default="plain", help="plain or dense")
+    parser.add_argument("--head", default="plain", help="plain, dense or experts")
     parser.add_argument("--teacher", type=float, default=0.0, help="share of query examples drawn by a teacher")
     parser.add_argument("--loss", default="level", help="level, or trie with the search that goes with it")
     parser.add_argument("--examples", type=int, default=1_000_000, help="budget of a cell")

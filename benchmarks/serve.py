@@ -34,6 +34,11 @@ CLOSED = (
     (1, 1, "HTTP"), (16, 1, "HTTP"), (16, 1, "gRPC"), (32, 1, "HTTP"), (64, 1, "HTTP"), (4, 16, "HTTP"), (4, 16, "gRPC"),
 )  # fmt: skip
 SWAP_CONNECTIONS = 4
+MAPPED = {
+    "weights": ".safetensors",
+    "trie": "/trie/",
+    "vectors": "vectors/",
+}  # files of a release, by a part of their paths
 SHARES = (0.3, 0.7, 0.95)  # of HTTP's own saturation
 BURST = 300
 PERCENTILES = (50, 95, 99)
@@ -175,6 +180,18 @@ async def ask(options) -> dict:
     }  # fmt: skip
 
 
+def mapped(pid: int) -> dict[str, list[int]]:
+    """Of the files of MAPPED that a process has mapped: bytes resident, and its share of them (PSS)."""
+    found, kind = {name: [0, 0] for name in MAPPED}, None
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if "-" in name:  # addresses, and the file
+            kind = next((kind for kind, part in MAPPED.items() if part in line), None)
+        elif kind and name in ("Rss", "Pss"):
+            found[kind][name == "Pss"] += 1024 * int(value.split()[0])
+    return found
+
+
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -243,9 +260,10 @@ class Service:
         }
 
     def memory(self) -> list[dict[str, int]]:
-        """Bytes of each replica: resident, and its share of what it shares (PSS)."""
+        """Bytes of each replica: resident, its share of what it shares (PSS), and of MAPPED files both."""
         return [
-            {"rss": one.memory_info().rss, "pss": one.memory_full_info().pss} for one in self.processes()["replica"]
+            {"rss": one.memory_info().rss, "pss": one.memory_full_info().pss, "mapped": mapped(one.pid)}
+            for one in self.processes()["replica"]
         ]
 
     def swapped(self, other: str) -> list[dict]:
@@ -428,6 +446,14 @@ def _tables(figures: dict) -> list[str]:
     ]  # fmt: skip
     head = ("replicas", "seconds until ready", "MB resident, each", "MB with its share of what is shared", "MB of all")
     text.append(table(head, rows, title="Replicas"))
+    rows = [
+        [f"{kind}, {one['replicas']} replicas", *(sum(size[at] for size in sizes) / len(sizes) / 1e6 for at in (0, 1))]
+        for kind in MAPPED
+        for one in figures["replicas"]
+        if (sizes := [memory["mapped"][kind] for memory in one["memory"] if "mapped" in memory])
+    ]
+    if rows:
+        text.append(table(("files that replicas map", "MB resident, each", "MB as its share"), rows))
     if "swaps" in figures:
         rows = []
         for kind in ("opened", "kept"):

@@ -18,6 +18,8 @@ from catid2_ray.artifacts.release import Release
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError, CommitConflict, ReleaseError
 
+_READ = 2000  # records of live changes: some seconds from a remote store
+
 
 class Left(NamedTuple):
     """The release that a move of the pointer left, and how many live changes of it the catalogue of the new one could have seen;
@@ -109,9 +111,25 @@ def left_since(moves: Sequence[Entry], names: Sequence[str]) -> set[str]:
 
 
 def younger(store: Store, moves: Sequence[Entry], name: str) -> int:
-    """How many live changes of other releases are younger than the catalogue of this one, and will be carried over to it."""
-    counts = (releases.last_change(store, release, seen) - seen for release, seen in sources(moves, name).items())
-    return sum(counts)
+    """How many live changes of products of other releases are younger than the catalogue of this one, and will be carried over to
+    it: a record counts once for each product that it changes. At most _READ records of a release are read; the others, and
+    damaged ones, count once."""
+    count = 0
+    for release, seen in sources(moves, name).items():
+        last = releases.last_change(store, release, seen)
+        read = range(seen + 1, min(last, seen + _READ) + 1)
+        count += last - seen - len(read)
+        count += sum(map(_changed_products, store.read_many([f"live/{release}/{n:010d}.json" for n in read])))
+    return count
+
+
+def _changed_products(record: bytes) -> int:
+    try:
+        fields = json.loads(record)
+        changes = fields["changes"] if fields["kind"] == "carried" else [fields]
+        return sum(len(one["products"]) + len(one.get("changed", ())) for one in changes)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return 1
 
 
 def rollback(store: Store, name: str | None = None) -> Rollback:

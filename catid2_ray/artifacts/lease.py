@@ -47,12 +47,14 @@ class State(NamedTuple):
 
 def look(store: Store) -> State:
     """Who holds the lease of a store, or held it last."""
-    listed, now = holder.listing_now(store, "lease")
-    number = _highest(listed)
-    if not number:
-        return State(0, None, 0.0, True)
+    while True:
+        listed, now = holder.listing_now(store, "lease")
+        number = _highest(listed)
+        if not number:
+            return State(0, None, 0.0, True)
+        if (record := _read(store, number)) is not None:
+            break
     name = f"{number:010d}"
-    record = _read(store, number)
     beats = [listed[file].modified for file in (f"{name}.json", f"{name}.heartbeat") if file in listed]
     return State(number, record, max(0.0, now - max(beats)), f"{name}.released" in listed)
 
@@ -61,12 +63,18 @@ def _highest(names) -> int:
     return max((int(match[1]) for match in map(_RECORD.fullmatch, names) if match), default=0)
 
 
-def _read(store: Store, number: int) -> dict:
-    """A record; empty where it cannot be read, which its heartbeat survives."""
+def _read(store: Store, number: int) -> dict | None:
+    """A record; empty where it cannot be read, which its heartbeat survives; None where it is gone, because others took the lease
+    since it was listed."""
+    name = f"lease/{number:010d}.json"
     try:
-        record = json.loads(store.read(f"lease/{number:010d}.json"))
+        record = json.loads(store.read(name))
     except ValueError:
         return {}
+    except StorageError:
+        if store.exists(name):
+            raise
+        return None
     return record if isinstance(record, dict) else {}
 
 
@@ -85,8 +93,10 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseError where another job has taken the lease since: what was being made must not be committed."""
-        number = _highest(self.store.names("lease"))
-        record = _read(self.store, number) if number else {}
+        record = None
+        while record is None:
+            number = _highest(self.store.names("lease"))
+            record = _read(self.store, number) if number else {}
         if record.get("id") != self.record["id"]:
             taken = f"{holder.sentence(record)} has taken it" if record else "its record was deleted"
             raise LeaseError(

@@ -77,8 +77,12 @@ def alive(store: Store, folder: str) -> tuple[dict[str, dict], list[str]]:
     ):
         try:
             record = json.loads(store.read(f"{folder}/{name}"))
-        except (ValueError, StorageError):  # ended since the folder was listed
+        except ValueError:
             continue
+        except StorageError:
+            if store.exists(f"{folder}/{name}"):
+                raise
+            continue  # it ended since the folder was listed
         if now - listed[name].modified > record["expires_s"] or holder.is_gone(record):
             stale.append(name)
         else:

@@ -42,5 +42,6 @@ def event(name: str, **values) -> None:
 def say_younger(changes: int) -> None:
     if changes:
         print(
-            f"Live changes that are younger than its catalogue: {changes:,}. The service carries over what it lacks of them."
+            f"Live changes of products that are younger than its catalogue: {changes:,}. The service carries over what it lacks "
+            "of them."
         )

@@ -42,6 +42,11 @@ class AlignmentRecipe(TrainingRecipe):
         1.0, "divides the logits of rollout: sample; above 1 explores more", unit="ratio", paper=f"{_CQ_SID}: not stated",
         gt=0, le=100,
     )  # fmt: skip
+    term: Literal["policy", "pairs"] = setting(
+        "policy", "policy: EG-GRPO's clipped ratio times the advantage; pairs: in a group, what has more reward is preferred to "
+        "what has less (DPO)", unit="choice", paper="DDRO (2504.05181): pairs", later=True,
+    )  # fmt: skip
+    beta: float = setting(0.1, "β of term pairs", unit="1/nats", paper="DPO (2305.18290): 0.1", gt=0, later=True)
     injected: int = setting(
         2,
         "k: ground-truth IDs put into each group; 0 = plain GRPO",

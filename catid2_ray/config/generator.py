@@ -176,10 +176,21 @@ class ModelRecipe(Section):
     heads: int = setting(4, "attention heads", unit="heads", ge=1)
     feed_forward: int = setting(512, "d_ff", unit="numbers", ge=16)
     dropout: float = setting(0.1, "dropout of small and of an encoder_decoder's decoder", unit="share", ge=0, lt=1)
-    head: Literal["plain", "pawa", "dense"] = setting(
-        "plain", "plain: one row a code; pawa: rows that depend on the prefix; dense: begins as dense retrieval over "
-        "codewords, for model encoder_decoder", unit="choice", paper="pawa: NCI (2206.02743)",
+    head: Literal["plain", "pawa", "dense", "experts"] = setting(
+        "plain", "plain: one row a code; pawa: rows that depend on the prefix; for model encoder_decoder also dense: begins as "
+        "dense retrieval over codewords, and experts: a perceptron over the query's vector beside the decoder, each taught "
+        "by itself",
+        unit="choice", paper="pawa: NCI (2206.02743)",
     )  # fmt: skip
+    head_width: int = setting(256, "hidden width of the perceptron of head experts", unit="numbers", ge=8, later=True)
+    head_share: float = setting(
+        0.5,
+        "share of the perceptron in the scores of head experts; the rest is the decoder's",
+        unit="share",
+        gt=0,
+        lt=1,
+        later=True,
+    )
     head_rank: int = setting(64, "rank of what a prefix changes in the rows, head pawa", unit="numbers", ge=1)
     new_rows: Literal["codewords", "mean"] = setting(
         "codewords", "where the ID tokens' rows begin: the quantizer's codewords, projected, or the mean embedding of a pretrained "
@@ -254,10 +265,15 @@ class ModelRecipe(Section):
     def _head_and_loss_fit(self):
         if self.head == "pawa" and self.kind == "causal":
             raise ValueError("head pawa needs a T5 or an encoder_decoder, found model causal: set head to plain")
-        if self.head == "dense" and self.kind != "encoder_decoder":
+        if self.head in ("dense", "experts") and self.kind != "encoder_decoder":
             raise ValueError(
-                f"head dense compares codewords with the text encoder's vectors of queries, found model {self.model!r}: set model "
-                "to encoder_decoder, or head to plain"
+                f"head {self.head} compares codewords with the text encoder's vectors of queries, found model {self.model!r}: "
+                "set model to encoder_decoder, or head to plain"
+            )
+        if self.head == "experts" and self.passes_weight:
+            raise ValueError(
+                "head experts teaches decoder and perceptron by themselves, and consistency compares two passes of one model: set "
+                "consistency to 0, or head to plain"
             )
         if self.consistency and self.dropout == 0 and self.kind in ("small", "encoder_decoder"):
             raise ValueError(

@@ -86,15 +86,16 @@ class Recipe(Section):
         return max(self._workers.values())
 
     @model_validator(mode="after")
-    def _one_encoder_for_a_dense_head(self):
+    def _one_encoder_for_a_head_that_reads_vectors(self):
         generator, embedding = self.generator, self.embedding
-        if generator.head == "dense" and generator.encoder != embedding.encoder:
+        if generator.head not in ("dense", "experts"):
+            return self
+        if generator.encoder != embedding.encoder:
             raise ValueError(
-                f"generator.head dense compares codewords of embedding.encoder {embedding.encoder!r} with queries' vectors of "
-                f"generator.encoder {generator.encoder!r}: name one encoder in both, or set generator.head to plain"
+                f"generator.head {generator.head} compares codewords of embedding.encoder {embedding.encoder!r} with queries' "
+                f"vectors of generator.encoder {generator.encoder!r}: name one encoder in both, or set generator.head to plain"
             )
-        if generator.head == "dense":
-            self._codewords_are_vectors()
+        self._codewords_are_vectors()
         return self
 
     @model_validator(mode="after")
@@ -107,19 +108,19 @@ class Recipe(Section):
         return self
 
     def _codewords_are_vectors(self) -> None:
-        """Raise where codewords do not lie in the encoder's space, or the search asks for scores that a dense head lacks."""
+        """Raise where codewords do not lie in the encoder's space, or the search asks for scores that the head lacks."""
         quantizer, way_out = self.quantizer, "or set generator.head to plain"
         trained = quantizer.coder == "rq_vae"
         if quantizer.coder == "tree" or (trained and (quantizer.encoder != "residual" or quantizer.latent is not None)):
             raise ValueError(
-                "generator.head dense needs codewords in the space of embedding.encoder, found "
+                f"generator.head {self.generator.head} needs codewords in the space of embedding.encoder, found "
                 f"quantizer.coder {quantizer.coder!r}, encoder {quantizer.encoder!r} and latent {quantizer.latent}: set "
                 f"quantizer.encoder to residual and leave latent out, or take kind rq_kmeans, {way_out}"
             )
         if self.serving.normalize == "vocabulary":
             raise ValueError(
-                f"generator.head dense scores the codes of a level, but serving.normalize is {self.serving.normalize!r}: leave it "
-                f"out, {way_out}"
+                f"generator.head {self.generator.head} scores the codes of a level, but serving.normalize is "
+                f"{self.serving.normalize!r}: leave it out, {way_out}"
             )
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catid2_ray.docid import DocidSpace
@@ -30,6 +31,9 @@ _FLAT = 1e-6  # rewards nearer to each other than this are equal
 class Objective:
     """The switches of the loss. Raises RecipeError for an unknown word.
 
+    `term`: "policy", the clipped ratio times the advantage, or "pairs": each member is preferred to every member of its group of
+    a lower advantage (DPO, arXiv 2305.18290, equation 7; DDRO, 2504.05181), with `beta`; `ratio`, `clip` and `expert_term` then
+    decide nothing.
     `injected`: k, experts per group; `form`: "widened" (G + k members) or "fixed" (experts take the places of the last k
     rollouts). `ratio`: the PPO ratio per "token" (each level clipped by itself) or of the whole ID, "sequence". `kl`:
     "exact" or "k3". `expert_term`: experts in the "policy" term as any member, or −log π weighted by `expert_weight` in
@@ -37,6 +41,8 @@ class Objective:
     expert that is less likely than every rollout of its group; None = no cap. `eps` is added to the deviation.
     """
 
+    term: str = "policy"
+    beta: float = 0.1
     injected: int = 2
     form: str = "widened"
     ratio: str = "token"
@@ -50,7 +56,7 @@ class Objective:
 
     def __post_init__(self):
         known = {"form": ("widened", "fixed"), "ratio": ("token", "sequence"), "kl": ("exact", "k3"),
-                 "expert_term": ("policy", "sft")}  # fmt: skip
+                 "expert_term": ("policy", "sft"), "term": ("policy", "pairs")}  # fmt: skip
         for name, words in known.items():
             if getattr(self, name) not in words:
                 raise RecipeError(f"{name} must be {' or '.join(words)}, found {getattr(self, name)!r}")
@@ -215,8 +221,9 @@ def alignment_loss(logps: list[Tensor], experience: Experience, objective: Objec
     """(scalar, detached figures kl, entropy, clipped): mean over groups of the mean over their members.
 
     −min(ρ A, clip(ρ, 1 ± clip) A) + kl_weight · KL(π ‖ reference), ρ = π / π_old, summed over levels (see above); for
-    experts −expert_weight · log π in place of the first term where `expert_term` is "sft". Equal shares of groups on two
-    workers average to the loss of one. (PPO, arXiv 1707.06347, equation 7; GRPO, equation 3.)
+    experts −expert_weight · log π in place of the first term where `expert_term` is "sft". With `term` "pairs" the first term of
+    a group is the mean of −log σ(β (log π/π_ref of the preferred − log π/π_ref of the other)) over its pairs. Equal shares of
+    groups on two workers average to the loss of one. (PPO, arXiv 1707.06347, equation 7; GRPO, equation 3.)
     """
     groups, advantage_BN = experience.groups, experience.advantage_BN
     logp_BNL = taken(logps, groups.codes_BNL)
@@ -227,6 +234,8 @@ def alignment_loss(logps: list[Tensor], experience: Experience, objective: Objec
     term_BN = -gain_BNX.sum(-1)
     if objective.expert_term == "sft":
         term_BN = torch.where(groups.expert_BN, -objective.expert_weight * logp_BNL.sum(-1), term_BN)
+    if objective.term == "pairs":
+        term_BN = _pairs(logp_BNL.sum(-1), experience, objective.beta)
     if objective.kl == "exact":
         kl_BN = sum((p.exp() * (p - q)).sum(-1) for p, q in zip(logps, experience.reference))
     else:
@@ -239,6 +248,17 @@ def alignment_loss(logps: list[Tensor], experience: Experience, objective: Objec
         figures = {name: (value * share_BN).sum() for name, value in
                    (("kl", kl_BN), ("entropy", entropy_BN), ("clipped", clipped_BN))}  # fmt: skip
     return ((term_BN + objective.kl_weight * kl_BN) * share_BN).sum(), figures
+
+
+def _pairs(logp_BN: Tensor, experience: Experience, beta: float) -> Tensor:
+    """B×N, the same for all members of a group: the mean over its pairs, 0 where it has none."""
+    real_BN, advantage_BN = experience.groups.real_BN, experience.advantage_BN
+    gained_BN = logp_BN - taken(experience.reference, experience.groups.codes_BNL).sum(-1)
+    preferred_BNN = advantage_BN[:, :, None] > advantage_BN[:, None] + _FLAT
+    preferred_BNN = preferred_BNN & real_BN[:, :, None] & real_BN[:, None]
+    loss_BNN = -F.logsigmoid(beta * (gained_BN[:, :, None] - gained_BN[:, None]))
+    mean_B = (loss_BNN * preferred_BNN).sum((1, 2)) / preferred_BNN.sum((1, 2)).clamp(min=1)
+    return mean_B[:, None].expand_as(logp_BN)
 
 
 class AlignmentLoss(nn.Module):

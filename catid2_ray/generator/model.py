@@ -20,7 +20,7 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import EncoderError, RecipeError
 from catid2_ray.generator.causal import CausalGenerator
 from catid2_ray.generator.encoder_decoder import encoder_decoder, pretrained, t5_config
-from catid2_ray.generator.logits import with_head
+from catid2_ray.generator.logits import READ_VECTORS, with_head
 from catid2_ray.generator.vocabulary import EOS, PAD
 
 _LEAST_TEXT_ROWS = 16  # fewer say nothing about where text lies
@@ -151,6 +151,8 @@ def build_generator(
     causal: str | None = None,
     head: str = "plain",
     head_rank: int = 64,
+    head_width: int = 256,
+    head_share: float = 0.5,
     codebooks: Sequence[np.ndarray | None] | None = None,
     begin: tuple[Sequence[np.ndarray | None], np.ndarray | None] | None = None,
     seed: int = 0,
@@ -161,8 +163,9 @@ def build_generator(
     "tuned", under `decoder_layers` or else `layers` layers of the same sizes), "causal" (the language model `causal`), or
     a T5's id or folder. `dropout` is a small T5's and a decoder's; pretrained models bring their own. `codebooks`: per
     level K×Z, from which ID rows begin; None = the mean embedding of a pretrained model, random rows in one made
-    here. `head`: "plain", "pawa" or "dense", which begins from `begin`: codewords per level and the adapter's W
-    (`DenseHead.begin`). `tokenizer` has the ID tokens as last entries, but for an encoder_decoder, which does not look for them.
+    here. `head`: "plain", "pawa", or "dense" or "experts", which begin from `begin`: codewords per level and the adapter's W; sizes
+    as in `logits.with_head`. `tokenizer` has the ID tokens as last entries, but for an encoder_decoder, which does not look for
+    them.
     """
     sizes = {"width": width, "heads": heads, "feed_forward": feed_forward, "dropout": dropout, "seed": seed,
              "codes_per_level": space.codes_per_level}  # fmt: skip
@@ -185,9 +188,9 @@ def build_generator(
         generator = pretrained_t5(model, tokenizer=tokenizer, space=space, codebooks=codebooks, seed=seed)
     if model in ("small", "encoder_decoder") and codebooks is not None:
         init_docid_rows(generator, codebooks, space=space, seed=seed)
-    with_head(generator, head, rank=head_rank, seed=seed)
-    if begin is not None and head == "dense":
-        generator.dense.begin(*begin)
+    with_head(generator, head, rank=head_rank, width=head_width, share=head_share, seed=seed)
+    if begin is not None and head in READ_VECTORS:
+        getattr(generator, head).begin(*begin)
     return generator
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_model, save_file
+from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 from catid2_ray.docid import DocidSpace
@@ -110,8 +110,17 @@ def _load_t5(folder: Path, about: dict) -> nn.Module:
 def _headed(model: nn.Module, folder: Path, about: dict) -> nn.Module:
     if about.get("head", "plain") != "plain":
         with_head(model, about["head"], rank=model.config.docid_head_rank).pawa.to(model.lm_head.weight.dtype)
-        load_model(model.pawa, str(folder / _HEAD))
+        _load_mapped(model.pawa, folder / _HEAD)
     return model
+
+
+def _load_mapped(module: nn.Module, file: Path) -> None:
+    """The weights as they lie in the pages of `file`, which all processes of a machine share; who writes to one gets a copy."""
+    load_model(module, str(file))  # which checks names and shapes
+    weights = load_file(file)
+    for name, parameter in module.named_parameters():
+        if name in weights and weights[name].dtype == parameter.dtype:
+            parameter.data = weights[name]
 
 
 def _load_encoder_decoder(folder: Path, about: dict) -> nn.Module:
@@ -122,8 +131,13 @@ def _load_encoder_decoder(folder: Path, about: dict) -> nn.Module:
     config = AutoConfig.from_pretrained(folder / "text", trust_remote_code=False)
     text = without_pooler(AutoModel.from_config(config, trust_remote_code=False))
     model = EncoderDecoder(text, T5Config.from_dict(about["decoder"]), frozen=about["frozen"])
-    with_head(model, getattr(model.config, "docid_head", "plain"), rank=getattr(model.config, "docid_head_rank", 1))
-    load_model(model, str(folder / "model.safetensors"))
+    sizes = {name: getattr(model.config, f"docid_head_{name}", None) for name in ("rank", "width", "share")}
+    with_head(
+        model,
+        getattr(model.config, "docid_head", "plain"),
+        **{name: size for name, size in sizes.items() if size is not None},
+    )
+    _load_mapped(model, folder / "model.safetensors")
     return model
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import RecipeError, TrainingError
 from catid2_ray.generator.batches import Examples, length_groups
-from catid2_ray.generator.logits import docid_logits
+from catid2_ray.generator.logits import docid_logits, taught_logits
 from catid2_ray.generator.states import TokenStates
 from catid2_ray.generator.vocabulary import pad_of
 from catid2_ray.schedule import learning_rate_at, seed_from
@@ -133,7 +133,10 @@ def level_losses(
 
 def _summed_losses(model, inputs, codes_BL: Tensor, space: DocidSpace, weight_B, targets: Targets) -> Tensor:
     """float L, summed over the rows, each times its weight."""
-    passes = [docid_logits(model, inputs, codes_BL, space=space) for _ in range(2 if targets.consistency else 1)]
+    if model.training and not targets.consistency:
+        passes = taught_logits(model, inputs, codes_BL, space=space)
+    else:
+        passes = [docid_logits(model, inputs, codes_BL, space=space) for _ in range(2 if targets.consistency else 1)]
     if targets.continuations is not None:
         valid = targets.continuations(codes_BL)
         passes = [

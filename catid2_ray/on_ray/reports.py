@@ -6,8 +6,6 @@ exchanged or cut; scores are always against the catalogue's own.
 
 import dataclasses
 import json
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +22,7 @@ from catid2_ray.evaluation import figures
 from catid2_ray.evaluation.ids_report import ids_page, judged
 from catid2_ray.evaluation.metrics import bootstrap_means
 from catid2_ray.on_ray.job import Job, open_previous
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.pipeline import chain, check_codes, size
@@ -232,8 +230,8 @@ def images_of(job: Job, parts: dict[str, Manifest], sample: dict) -> dict:
         ),
         "Words that mark the fullest first codes (Figure 6)": figures.prefix_terms(sample["title"], codes_NL),
     }
-    with tempfile.TemporaryDirectory() as cache:
-        coder = load_coder(fetch(job.store, parts["quantizer"], Path(cache)))
+    with scratch.folder("quantizer") as cache:
+        coder = load_coder(fetch(job.store, parts["quantizer"], cache))
         history = json.loads(job.store.read(parts["quantizer"].file("history.json")))
     panels = [("embedding", sample["embedding_ND"])]
     if isinstance(coder, ResidualQuantizer) and coder.hidden is not None:

@@ -19,7 +19,7 @@ from catid2_ray.retrieval.int8 import int8_copy
 
 class T5Memory(NamedTuple):
     """Per decoder layer the cross-attention's keys and values B×H×T×E; which tokens are real, B×1×1×T; the queries' dense
-    vectors, where the encoder gives them in the same pass (`EncoderDecoder`), and as a dense head compares them."""
+    vectors, where the encoder gives them in the same pass (`EncoderDecoder`), and as the head reads them."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -40,7 +40,7 @@ class T5Cache(NamedTuple):
 
 class T5Decoder:
     """`Decoder` over a `T5ForConditionalGeneration` or an `EncoderDecoder` whose last ΣK vocabulary rows are the ID tokens,
-    level by level, with a plain, a prefix-aware or a dense head (`generator.logits`).
+    level by level, with any head (`generator.logits`).
 
     Any size, tied or untied head, float32 or half precision. `weights`: "float32" reads the model's own weights,
     whatever their type; "int8" copies the matrices of encoder and decoder in 8 bits now, for CPUs only (`int8.py`).
@@ -63,7 +63,8 @@ class T5Decoder:
         self.model, self.config, self.codes_per_level, self.weights = model, model.config, codes_per_level, weights
         parts = model.encoder, model.decoder.block
         self.encoder, self.blocks = parts if weights == "float32" else map(int8_copy, parts)
-        self.head, self.near = getattr(model, "pawa", None), getattr(model, "dense", None)
+        self.head, self.experts = getattr(model, "pawa", None), getattr(model, "experts", None)
+        self.near = getattr(model, "dense", None)
         self.first = [rows - sum(codes_per_level[level:]) for level in range(len(codes_per_level))]
         self.scale = self.config.d_model**-0.5 if _scales_output(self.config) else 1.0
         attention = model.decoder.block[0].layer[0].SelfAttention
@@ -73,6 +74,11 @@ class T5Decoder:
     @property
     def device(self) -> torch.device:
         return self.model.lm_head.weight.device
+
+    @property
+    def reader(self):
+        """The head that reads the query's vector, if any."""
+        return self.near if self.experts is None else self.experts
 
     @property
     def vocabulary(self) -> int:
@@ -104,7 +110,7 @@ class T5Decoder:
             [self._heads(attention.v(states_BTD)).transpose(1, 2) for attention in cross],
             attention_mask_BT.bool()[:, None, None, :],
             dense_BE,
-            None if self.near is None else self.near.query(dense_BE),
+            None if self.reader is None else self.reader.query(dense_BE),
         )
 
     def decode_step(self, level, memory: T5Memory, cache: T5Cache | None, parent_BM: Tensor, code_BM: Tensor):
@@ -126,9 +132,10 @@ class T5Decoder:
             hidden_BMD += self._cross_attention(block.layer[1], hidden_BMD, memory, number)
             hidden_BMD += self._feed_forward(block.layer[2], hidden_BMD)
         hidden_BMD = self._norm(self.model.decoder.final_layer_norm, hidden_BMD) * self.scale
-        if self.near is not None:  # the query goes along with each state: the scores of codes read both
+        if self.reader is not None:  # the query goes along with each state: the scores of codes read both
             query_BME = memory.near_BE[:, None].expand(-1, hidden_BMD.shape[1], -1)
-            hidden_BMD = torch.cat((self.near.mix(hidden_BMD), query_BME.to(hidden_BMD.dtype)), -1)
+            state_BMD = hidden_BMD if self.near is None else self.near.mix(hidden_BMD)
+            hidden_BMD = torch.cat((state_BMD, query_BME.to(hidden_BMD.dtype)), -1)
         return hidden_BMD, grown
 
     def _self_attention(self, layer, hidden_BMD: Tensor, past, ancestor_BM: list[Tensor], bias_HP: Tensor):
@@ -173,16 +180,18 @@ class T5Decoder:
     def level_logits(self, level: int, hidden_BMD: Tensor, prefix_BML: Tensor) -> Tensor:
         first, table_VD = self.first[level], self.model.lm_head.weight
         row_KD = table_VD[first : first + self.codes_per_level[level]]
-        if self.near is None:
+        if self.reader is None:
             return F.linear(self._adapted(level, hidden_BMD, prefix_BML), row_KD)
         state_BMD, query_BME = hidden_BMD.split((table_VD.shape[1], hidden_BMD.shape[-1] - table_VD.shape[1]), -1)
-        # All beams of a query have its vector.
-        return F.linear(state_BMD, row_KD) + self.near.scores(level, query_BME[:, :1])
+        query_B1E = query_BME[:, :1]  # all beams of a query have its vector
+        if self.experts is not None:
+            return self.experts.joined(F.linear(state_BMD, row_KD), self.experts.scores(level, query_B1E, prefix_BML))
+        return F.linear(state_BMD, row_KD) + self.near.scores(level, query_B1E)
 
     def log_partition(self, level: int, hidden_BMD: Tensor, prefix_BML: Tensor) -> Tensor:
-        if self.near is not None:
+        if self.reader is not None:
             raise InputError(
-                "head dense scores the codes of a level, not the vocabulary: search with normalize='level'"
+                f"head {self.config.docid_head} scores the codes of a level, not the vocabulary: search with normalize='level'"
             )
         return self.model.lm_head(self._adapted(level, hidden_BMD, prefix_BML)).float().logsumexp(-1)
 

@@ -3,6 +3,7 @@ was in flight on a killed replica, and every answer is the release's."""
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import time
@@ -97,8 +98,38 @@ def is_the_release(load: Load, shop) -> None:
         assert (release, products) == (shop.release, shop.answers[query])
 
 
+class Busy(RetrieverReplica.func_or_class):
+    """Whose search of a batch takes a second, all of it work."""
+
+    def _search(self, requests, early):
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            answers = super()._search(requests, early)
+        return answers
+
+
+@pytest.mark.timeout(240)
+def test_health_kills_no_replica_that_is_busy(shop, shared_ray):
+    """Searches keep a replica busy for longer than the health of a dead one is waited for: whoever came last waits six seconds for
+    an answer, and Serve replaces a replica whose health is not known for three times two."""
+    health = {"health_check_period_s": 0.5, "health_check_timeout_s": 2, "num_replicas": 1, "autoscaling_config": None}
+    with served(shop.store, func_or_class=Busy, **health) as base:
+        before = processes()
+        load, until_s, waiting = Load(base, shop.answers, askers=96), time.monotonic() + 20, []
+        load.more(96)
+        while time.monotonic() < until_s:
+            load.more(16)
+            said = httpx.get(f"{base}/metrics", timeout=60).text
+            waiting.append(float(re.search(r"^catid2_waiting (.*)", said, re.MULTILINE)[1]))
+        assert processes().keys() == before.keys() and running() == 1
+        load.end()
+    assert len(before) == 1 and load.failed == []
+    assert len(waiting) > 5 and sorted(waiting)[len(waiting) // 2] > 32, "as its own health checks saw it"
+    is_the_release(load, shop)
+
+
 @pytest.mark.faults
-def test_a_replica_is_killed(shop, shared_ray):
+def test_a_replica_is_killed(shop, shared_ray, fault):
     with served(shop.store, num_replicas=2, autoscaling_config=None) as base:
         until(lambda: running() == 2)
         load, before = Load(base, shop.answers, askers=6), processes()
@@ -112,6 +143,8 @@ def test_a_replica_is_killed(shop, shared_ray):
     assert [one for one in load.failed if one.began > killed] == []
     assert len(load.failed) <= 6
     is_the_release(load, shop)
+    outcome = f"{len(load.failed)} of {len(load.seen) + len(load.failed)} queries failed, those in flight"
+    fault("a replica of two killed under load", times=1, outcome=outcome, lost_s=0)
 
 
 def test_another_configuration_starts_before_the_old_one_stops(shop, shared_ray):
@@ -141,7 +174,7 @@ def test_replicas_go_from_one_to_two_and_back(shop, shared_ray):
 
 
 @pytest.mark.faults
-def test_the_store_answers_nothing_for_a_while(shop, shared_ray):
+def test_the_store_answers_nothing_for_a_while(shop, shared_ray, fault):
     """The server of the store stands still, so that every request to it hangs: searches go on, changes wait or are refused, and
     later ones are taken."""
     with s3_server() as environment:
@@ -182,6 +215,8 @@ def test_the_store_answers_nothing_for_a_while(shop, shared_ray):
     assert gone not in last
     for release, asked, products in load.seen:
         assert release == shop.release and (products == shop.answers[asked] or gone in shop.answers[asked])
+    outcome = f"{len(load.seen)} queries answered, none failed; changes are taken again afterwards"
+    fault("the store of a service silent for 30 s under load", times=1, outcome=outcome, lost_s=0)
 
 
 def test_grpc_refuses_without_a_traceback_in_the_log(shop, shared_ray):

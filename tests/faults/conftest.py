@@ -1,5 +1,5 @@
 """Everything here is marked `faults`. `s3`: a server of S3 for the session; `undisturbed`: the digests of the small recipe's parts
-as a run without faults made them, in this process and without Ray."""
+as a run without faults made them, in this process and without Ray; `make_nodes`: a cluster of several Ray nodes."""
 
 import copy
 import time
@@ -11,6 +11,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.on_ray.commands import reindex
 from tests.conftest import TINY
+from tests.faults.nodes import Nodes
 from tests.in_process import without_ray
 from tests.s3_server import new_bucket, s3_server
 
@@ -54,3 +55,23 @@ def undisturbed(small_recipe, tmp_path_factory) -> tuple[dict[str, str], float]:
     with without_ray():
         reindex(Recipe.build(copy.deepcopy(small_recipe) | {"store": str(store)}))
     return digests(Store(store)), time.monotonic() - started
+
+
+@pytest.fixture
+def make_nodes(tmp_path_factory, monkeypatch):
+    """`make_nodes({pool: (nodes, CPUs)})` → Nodes, which RAY_ADDRESS points at; the test's end ends them."""
+    made = []
+    # As this process was when it imported Ray; tokens: jobs/test_submit.py.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_worker_maximum_startup_concurrency", "2")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else workers stand back behind all other work of the machine
+
+    def make(pools: dict[str, tuple[int, int]]) -> Nodes:
+        made.append(Nodes(tmp_path_factory.mktemp("nodes"), pools))
+        monkeypatch.setenv("RAY_ADDRESS", made[-1].cluster.address)
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.cluster.shutdown()

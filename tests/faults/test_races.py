@@ -104,6 +104,10 @@ def store(request, tmp_path, monkeypatch) -> Store:
     return Store(f"{new_bucket(environment)}/races")
 
 
+def where(store: Store) -> str:
+    return "S3" if store.is_s3 else "a disk"
+
+
 ROUNDS = 8
 
 
@@ -134,17 +138,16 @@ def test_one_wins_the_others_say_why_and_current_is_always_whole(store, kinds, t
         assert [line for line in lost if not re.search(MAY_SAY[kind], line)] == []
         told += len(lost)
     assert any("won" in heard for heard in lines.values())
-    where = "S3" if store.is_s3 else "a disk"
     fault(
-        f"{request.node.callspec.id.split('-', 1)[-1]} ({where})", times=len(kinds) * ROUNDS,
+        f"{request.node.callspec.id.split('-', 1)[-1]} ({where(store)})", times=len(kinds) * ROUNDS,
         outcome=f"{told} were told why not; `current` whole in {watcher.looks} looks", lost_s=0,
     )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_killed_and_stopped_at_random_the_store_stays_whole(tmp_path, fault):
+def test_killed_and_stopped_at_random_the_store_stays_whole(store, tmp_path, fault):
     """SIGKILL, or SIGSTOP for longer than a lease lasts, at random moments."""
-    store, draw = Store(tmp_path / "store"), random.Random(21)
+    draw = random.Random(21)
     releases.publish(store, commit_chain(store, "first"))
     watcher, kills, stops = Watcher(store), 0, 0
     watcher.start()
@@ -173,16 +176,20 @@ def test_killed_and_stopped_at_random_the_store_stays_whole(tmp_path, fault):
     for manifest in releases.current(store).manifests(store).values():
         prove(store, manifest)
     fault(
-        "a job killed at a random moment",
+        f"a job killed at a random moment ({where(store)})",
         times=kills,
         outcome="the next one works; `current` whole throughout",
         lost_s=0,
     )
-    fault("a job stood still for longer than its lease", times=stops, outcome="it commits nothing more", lost_s=0)
+    fault(
+        f"a job stood still for longer than its lease ({where(store)})",
+        times=stops,
+        outcome="it commits nothing more",
+        lost_s=0,
+    )
 
 
-def test_an_append_that_began_before_a_reindex_published_is_not_published(tmp_path, fault):
-    store = Store(tmp_path / "store")
+def test_an_append_that_began_before_a_reindex_published_is_not_published(store, fault):
     first = commit_chain(store, "first")
     releases.publish(store, first)
     number, _ = releases.pointer(store)
@@ -192,11 +199,12 @@ def test_an_append_that_began_before_a_reindex_published_is_not_published(tmp_pa
         releases.publish(store, appended, after=number)
     reindexed = releases.current(store)
     assert reindexed.parts["ids"]["digest"] != appended["ids"].digest and len(store.names("releases")) == 3
-    fault("append against reindex", times=1, outcome="the later one is told; nothing is lost", lost_s=0)
+    fault(
+        f"append against reindex ({where(store)})", times=1, outcome="the later one is told; nothing is lost", lost_s=0
+    )
 
 
-def test_gc_does_not_begin_beside_a_job_nor_a_job_beside_gc(tmp_path, fault):
-    store = Store(tmp_path / "store")
+def test_gc_does_not_begin_beside_a_job_nor_a_job_beside_gc(store, fault):
     releases.publish(store, commit_chain(store, "first"))
     with lease.holding(store, command="catid2 reindex"), pytest.raises(LeaseError, match="catid2 reindex by .* pid"):
         gc.collect(store, keep=1)
@@ -205,11 +213,15 @@ def test_gc_does_not_begin_beside_a_job_nor_a_job_beside_gc(tmp_path, fault):
         pytest.raises(LeaseError, match="catid2 gc by .* pid"),
     ):
         lease.take(store)
-    fault("gc against a running job", times=2, outcome="the second is told who holds the lease", lost_s=0)
+    fault(
+        f"gc against a running job ({where(store)})",
+        times=2,
+        outcome="the second is told who holds the lease",
+        lost_s=0,
+    )
 
 
-def test_a_release_whose_name_exists_is_that_release_or_refused(tmp_path, fault):
-    store = Store(tmp_path / "store")
+def test_a_release_whose_name_exists_is_that_release_or_refused(store, fault):
     made = commit_chain(store, "first")
     release, moved = releases.publish(store, made)
     releases.publish(store, commit_chain(store, "second"))
@@ -219,4 +231,9 @@ def test_a_release_whose_name_exists_is_that_release_or_refused(tmp_path, fault)
     with pytest.raises((ArtifactError, ReleaseError), match=release.name):
         releases.publish(store, made)
     assert releases.pointer(store)[1] not in (release.name, None)
-    fault("a release name that exists", times=2, outcome="the same release, or refused by name", lost_s=0)
+    fault(
+        f"a release name that exists ({where(store)})",
+        times=2,
+        outcome="the same release, or refused by name",
+        lost_s=0,
+    )

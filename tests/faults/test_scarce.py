@@ -1,11 +1,13 @@
 """A full disk, a full object store, too little memory: the error names the setting to change, and the job goes on when it was."""
 
 import errno
+import json
 import re
 import shutil
 import subprocess
 import time
 
+import numpy as np
 import pytest
 import ray.exceptions
 import torch
@@ -21,11 +23,11 @@ from tests.faults.conftest import digests
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 400 kB, and how to make it larger; skipped where this user may mount nothing."""
+def small_disk(tmp_path, request):
+    """A disk of 400 kB or what the test's parameter says, and how to make it larger; skipped where this user may mount nothing."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '400k')}", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this user may not mount a small disk")
     yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
@@ -82,6 +84,35 @@ def test_what_is_scarce_is_named_with_the_setting():
         assert scarce.named(other, "ids") is None
     task = ray.exceptions.RayTaskError("f", "text", disk)
     assert "CATID2_CACHE" in str(scarce.named(task.as_instanceof_cause(), "catalog"))
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize("small_disk", ["150m"], indirect=True)
+def test_a_full_object_store_spills_and_where_that_disk_is_full_too_the_setting_is_named(small_disk, fault):
+    disk, held, started = small_disk[0], [], time.monotonic()
+    spills = json.dumps({"type": "filesystem", "params": {"directory_path": str(disk)}})
+    ray.init(
+        address="local", num_cpus=1, object_store_memory=80_000_000, _system_config={"object_spilling_config": spills},
+        include_dashboard=False, log_to_driver=False,
+    )  # fmt: skip
+    try:
+        for number in range(4):
+            held.append(ray.put(np.full(3_750_000, number, np.float64)))  # 30 MB
+        spilled = sum(path.stat().st_size for path in disk.rglob("*") if path.is_file())
+        assert spilled > 30e6 and [ray.get(one)[0] for one in held] == [0, 1, 2, 3]
+        with pytest.raises(ray.exceptions.RayError) as full:
+            for number in range(20):
+                held.append(ray.put(np.full(3_750_000, number, np.float64)))
+        found = scarce.named(full.value, "quantizer")
+        assert isinstance(found, MachineError) and re.search("--temp-dir|cluster.object_store_mb", str(found))
+    finally:
+        held.clear()
+        ray.shutdown()
+    fault(
+        "the object store full, then the disk that it spills to", times=2,
+        outcome="objects come back from the disk; then the setting is named, exit code 11", lost_s=time.monotonic() - started,
+    )  # fmt: skip
 
 
 def test_a_worker_of_a_training_that_ran_out_of_memory_says_what_to_lower():

@@ -60,17 +60,24 @@ def test_a_whole_job_on_a_store_that_fails_now_and_then(bad, recipe, undisturbed
 
 
 @pytest.mark.slow
-def test_a_store_that_is_away_for_some_seconds_three_times(bad, recipe, undisturbed, fault):
+def test_a_store_that_is_away_three_times_once_for_half_a_minute(bad, recipe, undisturbed, fault):
+    for_s = {40: 4, 130: 30, 260: 4}
+
     def go_away(number: int) -> None:
-        if number in (40, 130, 260):
-            bad.away_until = time.monotonic() + 4
+        if number in for_s:
+            bad.away_until = time.monotonic() + for_s[number]
 
     bad.hook = go_away
     started = time.monotonic()
     reindex(recipe)
     seconds = time.monotonic() - started
     assert digests(Store(recipe.store)) == undisturbed[0] and bad.injected["away"] >= 3
-    fault("a blackout of 4 s in a job", times=3, outcome="same digests", lost_s=max(0.0, seconds - undisturbed[1]))
+    fault(
+        "blackouts of 4, 30 and 4 s in a job",
+        times=3,
+        outcome="same digests",
+        lost_s=max(0.0, seconds - undisturbed[1]),
+    )
 
 
 @pytest.mark.slow
@@ -182,7 +189,7 @@ def test_what_never_answered_is_a_wrong_address_and_what_answered_is_away(s3, mo
         assert time.monotonic() > proxy.away_until, "a worker that starts in a blackout waits for its end"
 
 
-def test_what_is_refused_and_what_passes():
+def test_what_is_refused_and_what_passes(fault):
     for error in (
         ConnectionResetError("x"),
         TimeoutError(),
@@ -196,6 +203,10 @@ def test_what_is_refused_and_what_passes():
         assert patience.is_refusal(error) and not patience.passes(error)
     for error in (FileNotFoundError("x"), OSError(28, "No space left on device"), ValueError("x")):
         assert not patience.passes(error) and not patience.is_refusal(error)
+    fault(
+        "throttling and refusals, in S3's words and pyarrow's", times=5,
+        outcome="the one is tried again for as long as there is patience, the other not at all", lost_s=0,
+    )  # fmt: skip
 
 
 def test_waits_are_random_bounded_and_add_up_to_the_budget():

@@ -24,6 +24,7 @@ from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.look.dry_run import dry_run
 from catid2_ray.on_ray.machine.query_encoder import open_retriever, tuned_folder
 from catid2_ray.on_ray.pipeline import APPENDED, append
+from catid2_ray.on_ray.serve.api import Churn
 from tests.command import job_here, write_recipe
 from tests.conftest import TINY
 from tests.text_models import save_bert
@@ -108,6 +109,9 @@ def test_appended_products_are_served_by_the_old_generator(copied):
     assert len(set(after.values())) == 280 and not {before[name] for name in gone} & set(after.values())
     assert outcome.figures["ledger"] == {"kept": 250, "new": 30, "moved": 0, "retired": 10, "live": 280}
     assert outcome.figures["churn"] == {"after": outcome.figures["churn"]["after"]}
+    said = Churn.of(outcome.parts["ids"].metrics)
+    assert said == Churn(base=first.release.name, changed=0, new=30, left=10)
+    assert Churn.of(first.parts["ids"].metrics) is None
     assert outcome.figures["number"] == 2 and outcome.figures["base"] == first.release.name
     release = releases.current(store)
     parts = release.manifests(store)
@@ -256,6 +260,9 @@ def test_a_full_re_id_goes_on_from_the_release_and_its_churn_is_gated(copied):
     common = set(before) & set(after)
     share = np.mean([before[name] != after[name] for name in common])
     assert figures["churn"]["after"]["prefix_churn"][-1] == pytest.approx(share)
+    changed, gone = sum(before[name] != after[name] for name in common), len(before) - len(common)
+    said = Churn.of(outcome.parts["ids"].metrics)
+    assert said == Churn(base=first.release.name, changed=changed, new=len(after) - len(common), left=gone) and changed
     # Realignment renames first codes for the best; of whole IDs that promises nothing.
     first_code = {when: figures["churn"][when]["prefix_churn"][0] for when in ("before", "after")}
     assert first_code["before"] >= first_code["after"]

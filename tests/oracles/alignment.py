@@ -30,12 +30,23 @@ def advantages(rewards, eps):
     return [(reward - mean) / (deviation + eps) for reward in rewards]
 
 
+def gained(member) -> float:
+    """log π / π_ref of the member's ID."""
+    steps = zip(member["new"], member["reference"], member["codes"])
+    return sum(new[code] - reference[code] for new, reference, code in steps)
+
+
 def loss(groups, objective) -> tuple[float, float, float]:
     """(loss, kl, entropy). `groups`: per query a list of members, each a dict of codes, expert, advantage, and per level the
     log-probabilities over all codes: now (`new`), at the rollout (`old`), of the reference (`reference`)."""
     total = kl_total = entropy_total = 0.0
     for group in groups:
         terms, kls, entropies = [], [], []
+        pairs = [
+            math.log1p(math.exp(-objective.beta * (gained(one) - gained(other))))
+            for one, other in itertools.permutations(group, 2)
+            if one["advantage"] > other["advantage"] + 1e-6
+        ]
         for member in group:
             steps = list(zip(member["new"], member["old"], member["reference"], member["codes"]))
             changes = [new[code] - old[code] for new, old, _, code in steps]
@@ -44,6 +55,8 @@ def loss(groups, objective) -> tuple[float, float, float]:
             term = -sum(min(ratio * a, min(max(ratio, low), high) * a) for ratio in ratios)
             if member["expert"] and objective.expert_term == "sft":
                 term = -objective.expert_weight * sum(new[code] for new, _, _, code in steps)
+            if objective.term == "pairs":
+                term = sum(pairs) / max(1, len(pairs))
             kl = entropy = 0.0
             for new, _, reference, code in steps:
                 if objective.kl == "exact":

@@ -122,7 +122,7 @@ def test_a_withdrawn_product_stays_withdrawn_and_an_inserted_one_stays(publisher
     old.say("withdraw", "p9")
     b = publisher.publish(begun, catalogue(1, 3, 4, 5, shift=2))
     moves = history.entries(store)
-    assert moves[1].after == Left(a, 2, {}) and history.younger(store, moves, b) == 4
+    assert moves[1].after == Left(a, 2, {}) and history.younger(store, moves, b) == 6
 
     new, other = publisher.replica(b), publisher.replica(b)
     assert new.carrier.carry() == Carried(3, 1) and new.carrier.carry() == new.carrier.late() == Carried()
@@ -372,6 +372,29 @@ def test_a_job_counts_the_changes_that_came_since_it_began(publisher, capfd):
     parts["evaluation"] = publisher.make(store, "evaluation", {"x": b"x"}, parents=parts["evaluation"].parents)
     b = job.publish(parts).name
     assert job.younger == 2 and f"event=changes_to_carry release={b} changes=2" in capfd.readouterr().err
+
+
+def test_younger_changes_are_counted_by_products_however_they_lie_in_records(publisher, monkeypatch):
+    store = publisher.store
+    a = publisher.publish(publisher.begin(), catalogue(1, 2, 3, 4))
+    begun, old = publisher.begin(), publisher.replica(a)
+
+    def build(trial):
+        made = [{"kind": "withdraw", "products": [f"p{n}", "p4"], "of": ["r-0", n], "at": 1.0 + n} for n in (1, 2, 3)]
+        for one in made:
+            trial.take(one)
+        return made
+
+    old.updates.change_many(build)
+    old.puts.put([{"product_id": f"p{n}", "title": "new"} for n in (2, 7)] + [{"product_id": "p4", "title": "again"}])
+    old.puts.put([{"product_id": "p4", "columns": {"price": 3}}])
+    b = publisher.publish(begun, catalogue(1, 2, shift=2))
+    moves = history.entries(store)
+    assert history.younger(store, moves, b) == 6 + 3 + 1
+    store.write(f"live/{a}/0000000002.json", b"damaged")
+    assert history.younger(store, moves, b) == 6 + 1 + 1
+    monkeypatch.setattr(history, "_READ", 1)
+    assert history.younger(store, moves, b) == 6 + 2
 
 
 def test_where_changes_come_from():

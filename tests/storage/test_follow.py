@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from catid2_ray.artifacts import history, uses
 from catid2_ray.artifacts import release as releases
@@ -294,11 +295,48 @@ def test_an_append_s_release_is_not_asked_what_the_release_before_found():
     assert stored_answers(store, parts | {"evaluation": SimpleNamespace(named=lambda name: [])}) == {}
 
 
+def test_a_second_release_that_does_not_fit_the_gpu_is_not_loaded_and_is_tried_again(tmp_path, monkeypatch):
+    store, first, second = two_releases(tmp_path)
+    history.rollback(store, first)
+    inner, free = opened_module.open_retriever, 1e9
+    monkeypatch.setattr(opened_module, "open_retriever", lambda folder, *, device, **more: inner(folder, **more))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2_000)
+    one = Serving(store, AppSettings(store=store.uri, follow_s=1e6, device="cuda"))
+    parts = releases.load(store, second).manifests(store)
+    needed = 1.2 * sum(file["bytes"] for file in [*parts["generator"].files, *parts["ids"].named("trie/")])
+    assert needed > 100_000
+    history.rollback(store, second)
+    free = int(needed) - 1_001
+    with pytest.raises(OutOfMemory, match="MB of GPU memory beside the one that is served, and 0 MB are free"):
+        one.look()
+    assert one.now.name == first and one.refused[0] == second and "give replicas more memory" in one.refused[1]
+    free += 1
+    assert one.look() and one.now.name == second and one.refused is None
+    one.end()
+
+
+def test_a_release_that_turns_out_too_large_is_tried_again(earlier, monkeypatch):
+    """By what is thrown while it is loaded, where the look at what is free did not tell."""
+    store, name = earlier
+
+    def too_large(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(opened_module, "open_retriever", too_large)
+    with pytest.raises(OutOfMemory, match=r"does not fit the memory \(CUDA out of memory\).*give replicas more"):
+        Opened(store, name, AppSettings(store=store.uri), beside=True)
+
+
 def test_memory_is_looked_at_before_a_second_release_is_loaded(tmp_path):
     part = SimpleNamespace(kind="generator", files=[{"bytes": 100_000_000}])
     check_memory({"generator": part}, 120_000_001)
-    with pytest.raises(OutOfMemory, match="about 120 MB beside the one that is served, and 120 MB are free"):
+    with pytest.raises(
+        OutOfMemory, match="about 120 MB of memory beside the one that is served, and 120 MB are free"
+    ) as error:
         check_memory({"generator": part}, 119_999_999)
+    assert "give replicas more memory, or set follow: false" in str(error.value)
     assert free_memory(tmp_path / "none", lambda: 7) == 7
     (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 0\nactive_file 0\n")
     (tmp_path / "memory.current").write_text("300\n")

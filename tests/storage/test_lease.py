@@ -203,6 +203,26 @@ def test_one_that_looked_long_ago_does_not_take_a_number_of_the_past(local_store
     assert lease.look(local_store).number == 4
 
 
+def test_a_record_that_others_remove_after_it_was_listed_is_looked_for_again(store, monkeypatch):
+    """Seen where several jobs raced on S3: the next holder deletes what came before it, between a job's listing and its reading."""
+    first = lease.take(store, command="first")
+    first.release()
+    read, coming = store.read, ["second"]
+
+    def others_first(name: str) -> bytes:
+        if coming:
+            lease.take(store, command=coming.pop())
+        return read(name)
+
+    monkeypatch.setattr(store, "read", others_first)
+    with pytest.raises(LeaseError, match="another job works on .*: second by"):
+        lease.take(store, command="late")
+    store.write("lease/0000000002.released", b"")
+    coming.append("third")
+    with pytest.raises(LeaseError, match="this job lost its lease .*: third by .* has taken it"):
+        first.check()
+
+
 def test_a_job_without_a_lease_registers_and_waits_for_gc_alone(store):
     with lease.holding(store, command="catid2 reindex"), uses.job(store, command="catid2 compare-ids"):
         records, stale = uses.alive(store, "uses/jobs")
@@ -233,6 +253,25 @@ def test_a_release_in_use_counts_until_its_replica_ends_or_is_long_silent(store,
     assert uses.of_releases(store) == {} and len(uses.alive(store, "uses/releases")[1]) == 1
     one.end()
     one.end()
+
+
+def test_a_use_that_cannot_be_read_is_not_taken_for_one_that_ended(store, monkeypatch):
+    """gc asks for uses, and removes what nobody uses."""
+    uses.served(store, "r-1", command="serve")
+    ended = uses.served(store, "r-2", command="serve")
+    read = store.read
+
+    def fails(name: str) -> bytes:
+        if "r-2" in name:
+            ended.end()
+            return read(name)
+        raise StorageError("the store is away")
+
+    monkeypatch.setattr(store, "read", fails)
+    with pytest.raises(StorageError, match="away"):
+        uses.of_releases(store)
+    monkeypatch.setattr(store, "read", lambda name: fails(name) if "r-2" in name else read(name))
+    assert uses.of_releases(store) == {"r-1": 1}
 
 
 def test_a_store_without_write_rights_is_served_with_one_line_in_the_log(local_store, monkeypatch):

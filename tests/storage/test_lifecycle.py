@@ -266,7 +266,10 @@ def test_a_stored_release_is_listed_rolled_back_to_and_outlives_gc(stored, tmp_p
 
     LiveLog(store, second).write(1, {"kind": "withdraw", "products": ["p0000001"]})
     back = run_here("rollback", "--store", store.uri)
-    assert "Live changes that are younger than its catalogue: 1. The service carries over what it lacks" in back.stdout
+    assert (
+        "Live changes of products that are younger than its catalogue: 1. The service carries over what it lacks"
+        in back.stdout
+    )
     assert f"Release {first} is current again; it was {second}." in back.stdout and back.returncode == 0
     assert "current already" in run_here("rollback", first, "--store", store.uri).stdout
     nowhere = run_here("rollback", "--store", store.uri)

@@ -6,9 +6,16 @@ from pathlib import Path
 import pytest
 import ray
 import ray.autoscaler
+import torch
 import yaml
 from jsonschema import Draft7Validator
-from ray.serve.schema import ServeDeploySchema
+from ray import serve
+from ray.serve._private.application_state import override_deployment_info
+from ray.serve._private.config import DeploymentConfig, ReplicaConfig
+from ray.serve._private.deployment_info import DeploymentInfo
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+from catid2_ray.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,14 +54,23 @@ def test_object_stores_leave_the_memory_to_workers_and_what_spills_has_a_disk(cl
 
 def test_the_settings_of_health_and_memory_are_settings_of_this_ray(cluster):
     """Ray passes over a variable that it does not know."""
-    binary = (Path(ray.__file__).parent / "core" / "src" / "ray" / "gcs" / "gcs_server").read_bytes()
+    inside = Path(ray.__file__).parent
+    known = (inside / "core" / "src" / "ray" / "gcs" / "gcs_server").read_bytes()
+    known += (inside / "dashboard" / "modules" / "job" / "job_supervisor.py").read_bytes()
     asked = {
         word.split("=")[0]
         for commands in ("head_start_ray_commands", "worker_start_ray_commands")
         for word in cluster[commands][-1].split()
         if word.startswith("RAY_")
     }
-    assert len(asked) == 4 and all(name.encode() in binary for name in asked)
+    assert len(asked) == 6 and all(name.encode() in known for name in asked)
+
+
+def test_nobody_gets_in_without_the_token_that_every_node_has(cluster):
+    """`ray start` takes everybody where nothing is said and no token lies at hand, as on a new machine."""
+    assert cluster["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert "RAY_AUTH_MODE=token" in cluster[commands][-1].partition("ray start")[0]
 
 
 def test_serve_file_is_valid_and_its_numbers_fit_each_other():
@@ -83,15 +99,57 @@ def test_serve_file_is_valid_and_its_numbers_fit_each_other():
 
 
 def test_the_pool_that_the_serve_file_offers_is_one_of_the_cluster():
-    """Its line is a comment, because one machine has no pools: uncommented it must fit both files of clusters."""
-    text = (ROOT / "serve_config.yaml").read_text().replace("# label_selector:", "label_selector:")
-    asked = yaml.safe_load(text)["applications"][0]["deployments"][0]["ray_actor_options"]["label_selector"]
+    """Its lines are a comment, because one machine has no pools: uncommented they must fit both files of clusters."""
+    text = (ROOT / "serve_config.yaml").read_text().replace("# ray_actor_options:", "ray_actor_options:")
+    text = text.replace("#   num_", "  num_").replace("#   label_", "  label_")
+    options = yaml.safe_load(text)["applications"][0]["deployments"][0]["ray_actor_options"]
+    assert options.keys() == {"num_cpus", "num_gpus", "label_selector"}
+    asked = options["label_selector"]
     ServeDeploySchema(**yaml.safe_load(text))
     cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     assert asked == cluster["available_node_types"]["gpu-serve"]["labels"]
     service = yaml.safe_load((ROOT / "deploy" / "kuberay" / "rayservice.yaml").read_text())["spec"]
     deployment = yaml.safe_load(service["serveConfigV2"])["applications"][0]["deployments"][0]
     assert asked == deployment["ray_actor_options"]["label_selector"]
+
+
+@pytest.mark.parametrize("device, gpus", [("cpu", None), ("cuda", 1)])
+def test_one_field_of_the_serve_file_makes_gpu_replicas(device, gpus, monkeypatch):
+    from catid2_ray.on_ray.serve import app as serve_app
+
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0]
+    config["args"]["device"] = device
+    asked = dict(serve_app.RetrieverReplica.ray_actor_options)
+    monkeypatch.setattr(
+        serve.Deployment, "options", lambda self, **given: asked.update(given["ray_actor_options"]) or self
+    )
+    monkeypatch.setattr(serve.Deployment, "bind", lambda self, settings: settings)
+    settings = serve_app.build(serve_app.AppSettings(**config["args"]))
+
+    def started(**deployment) -> dict:
+        """What Ray makes of the code's options and of the file's."""
+        code = DeploymentInfo(
+            version="1", deployment_config=DeploymentConfig(), start_time_ms=0, deployer_job_id="",
+            replica_config=ReplicaConfig.create(lambda: None, ray_actor_options=dict(asked)),
+        )  # fmt: skip
+        (own,) = config["deployments"]
+        schema = ServeApplicationSchema.model_validate({**config, "deployments": [{**own, **deployment}]})
+        return override_deployment_info({own["name"]: code}, schema)[own["name"]].replica_config.ray_actor_options
+
+    options = started()
+    assert settings.device == device and options["num_cpus"] == 1 and options.get("num_gpus") == gpus
+    # As before there was the field: what the file says wins.
+    assert started(ray_actor_options={"num_cpus": 2, "num_gpus": 0.25})["num_gpus"] == 0.25
+
+
+def test_a_replica_without_its_gpu_says_what_to_change(monkeypatch):
+    from catid2_ray.on_ray.serve import app as serve_app
+
+    kind = serve_app.RetrieverReplica.func_or_class.__mro__
+    own = next(one for one in kind if one.__init__.__qualname__ == "RetrieverReplica.__init__")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="device is cuda, but Ray gave this replica no GPU: ray_actor_options"):
+        own(serve_app.AppSettings(store="s", device="cuda"))
 
 
 def test_serve_file_names_what_the_code_has():

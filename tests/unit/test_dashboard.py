@@ -1,9 +1,14 @@
 """The dashboard and the manual ask Prometheus for what there is: our metrics, and Ray's of the version that is pinned."""
 
+import functools
 import json
+import math
 import re
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import prometheus_client
 import pytest
 
 pytest.importorskip("ray.serve")
@@ -72,3 +77,20 @@ def test_each_metric_takes_what_it_is_given_also_without_ray():
         tags = dict.fromkeys(metric.tags, "x")
         do = {Counter: metrics.count, Histogram: metrics.observe}.get(metric.kind, metrics.put)
         do(name, 2.0, **tags)
+
+
+def test_a_release_that_is_not_served_any_more_is_shown_no_more(monkeypatch):
+    """Else its age grows for ever, and an alert on the age never ends."""
+    of_ray = {}
+    meter = SimpleNamespace(set=lambda value, tags: of_ray.update({tags["release"]: value}))
+    monkeypatch.setattr(metrics, "_meter", lambda name: meter)
+    monkeypatch.setattr(metrics, "_registry", functools.cache(prometheus_client.CollectorRegistry))
+    monkeypatch.setattr(metrics, "_own", functools.cache(metrics._own.__wrapped__))
+    monkeypatch.setattr(metrics, "_shown", defaultdict(set))
+    for values in ({"r-1": 5.0}, {"r-1": 6.0, "r-2": 0.0}, {"r-2": 1.0}):
+        metrics.put_by_release("catid2_release_age_s", values)
+        shown = re.findall(r'catid2_release_age_s{release="(.*)"} (.*)', metrics.text())
+        assert {name: float(value) for name, value in shown} == values
+    assert math.isnan(of_ray["r-1"]) and of_ray["r-2"] == 1.0
+    metrics.put_by_release("catid2_release_age_s", {"r-1": 7.0})  # a rollback
+    assert of_ray["r-1"] == 7.0 and 'release="r-2"' not in metrics.text()

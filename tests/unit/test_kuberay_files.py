@@ -202,7 +202,6 @@ def test_the_service_is_that_of_the_serve_file_on_gpus():
     )
     (deployment,), (base,) = application["deployments"], original["deployments"]
     options = deployment.pop("ray_actor_options")
-    del base["ray_actor_options"]
     assert deployment == base, "numbers are changed in both files"
     assert options["num_gpus"] and options["label_selector"] == {"pool": "gpu-serve"}
     assert served["http_options"] == ours["http_options"] | {

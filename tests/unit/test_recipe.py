@@ -440,6 +440,10 @@ def test_the_recipes_that_the_readme_runs_are_there():
         ({"encoder_mode": "tuned"}, "encoder_mode tuned belongs to model encoder_decoder, found model 'small'"),
         ({"model": "causal", "causal": "c", "head": "pawa"}, "head pawa needs a T5 or an encoder_decoder"),
         (
+            {"head": "experts", "model": "encoder_decoder", "encoder": "e", "consistency": 0.1},
+            "head experts teaches decoder and perceptron by themselves",
+        ),
+        (
             {"head": "dense"},
             "head dense compares codewords with the text encoder.s vectors of queries, found model .small.",
         ),
@@ -517,11 +521,12 @@ DENSE = {"embedding": {"encoder": "e"}, "generator": {"model": "encoder_decoder"
         ({"serving": {"normalize": "vocabulary"}}, "serving.normalize is 'vocabulary'"),
     ],
 )
-def test_a_dense_head_that_could_not_be_trained_or_searched_is_refused(change, words):
-    base = {"catalog": {"root": "/r"}, **DENSE}
-    assert Recipe.build(base).generator.head == "dense"
-    assert Recipe.build(base | {"quantizer": {"kind": "rq_kmeans"}}).generator.head == "dense"
-    with pytest.raises(RecipeError, match=words):
+@pytest.mark.parametrize("head", ["dense", "experts"])
+def test_a_head_that_could_not_be_trained_or_searched_is_refused(change, words, head):
+    base = {"catalog": {"root": "/r"}, **DENSE, "generator": DENSE["generator"] | {"head": head}}
+    assert Recipe.build(base).generator.head == head
+    assert Recipe.build(base | {"quantizer": {"kind": "rq_kmeans"}}).generator.head == head
+    with pytest.raises(RecipeError, match=words.replace("dense", head)):
         Recipe.build(base | change)
 
 

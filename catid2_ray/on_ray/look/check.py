@@ -4,13 +4,11 @@ Both tables go through the same code at the door as in a job, in this process an
 the store is only read. 100,000 products take some seconds.
 """
 
-import tempfile
-
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import AdapterRecipe, Recipe, TuningRecipe
 from catid2_ray.config.sizes import examples_an_epoch
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import cluster, preflight
+from catid2_ray.on_ray.machine import cluster, preflight, scratch
 from catid2_ray.on_ray.pipeline import begin, check_codes, size
 from catid2_ray.on_ray.stages import adapter, catalog, door, lay_out, tuned_encoder
 from catid2_ray.schedule import Phase, Plan
@@ -28,7 +26,7 @@ def check(recipe: Recipe) -> dict:
     store.check()
     begins = Job(recipe=recipe, store=store)
     begin(begins)
-    with tempfile.TemporaryDirectory(prefix="catid2-check-") as folder, cluster.without_ray():
+    with scratch.folder("check") as folder, cluster.without_ray():
         job = Job(recipe=recipe, store=Store(folder), peak=cluster.PeakMemory(), say=_silently)
         parts = {"catalog": catalog.run(job, {})}
         parts["pairs"] = catalog.run_pairs(job, parts)

@@ -33,18 +33,29 @@ RATES = {
     # 10^7 products by two workers: 103 s of reading, 106 s of assigning, with the start of a job among them.
     "read": Rate(1e7 / 103 / 2, "products/s a CPU", "assign.md", "| 10,000,000 | 11.4% | 0 | 103 s | 106 s |"),
     "assign": Rate(1e7 / 106 / 2, "products/s a CPU", "assign.md", "| 10,000,000 | 11.4% | 0 | 103 s | 106 s |"),
+    # That was at width 64. What a product took at width 384: (4.5 − 1.0) and (6.0 − 3.4) s for 80,000 more.
+    "read_number": Rate(
+        ((4.5 - 1.0) / 0.08 - 20.6) / 320, "µs a number of a vector beyond 64", "plan.md", "| 100,000 | catalog | 4.5 |"
+    ),
+    "assign_number": Rate(
+        ((6.0 - 3.4) / 0.08 - 21.4) / 320, "µs a number of a vector beyond 64", "plan.md", "| 100,000 | ids | 6 |"
+    ),
+    "assign_start": Rate(3.4 - 0.65, "s, whatever the size", "plan.md", "| 20,000 | ids | 3.4 |"),
     "assign_memory": Rate(0.93, "GiB a worker", "assign.md", "| 3.6 GiB | 3.0 GiB | 0.93 GiB |"),
     "read_memory": Rate(3.6 / 2, "GiB a worker", "assign.md", "| 3.6 GiB | 3.0 GiB | 0.93 GiB |"),
     # 54,667 products of Home Depot by two workers, all-MiniLM-L6-v2, on a busy machine.
     "embed": Rate(54_667 / 500.9 / 2, "products/s a CPU", "home_depot.md", "| embed | 500.9 s |"),
     "embed_gpu": Rate(5_000, "products/s a GPU"),
     "embed_memory": Rate(2.0, "GiB a worker"),
-    "quantizer": Rate(4096 / 0.4067, "rows/s a CPU", "quantizer_step.json", '"ours": 0.4067'),
+    # Three epochs of 80,000 rows more took 57 − 26.4 s in a job; its step alone does 10,071 rows/s (quantizer_step.json).
+    "quantizer": Rate(240_000 / (57 - 26.4), "rows/s a CPU", "plan.md", "| 100,000 | quantizer | 57 |"),
+    "quantizer_start": Rate(26.4 - 7.65, "s, k-means of 20,000 rows", "plan.md", "| 20,000 | quantizer | 26.4 |"),
     "quantizer_memory": Rate(0.54, "GiB a worker", "quantizer_step.json", '"ours": 551.8'),
     "generator_small": Rate(397.9, "examples/s a CPU", "generator_step.md", "| 0.643 | 397.9 |"),
     "generator_encoder_decoder": Rate(140.5, "examples/s a CPU", "generator_step.md", "| 1.823 | 140.5 |"),
     "generator_t5": Rate(5.1, "examples/s a CPU", "generator_step.md", "| 6.293 | 5.1 |"),
     "generator_causal": Rate(5.1, "examples/s a CPU"),  # as a T5 of 205 million weights
+    "generator_start": Rate(4.6 - 1.9, "s, whatever the size", "plan.md", "| 20,000 | generator | 4.6 |"),
     "generator_memory": Rate(5.1, "GiB a worker", "generator_step.md", "| 40% | 5.10 GiB |"),
     "gpu": Rate(30.0, "× a CPU, in training"),
     "trie": Rate(0.2348, "µs an ID, in one process", "trie.md", "| 10,000,000 | 0.2348 |"),
@@ -61,6 +72,7 @@ RATES = {
     "transfers": Rate(3, "times that stages read what others wrote"),
 }
 _GIB, _HOUR = 2**30, 3600
+_RATED_WIDTH = 64  # of the vectors in assign.md
 _CPUS = 16  # of a machine of the pool cpu-data (cluster.yaml)
 PRICES = ("cpu-data", "gpu-train", "storage", "transfer")
 
@@ -95,15 +107,15 @@ def plan(recipe: Recipe, *, products: int, width: int = 384, prices: Mapping[str
             "quantizer.codes_per_level"
         )
     width = recipe.embedding.width or width
-    rows = [_reading(recipe, products), *_embedding(recipe, products), *_training(recipe, products, teaching)]
-    rows.append(_assigning(recipe, products))
+    rows = [_reading(recipe, products, width), *_embedding(recipe, products), *_training(recipe, products, teaching)]
+    rows.append(_assigning(recipe, products, width))
     stored = products * (RATES["text"].value + 4 * width + 2 * width + RATES["trie_bytes"].value) / 1e9
     figures = {
         "products": products,
         "stages": [_shown(row, prices) for row in rows],
         "driver_gib": round(RATES["own_memory"].value + products * RATES["own_moved"].value / _GIB, 2),
-        "storage_gb": round(stored, 1),
-        "transfer_gb": round(stored * RATES["transfers"].value, 1),
+        "storage_gb": round(stored, 3),
+        "transfer_gb": round(stored * RATES["transfers"].value, 3),
         "rates": {
             name: {"value": rate.value, "unit": rate.unit, "source": rate.source} for name, rate in RATES.items()
         },
@@ -111,11 +123,15 @@ def plan(recipe: Recipe, *, products: int, width: int = 384, prices: Mapping[str
     return figures | {"cost": _cost(figures, prices)}
 
 
-def _reading(recipe: Recipe, products: int) -> Row:
+def _each_s(work: str, width: int) -> float:
+    """CPU seconds that `read` or `assign` takes for a product with a vector of this width."""
+    return 1 / RATES[work].value + 1e-6 * RATES[f"{work}_number"].value * (width - _RATED_WIDTH)
+
+
+def _reading(recipe: Recipe, products: int, width: int) -> Row:
     workers = recipe.catalog.workers
-    seconds = products / (RATES["read"].value * workers) + products * RATES["text"].value / (
-        1e6 * RATES["download"].value * workers
-    )
+    download_s = RATES["text"].value / (1e6 * RATES["download"].value)
+    seconds = products * (_each_s("read", width) + download_s) / workers
     return Row("catalog", "cpu-data", _machines(workers), seconds, RATES["read_memory"].value)
 
 
@@ -146,13 +162,13 @@ def _training(recipe: Recipe, products: int, teaching: int) -> list[Row]:
 def _trained(recipe: Recipe, stage: str, cpu_seconds: float, workers: int, gib: float) -> Row:
     """A worker on a machine of its own where it has a GPU."""
     gpus = recipe.cluster.gpus_per_worker
-    seconds = cpu_seconds / workers / (RATES["gpu"].value if gpus else 1)
+    seconds = RATES[f"{stage}_start"].value + cpu_seconds / workers / (RATES["gpu"].value if gpus else 1)
     return Row(stage, "gpu-train" if gpus else "cpu-data", workers if gpus else _machines(workers), seconds, gib)
 
 
-def _assigning(recipe: Recipe, products: int) -> Row:
+def _assigning(recipe: Recipe, products: int, width: int) -> Row:
     workers = recipe.ids.workers
-    seconds = products / (RATES["assign"].value * workers) + products * RATES["trie"].value / 1e6
+    seconds = RATES["assign_start"].value + products * (_each_s("assign", width) / workers + 1e-6 * RATES["trie"].value)
     return Row("ids", "cpu-data", _machines(workers), seconds, RATES["assign_memory"].value)
 
 
@@ -163,7 +179,8 @@ def _machines(workers: int) -> int:
 def _shown(row: Row, prices: Mapping[str, float] | None) -> dict:
     cost = None if prices is None else round(row.hours * prices[row.pool], 2)
     return {
-        "stage": row.stage, "pool": row.pool, "machines": row.machines, "hours": round(row.seconds / _HOUR, 3),
+        "stage": row.stage, "pool": row.pool, "machines": row.machines, "seconds": round(row.seconds, 1),
+        "hours": round(row.seconds / _HOUR, 3),
         "machine_hours": round(row.hours, 3), "memory_gib": row.gib, "cost": cost,
     }  # fmt: skip
 

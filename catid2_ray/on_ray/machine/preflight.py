@@ -20,7 +20,7 @@ from catid2_ray.artifacts.release import default_cache
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.errors import RecipeError, StorageError
-from catid2_ray.on_ray.machine import progress, ranker
+from catid2_ray.on_ray.machine import progress, ranker, scratch
 
 LEAST_FREE = 1_000_000_000  # bytes of each disk that a job writes to
 _SKEW_S = 60.0  # S3 counts whole seconds, and refuses what is more than 15 minutes away
@@ -49,8 +49,9 @@ def refuse(recipe: Recipe, *, aligns: bool, runs: bool = True) -> None:
 
 
 def check_store(store: Store) -> None:
-    """Raise StorageError where a job may not do in the store what it will do, or where a disk of this machine is all but full; one
-    line in the log where the clocks differ."""
+    """Raise StorageError where a job may not do in the store what it will do, or where a disk of this machine is all but full, what
+    killed processes left there removed; one line in the log where the clocks differ."""
+    scratch.sweep()
     places = {"the store": store.uri} if not store.is_s3 else {}
     places |= {"CATID2_CACHE": str(default_cache()), "TMPDIR": tempfile.gettempdir()}
     for name, place in places.items():

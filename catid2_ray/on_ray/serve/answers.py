@@ -61,12 +61,13 @@ def deadline_of(request: RetrieveRequest, headers: Mapping[str, str]) -> float |
 
 
 def search(requests: list[Asked], early: Callable[[int, Found], None] = lambda number, found: None) -> list[Found]:
-    """Requests of one release and one beam go together: a k above the beam widens it, and must not widen it for others. `early`
-    gets the number of a request and its answer where that is there before the others', because its soft timeout was over."""
+    """Requests of one release and the same beams go together: a k above a level's beam widens that, and must not widen it for
+    others. `early` gets the number of a request and its answer where that is there before the others', because its soft timeout
+    was over."""
     groups: dict[tuple, list[int]] = {}
     for number, (opened, request, _) in enumerate(requests):
-        width = max(request.beam_width or opened.retriever.beam_width, request.k)
-        groups.setdefault((opened.name, request.mode == "clusters", request.beam_width, width), []).append(number)
+        widths = tuple(opened.retriever.widths_for(request.k, request.beam_width))
+        groups.setdefault((opened.name, request.mode == "clusters", request.beam_width, widths), []).append(number)
     answers: dict[int, Found] = {}
 
     def ended_early(number: int, hits: list, levels: int) -> None:

@@ -1,5 +1,6 @@
 """Requests and responses of the HTTP interface: queries, and the changes that a serving release takes."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -177,9 +178,29 @@ class OnTrial(BaseModel):
     shadow: float = Field(description="per cent of the other sessions ask it beside, for metrics alone")
 
 
+class Churn(BaseModel):
+    base: str = Field(description="the release before, which this one was built on")
+    changed: int = Field(description="products of both that have another ID now")
+    new: int = Field(description="products that the release before lacked")
+    left: int = Field(description="products that only the release before had")
+
+    @classmethod
+    def of(cls, ids: Mapping) -> "Churn | None":
+        """`ids`: metrics of a release's IDs. None where there was no release before, or its IDs are not followed."""
+        if (churn := ids.get("churn")) is None:
+            return None
+        after = churn["after"]
+        changed = round(after["prefix_churn"][-1] * after["common"])
+        return cls(base=ids["base"], changed=changed, new=after["new"], left=after["retired"])
+
+
 class ReleaseResponse(BaseModel):
     release: str
     created: str = Field(description="when it was published, in UTC")
+    churn: Churn | None = Field(
+        description="what changed when it was published; null where the release does not know: it is the first, or the one before "
+        "has IDs of another kind"
+    )
     changes: int = Field(description="changes to products that this replica has applied")
     products: int = Field(description="products that can be found now")
     levels: int = Field(description="codes of a whole ID")

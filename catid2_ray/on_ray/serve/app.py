@@ -31,6 +31,7 @@ from catid2_ray.on_ray.serve.api import (
     Answer,
     BelowResponse,
     ChangeResponse,
+    Churn,
     HealthResponse,
     Inserted,
     InsertRequest,
@@ -51,7 +52,7 @@ from catid2_ray.on_ray.serve.follow import Serving
 from catid2_ray.on_ray.serve.keys import Keys, Locked
 from catid2_ray.on_ray.serve.opened import Opened
 from catid2_ray.on_ray.serve.puts import standing
-from catid2_ray.on_ray.serve.refusals import LATE, RESPONSES, Unserved, install, refused
+from catid2_ray.on_ray.serve.refusals import Unserved, beside_text, install, refusals, refused
 from catid2_ray.on_ray.serve.settings import AppSettings
 
 # Requests wait in the replica, which takes the next batch at once and refuses beyond `most_waiting`. Those that wait at a proxy,
@@ -75,8 +76,9 @@ api.add_middleware(Locked, keys=lambda: serve.get_replica_context().servable_obj
 api.add_middleware(metrics.Counted)
 api.add_middleware(logs.Logged)
 
-READ_REFUSALS = {401: RESPONSES[401]}
-RETRIEVE_REFUSALS = {status: RESPONSES[status] for status in (400, 401, 413, 422, 503, 504)} | {408: LATE}
+READ_REFUSALS = refusals(401)
+RETRIEVE_REFUSALS = refusals(400, 401, 413, 422, 504)
+CHANGE_REFUSALS = refusals(400, 401, 403, 409, 413, 422)
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -97,10 +99,16 @@ class RetrieverReplica:
     """Loads a release, checks its parts against each other, answers one query to warm up, then turns ready."""
 
     canary_deadline_s = 20.0
+    stuck_s = 300.0  # that the search of one batch may take: whoever asked has long gone
     canary: asyncio.Future | None = None  # that runs now, or ran last
     beside: asyncio.Future | None = None  # the same of a release on trial that is asked for metrics
 
     def __init__(self, settings: AppSettings):
+        if settings.device == "cuda" and not torch.cuda.is_available():
+            raise RecipeError(
+                "device is cuda, but Ray gave this replica no GPU: ray_actor_options of the deployment must name num_gpus, or "
+                "be left out"
+            )
         torch.set_num_threads(settings.threads)
         if settings.logs == "json":
             logs.write_json()
@@ -128,22 +136,27 @@ class RetrieverReplica:
         self.batches.size, self.batches.wait_s = user_config["max_batch_size"], user_config["batch_wait_timeout_s"]
 
     async def check_health(self) -> None:
-        """A replica that answers is healthy, however long its queue; one that does not must answer a query in time. One that cannot
-        apply the changes of its series is not: another may. A store that is away is no fault of a replica, nor a damaged record."""
+        """A replica that answers is healthy, however long its queue; one that does not must answer a query in time, and so must its
+        searches end. One that cannot apply the changes of its series is not: another may. A store that is away is no fault of a
+        replica, nor a damaged record."""
         now, tried = self.serving.now, self.serving.trial
         updates = now.updates
-        for one in (now, *([] if tried is None else [tried.opened])):
-            if one.created:
-                metrics.put("catid2_release_age_s", metrics.seconds_since(one.created), release=one.name)
-            metrics.put("catid2_changes", one.updates.applied, release=one.name)
-            metrics.put("catid2_lag_s", one.updates.lag_s, release=one.name)
-            if one.given_back is not None:
-                metrics.put("catid2_canary_recall", one.given_back, release=one.name)
+        served = {one.name: one for one in (now, *([] if tried is None else [tried.opened]))}
+        ages = {name: metrics.seconds_since(one.created) for name, one in served.items() if one.created}
+        given_back = {name: one.given_back for name, one in served.items() if one.given_back is not None}
+        metrics.put_by_release("catid2_release_age_s", ages)
+        metrics.put_by_release("catid2_changes", {name: one.updates.applied for name, one in served.items()})
+        metrics.put_by_release("catid2_lag_s", {name: one.updates.lag_s for name, one in served.items()})
+        metrics.put_by_release("catid2_canary_recall", given_back)
         metrics.put("catid2_swaps", self.serving.swaps)
         metrics.put("catid2_waiting", self.batches.waiting)
         if updates.lag_s > LAG_S and not isinstance(updates.failing, StorageError | None):
             raise RuntimeError(
                 f"changes have not been applied for {updates.lag_s:.0f} s: {updates.failing}; Serve replaces this replica"
+            )
+        if self.batches.searching_s > self.stuck_s:  # the canary has a thread of its own, and would not notice
+            raise RuntimeError(
+                f"a search has not ended for {self.batches.searching_s:.0f} s; Serve replaces this replica"
             )
         asked = time.monotonic()
         if self.canary is None or self.canary.done():  # one at a time, whoever asks
@@ -180,20 +193,21 @@ class RetrieverReplica:
         not_tried = self.serving.trial_refused
         live = now.retriever.live
         return ReleaseResponse(
-            release=now.name, created=now.created, changes=now.updates.applied, products=live.products,
-            levels=now.retriever.trie.levels, filters=live.column_types, follows=self.settings.follows,
+            release=now.name, created=now.created, churn=Churn.of(now.parts["ids"].metrics),
+            changes=now.updates.applied, products=live.products, levels=now.retriever.trie.levels,
+            filters=live.column_types, follows=self.settings.follows,
             refused=None if refusal is None else f"{refusal[0]}: {refusal[1]}",
             trial=None if tried is None else OnTrial(release=tried.opened.name, **tried.shares._asdict()),
             trial_refused=None if not_tried is None else f"{not_tried[0]}: {not_tried[1]}",
         )  # fmt: skip
 
-    @api.get("/healthz")
+    @api.get("/healthz", responses=refusals())
     async def healthz(self) -> HealthResponse:
         """Say which release this replica serves, and how many changes to products it has applied."""
         now = self.serving.now
         return HealthResponse(status="ok", release=now.name, changes=now.updates.applied)
 
-    @api.get("/readyz", responses={503: RESPONSES[503]})
+    @api.get("/readyz", responses=refusals())
     async def readyz(self) -> ReadyResponse:
         """Answer a query to itself: a replica that can may take traffic, one that cannot says 503."""
         try:
@@ -202,17 +216,17 @@ class RetrieverReplica:
             return refused(503, f"this replica answers no query now ({type(error).__name__}: {error})")
         return ReadyResponse(status="ready", release=self.serving.now.name)
 
-    @api.get("/metrics", responses=READ_REFUSALS, response_class=PlainTextResponse)
+    @api.get("/metrics", responses=beside_text(READ_REFUSALS), response_class=PlainTextResponse)
     async def counted(self) -> PlainTextResponse:
         """Say what the replica that answers has counted, in Prometheus's text format; Ray exports the same of all replicas."""
         return PlainTextResponse(metrics.text())
 
-    @api.get("/v1/docids/{prefix}", responses={422: RESPONSES[422], **READ_REFUSALS})
+    @api.get("/v1/docids/{prefix}", responses=refusals(401, 422))
     async def docids(self, prefix: str) -> BelowResponse:
         """Say what lives below the first codes of an ID, such as <a_65><b_225>."""
         return await self._run("filters", answering.below_of, self.serving.now, prefix)
 
-    @api.get("/v1/products/{product_id:path}", responses={404: RESPONSES[404], **READ_REFUSALS})
+    @api.get("/v1/products/{product_id:path}", responses=refusals(401, 404, 422))
     async def product(self, product_id: str) -> ProductResponse:
         """Say what the release knows of a product, whether it can be found now or was withdrawn."""
         return await self._run("filters", answering.product_of, self.serving.now, product_id)
@@ -308,7 +322,7 @@ class RetrieverReplica:
             both = {product.product_id for product in answer.products} & {hit.product_id for hit in found.hits}
             metrics.observe("catid2_shadow_overlap", len(both) / len(answer.products), release=tried.name)
 
-    @api.put("/v1/products", responses=RESPONSES)
+    @api.put("/v1/products", responses=CHANGE_REFUSALS)
     async def put(
         self, request: PutRequest, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
     ) -> PutResponse:
@@ -319,7 +333,7 @@ class RetrieverReplica:
         done = await self._run("changes", lambda: now.puts.put(asked, key=idempotency_key))
         return PutResponse(release=now.name, change=done.number, products=[Put(**one) for one in done.products])
 
-    @api.post("/v1/products", responses=RESPONSES, deprecated=True)
+    @api.post("/v1/products", responses=CHANGE_REFUSALS, deprecated=True)
     async def insert(self, request: InsertRequest) -> InsertResponse:
         """Add products that are not live yet. PUT takes its place: this call will go with the next minor version."""
         self._check_updates()
@@ -334,17 +348,17 @@ class RetrieverReplica:
         inserted = [Inserted(product_id=one["product_id"], docid=one["docid"]) for one in done["products"]]
         return InsertResponse(release=now.name, change=done["number"], products=inserted)
 
-    @api.post("/v1/withdraw", responses=RESPONSES)
+    @api.post("/v1/withdraw", responses=CHANGE_REFUSALS)
     async def withdraw(self, request: NamesRequest) -> ChangeResponse:
         """Take products out of every answer. All replicas do so within seconds. Those that are out already stay out."""
         return await self._change("withdraw", request.product_ids)
 
-    @api.post("/v1/restore", responses=RESPONSES)
+    @api.post("/v1/restore", responses=CHANGE_REFUSALS)
     async def restore(self, request: NamesRequest) -> ChangeResponse:
         """Bring withdrawn and deleted products back, with the IDs they had. Those that are live stay so."""
         return await self._change("restore", request.product_ids)
 
-    @api.delete("/v1/products/{product_id:path}", responses=RESPONSES)
+    @api.delete("/v1/products/{product_id:path}", responses=refusals(404) | CHANGE_REFUSALS)
     async def delete(self, product_id: str) -> ChangeResponse:
         """Take one product out of every answer, as /v1/withdraw does; again, it changes nothing. It is gone for good with the next
         release whose catalogue lacks it. Until then it keeps its ID, and /v1/restore or PUT brings it back."""
@@ -387,13 +401,16 @@ class RetrieverReplica:
 
 
 def build(settings: AppSettings):
-    """The application that serve_config.yaml names. Where replicas do not follow, it names the release, so that one which starts
-    after a publication serves what the others serve."""
+    """The application that serve_config.yaml names. With `device` cuda each asks for a GPU. Where replicas do not follow, it
+    names the release, so that one which starts after a publication serves what the others serve."""
     if Keys.of(settings.keys):  # what is wrong with them is said here, not by replica after replica
         settings = settings.model_copy(update={"needs_keys": True})
     if settings.release is None and not settings.follow:
         settings = settings.model_copy(update={"release": releases.current(Store(settings.store)).name})
-    return RetrieverReplica.bind(settings)
+    deployment = RetrieverReplica
+    if settings.device == "cuda":  # what serve_config.yaml says of ray_actor_options comes in its place
+        deployment = deployment.options(ray_actor_options={"num_cpus": 1, "num_gpus": 1})
+    return deployment.bind(settings)
 
 
 def check_port(host: str, port: int) -> None:

@@ -43,13 +43,20 @@ class Batches:
     """
 
     def __init__(
-        self, search: Callable[[list], list], executor: Executor, *, size: int, wait_s: float, most_waiting: int,
-        tell: Callable[[Batch], None] | None = None,
+        self, search: Callable[[list, Callable[[int, Any], None]], list], executor: Executor, *, size: int, wait_s: float,
+        most_waiting: int, tell: Callable[[Batch], None] | None = None,
     ):  # fmt: skip
         self.search, self.executor, self.tell = search, executor, tell
         self.size, self.wait_s, self.most_waiting = size, wait_s, most_waiting
         self._waiting: deque[_Waiting] = deque()
         self._full, self._task = asyncio.Event(), None
+        self._began: float | None = None  # when the search that runs now began
+
+    @property
+    def searching_s(self) -> float:
+        """Seconds that the search which runs now has taken so far; 0 where none does."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     @property
     def waiting(self) -> int:
@@ -134,4 +141,8 @@ class Batches:
         def early(number: int, answer: Any) -> None:
             loop.call_soon_threadsafe(give, batch[number], answer)
 
-        return await loop.run_in_executor(self.executor, self.search, [one.request for one in batch], early)
+        self._began = time.monotonic()
+        try:
+            return await loop.run_in_executor(self.executor, self.search, [one.request for one in batch], early)
+        finally:
+            self._began = None

@@ -5,7 +5,10 @@ docs/operations.md says what to alert on; deploy/grafana.json shows it. GET /met
 
 import calendar
 import functools
+import math
 import time
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import prometheus_client
@@ -63,6 +66,9 @@ METRICS = {
 }
 
 
+_shown: defaultdict[str, set[str]] = defaultdict(set)  # gauge → releases that it was put for last
+
+
 @functools.cache
 def _meter(name: str):
     """Made at the first use, inside a replica, whose name Ray then puts to it."""
@@ -101,6 +107,17 @@ def observe(name: str, value: float, **tags: str) -> None:
 def put(name: str, value: float, **tags: str) -> None:
     _meter(name).set(value, tags)
     _labelled(name, tags).set(value)
+
+
+def put_by_release(name: str, values: Mapping[str, float]) -> None:
+    """A gauge of every release that is open now. What one had that is gone is shown no more; Ray, which forgets no label, shows
+    NaN, which meets no condition of an alert."""
+    for gone in _shown[name] - values.keys():
+        _meter(name).set(math.nan, {"release": gone})
+        _own(name).remove(gone)
+    for release, value in values.items():
+        put(name, value, release=release)
+    _shown[name] = set(values)
 
 
 def text() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts import uses
@@ -28,6 +29,10 @@ from catid2_ray.on_ray.serve.settings import AppSettings
 _SLACK = 1.2  # memory that one more release takes, over the bytes of what is not mapped
 # Parts of which a replica holds copies; trie, vectors and columns are mapped, and their pages are the machine's to drop.
 _HELD = ("generator", "embeddings", "tuned_encoder", "adapter")
+_WAY_OUT = (
+    "the one before is served on, and this one is tried again: give replicas more memory, or set follow: false and deploy anew "
+    "after a publication"
+)
 
 
 class OutOfMemory(CatidError):
@@ -55,10 +60,17 @@ class Opened:
             self.parts = release.manifests(store)
             if beside:
                 check_memory(self.parts, free_memory())
-            self.retriever = open_retriever(
-                releases.release_folder(store, release, releases.default_cache()), device=settings.device,
-                dtype=settings.dtype, weights=settings.weights, normalize=settings.normalize,
-            )  # fmt: skip
+                if settings.device == "cuda":
+                    check_gpu_memory(self.parts, free_gpu_memory())
+            folder = releases.release_folder(store, release, releases.default_cache())
+            try:
+                self.retriever = open_retriever(
+                    folder, device=settings.device, dtype=settings.dtype, weights=settings.weights, normalize=settings.normalize
+                )  # fmt: skip
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                if not beside:
+                    raise
+                raise OutOfMemory(f"release {name} does not fit the memory ({error}); {_WAY_OUT}") from error
             try:
                 self.given_back = check_answers(self.retriever, stored_answers(store, self.parts), name)
             except AnswersDiffer as error:
@@ -127,12 +139,28 @@ def free_memory(
         return available()
 
 
+def free_gpu_memory() -> int:
+    """Bytes of the replica's GPU that are free, and those that torch keeps of what was freed."""
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 def check_memory(parts: dict[str, Manifest], free: int) -> None:
     """Raise OutOfMemory where the parts that a replica copies do not fit `free` bytes."""
-    needed = int(_SLACK * sum(file["bytes"] for name in _HELD if name in parts for file in _loaded(parts[name])))
+    _check([file for name in _HELD if name in parts for file in _loaded(parts[name])], free, of="memory")
+
+
+def check_gpu_memory(parts: dict[str, Manifest], free: int) -> None:
+    """Raise OutOfMemory where the parts that lie on a GPU, the generator and the trie, do not fit `free` bytes."""
+    _check([*parts["generator"].files, *parts["ids"].named("trie/")], free, of="GPU memory")
+
+
+def _check(files: list[dict], free: int, *, of: str) -> None:
+    needed = int(_SLACK * sum(file["bytes"] for file in files))
     if needed > free:
         raise OutOfMemory(
-            f"one more release needs about {needed / 1e6:,.0f} MB beside the one that is served, and {free / 1e6:,.0f} MB are free"
+            f"one more release needs about {needed / 1e6:,.0f} MB of {of} beside the one that is served, and {free / 1e6:,.0f} MB "
+            f"are free; {_WAY_OUT}"
         )
 
 

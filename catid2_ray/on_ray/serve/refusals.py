@@ -6,6 +6,7 @@ finite, halves of characters. FastAPI's own answers to wrong requests would hold
 of characters cannot be written as JSON, so that a bad request would become a 500.
 """
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -53,17 +54,36 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         409: "Somebody else changed the products meanwhile: send the change again",
         413: "The body is too large",
         422: "The query, k, filter or change cannot be answered",
-        503: "The queue is full, or the store does not answer: try again later",
+        503: "The queue is full, or the store does not answer: try again later. Ray's proxy says so in plain text",
         504: "The time that the request was given ended before its search began",
     }.items()
 }
 
 
+_PLAIN = {"text/plain": {"schema": {"type": "string"}}}
 LATE: dict[str, Any] = {
     "description": "The time that the header x-request-timeout-seconds gave, or the proxy gives each request, is over; Ray's proxy "
     "says so in plain text",
-    "content": {"text/plain": {"schema": {"type": "string"}}},
+    "content": _PLAIN,
 }
+RESPONSES[503]["content"] = _PLAIN  # of Ray's proxy, beside ours
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Of a call that may be refused with these, and as any call by Ray's proxy."""
+    return copy.deepcopy({status: RESPONSES[status] for status in (*statuses, 503)} | {408: LATE})
+
+
+def beside_text(documented: Mapping[int | str, dict]) -> dict[int | str, dict[str, Any]]:
+    """The same for a call that answers in plain text, of whose refusals FastAPI would say that they are text, too."""
+    json_of = {"application/json": {"schema": {"$ref": f"#/components/schemas/{Refusal.__name__}"}}}
+    return {
+        status: {
+            "description": one["description"],
+            "content": one.get("content", {}) | (json_of if "model" in one else {}),
+        }
+        for status, one in documented.items()
+    }
 
 
 def sound(value: Any, *, nodes: int = MOST_NODES) -> Any:

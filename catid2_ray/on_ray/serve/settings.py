@@ -17,7 +17,9 @@ class AppSettings(BaseModel):
         "one that was current when the application was deployed",
     )
     threads: int = Field(1, ge=1, description="torch threads of a replica")
-    device: Literal["cpu", "cuda"] = Field("cpu", description="where the generator and the query encoder run")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="where the generator and the query encoder run; cuda: each replica asks Ray for a GPU"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="numbers of the generator")
     weights: Literal["float32", "int8"] | None = Field(None, description="null = as the release was evaluated")
     normalize: Literal["level", "vocabulary", "trie"] | None = Field(

@@ -6,7 +6,6 @@ is kept from release to release until the job's `refresh_adapter`: with another 
 
 import functools
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from catid2_ray.config import AdapterRecipe, EmbeddingRecipe, Recipe
 from catid2_ray.errors import RecipeError
 from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.stages.catalog import part_specs, read_sample
@@ -237,11 +236,11 @@ def _train(job: Job, attempt: Attempt, matched: Manifest) -> Manifest:
 
 
 def _commit_identity(job: Job, attempt: Attempt, matched: Manifest, reason: str) -> Manifest:
-    with tempfile.TemporaryDirectory() as local:
+    with scratch.folder("adapter") as local:
         LinearAdapter(matched.metrics["width"]).save(local)
-        (Path(local) / "history.json").write_text("[]")
+        (local / "history.json").write_text("[]")
         return attempt.commit(
-            job.store.upload(Path(local), attempt.folder),
+            job.store.upload(local, attempt.folder),
             metrics={"adopted": False, "reason": reason, "pairs": matched.rows, "recall": {}},
         )  # fmt: skip
 

@@ -75,7 +75,8 @@ def _align(job: Job, attempt: Attempt, parents: dict[str, Manifest], recipe: Ali
 
 def objective_of(recipe: AlignmentRecipe) -> Objective:
     return Objective(
-        injected=recipe.injected, form=recipe.group_form, ratio=recipe.ratio, clip=recipe.clip_ratio, kl=recipe.kl,
+        term=recipe.term, beta=recipe.beta, injected=recipe.injected, form=recipe.group_form, ratio=recipe.ratio,
+        clip=recipe.clip_ratio, kl=recipe.kl,
         kl_weight=recipe.kl_weight, expert_term=recipe.expert_term, expert_weight=recipe.expert_weight,
         expert_cap=recipe.expert_cap,
     )  # fmt: skip

@@ -4,7 +4,6 @@ For kinds of IDs that learn from queries (CQ-SID) also one query a product, embe
 """
 
 import functools
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from catid2_ray.catalog.text import HuggingFaceEncoder, LsaEncoder, join_text
 from catid2_ray.config import EmbeddingRecipe
 from catid2_ray.errors import RecipeError
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.machine.query_encoder import tuned_folder
@@ -183,9 +182,9 @@ def _fit_lsa(job: Job, catalog: Manifest, folder: str) -> list[dict]:
         vocabulary=recipe.lsa_vocabulary,
         seed=job.recipe.seed,
     )
-    with tempfile.TemporaryDirectory() as local:
+    with scratch.folder("encoder") as local:
         encoder.save(local)
-        return job.store.upload(Path(local), folder)
+        return job.store.upload(local, folder)
 
 
 def open_encoder(
@@ -196,9 +195,9 @@ def open_encoder(
         device = "cuda" if recipe.gpus_per_worker else "cpu"
         name = recipe.encoder if tuned is None else tuned_folder(store, tuned)
         return HuggingFaceEncoder(name, batch=recipe.batch, tokens=recipe.tokens, device=device)
-    with tempfile.TemporaryDirectory() as local:
+    with scratch.folder("encoder") as local:
         for name in store.names(lsa_folder):
-            store.download(f"{lsa_folder}/{name}", Path(local) / name)
+            store.download(f"{lsa_folder}/{name}", local / name)
         return LsaEncoder.load(local)
 
 

@@ -5,10 +5,8 @@ part of IDs; only the IDs of what users looked at before (`recent`), and what a 
 What is cut or left out is counted.
 """
 
-import tempfile
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +27,7 @@ from catid2_ray.generator.inputs import Doc2Query, description_spans, user_width
 from catid2_ray.generator.vocabulary import frame, load_tokenizer, tokenize_cut, train_tokenizer, with_docid_tokens
 from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.machine.vectors import ProductVectors
@@ -107,9 +105,9 @@ def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     else:
         tokenizer = load_tokenizer(recipe.pretrained, kind=recipe.kind)
     tokenizer = with_docid_tokens(tokenizer, space)
-    with tempfile.TemporaryDirectory() as local:
+    with scratch.folder("tokenizer") as local:
         tokenizer.save_pretrained(local)
-        files = job.store.upload(Path(local), attempt.name("tokenizer"))
+        files = job.store.upload(local, attempt.name("tokenizer"))
     kinds = kinds_of(recipe, parents["pairs"])
     specs, workers, synthetic = part_specs(catalog, parents["pairs"]), job.recipe.ids.workers, "synthetic" in kinds
     arguments = {

@@ -7,7 +7,6 @@ itself and nothing else.
 """
 
 import json
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, RecipeError
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.groups import read_group, write_groups
 from catid2_ray.on_ray.machine.parts import map_parts
@@ -114,10 +113,10 @@ def encoder_of(recipe: Recipe, parts: dict[str, Manifest]) -> dict:
 def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     store, needs = job.store, needs_of(attempt.settings)
     files = [store.write_file(attempt.name("serving.json"), json.dumps(attempt.settings, indent=1).encode())]
-    with tempfile.TemporaryDirectory() as local:
+    with scratch.folder("serving") as local:
         ids, folder = (
-            fetch(store, parents["ids"], Path(local) / "cache", below=("trie/", "products.arrow")),
-            Path(local) / "made",
+            fetch(store, parents["ids"], local / "cache", below=("trie/", "products.arrow")),
+            local / "made",
         )
         products = pa.ipc.open_file(pa.memory_map(str(ids / "products.arrow"))).read_all()
         ProductNames(products["product_id"]).save(folder)

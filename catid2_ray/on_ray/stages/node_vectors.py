@@ -4,14 +4,11 @@ Workers bring the vectors of products to the order of the trie, as for a replica
 range. Left out, with a line that says so, where the recipe wants none or nothing can give queries vectors to compare.
 """
 
-import tempfile
-from pathlib import Path
-
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.release import fetch
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.stages.lay_out import Needs, Rows, has_encoder
 from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.trie import Trie
@@ -37,12 +34,12 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest | None:
 
 def _make(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     store, depth = job.store, attempt.settings["depth"]
-    with tempfile.TemporaryDirectory() as local:
-        ids = fetch(store, parents["ids"], Path(local) / "cache", below=("trie/",))
+    with scratch.folder("node-vectors") as local:
+        ids = fetch(store, parents["ids"], local / "cache", below=("trie/",))
         trie = Trie.open(ids / "trie")
-        Rows.spread(job, attempt, parents, trie, _VECTORS).write(Path(local) / "rows", unit_vectors=True)
-        folder = Path(local) / "made"
-        made = NodeVectors.write(folder, trie, VectorStore.open(Path(local) / "rows" / "vectors"), depth=depth)
+        Rows.spread(job, attempt, parents, trie, _VECTORS).write(local / "rows", unit_vectors=True)
+        folder = local / "made"
+        made = NodeVectors.write(folder, trie, VectorStore.open(local / "rows" / "vectors"), depth=depth)
         figures = {"nodes": [len(mean_nD) for mean_nD in made.means], "width": made.width, "bytes": made.nbytes}
         files = store.upload(folder, attempt.folder)
     store.delete_folder(attempt.name("exchange"))

@@ -10,7 +10,6 @@ which says with size and digest what belongs to it.
 
 import contextlib
 import json
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from catid2_ray.catalog.sources import category_lines, esci, esci_rules
 from catid2_ray.errors import InputError, StorageError
 from catid2_ray.evaluation.report import NOTE, table_one
 from catid2_ray.evaluation.tables import Table, markdown
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.stages.catalog import part_of
 
 MANIFEST, REPORT = "esci.json", "table1.md"
@@ -128,10 +127,10 @@ def prepare_esci(
     earlier = _found(target, record)
     if earlier and _is_whole(target, earlier):
         return Prepared(target.uri, earlier["counts"], table_one(earlier["counts"], locale=locale), made=False)
-    with tempfile.TemporaryDirectory(prefix="catid2-esci-") as temporary:
-        counts = _prepare(inputs, rules, Path(temporary))
+    with scratch.folder("esci") as temporary:
+        counts = _prepare(inputs, rules, temporary)
         tables = table_one(counts, locale=locale)
-        _commit(target, Path(temporary), {**record, "counts": counts}, tables, replace=earlier is not None)
+        _commit(target, temporary, {**record, "counts": counts}, tables, replace=earlier is not None)
     return Prepared(target.uri, counts, tables, made=True)
 
 

@@ -5,8 +5,6 @@ quantizer.
 """
 
 import json
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +15,7 @@ from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.identifiers.realign import realign
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.stages.assign.work import open_coder
@@ -62,8 +60,7 @@ def _rename(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifes
     if coder.category_column is not None:  # the first code is the category's own number
         rename_LK[0], after_L[0] = list(range(coder.codes_per_level[0])), naming.agreement_before_L[0]
     progress.event("realign", common=len(common), before=_rounded(naming.agreement_before_L), after=_rounded(after_L))
-    with tempfile.TemporaryDirectory() as local:
-        folder = Path(local)
+    with scratch.folder("quantizer") as folder:
         coder.renamed(rename_LK).save(folder)
         (folder / "rename.json").write_text(json.dumps(rename_LK))
         (folder / "history.json").write_bytes(job.store.read(trained.file("history.json")))

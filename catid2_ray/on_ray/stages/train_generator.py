@@ -2,7 +2,6 @@
 
 import functools
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,14 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
 from catid2_ray.generator.batches import epoch_order, kept_words, mix_ratios, only_kept
 from catid2_ray.generator.encoder_decoder import load_text_encoder, unrounded
+from catid2_ray.generator.logits import READ_VECTORS
 from catid2_ray.generator.model import build_generator
 from catid2_ray.generator.saved import save_generator
 from catid2_ray.generator.states import TokenStates
 from catid2_ray.generator.step import DocidLoss, near_codes, parameter_groups
 from catid2_ray.generator.vocabulary import load_tokenizer, marks, starts_word
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.query_encoder import tuned_folder
 from catid2_ray.on_ray.machine.vectors import open_adapter
 from catid2_ray.on_ray.stages import validation
@@ -51,7 +51,7 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     recipe = job.recipe.generator
     queries = queries_to_validate(recipe, parts["pairs"], relevant_from=job.recipe.evaluation.min_relevance)
     sometimes = {"quantizer": _needs_codewords(recipe), "pairs": bool(queries)}
-    sometimes["adapter"] = recipe.head == "dense" and adapted(parts.get("adapter"))
+    sometimes["adapter"] = recipe.head in READ_VECTORS and adapted(parts.get("adapter"))
     # The encoder of the products' vectors is the tuned one, so the generator's is, where it is the same model.
     same = recipe.kind == "encoder_decoder" and recipe.encoder == job.recipe.embedding.encoder
     sometimes[TUNED] = same and tuned(parts) is not None
@@ -76,8 +76,8 @@ def queries_to_validate(recipe: GeneratorRecipe, pairs: Manifest, *, relevant_fr
 
 def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict[str, Manifest]) -> Manifest:
     recipe, examples = job.recipe.generator, parents["examples"]
-    with tempfile.TemporaryDirectory() as cache:
-        folder = fetch(job.store, examples, Path(cache), below=("tokenizer/",))
+    with scratch.folder("tokenizer") as cache:
+        folder = fetch(job.store, examples, cache, below=("tokenizer/",))
         tokenizer = load_tokenizer(str(folder / "tokenizer"), kind=recipe.kind)
     counts = {kind: examples.metrics[f"{kind}_examples"] for kind in kinds_of(recipe, parts["pairs"])}
     checked = _validation(job, parts, tokenizer, queries=attempt.settings["validate_queries"])
@@ -130,7 +130,7 @@ def _validation(job: Job, parts: dict[str, Manifest], tokenizer, *, queries: int
 
 
 def _needs_codewords(recipe: GeneratorRecipe) -> bool:
-    return recipe.new_rows == "codewords" or recipe.smoothing == "near" or recipe.head == "dense"
+    return recipe.new_rows == "codewords" or recipe.smoothing == "near" or recipe.head in READ_VECTORS
 
 
 def _query_matrix(job: Job, adapter: Manifest | None) -> np.ndarray | None:
@@ -214,9 +214,9 @@ class GeneratorTask:
             recipe.model, tokenizer=self.tokenizer, space=self.space, width=recipe.width, layers=recipe.layers,
             heads=recipe.heads, feed_forward=recipe.feed_forward, dropout=recipe.dropout, encoder=self.text_encoder,
             encoder_mode=recipe.encoder_mode, decoder_layers=recipe.decoder_layers, causal=recipe.causal, head=recipe.head,
-            head_rank=recipe.head_rank, seed=self.seed,
+            head_rank=recipe.head_rank, head_width=recipe.head_width, head_share=recipe.head_share, seed=self.seed,
             codebooks=self.codebooks if recipe.new_rows == "codewords" else None,
-            begin=(self.codebooks, self.query_EE) if recipe.head == "dense" else None,
+            begin=(self.codebooks, self.query_EE) if recipe.head in READ_VECTORS else None,
         )  # fmt: skip
         near = None
         if recipe.smoothing == "near":

@@ -4,7 +4,6 @@ Whatever the kind, the artefact is a folder that `quantizer.coder.load_coder` re
 """
 
 import json
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from catid2_ray.config import QuantizerRecipe
 from catid2_ray.config.older import MEANT
 from catid2_ray.errors import RecipeError
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.vectors import ProductVectors
 from catid2_ray.on_ray.stages.assign.work import open_coder
@@ -130,10 +129,10 @@ def _fit(job: Job, attempt: Attempt, parents: dict[str, Manifest], catalog: Mani
     if coder.codes_per_level:
         codes_NL = encode(coder, torch.from_numpy(sample_ND), torch.from_numpy(category_NH).long(), rows=1024).codes_BL
         figures |= _figures_of(level_health(codes_NL, coder.codes_per_level))
-    with tempfile.TemporaryDirectory() as local:
+    with scratch.folder("quantizer") as local:
         coder.save(local)
-        (Path(local) / "history.json").write_text(json.dumps([{"epoch": 0, **figures}], indent=1))
-        return attempt.commit(job.store.upload(Path(local), attempt.folder), metrics=figures)
+        (local / "history.json").write_text(json.dumps([{"epoch": 0, **figures}], indent=1))
+        return attempt.commit(job.store.upload(local, attempt.folder), metrics=figures)
 
 
 def forced_column(recipe: QuantizerRecipe, categories: tuple[int, ...]) -> int | None:

@@ -6,9 +6,7 @@ stopped training begins anew.
 """
 
 import json
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +22,7 @@ from catid2_ray.config import EmbeddingRecipe, Recipe, TuningRecipe
 from catid2_ray.errors import RecipeError
 from catid2_ray.evaluation.baselines.bm25 import Bm25
 from catid2_ray.on_ray.job import Job
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.parts import map_parts
 from catid2_ray.on_ray.stages.catalog import part_specs, read_sample
 from catid2_ray.on_ray.stages.embed import model_identity
@@ -210,11 +208,11 @@ class _Tune:
         return sample["product_id"].take(pa.array(order[: self.tuning.judged_products])).to_pylist()
 
     def _files(self, encoder: HuggingFaceEncoder, history: list[dict]) -> list[dict]:
-        with tempfile.TemporaryDirectory() as local:
-            (Path(local) / "history.json").write_text(json.dumps(history, indent=1))
+        with scratch.folder("encoder") as local:
+            (local / "history.json").write_text(json.dumps(history, indent=1))
             if outcome(history)["adopted"]:
-                encoder.save(Path(local) / TUNED)
-            return self.store.upload(Path(local), self.folder)
+                encoder.save(local / TUNED)
+            return self.store.upload(local, self.folder)
 
 
 def outcome(history: list[dict]) -> dict:

@@ -8,7 +8,6 @@ used, since reading it back runs a pickle from storage; and ours is cut anew for
 import contextlib
 import json
 import shutil
-import tempfile
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import TrainingError
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 
 STATE, WEIGHTS, BEST = "state.json", "model.safetensors", "best.safetensors"
 
@@ -87,11 +86,11 @@ def opened(store: Store, folder: str, state: State, prefixes: tuple[str, ...]):
     if not store.is_s3:
         yield Path(store.path(folder))
         return
-    with tempfile.TemporaryDirectory(prefix="catid2-checkpoint-") as local:
+    with scratch.folder("checkpoint") as local:
         for name in state.files:
             if name.startswith(prefixes):
-                store.download(f"{folder}/{name}", Path(local) / name)
-        yield Path(local)
+                store.download(f"{folder}/{name}", local / name)
+        yield local
 
 
 def save(folder: Path, engine, *, rank: int) -> None:

@@ -7,7 +7,6 @@ the number of workers either.
 """
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from catid2_ray.errors import TrainingError
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.training import checkpoints
 from catid2_ray.on_ray.training.checkpoints import State
 from catid2_ray.on_ray.training.engine import Gather, mean_over_ranks, share_objects, share_weights, start_engine
@@ -57,8 +56,8 @@ def run_training(run: Run, seat: Seat) -> None:
         share_weights(module, seat.world)
     elif found[1].finished:
         return
-    with tempfile.TemporaryDirectory(prefix="catid2-training-") as local:
-        training = Training(run, seat, module, Path(local))
+    with scratch.folder("training") as local:
+        training = Training(run, seat, module, local)
         if found is not None:
             training.resume(*found)
         training.run_all()
@@ -262,8 +261,7 @@ class Training:
     def hand_in(self) -> None:
         """Checkpoint of all ranks; the one that ends the training also holds what the stage publishes, in export/."""
         run, seat, state = self.run, self.seat, self.state
-        with tempfile.TemporaryDirectory() as local:
-            folder = Path(local)
+        with scratch.folder("checkpoint") as folder:
             checkpoints.save(folder, self.engine, rank=seat.rank)
             if self.first:
                 self.meter.flush()

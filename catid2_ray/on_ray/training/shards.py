@@ -8,7 +8,6 @@ matter. `StreamedRows` is the other way, for nodes whose disk is too small: pass
 import contextlib
 import itertools
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import ray.data
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import StorageError, TrainingError
+from catid2_ray.on_ray.machine import scratch
 from catid2_ray.on_ray.machine.arrays import matrix
 
 _STREAM_BATCH = 8192
@@ -247,5 +247,5 @@ def open_rows(iterator, span: RankRange, columns: list[str], *, mode: str, seed:
         with contextlib.closing(StreamedRows(iterator, span, columns, seed=seed)) as rows:
             yield rows
         return
-    with tempfile.TemporaryDirectory(prefix="catid2-shard-") as folder:
-        yield ShardRows(iterator, span, columns, Path(folder))
+    with scratch.folder("shard") as folder:
+        yield ShardRows(iterator, span, columns, folder)

@@ -160,16 +160,28 @@ def test_the_loss_is_that_of_the_oracle(ratio, kl, expert_term):
     assert 0 < float(figures["clipped"]) < 1
 
 
-def test_two_halves_average_to_the_whole():
+def test_pairs_are_those_of_the_oracle_and_flat_groups_have_none():
+    new, old, given = experience()
+    given.advantage_BN[1] = 0.5  # all of a group alike
+    objective = Objective(term="pairs", beta=0.4, kl_weight=0.7)
+    loss, _ = alignment_loss(new, given, objective)
+    assert float(loss) == pytest.approx(oracle.loss(as_lists(new, old, given), objective)[0], rel=1e-4)
+    leaves = [level.clone().requires_grad_() for level in new]
+    alignment_loss(leaves, given, Objective(term="pairs", kl_weight=0.0))[0].backward()
+    assert not leaves[0].grad[1].any() and leaves[0].grad[0].any()
+
+
+@pytest.mark.parametrize("term", ["policy", "pairs"])
+def test_two_halves_average_to_the_whole(term):
     new, _, given = experience(batch=4)
-    whole = alignment_loss(new, given, Objective())[0]
+    whole = alignment_loss(new, given, Objective(term=term))[0]
 
     def half(rows):
         groups = Groups(*(part[rows] for part in given.groups))
         part = Experience(
             groups, given.advantage_BN[rows], given.logp_old_BNL[rows], [q[rows] for q in given.reference]
         )
-        return alignment_loss([p[rows] for p in new], part, Objective())[0]
+        return alignment_loss([p[rows] for p in new], part, Objective(term=term))[0]
 
     torch.testing.assert_close(whole, (half(slice(0, 2)) + half(slice(2, 4))) / 2)
 

@@ -50,7 +50,7 @@ def test_a_new_head_is_the_plain_one(model):
         assert torch.equal(docid_logits(model, IDS_BT, CODES_BL, space=SPACE)[level], plain[level])
     adapted(model)
     assert not torch.allclose(docid_logits(model, IDS_BT, CODES_BL, space=SPACE)[2], plain[2], atol=1e-2)
-    with pytest.raises(RecipeError, match="head must be one of plain, pawa, dense, found 'wide'"):
+    with pytest.raises(RecipeError, match="head must be one of plain, pawa, dense, experts, found 'wide'"):
         with_head(model, "wide")
     with pytest.raises(RecipeError, match="a causal model has head 'plain'"):
         with_head(torch.nn.Linear(1, 1), "pawa")

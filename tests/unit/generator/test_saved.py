@@ -1,5 +1,7 @@
 """Every kind of generator is built from plain settings, and comes back from its folder with the same scores."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import ArtifactError, RecipeError
 from catid2_ray.generator.logits import docid_logits
 from catid2_ray.generator.model import build_generator
-from catid2_ray.generator.saved import load_generator, save_generator
+from catid2_ray.generator.saved import load_generator, load_to_search, save_generator
 from catid2_ray.generator.vocabulary import load_tokenizer, pad_of, tokenize, train_tokenizer, with_docid_tokens
 from catid2_ray.retrieval.decoders import decoder_for
 from tests.text_models import save_bert, save_qwen, word_tokenizer
@@ -80,6 +82,26 @@ def test_what_was_saved_scores_alike(kind, head, flat, tmp_path):
         assert torch.equal(plain.shared.weight, model.shared.weight)
     elif kind == "causal":
         AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+def mapped(file) -> list[range]:
+    """Where this process has mapped the file."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+    return [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize(
+    "kind, head", [("small", "plain"), ("small", "pawa"), ("encoder_decoder", "pawa"), ("causal", "plain")]
+)
+@pytest.mark.parametrize("load", [load_generator, load_to_search])
+def test_weights_are_the_pages_of_their_file_which_replicas_share(kind, head, load, tmp_path):
+    model, tokenizer = made(kind, tmp_path, head=head, head_rank=4)
+    save_generator(model.eval(), tokenizer, tmp_path / "saved")
+    again, _ = load(tmp_path / "saved")
+    pages = [part for file in (tmp_path / "saved").glob("*.safetensors") for part in mapped(file)]
+    copied = [name for name, one in again.named_parameters() if not any(one.data_ptr() in part for part in pages)]
+    assert pages and copied == []
 
 
 def test_half_precision_stays_half(tmp_path):

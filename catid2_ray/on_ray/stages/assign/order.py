@@ -4,7 +4,6 @@ This process holds one range, and 4 bytes for each product whose ID was changed.
 order, go through files of the local disk, 8 bytes a product. What is written does not depend on how many ranges there were.
 """
 
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import pyarrow as pa
 from catid2_ray.artifacts.manifest import Attempt
 from catid2_ray.docid import DocidSpace
 from catid2_ray.identifiers.quality import CodeFigures
-from catid2_ray.on_ray.machine import progress
+from catid2_ray.on_ray.machine import progress, scratch
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.groups import read_group
 from catid2_ray.on_ray.stages.assign.work import Work
@@ -69,10 +68,10 @@ def write_ordered(work: Work, attempt: Attempt, space: DocidSpace, order: TrieOr
     def of_parts(kind: str) -> list[str]:
         return [work.name(kind, position) for position in range(len(work.specs))]
 
-    with tempfile.TemporaryDirectory() as local:
-        folder = Path(local) / "files"
+    with scratch.folder("ids") as local:
+        folder = local / "files"
         folder.mkdir()
-        raw = _RawCodes(Path(local), order, space, work.space) if coded else None
+        raw = _RawCodes(local, order, space, work.space) if coded else None
         with (
             progress.bar("ordering products", total, "products") as shown,
             pa.OSFile(str(folder / "products.arrow"), "wb") as sink,

@@ -4,9 +4,7 @@ All that workers exchange lies in files of `machine.groups` in the folder exchan
 bucket of prefixes, moves and the ledger before by part, products in order and yesterday's addresses by range of IDs.
 """
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +17,7 @@ from catid2_ray.config import IdsRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.hashing import bucket_of
 from catid2_ray.identifiers import ledger
+from catid2_ray.on_ray.machine import scratch
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
 from catid2_ray.on_ray.machine.groups import read_group, write_groups
 from catid2_ray.on_ray.machine.vectors import ProductVectors
@@ -78,8 +77,8 @@ class Work:
 
 
 def open_coder(store: Store, quantizer: Manifest) -> Coder:
-    with tempfile.TemporaryDirectory() as cache:
-        return load_coder(fetch(store, quantizer, Path(cache)))
+    with scratch.folder("quantizer") as cache:
+        return load_coder(fetch(store, quantizer, cache))
 
 
 def row_hashes(embedding_ND: np.ndarray) -> pa.Array:
