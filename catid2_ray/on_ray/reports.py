@@ -43,9 +43,13 @@ class Comparison(NamedTuple):
 
 
 def variant(recipe: Recipe, kind: str, seed: int) -> Recipe:
-    """The recipe with another kind of IDs and seed, checked anew; a collapse is measured rather than stopped."""
+    """The recipe with another kind of IDs and seed, checked anew; a collapse is measured rather than stopped. It trains no
+    generator, so the head is plain, which fits IDs of every kind."""
+    values = recipe.model_dump(mode="json")
     quantizer = recipe.quantizer.as_kind(kind) | {"collapse_patience": 0}
-    return Recipe.build(recipe.model_dump(mode="json") | {"quantizer": quantizer, "seed": seed})
+    return Recipe.build(
+        values | {"quantizer": quantizer, "generator": values["generator"] | {"head": "plain"}, "seed": seed}
+    )
 
 
 def compare_ids(recipe: Recipe, kinds: list[str], seeds: int, *, score: str | None = None) -> Comparison:

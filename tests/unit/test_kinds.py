@@ -1,10 +1,13 @@
 """`quantizer.kind`: one word is a whole method, explicit settings win, and a comparison changes nothing but the kind."""
 
+from pathlib import Path
+
 import pytest
 
 from catid2_ray.config import KINDS, Recipe
 from catid2_ray.config.kinds import DEFINING, lineage, preset
 from catid2_ray.config.quantizer import QuantizerRecipe
+from catid2_ray.on_ray.reports import variant
 
 
 def quantizer(**values) -> QuantizerRecipe:
@@ -86,3 +89,11 @@ def test_deep_categories_are_refused_unless_forced_or_unused():
     Recipe.build({**deep, "quantizer": {**deep["quantizer"], "kind": "cat_id2"}})  # its one contrast ties no level
     Recipe.build({**deep, "quantizer": {**deep["quantizer"], "kind": "tiger"}})
     Recipe.build({**deep, "quantizer": {**deep["quantizer"], "category_depth": 2}})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_can_be_compared_with_that_of_a_recipe_whose_generator_reads_codewords(kind):
+    """`compare-ids` and `reproduce` train no generator, so its head forbids no kind of IDs."""
+    recipe = Recipe.load(Path(__file__).parents[2] / "jobs" / "recipes" / "home_depot.yaml", ["catalog.root=/shop"])
+    assert recipe.generator.head == "experts"
+    assert variant(recipe, kind, 1).quantizer.kind == kind
