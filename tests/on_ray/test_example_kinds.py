@@ -227,7 +227,7 @@ def test_few_of_many_queries_are_taught_group_by_group(made, monkeypatch):
     def taught(folder, most):
         groups = teacher.exchange(
             made.store, folder, specs, ids=made.ids.folder, vectors=ProductVectors.of(made.store, made.parents),
-            encoder={"name": "lsa", "tokens": 8}, teaches=examples._teaching(made.recipe.generator), queries=len(texts),
+            encoder={"name": "lsa", "tokens": 8}, tuned=None, teaches=examples._teaching(made.recipe.generator), queries=len(texts),
             most=most, draws=3, seed=5, workers=1,
         )  # fmt: skip
         parts = [teacher.answers(made.store, folder, place, groups) for place in range(len(specs))]

@@ -233,7 +233,7 @@ def test_a_search_that_looks_ahead_needs_node_vectors_and_lays_out_vectors(local
 def test_an_evaluation_is_made_anew_where_node_vectors_matter(local_store, parents, methods, search, read):
     recipe = Recipe.build({"catalog": {"root": "x"}, "serving": {"search": search}, "evaluation": {"methods": methods}})
     parts = dict.fromkeys(PARTS_OF_A_RELEASE, parents[0]["embeddings"]) | parents[0]
-    del parts["mixture"]
+    del parts["mixture"], parts["tuned_encoder"]
 
     def produce(kind, settings, parts, work):
         return set(parts), settings
