@@ -20,13 +20,28 @@ def on_files(files, config):
     """mkdocs calls it with the pages that it found; adds those of the repository."""
     from mkdocs.structure.files import File, InclusionLevel
 
-    figures = [path for path in (ROOT / "benchmarks" / "results").iterdir() if path.suffix in (".md", ".png", ".json")]
-    for path in [*(ROOT / name for name in PAGES), *sorted(figures)]:
+    results = ROOT / "benchmarks" / "results"
+    figures = [path for path in results.rglob("*") if path.suffix in (".md", ".png", ".json")]
+    for path in [*(ROOT / name for name in PAGES), *sorted(figures), *sorted(_linked())]:
         in_menu = path.name in PAGES
-        name = path.name if in_menu else f"results/{path.name}"
+        name = f"results/{path.relative_to(results)}" if path.is_relative_to(results) else str(path.relative_to(ROOT))
         level = InclusionLevel.INCLUDED if in_menu else InclusionLevel.NOT_IN_NAV
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=level))
     return files
+
+
+def _linked() -> set[Path]:
+    """The files of the repository, no pages, that a page of the manual leads to: recipes, dashboards."""
+    found = set()
+    for page in (ROOT / "docs").rglob("*.md"):
+        for target in _LINK.findall(page.read_text(encoding="utf-8")):
+            path = (page.parent / target.partition("#")[0]).resolve()
+            outside = path.is_relative_to(ROOT) and not any(
+                path.is_relative_to(ROOT / below) for below in ("docs", "benchmarks/results")
+            )
+            if outside and path.is_file() and path.suffix != ".md":
+                found.add(path)
+    return found
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
