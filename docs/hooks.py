@@ -20,14 +20,21 @@ def on_files(files, config):
     """mkdocs calls it with the pages that it found; adds those of the repository."""
     from mkdocs.structure.files import File, InclusionLevel
 
-    results = ROOT / "benchmarks" / "results"
-    figures = [path for path in results.rglob("*") if path.suffix in (".md", ".png", ".json")]
-    for path in [*(ROOT / name for name in PAGES), *sorted(figures), *sorted(_linked())]:
-        in_menu = path.name in PAGES
-        name = f"results/{path.relative_to(results)}" if path.is_relative_to(results) else str(path.relative_to(ROOT))
-        level = InclusionLevel.INCLUDED if in_menu else InclusionLevel.NOT_IN_NAV
+    for name, path in copied().items():
+        level = InclusionLevel.INCLUDED if name in PAGES else InclusionLevel.NOT_IN_NAV
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=level))
     return files
+
+
+def copied() -> dict[str, Path]:
+    """What the site has beside the pages of docs/, by its name there."""
+    results = ROOT / "benchmarks" / "results"
+    figures = sorted(path for path in results.rglob("*") if path.suffix in (".md", ".png", ".json"))
+    return (
+        {name: ROOT / name for name in PAGES}
+        | {f"results/{path.relative_to(results).as_posix()}": path for path in figures}
+        | {path.relative_to(ROOT).as_posix(): path for path in sorted(_linked())}
+    )
 
 
 def _linked() -> set[Path]:

@@ -3,6 +3,7 @@
 import html
 import importlib.util
 import json
+import os
 import re
 import shutil
 from functools import cache
@@ -160,6 +161,17 @@ def _loaded(name: str):
 
 def hooks():
     return _loaded("hooks")
+
+
+def test_the_site_has_every_file_that_a_page_leads_to():
+    copied = hooks().copied()
+    for page in (ROOT / "docs").rglob("*.md"):
+        place = page.relative_to(ROOT / "docs")
+        for target in re.findall(r"\]\((?!\w+:|#)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            led = (place.parent / hooks()._led(target.partition("#")[0], place.as_posix())).as_posix()
+            led = os.path.normpath(led)
+            folder = target.endswith("/")  # GitHub lists it; the site does not
+            assert folder or led in copied or (ROOT / "docs" / led).exists(), f"{place} leads to {target}"
 
 
 def picture():
