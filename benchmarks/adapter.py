@@ -119,7 +119,13 @@ def recalls(split: Split, score_QN: np.ndarray, counts_P: np.ndarray | None = No
     """float64 Q×len(KS), of the relevant pairs that count (all where None); NaN for a query without one."""
     query_P, product_P = split.probe.query_P, split.probe.product_P
     own_P = score_QN[query_P, product_P]
-    rank_P = np.array([np.count_nonzero(score_QN[q] > own) for q, own in zip(query_P, own_P)])
+    # Equal scores stand in the order of their rows: BM25 gives many products the same.
+    rank_P = np.array(
+        [
+            np.count_nonzero(score_QN[q] > own) + np.count_nonzero(score_QN[q, :row] == own)
+            for q, row, own in zip(query_P, product_P, own_P)
+        ]
+    )
     counts_P = np.ones(len(query_P), bool) if counts_P is None else counts_P
     wanted_Q = np.bincount(query_P, counts_P, minlength=len(score_QN))
     with np.errstate(invalid="ignore"):
