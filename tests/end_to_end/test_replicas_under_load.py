@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 from types import SimpleNamespace
 
@@ -113,6 +114,7 @@ def test_health_kills_no_replica_that_is_busy(shop, shared_ray):
     """Searches keep a replica busy for longer than the health of a dead one is waited for: whoever came last waits six seconds for
     an answer, and Serve replaces a replica whose health is not known for three times two."""
     health = {"health_check_period_s": 0.5, "health_check_timeout_s": 2, "num_replicas": 1, "autoscaling_config": None}
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no replica can import this file
     with served(shop.store, func_or_class=Busy, **health) as base:
         before = processes()
         load, until_s, waiting = Load(base, shop.answers, askers=96), time.monotonic() + 20, []
