@@ -159,7 +159,16 @@ class EmbeddingRecipe(Section):
         return self
 
 
-class TuningRecipe(Section):
+class _JudgedRecipe(Section):
+    """What trainings share whose epochs are judged by queries kept back."""
+
+    queries: int = setting(2000, "about how many queries kept back judge at most", unit="queries", ge=10)
+    held_out: float = setting(
+        0.05, "share of the training queries that judge where no validation split can", unit="share", gt=0, lt=1
+    )
+
+
+class TuningRecipe(_JudgedRecipe):
     """How embedding.encoder_mode=tuned is learned, in one process; see `catalog.tuning`. The best epoch is taken, or none."""
 
     epochs: int = setting(1, "passes over the training pairs at most", unit="epochs", ge=1)
@@ -181,13 +190,9 @@ class TuningRecipe(Section):
         unit="products",
         ge=100,
     )
-    queries: int = setting(2000, "about how many queries kept back judge at most", unit="queries", ge=10)
-    held_out: float = setting(
-        0.05, "share of the training queries that judge where no validation split can", unit="share", gt=0, lt=1
-    )
 
 
-class AdapterRecipe(TrainingRecipe):
+class AdapterRecipe(_JudgedRecipe, TrainingRecipe):
     """How embedding.adapter=linear is learned; see `quantizer.adapter`. The best epoch is taken, or none."""
 
     epochs: int = setting(6, "passes over the training pairs at most", unit="epochs", ge=1)
@@ -205,10 +210,6 @@ class AdapterRecipe(TrainingRecipe):
         "products that epochs are judged on at most, beside those that the queries ask for",
         unit="products",
         ge=100,
-    )
-    queries: int = setting(2000, "about how many queries kept back judge at most", unit="queries", ge=10)
-    held_out: float = setting(
-        0.05, "share of the training queries that judge where no validation split can", unit="share", gt=0, lt=1
     )
 
     @model_validator(mode="after")
