@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from fusion import KS, LEXICAL, RAW
 from harness import RESULTS, finish, parser_of, table, where
 
 from catid2_ray.catalog.text import HuggingFaceEncoder
@@ -30,6 +29,9 @@ from catid2_ray.evaluation.metrics import bootstrap_means
 from catid2_ray.quantizer.adapter import CUT, LinearAdapter, Probe, fit
 
 TAUGHT, RELEVANT = 2.33, 2.67
+KS = (10, 50, 100)
+RAW = 20.0  # BM25 of a good match of three words: BM25 / RAW and a cosine are of one scale
+LEXICAL = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3)  # weights of BM25 / RAW beside a cosine
 PLAIN, W_ALONE, W_AND_V = "as it is", "W alone", "W and V"
 
 

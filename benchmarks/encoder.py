@@ -23,7 +23,7 @@ import adapter
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from fusion import KS, RAW
+from adapter import KS, RAW
 from harness import RESULTS, finish, parser_of, table, where
 
 from catid2_ray.catalog.text import HuggingFaceEncoder

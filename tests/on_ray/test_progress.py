@@ -73,6 +73,16 @@ def test_time_left_runs_down_between_reports_and_slow_work_is_counted_by_the_min
     assert "3.0 a minute" in drawn(bar, 80)[1]
 
 
+def test_workers_that_end_their_first_parts_together_give_no_rate(clock):
+    bar = progress.Bar("embedding products", 54_667, "products", True)
+    for clock.now, done in ((40.0, 4096), (40.01, 8192)):
+        bar.show(done)
+    assert bar.rate() is None and bar.seconds_left() is None
+    clock.now = 80.0
+    bar.show(12_288)
+    assert bar.rate() == pytest.approx(204.8)
+
+
 def test_nothing_to_do_is_a_full_bar(clock):
     assert "100%" in drawn(progress.Bar("making examples", 0, "pairs", True), 80)[0]
 

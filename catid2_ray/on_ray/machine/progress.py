@@ -23,6 +23,7 @@ from catid2_ray.redaction import redacted
 _ACTOR = "catid2-progress"
 # A log gets a line after a tenth of the work, but none within 10 s of the last one; of slow work at least one in 5 min.
 _LOG_AT_MOST_EVERY_S, _LOG_AT_LEAST_EVERY_S, _LOG_SHARE = 10.0, 300.0, 0.1
+_RATE_AFTER_S = 5.0
 _CLOCK_WIDTH = len("100%  1:02:05 so far")
 _POSITION: contextvars.ContextVar[str] = contextvars.ContextVar("position", default="")
 
@@ -89,10 +90,12 @@ class Bar:
             self._log(now)
 
     def rate(self) -> float | None:
-        """Units a second; None until work was reported twice."""
-        if self._first is None or self.done <= self._first[1] or self._shown <= self._first[0]:
+        """Units a second; None until work was reported twice, and not within a few seconds: workers that began together end
+        their first parts together."""
+        if self._first is None or self.done <= self._first[1]:
             return None
-        return (self.done - self._first[1]) / (self._shown - self._first[0])
+        passed = self._shown - self._first[0]
+        return (self.done - self._first[1]) / passed if passed >= _RATE_AFTER_S else None
 
     def seconds_left(self) -> float | None:
         """As of now; None as long as there is no rate."""
