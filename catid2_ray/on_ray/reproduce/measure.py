@@ -57,10 +57,6 @@ class Measures:
         if condition.kind:
             recipe = variant(recipe, condition.kind, seed)
         values = recipe.model_dump(mode="json") | {"seed": seed}
-        # Numbers that follow the catalogue's size stay those that the job chose, so that `reindex` and this share what they make.
-        for name in recipe.quantizer.sized():
-            if values["quantizer"][name] == "auto":
-                values["quantizer"][name] = self.job.recipe.quantizer.model_dump(mode="json")[name]
         budget = recipe.reproduce
         changes = dict(condition.recipe)
         if condition.printed:
@@ -73,9 +69,7 @@ class Measures:
             changes["quantizer.codes_per_level"] = [recipe.quantizer.codes_per_level[0]] * changes.pop("levels")
         for path, value in changes.items():
             section, name = path.split(".")
-            now = getattr(getattr(recipe, section), name)
-            if value != (list(now) if isinstance(now, tuple) else now):  # said once more it would name another artefact
-                values[section] = {**values[section], name: value}
+            values[section] = {**values[section], name: value}
         return Recipe.build(values)
 
     def embedded(self, recipe: Recipe) -> tuple[Job, dict[str, Manifest]]:
