@@ -142,6 +142,11 @@ def test_two_jobs_divide_the_runs_and_read_each_other_s(shop, done, no_ray, tmp_
     second, _ = reproduce(recipe, cells, seeds=1, share=(2, 2))
     assert (second.made, second.found) == (1, 2)
     assert [one.runs[0].ranked for one in second.outcomes[::2]] == [one.runs[0].ranked for one in first.outcomes[::2]]
+    with_ids = plan(["2"], ["bm25", "tiger"], "tiny")
+    words, _ = reproduce(recipe, with_ids, seeds=1, share=(1, 2))
+    assert words.job.made == [] and words.outcomes[1].whys == ["not measured yet"], "TIGER's quantizer is the other job's"
+    ids, _ = reproduce(recipe, with_ids, seeds=1, share=(2, 2))
+    assert ids.job.made == ["quantizer", "ids"] and (ids.made, ids.found) == (1, 1)
     for wrong in ("0/2", "3/2", "x", "1/0"):
         refused = run_here("reproduce", "--recipe", shop["path"], "--share", wrong)
         assert refused.returncode == 3 and "give I/N with 1 ≤ I ≤ N" in refused.stderr
