@@ -226,7 +226,7 @@ class QuantizerRecipe(TrainingRecipe):
     def as_kind(self, kind: str) -> dict:
         """The settings of the same budgets with another way of making IDs, to be checked with the rest of a recipe.
 
-        A size that is stated stays stated, also where it is the default: left out, it would be `auto`, and name another artefact."""
+        A stated size stays stated, also where it is the default: left out, it would be `auto` and name another artefact."""
         stated = self.model_fields_set.intersection(self.sized())
         return as_kind(self.model_dump(mode="json"), self.explicit | stated, kind)
 

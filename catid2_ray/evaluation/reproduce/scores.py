@@ -147,6 +147,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("dpr", "bm25", "DPR over BM25 (table 2, us)"),
         Claim("bm25+adapted", "bm25", "BM25 + adapted dense over BM25 (ours)"),
         Claim("served", "bm25+adapted", "what is served over BM25 + adapted dense (ours)"),
+        Claim("cat_id2+generator", "tiger+generator", "CAT-ID² (ours) over TIGER, generators trained in full (4.2)"),
     ),
     "T3": (
         Claim("paper_tiger", "paper_hcc", "as printed: HCCL alone finds less than TIGER (4.3, 1)"),
