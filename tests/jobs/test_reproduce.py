@@ -183,6 +183,19 @@ def test_each_cell_leads_to_its_manifest_and_to_the_command_that_remakes_it(done
     assert f"catid2 reproduce --recipe {done['path']} --cell T2/tiger/tiny" in page
 
 
+def test_cq_sid_s_table_finds_the_runs_of_table_2_and_names_products_of_a_beam(done, no_ray, tmp_path):
+    run = run_here("reproduce", "--recipe", done["path"], "--tables", "CQ", "--out", tmp_path)
+    assert run.returncode == 0 and "Measured now: 3. Found: 2." in run.stdout, run.stderr[-3000:]
+    rows = json.loads((tmp_path / "report.json").read_text())["tables"]["CQ"]["rows"]
+    for name, row in rows.items():
+        assert (row["beam_products"]["1"] == 1) == (name == "tiger") and row["beam_hit"]["1"] <= row["beam_hit"]["100"]
+    assert rows["tiger"]["recall_expected"] == pytest.approx(rows["tiger"]["recall"])
+    assert rows["cq_sid"]["recall"] == done["rows"]["cq_sid"]["recall"]
+    manifests = {row["manifests"][0] for row in rows.values()}
+    assert len(manifests) == 5, "each change of the recipe is another quantizer"
+    assert "At equal beams, and at equal products" in (tmp_path / "report.html").read_text()
+
+
 def test_it_says_which_method_to_take(done):
     advice = done["report"]["advice"]
     assert advice["take"] in ("bm25", "bm25_tuned", "dense", "bm25+dense") and advice["best"] in advice["ties"]

@@ -382,7 +382,8 @@ class Measures:
             for names in (("quantizer", "ids"), ("examples", "generator"))
         )
         cost = _cost(ids + trained, 0.0, milliseconds, 0) | {"ids_seconds": ids, "generator_seconds": trained}
-        return Ranking(rows_QC, cost, {}, found)
+        # Of IDs that products share the list ends with the products that were asked for, so it is no list of a beam's IDs.
+        return Ranking(rows_QC, cost, {}, None if parents["ids"].metrics["ids"] == "cluster" else found)
 
     def _searched(self, parts: dict[str, Manifest], settings: dict) -> tuple[np.ndarray, float, list[list[str]]]:
         """Rows Q×RETURNED, milliseconds a query, and the IDs found, by a retriever over these parts."""
