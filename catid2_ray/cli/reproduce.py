@@ -52,7 +52,7 @@ def reproduce(
     """Measure the methods of the CAT-ID² paper and their rivals on this catalogue; write its tables and figures as one report.
 
     Every cell is kept in the store: the same command goes on where it was stopped."""
-    from catid2_ray.evaluation.reproduce.conditions import ALSO, TABLES, USUAL, chosen, plan
+    from catid2_ray.evaluation.reproduce.conditions import ALSO, NAMES, TABLES, USUAL, chosen, plan
     from catid2_ray.on_ray.reproduce.report import data_of
 
     loaded = Recipe.load(recipe, overrides or [])
@@ -61,7 +61,10 @@ def reproduce(
         if tables
         else [*TABLES, *ALSO]
     )
-    cells = plan(asked, loaded.reproduce.methods or USUAL, data_of(loaded)[0], text=loaded.embedding.text)
+    named = loaded.reproduce.methods or (
+        NAMES if cell else USUAL
+    )  # whoever names a cell asks for it, whatever it takes
+    cells = plan(asked, named, data_of(loaded)[0], text=loaded.embedding.text)
     cells = chosen(cells, cell)
     command = f"catid2 reproduce --recipe {shlex.quote(recipe)}"
     if list_cells or show_commands:

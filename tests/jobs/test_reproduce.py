@@ -221,6 +221,9 @@ def test_list_commands_and_plan_touch_nothing(shop, tmp_path):
         line.startswith(f"catid2 reproduce --recipe {shop['path']} --set store=") for line in commands.splitlines()
     )
     assert commands.splitlines()[0].endswith("--cell T5/tiger/tiny") and "Every cell would be made" in dry.stdout
+    usual = [*untouched, "--set", "reproduce.methods=[]"]
+    assert "+generator" not in run_here("reproduce", *usual, "--list").stdout, "hours each are not begun unasked"
+    assert "T2/nci+pawa/tiny" in run_here("reproduce", *usual, "--list", "--cell", "T2/nci+pawa/tiny").stdout
     assert not (tmp_path / "none").exists()
 
 
