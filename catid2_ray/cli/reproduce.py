@@ -20,7 +20,8 @@ def reproduce(
     tables: Annotated[
         str | None,
         typer.Option(
-            metavar="1,2,…", help="tables 1 to 8 and F5 (figure 5); figures 3, 4 and 6 come with table 8; default: all"
+            metavar="1,2,…",
+            help="tables 1 to 8, F5 (figure 5), CQ (CQ-SID); figures 3, 4, 6 come with table 8; default: all",
         ),
     ] = None,
     cell: Annotated[str | None, typer.Option(metavar="T2/tiger/us", help="this cell alone")] = None,
@@ -51,16 +52,19 @@ def reproduce(
     """Measure the methods of the CAT-ID² paper and their rivals on this catalogue; write its tables and figures as one report.
 
     Every cell is kept in the store: the same command goes on where it was stopped."""
-    from catid2_ray.evaluation.reproduce.conditions import NAMES, TABLES, chosen, plan
+    from catid2_ray.evaluation.reproduce.conditions import ALSO, NAMES, TABLES, USUAL, chosen, plan
     from catid2_ray.on_ray.reproduce.report import data_of
 
     loaded = Recipe.load(recipe, overrides or [])
     asked = (
         [name.strip().upper().removeprefix("T") for name in tables.split(",") if name.strip()]
         if tables
-        else [*TABLES, "F5"]
+        else [*TABLES, *ALSO]
     )
-    cells = plan(asked, loaded.reproduce.methods or NAMES, data_of(loaded)[0], text=loaded.embedding.text)
+    named = loaded.reproduce.methods or (
+        NAMES if cell else USUAL
+    )  # whoever names a cell asks for it, whatever it takes
+    cells = plan(asked, named, data_of(loaded)[0], text=loaded.embedding.text)
     cells = chosen(cells, cell)
     command = f"catid2 reproduce --recipe {shlex.quote(recipe)}"
     if list_cells or show_commands:

@@ -224,8 +224,11 @@ class QuantizerRecipe(TrainingRecipe):
         return {name for name in type(self).model_fields if getattr(self, name) != getattr(plain, name)}
 
     def as_kind(self, kind: str) -> dict:
-        """The settings of the same budgets with another way of making IDs, to be checked with the rest of a recipe."""
-        return as_kind(self.model_dump(mode="json"), self.explicit, kind)
+        """The settings of the same budgets with another way of making IDs, to be checked with the rest of a recipe.
+
+        A stated size stays stated, also where it is the default: left out, it would be `auto` and name another artefact."""
+        stated = self.model_fields_set.intersection(self.sized())
+        return as_kind(self.model_dump(mode="json"), self.explicit | stated, kind)
 
 
 class IdsRecipe(Section):

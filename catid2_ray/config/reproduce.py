@@ -8,7 +8,8 @@ class ReproduceRecipe(Section):
 
     methods: tuple[str, ...] = setting(
         (),
-        "rows of table 2, one word each (`catid2 reproduce --list` names them); [] = all",
+        "rows of table 2, one word each (docs/reproduce.md names them); [] = all but those that train "
+        "a generator in full",
         unit="names",
         operational=True,
     )

@@ -17,6 +17,11 @@ DASH = "–"
 TERMINAL_WIDTH = 72  # columns at least; one width, so that tables below each other stand in one column
 
 
+def per_cent(share: float | None) -> str:
+    """A share as a text of per cent, with one digit."""
+    return DASH if share is None else f"{100 * share:.1f}"
+
+
 class Quantity(NamedTuple):
     """A figure that tables show: its key in the JSON, heading, format, what it says, the better direction (0 = none)."""
 

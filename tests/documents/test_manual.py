@@ -178,6 +178,32 @@ def picture():
     return _loaded("picture")
 
 
+def test_the_readme_s_table_is_what_the_committed_report_renders_to():
+    results = _loaded("results")
+    readme, report = (path.read_text(encoding="utf-8") for path in (results.README, results.REPORT))
+    assert results.with_table(readme, json.loads(report)) == readme, "run python docs/results.py"
+
+
+def test_a_row_of_the_readme_s_table_has_a_figure_and_whole_systems_stand_before_the_proxy():
+    def row(recall: float, seeds: int) -> dict:
+        cuts = dict.fromkeys(("10", "50", "100"), recall)
+        return {"recall": cuts, "interval": {"50": [recall, recall - 0.1, 1.0]}, "seeds": list(range(seeds))}
+
+    rows = {
+        "bm25": row(0.25, 1),
+        "tiger": row(0.9, 3),
+        "dense": row(0.5, 1),
+        "dpr": {"not_run": ["x"]},
+        "ivf": row(0.6, 1),
+    }
+    lines = _loaded("results").table({"tables": {"T2": {"rows": rows}}}).splitlines()[2:]
+    assert lines == [
+        "| dense, the recipe's encoder as it is | .500 | .500 (.400 to 1.000) | .500 | 1 |",
+        "| BM25, k1 1.2, b 0.75 | .250 | .250 (.150 to 1.000) | .250 | 1 |",
+        "| TIGER (proxy) | .900 | .900 (.800 to 1.000) | .900 | 3 |",
+    ]
+
+
 def test_the_menu_names_every_page():
     named = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]

@@ -31,8 +31,11 @@ METHODS = [
     "cq_sid",
     "served",
     "gdr",
+    "tiger+generator",
+    "nci+pawa",
     "pag",
 ]
+TRAINED = ("tiger+generator", "nci+pawa")
 # 120 queries leave the test split a score of them; those that these tables add are named so.
 LONE, GONE = "q-lone", "q-gone"
 
@@ -80,7 +83,7 @@ def test_every_method_has_a_figure_or_a_reason(done):
     rows = done["rows"]
     assert list(rows) == [name for name in NAMES if name in METHODS]
     measured = {name for name, row in rows.items() if "recall" in row}
-    assert measured == {"bm25", "bm25_tuned", "dense", "bm25+dense", "tiger", "cq_sid", "gdr"}
+    assert measured == {"bm25", "bm25_tuned", "dense", "bm25+dense", "tiger", "cq_sid", "gdr", *TRAINED}
     why = {name: row["not_run"][0] for name, row in rows.items() if name not in measured}
     assert "embedding.adapter is none" in why["adapted"] and "lsa, which has no weights" in why["dpr"]
     assert "512 codes" in why["cat_id2_512"] and "holds no release" in why["served"]
@@ -128,9 +131,28 @@ def test_ids_that_products_share_find_more_ids_than_products(done):
     )
 
 
+def test_generators_trained_in_full_differ_in_their_ids_and_of_pawa_the_head(done):
+    store = Store(str(done["folder"] / "store"))
+    rows = [done["rows"][name] for name in TRAINED]
+    cells = [json.loads(store.read(row["manifests"][0])) for row in rows]
+    generators = [artifact for cell in cells for artifact in _of_kind(store, "generator", cell["parents"]["generator"])]
+    settings = [one["settings"] for one in generators]
+    assert [one.pop("head") for one in settings] == ["plain", "pawa"] and settings[0] == settings[1]
+    assert len({cell["parents"]["ids"] for cell in cells}) == 2
+    for row in rows:
+        assert row["recall_ids"] == row["recall"], "no product shares an ID"
+        assert row["cost"]["train_seconds"] >= row["cost"]["generator_seconds"] > 0 and row["cost"]["bytes"] > 0
+
+
+def _of_kind(store: Store, kind: str, digest: str) -> list[dict]:
+    """The manifests of a kind with this digest."""
+    names = [f"artifacts/{kind}/{key}/manifest.json" for key in store.names(f"artifacts/{kind}")]
+    return [manifest for name in names if (manifest := json.loads(store.read(name)))["digest"] == digest]
+
+
 def test_a_second_run_measures_nothing_and_says_the_same(done):
-    assert "Measured now: 7. Found: 0." in done["first_run"].stdout
-    assert "Measured now: 0. Found: 7." in done["again"].stdout and "event=start" not in done["again"].stderr
+    assert "Measured now: 9. Found: 0." in done["first_run"].stdout
+    assert "Measured now: 0. Found: 9." in done["again"].stdout and "event=start" not in done["again"].stderr
     assert json.loads((done["below"] / "report.json").read_text()) == done["report"]
 
 
@@ -142,6 +164,13 @@ def test_two_jobs_divide_the_runs_and_read_each_other_s(shop, done, no_ray, tmp_
     second, _ = reproduce(recipe, cells, seeds=1, share=(2, 2))
     assert (second.made, second.found) == (1, 2)
     assert [one.runs[0].ranked for one in second.outcomes[::2]] == [one.runs[0].ranked for one in first.outcomes[::2]]
+    with_ids = plan(["2"], ["bm25", "tiger"], "tiny")
+    words, _ = reproduce(recipe, with_ids, seeds=1, share=(1, 2))
+    assert words.job.made == [] and words.outcomes[1].whys == ["not measured yet"], (
+        "TIGER's quantizer is the other job's"
+    )
+    ids, _ = reproduce(recipe, with_ids, seeds=1, share=(2, 2))
+    assert ids.job.made == ["quantizer", "ids"] and (ids.made, ids.found) == (1, 1)
     for wrong in ("0/2", "3/2", "x", "1/0"):
         refused = run_here("reproduce", "--recipe", shop["path"], "--share", wrong)
         assert refused.returncode == 3 and "give I/N with 1 ≤ I ≤ N" in refused.stderr
@@ -150,8 +179,21 @@ def test_two_jobs_divide_the_runs_and_read_each_other_s(shop, done, no_ray, tmp_
 def test_each_cell_leads_to_its_manifest_and_to_the_command_that_remakes_it(done):
     page = (done["below"] / "report.html").read_text()
     links = re.findall(r'href="\.\./\.\./(artifacts/cell/\w+/manifest\.json)"', page)
-    assert len(links) == 7 and all((done["folder"] / "store" / link).exists() for link in links)
+    assert len(links) == 9 and all((done["folder"] / "store" / link).exists() for link in links)
     assert f"catid2 reproduce --recipe {done['path']} --cell T2/tiger/tiny" in page
+
+
+def test_cq_sid_s_table_finds_the_runs_of_table_2_and_names_products_of_a_beam(done, no_ray, tmp_path):
+    run = run_here("reproduce", "--recipe", done["path"], "--tables", "CQ", "--out", tmp_path)
+    assert run.returncode == 0 and "Measured now: 3. Found: 2." in run.stdout, run.stderr[-3000:]
+    rows = json.loads((tmp_path / "report.json").read_text())["tables"]["CQ"]["rows"]
+    for name, row in rows.items():
+        assert (row["beam_products"]["1"] == 1) == (name == "tiger") and row["beam_hit"]["1"] <= row["beam_hit"]["100"]
+    assert rows["tiger"]["recall_expected"] == pytest.approx(rows["tiger"]["recall"])
+    assert rows["cq_sid"]["recall"] == done["rows"]["cq_sid"]["recall"]
+    manifests = {row["manifests"][0] for row in rows.values()}
+    assert len(manifests) == 5, "each change of the recipe is another quantizer"
+    assert "At equal beams, and at equal products" in (tmp_path / "report.html").read_text()
 
 
 def test_it_says_which_method_to_take(done):
@@ -179,6 +221,9 @@ def test_list_commands_and_plan_touch_nothing(shop, tmp_path):
         line.startswith(f"catid2 reproduce --recipe {shop['path']} --set store=") for line in commands.splitlines()
     )
     assert commands.splitlines()[0].endswith("--cell T5/tiger/tiny") and "Every cell would be made" in dry.stdout
+    usual = [*untouched, "--set", "reproduce.methods=[]"]
+    assert "+generator" not in run_here("reproduce", *usual, "--list").stdout, "hours each are not begun unasked"
+    assert "T2/nci+pawa/tiny" in run_here("reproduce", *usual, "--list", "--cell", "T2/nci+pawa/tiny").stdout
     assert not (tmp_path / "none").exists()
 
 

@@ -31,6 +31,24 @@ def id_recall(ids, relevant, docid_of, k):
     return len(wanted & set(ids[:k])) / len(wanted)
 
 
+def beam(ids, relevant, docid_of, width):
+    """Whether one of the products of the first IDs is relevant, and how many products these are."""
+    held = [product for product, docid in docid_of.items() if docid in ids[:width]]
+    return float(any(product in relevant for product in held)), len(held)
+
+
+def expected_recall(ids, relevant, docid_of, k, rng, draws=400):
+    """Mean over orders that shuffle the products of each ID."""
+    found = 0
+    for _ in range(draws):
+        ranked = []
+        for docid in ids:
+            products = [product for product, own in docid_of.items() if own == docid]
+            ranked += rng.permutation(products).tolist()
+        found += len(set(ranked[:k]) & relevant)
+    return found / draws / len(relevant)
+
+
 def holm_rejects(p_values, level):
     """Step down: the smallest p against level/m, the next against level/(m − 1), … until one fails."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from catid2_ray.config import KINDS, Recipe
+from catid2_ray.config import KINDS, Recipe, sizes
 from catid2_ray.config.kinds import DEFINING, lineage, preset
 from catid2_ray.config.quantizer import QuantizerRecipe
 from catid2_ray.on_ray.reports import variant
+from catid2_ray.on_ray.stages.train_quantizer import deciding
 
 
 def quantizer(**values) -> QuantizerRecipe:
@@ -97,3 +98,17 @@ def test_every_kind_can_be_compared_with_that_of_a_recipe_whose_generator_reads_
     recipe = Recipe.load(Path(__file__).parents[2] / "jobs" / "recipes" / "home_depot.yaml", ["catalog.root=/shop"])
     assert recipe.generator.head == "experts"
     assert variant(recipe, kind, 1).quantizer.kind == kind
+
+
+@pytest.mark.parametrize("products", [3_000, 54_667])
+@pytest.mark.parametrize("stated", [{}, {"codes_per_level": [256] * 4, "batch": 1024}])
+def test_a_kind_that_is_compared_has_the_sizes_of_the_job_and_of_its_own_kind_the_key(products, stated):
+    """54,667 products get the defaults, K 256 and batches of 1,024: they must not be taken for numbers that nobody chose."""
+    recipe = Recipe.build({"catalog": {"synthetic": {}}, "quantizer": stated})
+    job = sizes.sized(recipe, products=products, teaching=products).recipe
+    same = variant(job, "cat_id2", job.seed)
+    assert deciding(same.quantizer) == deciding(job.quantizer) and same.ids.identity() == job.ids.identity()
+    for kind in KINDS:
+        other = variant(job, kind, job.seed).quantizer
+        assert other.model_dump(mode="json")["codes_per_level"] == list(job.quantizer.codes_per_level)
+        assert other.model_dump(mode="json")["batch"] == job.quantizer.batch

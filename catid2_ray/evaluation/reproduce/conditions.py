@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from catid2_ray.errors import InputError
 
-Family = Literal["lexical", "dense", "fusion", "ids", "release"]
+Family = Literal["lexical", "dense", "fusion", "ids", "generator", "release"]
 NO_CHANGE: Mapping[str, object] = MappingProxyType({})
 
 
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """`table`: 2 to 7 or figure 5 as F5; its name is TABLE/method/data set."""
+    """`table`: T2 to T7, F5 for figure 5, CQ for CQ-SID's; its name is TABLE/method/data set."""
 
     table: str
     row: Row
@@ -97,6 +97,17 @@ KINDS = (
         "gdr", "GDR: clusters by a generator, their products by adapted dense", "rq_kmeans", settings={"clusters": True}
     ),
 )
+# Hours each, so they are measured where the recipe names them. Generator, budget and search are the recipe's, the IDs differ.
+_TRAINED = ("dsi_semantic", "hi_gen", "nci", "tiger", "cat_id2_256", "cat_id2", "cat_id2_shuffled", "cq_sid")
+GENERATORS = (
+    *(
+        one._replace(name=f"{one.name}+generator", title=f"{one.title}: generator trained in full", family="generator")
+        for one in KINDS
+        if one.name in _TRAINED
+    ),
+    _ids("nci+pawa", "NCI: generator trained in full, its prefix-aware head", "nci", family="generator",
+         recipe={"generator.head": "pawa"}),
+)  # fmt: skip
 RELEASE = (
     Condition("generator", "the release's generator alone, beams of whole IDs", "release", {"served": False}),
     Condition("served", "ours with everything on, as served", "release", {"served": True}),
@@ -108,8 +119,9 @@ MISSING = (
     Condition("chap", "CHAP", missing="its code and its IDs' construction could not be had"),
 )  # fmt: skip
 
-METHODS = (*LEXICAL, *DENSE, *FUSION, *KINDS, *RELEASE, *MISSING)
+METHODS = (*LEXICAL, *DENSE, *FUSION, *KINDS, *GENERATORS, *RELEASE, *MISSING)
 NAMES = tuple(condition.name for condition in METHODS)
+USUAL = tuple(condition.name for condition in METHODS if condition not in GENERATORS)  # where a recipe names none
 # Table 3: the printed rows, and the same on our preset, whose encoder begins as the identity.
 PRINTED_3 = ("paper_tiger", "paper_hcc", "paper_csc", "paper_hcc_csc", "paper_dis", "paper_hcc_dis", "cat_id2_paper")
 OURS_3 = ("tiger", "hcc", "csc", "hcc_csc", "dis", "cat_id2", "hcc_csc_dis")  # cat_id2 is row (5)
@@ -128,6 +140,7 @@ SWEEPS = {
 _KIND_OF = {("dispersion", 0.0): "hcc", ("hierarchical", 0.0): "dis", ("cluster_scale", 1.0): "hcc_csc_dis"}
 SIZES = (64, 128, 256, 512)
 TABLES = ("1", "2", "3", "4", "5", "6", "7", "8")
+ALSO = ("F5", "CQ")  # figure 5, and the table of CQ-SID
 WITH, WITHOUT = "with", "without"
 
 
@@ -137,7 +150,11 @@ def rows_of(table: str, methods: Sequence[str], *, text: Sequence[str] = ("title
     Tables 7 and 8 show what tables 2 and the reports have; raises InputError for a table that measures nothing.
     """
     if table in ("2", "7"):
-        return [Row(condition, condition.name) for condition in METHODS if condition.name in methods]
+        return [
+            Row(one, one.name.split("+")[0] if one in GENERATORS else one.name)
+            for one in METHODS
+            if one.name in methods
+        ]
     if table == "3":
         rows = [
             Row(_ids(kind, f"({number}) {term}, as printed"), str(number))
@@ -169,6 +186,15 @@ def rows_of(table: str, methods: Sequence[str], *, text: Sequence[str] = ("title
             for levels in (3, 4, 5)
             for kind, title in (("tiger", "TIGER"), ("cat_id2", "CAT-ID²"))
         ]  # fmt: skip
+    if table == "CQ":
+        category, queries = {"quantizer.force_category": False}, {"quantizer.query_item": 0.0}
+        changes = {
+            "cq_rq_vae": ("RQ-VAE, products share IDs", category | queries),
+            "cq_no_category": ("CQ-SID without category", category),
+            "cq_no_query_item": ("CQ-SID without query–item term", queries),
+        }
+        rows = [Row(_ids(name, title, "cq_sid", recipe=change)) for name, (title, change) in changes.items()]
+        return [*rows, Row(_ids("cq_sid", "CQ-SID")), Row(_ids("tiger", "TIGER, an ID each"))]
     if table == "F5":
         rows = [
             Row(_ids(f"{name}_{value:g}", f"{letter} = {value:g}", kind, recipe=changes))
@@ -181,7 +207,7 @@ def rows_of(table: str, methods: Sequence[str], *, text: Sequence[str] = ("title
             for codes in SIZES
             for kind, title in (("tiger", "TIGER"), ("cat_id2", "CAT-ID²"))
         ]
-    raise InputError(f"table {table!r} measures nothing of its own; those that do are 2, 3, 4, 5, 6, 7 and F5")
+    raise InputError(f"table {table!r} measures nothing of its own; those that do are 2, 3, 4, 5, 6, 7, F5 and CQ")
 
 
 def _swept(name: str, value: float) -> tuple[str, dict]:
@@ -204,13 +230,15 @@ def plan(tables: Sequence[str], methods: Sequence[str], data: str, *, text: Sequ
     """
     if unknown := [name for name in methods if name not in NAMES]:
         raise InputError(f"reproduce.methods: unknown {', '.join(map(repr, unknown))}; known are {', '.join(NAMES)}")
-    if unknown := [table for table in tables if table not in (*TABLES, "F5")]:
-        raise InputError(f"--tables: unknown {', '.join(unknown)}; choose from {', '.join(TABLES)} and F5 (figure 5)")
+    if unknown := [table for table in tables if table not in (*TABLES, *ALSO)]:
+        raise InputError(
+            f"--tables: unknown {', '.join(unknown)}; choose from {', '.join(TABLES)}, F5 (figure 5) and CQ (CQ-SID's)"
+        )
     measuring = [
-        table for table in ("2", "3", "4", "5", "6", "F5") if table in tables or (table == "2" and "7" in tables)
+        table for table in ("2", "3", "4", "5", "6", *ALSO) if table in tables or (table == "2" and "7" in tables)
     ]
     return [
-        Cell(name if name.startswith("F") else f"T{name}", row, data)
+        Cell(name if name in ALSO else f"T{name}", row, data)
         for name in measuring
         for row in rows_of(name, methods, text=text)
     ]

@@ -4,10 +4,11 @@ All methods return the same number of products. A product is counted once, in th
 ties by product_id, and an ID that products share takes as many ranks as it has products. Recall of *IDs* counts a shared ID as
 one rank and one hit, as papers do that score IDs; beside recall of products it shows how much of a figure is sharing.
 
-Q queries, K cut-offs, C a ranked list's length.
+Q queries, K cut-offs, M beams, C a ranked list's length.
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from catid2_ray.scripts import words_of
 
 KS = (5, 10, 20, 50, 100)
 NDCG_AT = 10
+BEAMS = (1, 10, 100)
 # By the paper's priority (4.7). It anonymises the rules themselves, so these are ours, and need no log.
 QUERY_GROUPS = ("ambiguous", "precise_1", "precise_2", "long_tail")
 GROUP_RULES = {
@@ -60,6 +62,37 @@ def id_recalls(
 ) -> np.ndarray:  # fmt: skip
     """float64 Q×K: recall of the IDs of the relevant products among the first k IDs, each counted once. `ids`: Q ranked lists."""
     return recalls(ids, [{docid_of[product] for product in wanted} for wanted in relevant], ks)
+
+
+def of_beams(
+    ids: Sequence[Sequence[str]], relevant: Sequence[Collection[str]], docid_of: Mapping[str, str], *,
+    beams: Sequence[int] = BEAMS, ks: Sequence[int] = KS,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """`beam_hit` Q×M: whether a relevant product is among the first IDs, whatever else they hold; `beam_products` Q×M: how many
+    products they hold; `expected` Q×K: expected recall of products at equal products. NaN for queries without a relevant product.
+    `ids`: Q ranked lists; `docid_of`: product → ID.
+
+    At an equal beam (CQ-SID, arXiv 2605.14434) larger clusters find more because they hold more. Products of an ID have no order of
+    their own: where the cut falls inside, each is exposed with the chance of a random order, and the expected recall is the mean
+    of these chances. For IDs of one product it is the recall."""
+    size_of = Counter(docid_of.values())
+    hit_QM, products_QM = np.full((2, len(ids), len(beams)), np.nan)
+    expected_QK = np.full((len(ids), len(ks)), np.nan)
+    for query, (listed, wanted) in enumerate(zip(ids, relevant)):
+        if not wanted:
+            continue
+        end_C = np.cumsum([size_of[docid] for docid in listed])
+        place_of = {docid: place for place, docid in enumerate(listed)}
+        places = [place_of[docid_of[product]] for product in wanted if docid_of[product] in place_of]
+        for column, beam in enumerate(beams):
+            hit_QM[query, column] = any(place < beam for place in places)
+            products_QM[query, column] = end_C[:beam][-1] if listed else 0
+        chance_K = np.zeros(len(ks))
+        for place in places:
+            size = size_of[listed[place]]
+            chance_K += np.clip((np.array(ks) - (end_C[place] - size)) / size, 0, 1)
+        expected_QK[query] = chance_K / len(wanted)
+    return {"beam_hit": hit_QM, "beam_products": products_QM, "expected": expected_QK}
 
 
 def query_groups(queries: Sequence[str], titles: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ _FAMILIES = {
     "fusion": "words and vectors",
     "ids": "IDs, by the proxy",
     "release": "a release in full",
+    "generator": "IDs, by a generator in full",
 }
 _TEXT = {"fontsize": 9, "color": "#222222"}
 

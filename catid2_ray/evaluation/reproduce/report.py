@@ -14,7 +14,7 @@ from catid2_ray.evaluation.metrics import Interval, bootstrap_means
 from catid2_ray.evaluation.page import Headline, Link, Picture, Prose, page
 from catid2_ray.evaluation.reproduce import pictures
 from catid2_ray.evaluation.reproduce.conditions import SWEEPS
-from catid2_ray.evaluation.reproduce.measures import GROUP_RULES, KS, NDCG_AT, QUERY_GROUPS, mean_of
+from catid2_ray.evaluation.reproduce.measures import BEAMS, GROUP_RULES, KS, NDCG_AT, QUERY_GROUPS, mean_of
 from catid2_ray.evaluation.reproduce.scores import (
     Advice,
     Judged,
@@ -29,14 +29,15 @@ from catid2_ray.evaluation.reproduce.scores import (
 )
 from catid2_ray.evaluation.reproduce.significance import Compared, letter_of
 from catid2_ray.evaluation.reproduce.verdicts import verdict
-from catid2_ray.evaluation.tables import DASH, Cell, Column, Table, columns_of, markdown
+from catid2_ray.evaluation.tables import DASH, Cell, Column, Table, columns_of, markdown, per_cent
 
 SHOWN_AT = (10, 50)  # cut-offs with intervals, letters and sentences
 PAPER_LOCALES = ("us", "es", "jp")
 PROXY_NOTE = (
     "Rows of IDs are found through the proxy of compare-ids --score recall: a small generator, the same for every "
     "kind, trained for "
-    "seconds and searched by a beam of 100. They compare kinds of IDs with each other, not a real generator with BM25."
+    "seconds and searched by a beam of 100. They compare kinds of IDs with each other, not a real generator with BM25; "
+    "rows with a generator trained in full do that."
 )
 QUESTIONS = {
     "T2": "Which method finds most of what queries ask for? Each returns the same number of products.",
@@ -45,11 +46,14 @@ QUESTIONS = {
     "T4": "Does the category's text in the embedding help, or is the category known from the title anyway?",
     "T5": "Does a deeper category tree make better IDs, and do hard negatives?",
     "T6": "How many levels should an ID have?",
+    "CQ": "What do the category as first code and the query–item term bring to IDs that products share, at equal beams and at "
+    "equal products?",
     "F5": "How much do the weights of the loss and the size of the codebooks matter?",
 }
 TITLES = {
     "T2": "Table 2: methods", "T3": "Table 3: terms of the loss", "T4": "Table 4: category text in the embedding",
     "T5": "Table 5: depth of the categories, and negatives", "T6": "Table 6: levels of an ID",
+    "CQ": "CQ-SID: IDs that products share",
     "F5": "Figure 5: weights of the loss and size of the codebooks",
 }  # fmt: skip
 
@@ -86,14 +90,14 @@ def write(
     outcomes: Sequence[Outcome], judged: Judged, facts: Facts, *, docid_of: Mapping[str, Mapping[str, str]],
     tables: Sequence[str], link: str = "",
 ) -> Written:  # fmt: skip
-    """`tables`: "1" … "8", "F5". `link`: what comes before a manifest's name in the page, such as ../../; "" = no links."""
+    """`tables`: "1" … "8", "F5", "CQ". `link`: what comes before a manifest's name in the page, such as ../../; "" = no links."""
     by_table: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         by_table.setdefault(outcome.cell.table, []).append(outcome)
     parts: list = []
     figures: dict[str, Figure] = {}
     summary: dict = {"data": facts.data, "command": facts.command, "about": dict(facts.about), "tables": {}}
-    headline, notes = None, []
+    headline = None
     scores: dict[str, list[Scored]] = {
         table: [one for outcome in of_table if (one := score(outcome, judged, docid_of=docid_of))]
         for table, of_table in by_table.items()
@@ -110,14 +114,13 @@ def write(
         summary["advice"] = said._asdict()
     if "1" in tables:
         parts.append(table_1(facts))
-    for table in ("T2", "T3", "T4", "T5", "T6", "F5"):
+    for table in ("T2", "T3", "T4", "T5", "T6", "F5", "CQ"):
         if table not in by_table:
             continue
         made = _part(table, by_table[table], scores[table], at.get(table, {}), judged, facts, link)
         parts += made.parts
         figures |= made.figures
         summary["tables"][table] = made.summary
-        notes += made.notes
     if "7" in tables and "T2" in by_table:
         parts.append(table_7(by_table["T2"], facts))
     if "8" in tables and facts.table_8:
@@ -125,7 +128,7 @@ def write(
     for number, (caption, figure) in enumerate(facts.images.items()):
         figures[f"ids_{number + 1}.png"] = figure
         parts.append(Picture(caption, figure, caption))
-    parts += [cells_table(outcomes, facts, link), _about(facts, notes)]
+    parts += [cells_table(outcomes, facts, link), _about(facts)]
     summary["not_run"] = {o.cell.name: o.whys for o in outcomes if o.whys}
     text = _markdown(facts, headline, parts, figures)
     return Written(
@@ -137,7 +140,6 @@ class _Made(NamedTuple):
     parts: list
     figures: dict[str, Figure]
     summary: dict
-    notes: list[str]
 
 
 def _part(
@@ -156,6 +158,8 @@ def _part(
         parts.append(beside_table(table, outcomes, scored, facts))
     if table == "T2" and scored:
         parts += [groups_table(scored, judged), measures_table(scored), categories_table(scored, judged)]
+    if table == "CQ" and scored:
+        parts.append(beams_table(scored))
     # One run may stand at several places of a sweep; alone it says nothing of the setting.
     if table == "F5" and len({one.outcome.runs[0].manifest for one in scored}) > 1:
         figures["figure_5.png"] = pictures.sweeps(scored, at, SWEEPS)
@@ -171,7 +175,7 @@ def _part(
         "rows": {o.cell.row.condition.name: _row_json(o, next((s for s in scored if s.outcome is o), None), at) for o in outcomes},
         "sentences": claims,
     }  # fmt: skip
-    return _Made(parts, figures, summary, [])
+    return _Made(parts, figures, summary)
 
 
 def _row_json(outcome: Outcome, scored: Scored | None, at: Mapping[int, Compared]) -> dict:
@@ -195,11 +199,11 @@ def _row_json(outcome: Outcome, scored: Scored | None, at: Mapping[int, Compared
     for group in ("seen", "unseen", "ids"):
         if group in scored.values:
             base[f"recall_{group}"] = dict(zip(map(str, KS), mean_of(scored.values[group])))
+    if "beam_hit" in scored.values:
+        for name in ("beam_hit", "beam_products"):
+            base[name] = dict(zip(map(str, BEAMS), mean_of(scored.values[name])))
+        base["recall_expected"] = dict(zip(map(str, KS), mean_of(scored.values["expected"])))
     return base
-
-
-def per_cent(value: float | None, digits: int = 1) -> str:
-    return DASH if value is None else f"{100 * value:.{digits}f}"
 
 
 def _bounds(interval: Interval) -> str:
@@ -363,6 +367,30 @@ def measures_table(scored: Sequence[Scored]) -> Table:
     return Table("Other measures, and IDs beside products", columns_of("method", *headings), rows, caption)
 
 
+def beams_table(scored: Sequence[Scored]) -> Table:
+    """Equal beams, and equal products, of the rows whose lists of IDs are known."""
+    rows = []
+    for one in scored:
+        if "beam_hit" not in one.values:
+            continue
+        names = ("beam_hit", "beam_products", "hit", "recall", "expected")
+        of_beam, held, hit, recall, expected = (mean_of(one.values[name]) for name in names)
+        of_beams = [f"{per_cent(share)} ({count:,.0f})" for share, count in zip(of_beam, held)]
+        at_equal = [
+            per_cent(figures[KS.index(k)]) for figures, k in ((hit, 10), (hit, 100), (recall, 10), (expected, 10))
+        ]
+        rows.append([one.title, *of_beams, *at_equal])
+    beams = [f"hit rate, {beam} ID{'s' if beam > 1 else ''} (products)" for beam in BEAMS]
+    headings = ("hit rate@10 products", "hit rate@100 products", "recall@10", "expected recall@10")
+    caption = (
+        "Per cent. At an equal beam (the paper's figure) a larger cluster finds more because it holds more: in brackets "
+        "the products of the beam, on average. At equal products that is no advantage. Expected: products of one ID in "
+        "random order; recall has them in the order of their ids. Queries alone, the paper's semantic case: the proxy "
+        "reads no user, so its personalised case is not run."
+    )
+    return Table("At equal beams, and at equal products", columns_of("method", *beams, *headings), rows, caption)
+
+
 def categories_table(scored: Sequence[Scored], judged: Judged) -> Table:
     found = [by_category(one.outcome.runs, judged, 50) for one in scored]
     names = list(found[0]) if found else []
@@ -388,7 +416,7 @@ def table_7(outcomes: Sequence[Outcome], facts: Facts) -> Table:
     printed = {**facts.published["7"], "cat_id2_256": facts.published["7"]["cat_id2"]}
     rows = []
     for outcome in outcomes:
-        name = outcome.cell.row.condition.name
+        name = outcome.cell.row.paper
         costs = [run.cost for run in outcome.runs]
         if not costs and name not in printed:
             continue
@@ -401,7 +429,7 @@ def table_7(outcomes: Sequence[Outcome], facts: Facts) -> Table:
         why = "" if costs else str(verdict(None, None, why=_why(outcome)))
         printed_hours = f"{hours:.1f} h" if isinstance(hours, float) else DASH
         rows.append([f"{outcome.cell.row.condition.title} {why}".strip(), printed_hours, _seconds(mean), *parts])
-    columns = columns_of("method", "paper: one A100 of 80 GB", "ours: all training", "of it IDs", "of it the proxy")
+    columns = columns_of("method", "paper: one A100 of 80 GB", "ours: all training", "of it IDs", "of it the generator")
     return Table("Table 7: training time", columns, rows, "Not to be compared across columns: other data, machine and "
         "generator (GenRet: eight A100).")  # fmt: skip
 
@@ -430,7 +458,7 @@ def cells_table(outcomes: Sequence[Outcome], facts: Facts, link: str) -> Table:
         "beside its ranked lists.")  # fmt: skip
 
 
-def _about(facts: Facts, notes: Sequence[str]) -> Prose:
+def _about(facts: Facts) -> Prose:
     return Prose(
         "How this was measured",
         [
@@ -445,9 +473,8 @@ def _about(facts: Facts, notes: Sequence[str]) -> Prose:
                 "method with seeds enters each "
             "comparison by the mean over its seeds, query by query; its interval says nothing of another training, "
                 "the seeds' range does.",
-            *notes,
         ],
-        {name: text for name, text in zip(("source of the paper's figures",), (facts.published["source"],))},
+        {"source of the paper's figures": facts.published["source"]},
     )  # fmt: skip
 
 
@@ -462,12 +489,8 @@ def _markdown(facts: Facts, headline: Headline | None, parts: Sequence, figures:
             blocks.append(f"![{part.says or part.caption}]({names[id(part.figure)]})\n")
         elif isinstance(part, Prose):
             blocks.append(f"## {part.heading}\n")
-            listed = part.heading.startswith("What the data says")
-            blocks.append(
-                "".join(f"- {text}\n" for text in part.paragraphs)
-                if listed
-                else "\n".join(f"{text}\n" for text in part.paragraphs)
-            )
+            dash, between = ("- ", "") if part.heading.startswith("What the data says") else ("", "\n")
+            blocks.append(between.join(f"{dash}{text}\n" for text in part.paragraphs))
             if part.terms:
                 blocks.append("".join(f"- {name}: {text}\n" for name, text in part.terms.items()))
         else:

@@ -11,7 +11,7 @@ import numpy as np
 from catid2_ray.evaluation.metrics import recalls
 from catid2_ray.evaluation.protocol import Judgements
 from catid2_ray.evaluation.reproduce.conditions import Cell
-from catid2_ray.evaluation.reproduce.measures import KS, QUERY_GROUPS, id_recalls, mean_of, measured
+from catid2_ray.evaluation.reproduce.measures import KS, QUERY_GROUPS, id_recalls, mean_of, measured, of_beams
 from catid2_ray.evaluation.reproduce.significance import Compared, Difference, compare
 
 
@@ -94,7 +94,8 @@ def score(
         values = measured(run.ranked, relevant.relevant, judged.gains)
         values |= {group: recalls(run.ranked, getattr(relevant, group), KS) for group in ("seen", "unseen")}
         if run.ids is not None and docid_of and run.parents.get("ids") in docid_of:
-            values["ids"] = id_recalls(run.ids, relevant.relevant, docid_of[run.parents["ids"]])
+            listed = run.ids, relevant.relevant, docid_of[run.parents["ids"]]
+            values |= {"ids": id_recalls(*listed), **of_beams(*listed)}
         of_seed.append(values)
     shared = [name for name in of_seed[0] if all(name in values for values in of_seed)]
     by_seed = np.array([np.nanmean(values["recall"], 0) for values in of_seed])
@@ -147,6 +148,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("dpr", "bm25", "DPR over BM25 (table 2, us)"),
         Claim("bm25+adapted", "bm25", "BM25 + adapted dense over BM25 (ours)"),
         Claim("served", "bm25+adapted", "what is served over BM25 + adapted dense (ours)"),
+        Claim("cat_id2+generator", "tiger+generator", "CAT-ID² (ours) over TIGER, generators trained in full (4.2)"),
     ),
     "T3": (
         Claim("paper_tiger", "paper_hcc", "as printed: HCCL alone finds less than TIGER (4.3, 1)"),
@@ -170,6 +172,11 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim(f"cat_id2_{levels}", f"tiger_{levels}", f"CAT-ID² over TIGER with {levels} levels (4.5)") for levels in (3, 4, 5)
     )
     + tuple(Claim("cat_id2_4", f"cat_id2_{levels}", f"CAT-ID²: 4 levels over {levels} (4.5)") for levels in (3, 5)),
+    "CQ": tuple(
+        Claim("cq_sid", other, f"CQ-SID over {title}, at equal products")
+        for other, title in (("cq_rq_vae", "RQ-VAE"), ("cq_no_category", "itself without category"),
+                             ("cq_no_query_item", "itself without query–item term"), ("tiger", "an ID each"))
+    ),
     "F5": tuple(
         Claim(best, other, f"{letter}: a middle value over {end} (4.5)")
         for letter, best, ends in (

@@ -34,7 +34,7 @@ from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.pipeline import check_codes
 from catid2_ray.on_ray.reports import parts_of_kind, variant
 from catid2_ray.on_ray.reproduce.bench import Bench, Vectors
-from catid2_ray.on_ray.stages import adapter, embed, tuned_encoder
+from catid2_ray.on_ray.stages import adapter, embed, examples, train_generator, tuned_encoder
 from catid2_ray.retrieval.trie import Trie
 
 
@@ -57,10 +57,6 @@ class Measures:
         if condition.kind:
             recipe = variant(recipe, condition.kind, seed)
         values = recipe.model_dump(mode="json") | {"seed": seed}
-        # Numbers that follow the catalogue's size stay those that the job chose, so that `reindex` and this share what they make.
-        for name in recipe.quantizer.sized():
-            if values["quantizer"][name] == "auto":
-                values["quantizer"][name] = self.job.recipe.quantizer.model_dump(mode="json")[name]
         budget = recipe.reproduce
         changes = dict(condition.recipe)
         if condition.printed:
@@ -73,9 +69,7 @@ class Measures:
             changes["quantizer.codes_per_level"] = [recipe.quantizer.codes_per_level[0]] * changes.pop("levels")
         for path, value in changes.items():
             section, name = path.split(".")
-            now = getattr(getattr(recipe, section), name)
-            if value != (list(now) if isinstance(now, tuple) else now):  # said once more it would name another artefact
-                values[section] = {**values[section], name: value}
+            values[section] = {**values[section], name: value}
         return Recipe.build(values)
 
     def embedded(self, recipe: Recipe) -> tuple[Job, dict[str, Manifest]]:
@@ -115,7 +109,7 @@ class Measures:
         if condition.family == "release":
             parents |= self._released()
             settings |= {"searched": "release"}
-        if condition.family in ("dense", "fusion", "ids"):
+        if condition.family in ("dense", "fusion", "ids", "generator"):
             recipe = self.recipe_of(condition, seed)
             job, parts = self.embedded(recipe)
             names = ("embeddings", "adapter")
@@ -124,11 +118,15 @@ class Measures:
             }
             if _tuned_dpr(condition):
                 settings["dpr"] = self._dpr_settings()
-            if condition.family == "ids":
+            if condition.family in ("ids", "generator"):
                 check_codes(recipe, self.parts["catalog"])
-                of_kind = parts_of_kind(dataclasses.replace(job, recipe=recipe), parts)
+                of_kind = parts_of_kind(of_recipe := dataclasses.replace(job, recipe=recipe), parts)
                 self.ids[of_kind["ids"].digest] = of_kind["ids"]
                 parents |= {name: of_kind[name] for name in ("quantizer", "ids")}
+            if condition.family == "generator":
+                of_kind["examples"] = examples.run(of_recipe, of_kind)
+                parents |= {"examples": of_kind["examples"], "generator": train_generator.run(of_recipe, of_kind)}
+            if condition.family == "ids":
                 generator = job.recipe.generator
                 settings |= {"proxy": [proxy.HIDDEN, proxy.EPOCHS, proxy.BATCH, proxy.LEARNING_RATE],
                              "teaches": [generator.min_relevance, generator.relevance_weights]}  # fmt: skip
@@ -141,10 +139,10 @@ class Measures:
     def with_shared(self, condition: Condition, cost: dict, parents: dict[str, Manifest]) -> dict:
         """The cost of IDs with what they share with others, counted for each: embeddings and the adapter. Of a release: with the
         bytes that a replica reads."""
-        if condition.family == "release":
+        if condition.family in ("release", "generator"):
             read = [parents[name].files for name in ("generator", "serving", "node_vectors") if name in parents]
-            return cost | {"bytes": sum(e["bytes"] for files in [*read, parents["ids"].named("trie/")] for e in files)}
-        if condition.family != "ids":
+            cost = cost | {"bytes": sum(e["bytes"] for files in [*read, parents["ids"].named("trie/")] for e in files)}
+        if condition.family not in ("ids", "generator"):
             return cost
         seconds = {name: parents[name].metrics["seconds"] for name in ("adapter", "embeddings") if name in parents}
         return cost | {
@@ -373,7 +371,32 @@ class Measures:
         codes_NL = np.stack([codes[product] for product in self.bench.product_ids])
         return codes_NL, [space.text(code_L) for code_L in codes_NL]
 
-    # A release
+    # Generators trained in full: of a kind of IDs, and of the release
+
+    def _generator_ranking(self, condition: Condition, seed: int, parents: dict[str, Manifest]) -> Ranking:
+        """The recipe's own generator, trained on these IDs as `reindex` would, and its beam of RETURNED whole IDs."""
+        settings = releases.retriever_settings(parents, release=condition.name, beam_width=RETURNED)
+        rows_QC, milliseconds, found = self._searched(parents, settings)
+        ids, trained = (
+            sum(parents[name].metrics["seconds"] for name in names)
+            for names in (("quantizer", "ids"), ("examples", "generator"))
+        )
+        cost = _cost(ids + trained, 0.0, milliseconds, 0) | {"ids_seconds": ids, "generator_seconds": trained}
+        # Of IDs that products share the list ends with the products that were asked for, so it is no list of a beam's IDs.
+        return Ranking(rows_QC, cost, {}, None if parents["ids"].metrics["ids"] == "cluster" else found)
+
+    def _searched(self, parts: dict[str, Manifest], settings: dict) -> tuple[np.ndarray, float, list[list[str]]]:
+        """Rows Q×RETURNED, milliseconds a query, and the IDs found, by a retriever over these parts."""
+        retriever = open_retriever(releases.parts_folder(self.job.store, parts, releases.default_cache(), settings))
+        hits, start = [], time.monotonic()
+        for begin in range(0, len(self._texts), 64):
+            texts = [text[: retriever.max_query_chars] for text in self._texts[begin : begin + 64]]
+            hits += retriever.retrieve(texts, k=min(RETURNED, retriever.beam_width))
+        milliseconds = 1000 * (time.monotonic() - start) / max(1, len(self._texts))
+        rows_QC = np.full((len(hits), RETURNED), -1, np.int64)
+        for query, row in enumerate(hits):
+            rows_QC[query, : len(row)] = [self.bench.row_of[hit.product_id] for hit in row]
+        return rows_QC, milliseconds, [list(dict.fromkeys(hit.docid_text for hit in row)) for row in hits]
 
     def _released(self) -> dict[str, Manifest]:
         """The parts of the release that is current, where it was made of this catalogue and these pairs."""
@@ -398,16 +421,7 @@ class Measures:
         parts = release.manifests(store)
         alone = None if condition.settings["served"] else RETURNED
         settings = releases.retriever_settings(parts, release=release.name, beam_width=alone)
-        folder = releases.parts_folder(store, parts, releases.default_cache(), settings)
-        retriever = open_retriever(folder)
-        hits, start = [], time.monotonic()
-        for begin in range(0, len(self._texts), 64):
-            texts = [text[: retriever.max_query_chars] for text in self._texts[begin : begin + 64]]
-            hits += retriever.retrieve(texts, k=min(RETURNED, retriever.beam_width))
-        milliseconds = 1000 * (time.monotonic() - start) / max(1, len(self._texts))
-        rows_QC = np.full((len(hits), RETURNED), -1, np.int64)
-        for query, row in enumerate(hits):
-            rows_QC[query, : len(row)] = [self.bench.row_of[hit.product_id] for hit in row]
+        rows_QC, milliseconds, _ = self._searched(parts, settings)
         training = sum(
             parts[name].metrics["seconds"]
             for name in ("adapter", "quantizer", "ids", "generator", "mixture")

@@ -5,6 +5,7 @@ so that a run goes on where it was left, tables share what they have in common, 
 come one after the other: a run that is stopped has one figure of many cells rather than three of few.
 """
 
+import dataclasses
 import os
 import platform
 import time
@@ -62,6 +63,9 @@ def reproduce(
         job.previous = None
         bench = Bench.open(job, parts)
         measures = Measures(job, parts, bench)
+        # Of the runs of other jobs nothing is made, the quantizers and IDs that they need neither.
+        reading = Measures(dataclasses.replace(job, only=frozenset()), parts, bench)
+        reading.ids = measures.ids
         # The same condition in two tables is one; a name may stand for two conditions in two tables.
         runs: dict[tuple[Condition, int], Run | str] = {}
         conditions = list({_key(cell.row.condition): cell.row.condition for cell in cells}.values())
@@ -71,7 +75,9 @@ def reproduce(
         for number, (condition, seed) in enumerate(work):
             before = time.monotonic()
             others = number % share[1] != share[0] - 1
-            result, was_made = _guarded(measures, condition, seed, found_only=found_only or others)
+            result, was_made = _guarded(
+                reading if others else measures, condition, seed, found_only=found_only or others
+            )
             runs[_key(condition), seed] = result
             made += was_made
             left = (time.monotonic() - started) / (number + 1) * (len(work) - number - 1)
@@ -90,7 +96,8 @@ def reproduce(
             figures = [run for run in of_seed if not isinstance(run, str)]
             outcomes.append(Outcome(cell, figures, [why for why in of_seed if isinstance(why, str)]))
         found = sum(not isinstance(run, str) for run in runs.values()) - made
-        reproduction = Reproduction(job, parts, bench, measures, outcomes, made, found)
+        pictures_of = reading if share[1] > 1 else measures  # so that no job makes what another is making
+        reproduction = Reproduction(job, parts, bench, pictures_of, outcomes, made, found)
         return reproduction, then(reproduction)
 
 

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from catid2_ray.errors import InputError
-from catid2_ray.evaluation.reproduce.measures import KS, gains_of, id_recalls, mean_of, measured, query_groups
+from catid2_ray.evaluation.reproduce.measures import (
+    BEAMS,
+    KS,
+    gains_of,
+    id_recalls,
+    mean_of,
+    measured,
+    of_beams,
+    query_groups,
+)
 from catid2_ray.evaluation.reproduce.trec import qrels_lines, run_lines
 from tests.oracles import measures as oracle
 
@@ -61,6 +70,36 @@ def test_a_shared_id_is_one_rank_among_ids_and_as_many_as_it_has_products_among_
     wanted = {listed[4], listed[5]}
     assert measured([listed], [wanted], [{}])["recall"][0, 0] == 0.5
     assert id_recalls([ids[0]], [wanted], docid_of)[0, 0] == 1.0, "recall of IDs flatters"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_beam_holds_all_products_of_its_ids_and_a_cut_inside_an_id_exposes_by_chance(seed):
+    rng = np.random.default_rng(seed)
+    docid_of = {f"p{i}": f"id{rng.integers(12)}" for i in range(60)}
+    known = sorted(set(docid_of.values()))
+    ids = [rng.permutation(known)[: rng.integers(1, len(known))].tolist() for _ in range(5)] + [[], ["id1"]]
+    relevant = [set(rng.choice(list(docid_of), 4, replace=False).tolist()) for _ in ids[:-1]] + [set()]
+    got = of_beams(ids, relevant, docid_of)
+    for q, wanted in enumerate(relevant):
+        if not wanted:
+            assert all(np.isnan(values[q]).all() for values in got.values())
+            continue
+        for column, width in enumerate(BEAMS):
+            assert (got["beam_hit"][q, column], got["beam_products"][q, column]) == oracle.beam(
+                ids[q], wanted, docid_of, width
+            )
+        for k in (5, 20):
+            slow = oracle.expected_recall(ids[q], wanted, docid_of, k, rng)
+            assert got["expected"][q, KS.index(k)] == pytest.approx(slow, abs=0.06)
+
+
+def test_where_each_product_has_an_id_of_its_own_beams_are_lists_and_expected_recall_is_recall():
+    ranked, relevant, gains = random_case(7)
+    every = sorted({product for products in [*ranked, *relevant] for product in products})
+    own, values = dict(zip(every, every)), measured(ranked, relevant, gains)
+    got = of_beams(ranked, relevant, own)
+    np.testing.assert_allclose(got["expected"], values["recall"])
+    np.testing.assert_array_equal(got["beam_hit"][:, 1:], values["hit"][:, [KS.index(10), KS.index(100)]])
 
 
 def test_the_first_rule_that_holds_is_a_query_s_group():

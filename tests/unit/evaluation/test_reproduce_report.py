@@ -167,6 +167,24 @@ def test_figure_5_draws_what_was_measured_and_its_page_is_whole():
     assert "<script" not in made.html and "http" not in made.html.replace("http-equiv", ""), "it fetches nothing"
 
 
+def test_cq_sids_table_tells_equal_beams_from_equal_products():
+    """Each ID holds four products: of p0 … p3 the relevant one comes last in the list of products, and with the first ID."""
+    docid_of = {product: f"id{int(product[1:]) // 4}" for product in PRODUCTS}
+    cells = [cell for cell in plan(["CQ"], [], "us") if cell.row.condition.name in ("cq_sid", "cq_rq_vae")]
+    lists = [[f"p{4 * (q // 4) + i}" for i in range(4)] + ["p198", "p199"] for q in range(Q)]
+    run = Run(0, "a/b/c/d", lists, [[f"id{q // 4}", "id49"] for q in range(Q)], {"train_seconds": 1.0, "index_seconds": 0.0},
+              {}, "a machine", {"ids": "digest"})  # fmt: skip
+    made = write(
+        [Outcome(cell, [run], []) for cell in cells], JUDGED, facts(), docid_of={"digest": docid_of}, tables=["CQ"]
+    )
+    row = made.json["tables"]["CQ"]["rows"]["cq_sid"]
+    assert row["beam_hit"] == {"1": 1.0, "10": 1.0, "100": 1.0} and row["beam_products"] == {"1": 4, "10": 8, "100": 8}
+    assert row["recall_expected"]["5"] == row["recall"]["5"] == 0.5
+    assert "| CQ-SID | 100.0 (4) | 100.0 (8) | 100.0 (8) | 100.0 | 100.0 | 50.0 | 50.0 |" in made.markdown
+    said = made.json["tables"]["CQ"]["sentences"]
+    assert "CQ-SID over RQ-VAE, at equal products, recall@10: +0.00 points" in said[0] and "not known" in said[-1]
+
+
 def test_money_is_time_at_the_price_that_the_recipe_says():
     found = scored_of(outcome("bm25", ranked(0.6), train=5400.0), outcome("dense", ranked(0.5, 1)))
     priced = cost_table(found, compared(found, 50), None, 0.8)
