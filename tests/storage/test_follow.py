@@ -11,9 +11,11 @@ import torch
 from catid2_ray.artifacts import history, uses
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
-from catid2_ray.errors import ReleaseError, StorageError
+from catid2_ray.errors import InputError, ReleaseError, StorageError
+from catid2_ray.on_ray.serve import app
 from catid2_ray.on_ray.serve import opened as opened_module
 from catid2_ray.on_ray.serve.follow import Serving
+from catid2_ray.on_ray.serve.keys import VARIABLE
 from catid2_ray.on_ray.serve.opened import (
     AnswersDiffer,
     Opened,
@@ -347,3 +349,30 @@ def test_memory_is_looked_at_before_a_second_release_is_loaded(tmp_path):
     (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 40\nactive_file 60\n")
     (tmp_path / "memory.max").write_text("400")
     assert free_memory(tmp_path, lambda: 500) == 200
+
+
+def test_one_machine_takes_changes_of_its_own_alone_and_looks_at_its_port_before_ray_starts(
+    earlier, monkeypatch, capsys
+):
+    store, name = earlier
+    updates, stop = [], raising(KeyboardInterrupt())
+    monkeypatch.delenv(VARIABLE, raising=False)
+    for of, what in (
+        (app.cluster, "connect"),
+        (app.cluster, "disconnect"),
+        (app.serve, "start"),
+        (app.serve, "shutdown"),
+    ):
+        monkeypatch.setattr(of, what, lambda *_, **__: None)
+    monkeypatch.setattr(app.serve, "run", stop)
+    monkeypatch.setattr(app, "build", lambda settings: updates.append(settings.updates))
+    monkeypatch.setattr(app, "check_port", lambda host, port: None)
+    for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "10.1.2.3"):
+        app.serve_here(store.uri, host=host, port=8000)
+    monkeypatch.setenv(VARIABLE, "read " + "r" * 20)
+    app.serve_here(store.uri, host="127.0.0.1", port=8000)
+    assert updates == [True, True, True, None, None, None], "None: only with a key that may write"
+    monkeypatch.setattr(app, "check_port", raising(InputError("somebody listens there")))
+    monkeypatch.setattr(app.cluster, "connect", lambda *_: pytest.fail("Ray was started"))
+    with pytest.raises(InputError, match="somebody listens there"):
+        app.serve_here(store.uri, host="127.0.0.1", port=8000)

@@ -16,6 +16,7 @@ from catid2_ray.identifiers import ledger
 from catid2_ray.on_ray.serve.newcomers import Newcomers, asked_again
 from catid2_ray.quantizer.adapter import LinearAdapter
 from catid2_ray.quantizer.model import ResidualQuantizer
+from catid2_ray.retrieval.filters import FilterIndex
 from catid2_ray.retrieval.live import LiveTrie
 from catid2_ray.retrieval.trie import Trie
 
@@ -181,3 +182,36 @@ def test_what_the_caller_gives_is_kept(local_store, parts):
     parts["ids"].metrics["ids"] = "suffix"
     with pytest.raises(InputError, match="IDs of kind 'suffix' .* cannot be made one by one: send the docid"):
         Newcomers(local_store, parts).prepare([product("n", "x", vector=[1.0] * 4)], view_of([[0, 0]]), vectors=False)
+
+
+@pytest.mark.parametrize("title", ["", "???", "\u200b"])
+def test_what_the_door_would_set_aside_is_refused(local_store, parts, title):
+    """A title that says nothing has a vector like no other's, which came first for queries of unknown words."""
+    newcomers, view = Newcomers(local_store, parts), view_of([[0, 0]])
+    with pytest.raises(InputError, match="the title of product 'n' needs at least one letter or digit"):
+        newcomers.prepare([product("m", "oak"), product("n", title)], view, vectors=False)
+    with pytest.raises(InputError, match="a product id is more than blanks, found ' '"):
+        newcomers.prepare([product(" ", "oak shelf")], view, vectors=False)
+
+
+def test_a_category_path_is_the_filter_column_of_that_name_too(local_store, parts):
+    """Else a new product is missing where its category is asked for."""
+    newcomers = Newcomers(local_store, parts)
+    paths = pa.array([["Home"]], pa.list_(pa.string()))
+    index = FilterIndex(pa.table({"product_id": ["p"], "category_path": paths, "price": [1.0]}))
+    trie = Trie.build(np.array([[0, 0]]), codes_per_level=SPACE.codes_per_level)
+    view = LiveTrie(trie, product_ids=["p"], index=index).view
+    given = [
+        product("a", "oak shelf", category_path=[" Home ", "Shelves", "", "Oak"], columns={"price": 2.0}),
+        product("b", "oak shelf", category_path=["Home", "1", "2", "3"]),
+        product("c", "oak shelf", category_path=["Home"], columns={"category_path": ["Garden"]}),
+        product("d", "oak shelf"),
+    ]
+    made = newcomers.prepare(given, view, vectors=False)
+    assert [one.get("columns") for one in made] == [
+        {"category_path": ["Home", "Shelves"], "price": 2.0}, {"category_path": ["Home", "1", "2"]},
+        {"category_path": ["Garden"]}, None,
+    ]  # fmt: skip
+    assert list(map(asked_again, made)) == given, "another release may have no such column"
+    plain = newcomers.prepare(given[:2], view_of([[0, 0]]), vectors=False)
+    assert [one.get("columns") for one in plain] == [{"price": 2.0}, None]

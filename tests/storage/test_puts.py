@@ -5,7 +5,7 @@ import pytest
 from catid2_ray.errors import InputError
 from catid2_ray.on_ray.machine import live_log
 from catid2_ray.on_ray.machine.live_log import LiveLog
-from catid2_ray.on_ray.serve.carry import Carried
+from catid2_ray.on_ray.serve.carry import Carried, _Fitting
 from catid2_ray.on_ray.serve.puts import Puts
 from tests.storage.test_carry import Publisher, Replica, catalogue, series
 
@@ -137,6 +137,13 @@ def test_what_was_put_is_carried_over(local_store, chain, make):
     }
     other = publisher.replica(b)
     assert other.updates.catch_up() == 1 and other.shop.all == now
+
+
+def test_a_category_that_was_made_of_a_path_comes_not_over_the_catalogues_own(one):
+    put = product("p1", "one", columns={"category_path": ["x"], "price": 5.0}, said={"category_path": ["x"]})
+    record = {"answer": [{"product_id": "p1", "did": "inserted"}], "changed": [], "products": [put], "content": {}}
+    candidates, _ = _Fitting(one.updates, one.newcomers, lambda release: "q")._puts("r-0", record, {})
+    assert candidates == [{"product_id": "p1", "columns": {"price": 5.0}}], "its catalogue says where it belongs"
 
 
 def test_the_newest_idempotency_keys_are_known(one, local_store, monkeypatch):

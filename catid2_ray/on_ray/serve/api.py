@@ -252,7 +252,10 @@ class PutProduct(_Sound):
     product_id: str = Field(min_length=1)
     title: str | None = Field(None, min_length=1, description="needed where the product is not live")
     description: str | None = Field(None, description="for the vector, if none is given")
-    category_path: list[str] = Field([], description="root first; for the vector and the ID, if none are given")
+    category_path: list[str] = Field(
+        [],
+        description="root first; for the vector and the ID, if none are given, and for the filter column of that name",
+    )
     docid: str | None = Field(
         None,
         description="a free semantic ID; none = that of the release's quantizer, or the nearest free one beside it",

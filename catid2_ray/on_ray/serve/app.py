@@ -66,6 +66,9 @@ PATIENCE_S = 3.0  # that a request to the store is tried: a caller waits for it,
 LAG_S = 60.0  # a replica that cannot apply changes for so long is replaced
 # Threads of each kind of work, so that none waits behind another. Batches come one at a time.
 THREADS = {"search": 1, "filters": 2, "explain": 1, "changes": 1, "health": 1}
+# Calls of a kind that may be under way; further ones are refused. Changes wait long for a store that is away, explanations take
+# searches of their own: none of them may fill the replica until nobody can search. 64 explanations are one request of 64 queries.
+MOST_UNDER_WAY = {"filters": 320, "explain": 64, "changes": 64}
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -114,6 +117,7 @@ class RetrieverReplica:
             logs.write_json()
         self.settings, self.keys = settings, Keys.of(settings.keys, needed=settings.needs_keys)
         self.pools = {name: ThreadPoolExecutor(threads, name) for name, threads in THREADS.items()}
+        self.under_way = dict.fromkeys(THREADS, 0)
         self.batches = Batches(self._search, self.pools["search"], tell=self._tell, **BATCHES)
         self.answered = time.monotonic()  # when a search last came to its end
         self.serving = Serving(Store(settings.store, patience_s=PATIENCE_S), settings)
@@ -124,8 +128,22 @@ class RetrieverReplica:
         if hasattr(self, "serving"):
             self.serving.end()
 
-    async def _run(self, pool: str, work: Callable, *arguments) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.pools[pool], work, *arguments)
+    async def _run(self, pool: str, work: Callable, *arguments, deadline: float | None = None) -> Any:
+        """`work` in a thread of the pool. Raises Unserved: 503 beyond MOST_UNDER_WAY, 504 where `deadline`, a time of
+        `time.monotonic()`, is over before the work begins."""
+        if self.under_way[pool] >= MOST_UNDER_WAY.get(pool, MAX_ONGOING):
+            raise Unserved(503, f"{self.under_way[pool]} calls of this kind are under way already: try again")
+
+        def in_time():
+            if deadline is not None and deadline <= time.monotonic():
+                raise Unserved(504, "the time that this request was given is over")
+            return work(*arguments)
+
+        self.under_way[pool] += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.pools[pool], in_time)
+        finally:
+            self.under_way[pool] -= 1
 
     def reconfigure(self, user_config: dict) -> None:
         if user_config["max_batch_size"] > MAX_ONGOING:
@@ -269,7 +287,7 @@ class RetrieverReplica:
             now.retriever.check(one.query, k=one.k)
         if request.filter is not None:
             # Refused here, it cannot spoil a batch; it is kept for the search.
-            await self._run("filters", now.retriever.compile, request.filter)
+            await self._run("filters", now.retriever.compile, request.filter, deadline=deadline)
         tasks = [asyncio.ensure_future(self._answer(Asked(now, one, soft), deadline)) for one in each]
         try:
             answers = await asyncio.gather(*tasks)
@@ -289,9 +307,8 @@ class RetrieverReplica:
         metrics.observe("catid2_answer_ms", 1e3 * (time.perf_counter() - began), release=now.name)
         if request.explains or request.k > FEW or len(found.hits) < request.k:
             # To explain takes further searches: requests with filters must not wait for them.
-            answer = await self._run(
-                "explain" if request.explains else "filters", answering.answer_of, now, request, found
-            )
+            pool = "explain" if request.explains else "filters"
+            answer = await self._run(pool, answering.answer_of, now, request, found, deadline=deadline)
         else:
             answer = answering.answer_of(now, request, found)
         metrics.count("catid2_empty_answers", not found.hits)

@@ -219,7 +219,7 @@ class _Fitting:
         candidates, new = [], []
         for one in record["products"]:
             if did[one["product_id"]] == "inserted" and self._is(one["product_id"]):
-                in_place.append(one)
+                in_place.append(asked_again(one))
             else:
                 new.append(one)
                 candidates.append(asked_again(one))

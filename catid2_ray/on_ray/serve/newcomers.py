@@ -10,6 +10,7 @@ D width of the embedding, L levels, K codes of the last level, Z width of its co
 
 import functools
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +32,10 @@ from catid2_ray.quantizer.adapter import LinearAdapter
 from catid2_ray.quantizer.coder import encode, load_coder
 from catid2_ray.quantizer.model import ResidualQuantizer
 from catid2_ray.retrieval.live_view import LiveView, codes_of
+from catid2_ray.scripts import says_something
 
-_SAID = ("description", "category_path", "vector")
+PATH = "category_path"
+_SAID = ("description", PATH, "vector")
 _ROWS = 16  # of one padded forward pass
 
 
@@ -100,8 +103,10 @@ class Newcomers:
 
         `products`: dicts with product_id, title, and optionally description, category_path, docid, vector, value, columns.
         `keeps`: product → ID that it shall keep, where no docid is given. Raises InputError where something is missing that
-        cannot be made.
+        cannot be made, or what the door of a job would set aside. `category_path` is the filter column of that name, too, where the
+        release has it and `columns` do not say otherwise.
         """
+        _refuse_silent(products)
         kept_ids = keeps or {}
         products = [{**one, "docid": one.get("docid") or kept_ids.get(one["product_id"])} for one in products]
         wanting = [one for one in products if one.get("vector") is None and (vectors or one.get("docid") is None)]
@@ -118,6 +123,9 @@ class Newcomers:
                 name: one[name] for name in ("product_id", "title", "value", "columns") if one.get(name) is not None
             }
             kept["docid"] = one.get("docid") or docids[id(one)]
+            path = _names(one)[: self.recipe.catalog.max_category_depth]
+            if path and view.filters is not None and PATH in view.filters.index.types:
+                kept["columns"] = {PATH: path} | kept.get("columns", {})
             if vectors:
                 kept["vector"] = vector_of[id(one)].tolist()
             said = {name: one[name] for name in _SAID if one.get(name)}
@@ -213,7 +221,31 @@ def asked_again(product: dict) -> dict:
     said = dict(product.get("said", {}))
     if "vector" in said and said["vector"] is None:
         said["vector"] = product["vector"]
-    return {name: product[name] for name in ("product_id", "title", "value", "columns") if name in product} | said
+    asked = {name: product[name] for name in ("product_id", "title", "value", "columns") if name in product}
+    columns = asked.get("columns", {})
+    if (path := columns.get(PATH)) and path == _names(said)[
+        : len(path)
+    ]:  # made of it; another release may have no such column
+        asked["columns"] = {name: value for name, value in columns.items() if name != PATH}
+        if not asked["columns"]:
+            del asked["columns"]
+    return asked | said
+
+
+def _names(product: Mapping) -> list[str]:
+    """Those of its category path, as the door reads them: stripped, and an empty one ends the path."""
+    return list(takewhile(bool, map(str.strip, product.get(PATH) or [])))
+
+
+def _refuse_silent(products: Sequence[dict]) -> None:
+    """Raise InputError for an id or a title for which the door of a job would set the product aside."""
+    for one in products:
+        if not one["product_id"].strip():
+            raise InputError(f"a product id is more than blanks, found {one['product_id']!r}")
+        if one["title"] is not None and not says_something(one["title"]):  # a release without titles has none to keep
+            raise InputError(
+                f"the title of product {one['product_id']!r} needs at least one letter or digit, found {one['title'][:50]!r}"
+            )
 
 
 def _refuse_unusable(products: Sequence[dict]) -> None:

@@ -55,7 +55,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         413: "The body is too large",
         422: "The query, k, filter or change cannot be answered",
         503: "The queue is full, or the store does not answer: try again later. Ray's proxy says so in plain text",
-        504: "The time that the request was given ended before its search began",
+        504: "The time that the request was given ended before its search, or its explanation, began",
     }.items()
 }
 

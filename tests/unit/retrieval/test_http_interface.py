@@ -23,6 +23,7 @@ from ray import serve
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.errors import ArtifactError, InputError, StorageError
+from catid2_ray.on_ray.serve import answers as answering
 from catid2_ray.on_ray.serve import app
 from catid2_ray.on_ray.serve.answers import TIMEOUT_HEADER, Found, deadline_of
 from catid2_ray.on_ray.serve.api import RetrieveRequest
@@ -50,6 +51,7 @@ def replica(folder):
     made.serving = SimpleNamespace(now=now, refused=None, swaps=0, end=lambda: None, trial=None, trial_refused=None)
     made.serving.chosen = lambda session: made.serving.now
     made.pools, made.answered = {name: ThreadPoolExecutor(threads) for name, threads in THREADS.items()}, 0.0
+    made.under_way = dict.fromkeys(THREADS, 0)
     made.batches = app.Batches(made._search, made.pools["search"], **app.BATCHES)
     return made
 
@@ -487,6 +489,46 @@ def test_searches_changes_and_health_do_not_wait_for_each_other(replica):
         await asyncio.gather(*waiting)
 
     asyncio.run(ask())
+
+
+def test_changes_that_wait_are_bounded_and_leave_room_for_searches(client, replica, monkeypatch):
+    """As for a store that is away: else they fill the replica, and nobody can search."""
+    held, body = threading.Event(), {"product_ids": ["p3"]}
+    monkeypatch.setattr(replica.settings, "updates", True)
+    monkeypatch.setattr(replica.serving.now.updates, "change", lambda build: held.wait(20) and None, raising=False)
+    most = app.MOST_UNDER_WAY["changes"]
+    with client, ThreadPoolExecutor(most) as pool:
+        waiting = [pool.submit(client.post, "/v1/withdraw", json=body) for _ in range(most)]
+        try:
+            while replica.under_way["changes"] < most:
+                time.sleep(0.01)
+            answer = client.post("/v1/restore", json=body)
+            refused(answer, 503, "64 calls of this kind are under way already")
+            assert answer.headers["retry-after"] == "1"
+            assert client.post("/v1/retrieve", json={"query": "oak", "k": 1}).status_code == 200
+        finally:
+            held.set()
+        assert {one.result().status_code for one in waiting} == {200}
+    assert replica.under_way["changes"] == 0
+
+
+def test_an_explanation_whose_time_is_over_is_not_made(client, replica, monkeypatch):
+    made, held = [], threading.Event()
+
+    async def found(asked, *, deadline):
+        return Found([])
+
+    monkeypatch.setattr(replica, "batches", SimpleNamespace(ask=found))
+    monkeypatch.setattr(answering, "explained", lambda *_, **__: made.append(1) or [])
+    busy, asked = replica.pools["explain"].submit(held.wait, 20), {"query": "oak", "k": 1, "explain": True}
+    with client, ThreadPoolExecutor(1) as pool:
+        late = pool.submit(client.post, "/v1/retrieve", json=asked | {"timeout_s": 0.01})
+        while not replica.under_way["explain"]:
+            time.sleep(0.01)
+        time.sleep(0.02)
+        held.set()
+        refused(late.result(), 504, "the time that this request was given is over")
+    assert busy.result() and not made
 
 
 def test_filters_do_not_wait_for_explanations(client, replica):
