@@ -29,7 +29,10 @@ class ClusterRecipe(Section):
         None, "where training workers, and other work on GPUs, may run: nodes with the label pool of this name; none = any node",
         unit="name", operational=True, min_length=1,
     )  # fmt: skip
-    worker_start_timeout_s: int = setting(300, "longest wait for the workers", unit="seconds", operational=True, ge=10)
+    worker_start_timeout_s: int = setting(
+        300, "wait for nodes that take a training's workers, before Ray asks for them anew", unit="seconds",
+        operational=True, ge=10,
+    )  # fmt: skip
 
 
 class SyntheticRecipe(Section):

@@ -4,9 +4,12 @@ The same through Ray: test_through_ray.py.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 
+from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.errors import (
     ArtifactError,
@@ -20,7 +23,9 @@ from catid2_ray.errors import (
     WorkerDied,
 )
 from catid2_ray.on_ray.commands import run_verb
+from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.stages import train_quantizer
+from catid2_ray.on_ray.training import worker
 from catid2_ray.on_ray.training.worker import _cause, tried_again
 
 
@@ -57,6 +62,28 @@ def test_the_cause_is_the_error_that_decides(failures, kind):
     cause = _cause(Failed(*failures), "training")
     assert type(cause) is kind
     assert kind is not WorkerDied or "training failed: the last words" in str(cause)
+
+
+@pytest.mark.parametrize(
+    "lost", [ray.exceptions.RayActorError(), ray.exceptions.ActorUnschedulableError("no worker started after 5 tries")]
+)
+def test_a_training_whose_controller_is_lost_is_tried_again_and_then_named(lost, tmp_path, monkeypatch, capfd):
+    """Ray raises these as they are, not as a training that failed: seen on a machine too busy to start a process."""
+
+    def fit():
+        raise lost
+
+    run = SimpleNamespace(
+        store=Store(tmp_path),
+        settings=SimpleNamespace(workers=1, max_failures=2),
+        batches=lambda workers: SimpleNamespace(plan=SimpleNamespace(steps=1, epochs=1), arithmetic="1"),
+    )
+    monkeypatch.setattr(worker, "_trainer", lambda *_: SimpleNamespace(fit=fit))
+    monkeypatch.setattr(progress, "remote_bar", progress.bar)
+    with pytest.raises(WorkerDied, match="training the adapter lost its controller: .*Rerun to resume") as raised:
+        worker._fit(run, None, "training the adapter")
+    assert str(lost).splitlines()[0] in str(raised.value) and raised.value.exit_code == 6
+    assert capfd.readouterr().err.count("event=retry") == 2
 
 
 def failing_once(builds: Path):

@@ -21,7 +21,8 @@ def joined(monkeypatch):
     given, before = {}, ray.data.DataContext.get_current().copy()
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
-    yield lambda recipe: cluster.connect(recipe) or given
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 2.0, "GPU": 1.0, "memory": 1e9})
+    yield lambda recipe, workers=0: cluster.connect(recipe, workers=workers) or given
     ray.data.DataContext._set_current(before)
 
 
@@ -61,6 +62,21 @@ def test_without_pools_any_node_does(joined, monkeypatch):
     joined(ClusterRecipe(gpus_per_worker=1))
     assert ray.data.DataContext.get_current().execution_options.label_selector is None
     assert asked_for(monkeypatch, num_gpus=1)["label_selector"] is None
+
+
+@pytest.mark.parametrize(
+    "workers, gpus, told",
+    [
+        (1, 1, None),
+        (2, 0, "free_cpus=2 wanted_cpus=3 means="),
+        (1, 2, "free_cpus=2 wanted_cpus=2 free_gpus=1 wanted_gpus=2 means="),
+    ],
+)
+def test_a_cluster_without_room_for_the_largest_training_is_a_line_in_the_log(joined, capfd, workers, gpus, told):
+    """Ray waits for ever, and says nothing: a worker that holds the last CPU waits for the task that reads its rows."""
+    joined(ClusterRecipe(gpus_per_worker=gpus), workers)
+    said = capfd.readouterr().err
+    assert f"event=few_resources {told}" in said if told else "few_resources" not in said
 
 
 def test_a_ray_of_its_own_knows_no_pools(monkeypatch):

@@ -152,6 +152,15 @@ def test_a_replica_without_its_gpu_says_what_to_change(monkeypatch):
         own(serve_app.AppSettings(store="s", device="cuda"))
 
 
+@pytest.mark.parametrize("wrong", [{"store": "catid2_store"}, {"store": "~/store"}, {"keys": "keys.txt"}])
+def test_a_relative_path_in_the_serve_file_is_refused(wrong):
+    from catid2_ray.on_ray.serve import app as serve_app
+
+    ((name, path),) = wrong.items()
+    with pytest.raises(RecipeError, match=f"{name} '{path}' of the serve file is a relative path.*every node reaches"):
+        serve_app.build(serve_app.AppSettings(**{"store": "/shared/store"} | wrong))
+
+
 def test_serve_file_names_what_the_code_has():
     from catid2_ray.on_ray.serve import app as serve_app
 

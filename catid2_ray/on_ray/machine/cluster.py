@@ -18,7 +18,7 @@ import ray
 
 from catid2_ray.artifacts.store import S3_ENVIRONMENT
 from catid2_ray.config import ClusterRecipe
-from catid2_ray.on_ray.machine import preflight, ranker, signals
+from catid2_ray.on_ray.machine import preflight, progress, ranker, signals
 
 # For a Ray of our own only. Workers inherit this process's environment, which spares the set-up of a runtime_env; and idle
 # ones are kept, since on few cores Python was seen starting anew, second after second, for tasks that are short.
@@ -103,11 +103,27 @@ def connect(cluster: ClusterRecipe, *, workers: int = 0, dashboard: bool = False
         }
     with signals.kept(), quietly:
         ray.init(**address, **quiet)
+    if os.environ.get("RAY_ADDRESS"):
+        _tell_of_lack(cluster, workers)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.label_selector = on_pool(cluster.data_pool)
     context.set_config(_GPU_POOL, on_pool(cluster.training_pool))
+
+
+def _tell_of_lack(cluster: ClusterRecipe, workers: int) -> None:
+    """One line in the log where less is free than the largest training takes at once: a CPU a worker, and one for the task that
+    reads its rows. Ray waits for what is missing without a word and for ever; an autoscaler brings it, so it is no error here."""
+    free = ray.available_resources()
+    wanted = {"CPU": workers + 1, "GPU": workers * cluster.gpus_per_worker}
+    if all(free.get(name, 0) >= count for name, count in wanted.items()):
+        return
+    figures = {}
+    for name, count in wanted.items():
+        if count:
+            figures |= {f"free_{name.lower()}s": f"{free.get(name, 0):g}", f"wanted_{name.lower()}s": f"{count:g}"}
+    progress.event("few_resources", **figures, means="'the job waits until nodes come or other jobs end'")
 
 
 _GPU_POOL = "catid2_gpu_pool"

@@ -6,6 +6,7 @@ Changes of products go through a series in the store (`live_log.py`), which ever
 """
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -422,7 +423,14 @@ class RetrieverReplica:
 
 def build(settings: AppSettings):
     """The application that serve_config.yaml names. With `device` cuda each asks for a GPU. Where replicas do not follow, it
-    names the release, so that one which starts after a publication serves what the others serve."""
+    names the release, so that one which starts after a publication serves what the others serve. RecipeError for a relative path:
+    each replica would look for it in a folder of its node's."""
+    for name, place in (("store", settings.store), ("keys", settings.keys)):
+        if place and "://" not in place and not os.path.isabs(place):
+            raise RecipeError(
+                f"{name} {place!r} of the serve file is a relative path, but replicas have other working folders than yours: "
+                "set it to an absolute path that every node reaches" + (", or to s3://…" if name == "store" else "")
+            )
     if Keys.of(settings.keys):  # what is wrong with them is said here, not by replica after replica
         settings = settings.model_copy(update={"needs_keys": True})
     if settings.release is None and not settings.follow:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray.data
+import ray.exceptions
 import ray.train
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -24,6 +25,8 @@ from catid2_ray.on_ray.training.meter import FOLDER as TENSORBOARD
 from catid2_ray.on_ray.training.shards import RankRange
 from catid2_ray.on_ray.training.task import Run
 
+# A training's controller, an actor beside the job's own process, died or could not be started.
+_CONTROLLER_LOST = (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError)
 _COLLECTIVE_S = 1800  # ranks wait that long for each other; while rank 0 validates, it bids them wait on
 
 
@@ -97,7 +100,7 @@ def _fit(run: Run, cluster: ClusterRecipe, label: str) -> None:
             try:
                 _trainer(run, cluster).fit()
                 return
-            except ray.train.TrainingFailedError as error:
+            except (ray.train.TrainingFailedError, *_CONTROLLER_LOST) as error:
                 cause = _cause(error, label)
                 if not tried_again(cause, failures, run.settings.max_failures):
                     raise cause from error
@@ -170,6 +173,8 @@ def _cause(error: Exception, label: str) -> CatidError:
         if lack := scarce.named(getattr(failure, "_base_exc", failure), stage):
             return WorkerDied(str(lack))
     text = str(error).strip().splitlines()
+    if isinstance(error, _CONTROLLER_LOST):
+        return WorkerDied(f"{label} lost its controller: {text[0]}. Rerun to resume from the last checkpoint")
     return (WorkerDied if failures else TrainingError)(
         f"{label} failed: {text[-1] if text else type(error).__name__}. Rerun to resume from the last checkpoint"
     )

@@ -644,7 +644,7 @@ def test_keys_that_cannot_be_used_are_refused_without_being_named(tmp_path, monk
     with pytest.raises(InputError, match="there are none on this node"):
         Keys.of(None, needed=True)
     with pytest.raises(InputError, match="cannot be read"):
-        build(AppSettings(store="s", keys=str(tmp_path / "none")))
+        build(AppSettings(store="/s", keys=str(tmp_path / "none")))
 
 
 def test_a_deployment_that_does_not_follow_names_its_release(monkeypatch):
@@ -652,11 +652,11 @@ def test_a_deployment_that_does_not_follow_names_its_release(monkeypatch):
     monkeypatch.setattr(releases, "current", lambda store: SimpleNamespace(name="r-first"))
     # Not bound in truth: a replica that another test has asked in this process cannot be pickled.
     monkeypatch.setattr(type(RetrieverReplica), "bind", lambda self, settings: settings)
-    assert build(AppSettings(store="s", follow=False)).release == "r-first"
-    assert build(AppSettings(store="s", release="r-older")).release == "r-older"
-    assert build(AppSettings(store="s")).release is None and AppSettings(store="s").follows
+    assert build(AppSettings(store="/s", follow=False)).release == "r-first"
+    assert build(AppSettings(store="/s", release="r-older")).release == "r-older"
+    assert build(AppSettings(store="/s")).release is None and AppSettings(store="s").follows
     monkeypatch.setenv(VARIABLE, "write " + "s" * 16)
-    assert build(AppSettings(store="s")).needs_keys
+    assert build(AppSettings(store="/s")).needs_keys
 
 
 def test_a_port_in_use_is_refused():
