@@ -1,13 +1,13 @@
 """What releases of the Home Depot recipe find, beside every rival over all products: the table that decides.
 
     python benchmarks/retrieval.py --release frozen=URI [--release frozen=URI@r-0123456789ab] [--release tuned=URI …]
-        [--json FILE] [--out benchmarks/results/retrieval.md]
+        [--json FILE] [--out benchmarks/results/retrieval.md] [--render JSON …]
 
 One label names releases that differ by their seed: their recall is averaged query by query. The first label is the base whose
 BM25 + adapted dense all others are compared with. A release gives its rivals too: vectors as its encoder makes them (*dense*) and
 after the adapter, each alone and beside BM25, scored exhaustively over all products, the weight of BM25 chosen on validation; then
 the generator alone with a beam of 100, in float32 and in 8 bits, looking ahead, and what is served. One process, no Ray, one
-thread. Without --release this says so and ends.
+thread. `--render`: the page of one earlier run or more, in their order. Without either this says so and ends.
 
 K cut-offs, Q queries.
 """
@@ -97,6 +97,17 @@ def measured(places: list[str]) -> dict:
     return {**where("retrieval"), "releases": about, "test_queries": len(test.queries), "recall": recall}
 
 
+def joined(runs: list[dict]) -> dict:
+    """Several runs as one."""
+    figures = {**runs[0], "releases": {}, "recall": {}}
+    for run in runs:
+        for label, about in run["releases"].items():
+            figures["releases"].setdefault(label, []).extend(about)
+            for method, seeds in run["recall"][label].items():
+                figures["recall"].setdefault(label, {}).setdefault(method, []).extend(seeds)
+    return figures
+
+
 def report(figures: dict) -> str:
     labels, base = list(figures["recall"]), next(iter(figures["recall"]))
     several = len(labels) > 1
@@ -157,11 +168,12 @@ def shown(cell, sign: str = "") -> str:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, page=RESULTS / "retrieval.md", stored="the figures of an earlier run")
+    parser = parser_of(__doc__, page=RESULTS / "retrieval.md")
+    parser.add_argument("--render", type=Path, nargs="+", metavar="JSON", help="measure nothing: render earlier runs")
     parser.add_argument("--release", action="append", metavar="LABEL=URI[@NAME]", help="a release; repeatable")
     options = parser.parse_args()
     if options.render:
-        finish(json.loads(Path(options.render).read_text()), report, options)
+        finish(joined([json.loads(path.read_text()) for path in options.render]), report, options)
     elif not options.release:
         print(json.dumps({"skipped": "no release: give --release LABEL=URI"}))
     else:

@@ -42,8 +42,8 @@ def plan_tables(figures: Mapping) -> list[Table]:
     ]  # fmt: skip
     assumed = [name for name, rate in figures["rates"].items() if rate["source"] == "assumed"]
     note = (
-        f"Assumed, not measured: {', '.join(assumed)}. Not counted: tuned encoder, adapter, node vectors, serving, evaluation, the "
-        "start of machines. --json has every rate and its source."
+        f"Assumed, not measured: {', '.join(assumed)}. Not counted: adapter, mixture, evaluation, the start of "
+        "machines. --json has every rate and its source."
     )
     columns = [
         Column("stage", number=False, whole=True),

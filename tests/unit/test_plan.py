@@ -64,6 +64,24 @@ def test_ten_times_the_products_take_ten_times_the_work_and_room(recipe):
         )
 
 
+def test_a_tuned_encoder_takes_a_bounded_sample_and_what_replicas_read_is_counted_where_it_is_made():
+    home_depot = ROOT / "jobs" / "recipes" / "home_depot.yaml"
+    tuned = Recipe.load(home_depot, ["catalog.root=x", "embedding.encoder_mode=tuned"])
+    for products, pairs in ((10**5, 10**4), (10**7, 20_000)):
+        assert by_stage(plan(tuned, products=products))["tuned_encoder"]["seconds"] == pytest.approx(
+            pairs * 18 * 60 / 20_000, abs=0.1
+        )
+    assert by_stage(plan(tuned, products=54_667))["node_vectors"]["seconds"] == pytest.approx(3.9, abs=0.1)
+    plain = [
+        "embedding.encoder_mode=frozen",
+        "serving.node_depth=0",
+        "serving.expansion=null",
+        "serving.stop_level=null",
+    ]
+    stages = by_stage(plan(Recipe.load(home_depot, ["catalog.root=x", *plain]), products=10**5))
+    assert not {"tuned_encoder", "node_vectors", "serving"} & stages.keys()
+
+
 @pytest.mark.parametrize("products", [10**6, 10**7, 10**8, 10**9])
 def test_the_production_recipe_goes_to_a_thousand_million_products(recipe, products):
     assert plan(recipe, products=products)["cost"] is None

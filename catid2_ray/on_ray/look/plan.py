@@ -2,8 +2,8 @@
 
 Arithmetic over rates; nothing is read but the recipe. Each rate quotes the line of a benchmark's page that it comes from, and a
 test holds the two together; what nobody measured says "assumed". Rates of one core are taken to add up: an estimate of the order of
-size, not a promise. Not counted, as nobody measured their rates: tuned encoder, adapter, node vectors, serving part, evaluation,
-the start of machines.
+size, not a promise. Not counted: adapter, mixture and evaluation, which learn from and ask bounded samples whatever the size, and the
+start of machines.
 """
 
 import math
@@ -44,7 +44,11 @@ RATES = {
     "assign_memory": Rate(0.93, "GiB a worker", "assign.md", "| 3.6 GiB | 3.0 GiB | 0.93 GiB |"),
     "read_memory": Rate(3.6 / 2, "GiB a worker", "assign.md", "| 3.6 GiB | 3.0 GiB | 0.93 GiB |"),
     # 54,667 products of Home Depot by two workers, all-MiniLM-L6-v2, on a busy machine.
-    "embed": Rate(54_667 / 500.9 / 2, "products/s a CPU", "home_depot.md", "| embed | 500.9 s |"),
+    "embed": Rate(54_667 / 378.0 / 2, "products/s a CPU", "home_depot.md", "| embed | 378.0 s |"),
+    # 20,000 pairs for one epoch, the same encoder; more pairs than tuning.pairs are never used.
+    "tune": Rate(20_000 / (18 * 60), "pairs/s a CPU", "encoder.md", "18 minutes of one core"),
+    "node_vectors": Rate(54_667 / 3.9, "products/s, in one process", "home_depot.md", "| node vectors | 3.9 s |"),
+    "serving": Rate(54_667 / 4.2, "products/s, in one process", "home_depot.md", "| serving | 4.2 s |"),
     "embed_gpu": Rate(5_000, "products/s a GPU"),
     "embed_memory": Rate(2.0, "GiB a worker"),
     # Three epochs of 80,000 rows more took 57 − 26.4 s in a job; its step alone does 10,071 rows/s (quantizer_step.json).
@@ -107,8 +111,12 @@ def plan(recipe: Recipe, *, products: int, width: int = 384, prices: Mapping[str
             "quantizer.codes_per_level"
         )
     width = recipe.embedding.width or width
-    rows = [_reading(recipe, products, width), *_embedding(recipe, products), *_training(recipe, products, teaching)]
-    rows.append(_assigning(recipe, products, width))
+    rows = [_reading(recipe, products, width), *_tuning(recipe, teaching), *_embedding(recipe, products)]
+    rows += [
+        *_training(recipe, products, teaching),
+        _assigning(recipe, products, width),
+        *_laying_out(recipe, products),
+    ]
     stored = products * (RATES["text"].value + 4 * width + 2 * width + RATES["trie_bytes"].value) / 1e9
     figures = {
         "products": products,
@@ -133,6 +141,13 @@ def _reading(recipe: Recipe, products: int, width: int) -> Row:
     download_s = RATES["text"].value / (1e6 * RATES["download"].value)
     seconds = products * (_each_s("read", width) + download_s) / workers
     return Row("catalog", "cpu-data", _machines(workers), seconds, RATES["read_memory"].value)
+
+
+def _tuning(recipe: Recipe, teaching: int) -> list[Row]:
+    if recipe.embedding.encoder_mode == "frozen":
+        return []
+    seconds = min(teaching, recipe.tuning.pairs) * recipe.tuning.epochs / RATES["tune"].value
+    return [Row("tuned_encoder", "cpu-data", 1, seconds, RATES["embed_memory"].value)]
 
 
 def _embedding(recipe: Recipe, products: int) -> list[Row]:
@@ -170,6 +185,16 @@ def _assigning(recipe: Recipe, products: int, width: int) -> Row:
     workers = recipe.ids.workers
     seconds = RATES["assign_start"].value + products * (_each_s("assign", width) / workers + 1e-6 * RATES["trie"].value)
     return Row("ids", "cpu-data", _machines(workers), seconds, RATES["assign_memory"].value)
+
+
+def _laying_out(recipe: Recipe, products: int) -> list[Row]:
+    """What a search looks ahead by, and the vectors and words that a replica reads: this process writes them range by range."""
+    serving, asks = recipe.serving, recipe.embedding.source != "given" or recipe.serving.query_encoder is not None
+    names = [
+        *(["node_vectors"] if asks and serving.node_depth else []),
+        *(["serving"] if serving.expansion is not None or (asks and serving.looks_ahead) else []),
+    ]
+    return [Row(name, "cpu-data", 1, products / RATES[name].value, RATES["own_memory"].value) for name in names]
 
 
 def _machines(workers: int) -> int:
