@@ -2,8 +2,8 @@
 
 Arithmetic over rates; nothing is read but the recipe. Each rate quotes the line of a benchmark's page that it comes from, and a
 test holds the two together; what nobody measured says "assumed". Rates of one core are taken to add up: an estimate of the order of
-size, not a promise. Not counted: adapter, mixture and evaluation, which learn from and ask bounded samples whatever the size, and the
-start of machines.
+size, not a promise. Not counted: adapter, mixture and evaluation, which learn from and ask bounded samples whatever the size, and
+the start of machines.
 """
 
 import math
