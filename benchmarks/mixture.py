@@ -94,12 +94,13 @@ def rivals(
     products' vectors where the adapter has no say, neither in the queries'."""
     products, ranked = retriever.products, {weight: [] for weight in lexical}
     adapter, retriever.adapter = retriever.adapter, None if raw_ND is not None else retriever.adapter
-    every_N, names = np.arange(retriever.trie.rows), products.product_ids.to_pylist()
+    vector_ND = products.base_vectors.vectors_ND.astype(np.float32) if raw_ND is None else raw_ND
+    names = products.product_ids.to_pylist()
     for at in range(0, len(judgements.queries), BATCH):
         queries = judgements.queries[at : at + BATCH]
         query_BD = torch.nn.functional.normalize(retriever._asked(queries)[-1], dim=-1).numpy()
         for query_D, lexical_N in zip(query_BD, products.all_lexical_scores(queries)):
-            dense_N = products.vectors.scores(query_D[None], every_N) if raw_ND is None else raw_ND @ query_D
+            dense_N = vector_ND @ query_D
             for weight, lists in ranked.items():
                 best = np.argsort(-(dense_N + weight * lexical_N), kind="stable")[: max(KS)]
                 lists.append([names[row] for row in best])
