@@ -2,8 +2,10 @@
 
 Weights have one scale per output (largest entry / 127), inputs one scale per row, taken when they come; sums are exact
 32-bit integers, so an answer does not depend on which other rows are in the batch (one scale per batch would make it
-so). The product is oneDNN's, which uses VNNI or AMX where the CPU has them. On other CPUs it adds pairs of products in 16
-bits, which 127 × 127 overflows: errors of up to 40 % were measured. There weights have 7 bits (largest entry / 63).
+so). The product is oneDNN's, which uses VNNI or AMX where the CPU has them, if inputs are unsigned, with 128 as their zero
+point: signed ones sent it to its reference code on a CPU with VNNI and without AMX, a thousand times slower. On other
+CPUs it adds pairs of products in 16 bits, which 255 × 127 overflows: errors of up to 40 % were measured. There weights
+have 7 bits (largest entry / 63).
 
 R rows, I inputs, O outputs.
 """
@@ -21,6 +23,7 @@ _ROWS = 256
 # Fewer rows than this send oneDNN to its reference code where inputs × outputs is small: 2 ms instead of 0.03 ms for
 # one row of 256 × 256.
 _FEWEST = 8
+_ZERO = 128  # of unsigned inputs
 
 
 class Int8Linear(nn.Module):
@@ -56,9 +59,7 @@ class Int8Linear(nn.Module):
         rows = len(codes_RI)
         if rows < _FEWEST:
             codes_RI = nn.functional.pad(codes_RI, (0, 0, 0, _FEWEST - rows))
-        y_RO = torch.ops.onednn.qlinear_pointwise(
-            codes_RI, 1.0, 0, self.codes, self.scale_O, self.zero_O, None, 1.0, 0, torch.float32, "none", [], ""
-        )
+        y_RO = _product(codes_RI, self.codes, self.scale_O, self.zero_O)
         torch.mul(y_RO[:rows], scale_R1, out=out_RO)
 
 
@@ -78,10 +79,16 @@ def weight_steps() -> int:
     """The largest weight code whose sums are exact on this CPU, found by a product of the largest codes: 127 or 63."""
     codes, one = torch.full((_ROWS, 64), 127, dtype=torch.int8), torch.ones(64)
     packed = torch.ops.onednn.qlinear_prepack(codes[:64], [_ROWS, 64])
-    product = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, 0, packed, one, torch.zeros(64, dtype=torch.int32), None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    product = _product(codes, packed, one, torch.zeros(64, dtype=torch.int32))
     return 127 if bool((product == 64 * 127 * 127).all()) else 63
+
+
+def _product(codes_RI: Tensor, packed, scale_O: Tensor, zero_O: Tensor) -> Tensor:
+    """float32 R×O: int8 inputs times the packed weights, times their scales."""
+    unsigned_RI = codes_RI.view(torch.uint8).bitwise_xor(_ZERO)  # of two's complement: + 128
+    return torch.ops.onednn.qlinear_pointwise(
+        unsigned_RI, 1.0, _ZERO, packed, scale_O, zero_O, None, 1.0, 0, torch.float32, "none", [], ""
+    )
 
 
 def _quantize(rows: Tensor, *, steps: int = 127) -> tuple[Tensor, Tensor]:

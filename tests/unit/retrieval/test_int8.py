@@ -1,5 +1,9 @@
 """Integer products equal plain arithmetic on rounded numbers, however wide the batch."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -79,3 +83,15 @@ def test_bad_weights_and_a_torch_without_onednn_are_refused(monkeypatch):
     monkeypatch.setattr("catid2_ray.retrieval.int8._has_onednn", lambda: False)
     with pytest.raises(InputError, match="need a torch built with oneDNN"):
         Int8Linear(torch.ones(4, 4))
+
+
+def test_products_do_not_run_in_reference_code():
+    """Which is thousands of times slower; oneDNN says what it ran. The first matmul finds out how many bits are summed exactly."""
+    program = (
+        "import torch; torch.set_num_threads(1); from catid2_ray.retrieval.int8 import Int8Linear; "
+        "Int8Linear(torch.randn(256, 256))(torch.randn(16, 256))"
+    )
+    environment = {**os.environ, "ONEDNN_VERBOSE": "profile_exec"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    products = [line for line in done.stdout.splitlines() if ",matmul," in line or ",inner_product," in line]
+    assert len(products) == 2 and not any(",ref" in line for line in products), products
