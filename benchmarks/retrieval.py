@@ -28,6 +28,7 @@ from catid2_ray.evaluation.protocol import Judgements, per_query_recalls
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.stages import evaluate
 from catid2_ray.retrieval.rescoring import Hit
+from catid2_ray.retrieval.retriever import Retriever
 
 RETURNED = max(KS)
 IN_8_BITS = 64  # queries
@@ -55,8 +56,7 @@ def lists_of(place: str) -> tuple[Judgements, dict, dict]:
     validation, test = (judged(store, parts, split, recipe) for split in ("validation", "test"))
     retriever = open_retriever(releases.release_folder(store, release, cache))
     found, weights = {}, {}
-    # Every cosine is below a thousandth of the least score of a word.
-    found[WORDS] = rivals(retriever, test, (1e6,))[1e6]
+    found[WORDS] = by_words(retriever, test)
     for name, raw_ND in (("dense", as_they_are(store, parts, retriever)), ("adapted dense", None)):
         by_weight = rivals(retriever, validation, LEXICAL, raw_ND)
         weights[name] = max(LEXICAL, key=lambda one: np.mean(mean_recall(validation, by_weight[one])))
@@ -79,6 +79,16 @@ def lists_of(place: str) -> tuple[Judgements, dict, dict]:
         "same_in_8_bits": float(np.mean(same)), "validation_queries": len(validation.queries),
     }  # fmt: skip
     return test, found, about
+
+
+def by_words(retriever: Retriever, judgements: Judgements) -> list[list[str]]:
+    """BM25 alone: of each query at most RETURNED products, all of which share a word with it."""
+    names, lists = retriever.products.product_ids.to_pylist(), []
+    for query in judgements.queries:
+        (lexical_N,) = retriever.products.all_lexical_scores([query])
+        best = np.argsort(-lexical_N, kind="stable")[:RETURNED]
+        lists.append([names[row] for row in best[lexical_N[best] > 0]])
+    return lists
 
 
 def names_of(hits: list[list[Hit]]) -> list[list[str]]:
