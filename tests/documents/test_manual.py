@@ -198,7 +198,7 @@ def test_a_row_of_the_readme_s_table_has_a_figure_and_whole_systems_stand_before
     }
     lines = _loaded("results").table({"tables": {"T2": {"rows": rows}}}).splitlines()[2:]
     assert lines == [
-        "| dense, the recipe's encoder as it is | .500 | .500 (.400 to 1.000) | .500 | 1 |",
+        "| dense, the recipe's encoder, no adapter | .500 | .500 (.400 to 1.000) | .500 | 1 |",
         "| BM25, k1 1.2, b 0.75 | .250 | .250 (.150 to 1.000) | .250 | 1 |",
         "| TIGER (proxy) | .900 | .900 (.800 to 1.000) | .900 | 3 |",
     ]

@@ -4,6 +4,7 @@ nothing answers; cells that fail beside cells that do not; a second run that fin
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
 from catid2_ray.errors import InputError
+from catid2_ray.evaluation.reproduce.conditions import METHODS as CONDITIONS
 from catid2_ray.evaluation.reproduce.conditions import NAMES, plan
 from catid2_ray.on_ray.reproduce.measure import Measures, _approximate, _Pair
 from catid2_ray.on_ray.reproduce.run import reproduce
@@ -278,3 +280,15 @@ def test_a_method_without_its_package_names_it(monkeypatch):
     pair = _Pair(lambda texts: np.eye(4), np.eye(4), 0.0, 0.0, lambda: 0.0)
     with pytest.raises(InputError, match=r"faiss is not installed: pip install 'catid2-ray\[baselines\]'"):
         _approximate("hnsw", np.eye(4), pair, 0.0)
+
+
+@pytest.mark.parametrize(
+    "name, trained", [("dense", 130.0), ("bm25+adapted", 130.0), ("bm25_tuned", 30.0), ("dpr", 30.0)]
+)
+def test_the_tuning_of_the_encoder_is_counted_for_each_method_that_uses_it(name, trained):
+    (condition,) = [one for one in CONDITIONS if one.name == name]
+    recipe = SimpleNamespace(seed=0)
+    measures = Measures.__new__(Measures)
+    measures.job, measures.recipe_of = SimpleNamespace(recipe=recipe), lambda condition, seed: recipe
+    measures.embedded = lambda recipe: (None, {"tuned_encoder": SimpleNamespace(metrics={"seconds": 100.0})})
+    assert measures.with_shared(condition, {"train_seconds": 30.0}, {})["train_seconds"] == trained

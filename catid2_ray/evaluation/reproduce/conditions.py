@@ -69,7 +69,7 @@ LEXICAL = (
     Condition("bm25_blanks", "BM25, words between blanks", "lexical", {"words": "blanks"}),
 )
 DENSE = (
-    Condition("dense", "dense, the recipe's encoder as it is", "dense"),
+    Condition("dense", "dense, the recipe's encoder, no adapter", "dense"),
     Condition("adapted", "dense, adapted by two matrices", "dense", {"adapted": True}),
     Condition("hnsw", "adapted dense, HNSW graph (faiss)", "dense", {"adapted": True, "faiss": "hnsw"}),
     Condition("ivf", "adapted dense, inverted lists (faiss)", "dense", {"adapted": True, "faiss": "ivf"}),

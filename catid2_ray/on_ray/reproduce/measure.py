@@ -137,8 +137,9 @@ class Measures:
         return family(condition, seed, parents)
 
     def with_shared(self, condition: Condition, cost: dict, parents: dict[str, Manifest]) -> dict:
-        """The cost of IDs with what they share with others, counted for each: embeddings and the adapter. Of a release: with the
-        bytes that a replica reads."""
+        """The cost with what methods share, counted for each: the tuning of the encoder and, for IDs, embeddings and the adapter.
+        Of a release: with the bytes that a replica reads."""
+        cost = cost | {"train_seconds": cost["train_seconds"] + self._tuning_seconds(condition)}
         if condition.family in ("release", "generator"):
             read = [parents[name].files for name in ("generator", "serving", "node_vectors") if name in parents]
             cost = cost | {"bytes": sum(e["bytes"] for files in [*read, parents["ids"].named("trie/")] for e in files)}
@@ -180,6 +181,13 @@ class Measures:
         return self.bench.judged["test"].queries
 
     # Vectors
+
+    def _tuning_seconds(self, condition: Condition) -> float:
+        """What it took to tune the recipe's encoder, where it is tuned and the method uses it."""
+        if condition.family == "lexical" or _tuned_dpr(condition):
+            return 0.0
+        _, parts = self.embedded(self.recipe_of(condition, self.job.recipe.seed))
+        return parts["tuned_encoder"].metrics["seconds"] if "tuned_encoder" in parts else 0.0
 
     def _pair(self, condition: Condition, seed: int) -> "_Pair":
         """Queries' and products' vectors: as they are, adapted or fine-tuned."""
