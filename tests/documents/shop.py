@@ -43,6 +43,7 @@ def reduced(recipe: dict) -> dict:
         small[section] = (small.get(section) or {}) | TINY[section]
         if section in ("quantizer", "generator"):
             small[section] |= {"workers": 1}
+    small["embedding"].pop("encoder_mode", None)  # lsa has no weights to tune
     small["generator"].pop("head", None)  # what reads codewords needs them in the space of a text encoder
     small["catalog"] = (small.get("catalog") or {}) | {"rows_per_part": TINY["catalog"]["rows_per_part"]}
     if "synthetic" in small["catalog"]:
