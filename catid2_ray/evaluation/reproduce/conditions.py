@@ -90,7 +90,7 @@ KINDS = (
     _ids("cat_id2_256", "CAT-ID², as printed, K 256", "cat_id2_paper", recipe=_same(256)),
     _ids("cat_id2_512", "CAT-ID², as printed, K 512", "cat_id2_paper", recipe=_same(512)),
     _ids("cat_id2", "CAT-ID², ours (the default)"),
-    _ids("cat_id2_shuffled", "… trained on shuffled categories (control)"),
+    _ids("cat_id2_shuffled", "CAT-ID² of shuffled categories (control)"),
     _ids("rq_kmeans", "residual k-means, nothing trained"),
     _ids("cq_sid", "CQ-SID, products share IDs"),
     _ids(
