@@ -17,7 +17,8 @@ from catid2_ray.config import Recipe
 from catid2_ray.errors import InputError
 from catid2_ray.evaluation.reproduce.conditions import METHODS as CONDITIONS
 from catid2_ray.evaluation.reproduce.conditions import NAMES, plan
-from catid2_ray.on_ray.reproduce.measure import Measures, _approximate, _Pair
+from catid2_ray.on_ray.reproduce.measure import Measures
+from catid2_ray.on_ray.reproduce.nearest import Pair, approximate
 from catid2_ray.on_ray.reproduce.run import reproduce
 from tests.command import run_here, write_recipe
 
@@ -277,9 +278,9 @@ def test_a_cell_that_breaks_leaves_the_others_alone(done, no_ray, monkeypatch, c
 
 def test_a_method_without_its_package_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    pair = _Pair(lambda texts: np.eye(4), np.eye(4), 0.0, 0.0, lambda: 0.0)
+    pair = Pair(lambda texts: np.eye(4), np.eye(4), 0.0, 0.0, lambda: 0.0)
     with pytest.raises(InputError, match=r"faiss is not installed: pip install 'catid2-ray\[baselines\]'"):
-        _approximate("hnsw", np.eye(4), pair, 0.0)
+        approximate("hnsw", np.eye(4), pair, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.pipeline import check_codes
 from catid2_ray.on_ray.reports import parts_of_kind, variant
 from catid2_ray.on_ray.reproduce.bench import Bench, Vectors
+from catid2_ray.on_ray.reproduce.nearest import Pair, approximate, cost_of
 from catid2_ray.on_ray.stages import adapter, embed, examples, train_generator, tuned_encoder
 from catid2_ray.retrieval.trie import Trie
 
@@ -174,7 +175,7 @@ class Measures:
         rows_QC, milliseconds = ranking.ranked_by(
             ranking.lexical_scores(index, self._texts), len(self._texts), above=0.0
         )
-        return Ranking(rows_QC, _cost(0.0, seconds, milliseconds, index.nbytes), chosen)
+        return Ranking(rows_QC, cost_of(0.0, seconds, milliseconds, index.nbytes), chosen)
 
     @property
     def _texts(self) -> list[str]:
@@ -189,7 +190,7 @@ class Measures:
         _, parts = self.embedded(self.recipe_of(condition, self.job.recipe.seed))
         return parts["tuned_encoder"].metrics["seconds"] if "tuned_encoder" in parts else 0.0
 
-    def _pair(self, condition: Condition, seed: int) -> "_Pair":
+    def _pair(self, condition: Condition, seed: int) -> Pair:
         """Queries' and products' vectors: as they are, adapted or fine-tuned."""
         job, parts = self.embedded(self.recipe_of(condition, seed))
         if _tuned_dpr(condition):
@@ -199,17 +200,17 @@ class Measures:
             if vectors.adapter is None:
                 raise InputError(f"there is no adapter: {_why_no_adapter(job, parts)}")
             seconds = parts["adapter"].metrics["seconds"]
-            return _Pair(vectors.adapted_queries, vectors.adapted(), seconds, embedding, lambda: vectors.milliseconds)
-        return _Pair(vectors.queries, vectors.product_ND, 0.0, embedding, lambda: vectors.milliseconds)
+            return Pair(vectors.adapted_queries, vectors.adapted(), seconds, embedding, lambda: vectors.milliseconds)
+        return Pair(vectors.queries, vectors.product_ND, 0.0, embedding, lambda: vectors.milliseconds)
 
     def _dense_ranking(self, condition: Condition, seed: int, parents) -> Ranking:
         pair = self._pair(condition, seed)
         query_QD, encoding = pair.queries(self._texts), pair.milliseconds()
         if index := condition.settings.get("faiss"):
-            return _approximate(str(index), query_QD, pair, encoding)
+            return approximate(str(index), query_QD, pair, encoding)
         scores = ranking.dense_scores(query_QD, pair.product_ND)
         rows_QC, milliseconds = ranking.ranked_by(scores, len(self._texts))
-        return Ranking(rows_QC, _cost(pair.train, pair.index, encoding + milliseconds, pair.product_ND.nbytes), {})
+        return Ranking(rows_QC, cost_of(pair.train, pair.index, encoding + milliseconds, pair.product_ND.nbytes), {})
 
     def _fusion_ranking(self, condition: Condition, seed: int, parents) -> Ranking:
         """BM25 tuned and a cosine, added with the weight that finds most on validation."""
@@ -226,7 +227,7 @@ class Measures:
             chosen["weight"],
         )
         rows_QC, milliseconds = ranking.ranked_by(scores, len(self._texts))
-        cost = _cost(pair.train, pair.index + seconds, encoding + milliseconds, pair.product_ND.nbytes + index.nbytes)
+        cost = cost_of(pair.train, pair.index + seconds, encoding + milliseconds, pair.product_ND.nbytes + index.nbytes)
         return Ranking(rows_QC, cost, chosen | {name: lexical_choice[name] for name in ("k1", "b")})
 
     # A fine-tuned encoder
@@ -238,7 +239,7 @@ class Measures:
             "learning_rate": budget.dpr_learning_rate, "min_relevance": generator.min_relevance,
         }  # fmt: skip
 
-    def _dpr(self, job: Job, parts: dict[str, Manifest], seed: int) -> "_Pair":
+    def _dpr(self, job: Job, parts: dict[str, Manifest], seed: int) -> Pair:
         settings = {**self._dpr_settings(), "split": job.recipe.evaluation.split, "seed": seed}
         parents = {name: parts[name] for name in ("catalog", "pairs", "embeddings")}
         digests = {role: parent.digest for role, parent in parents.items()}
@@ -252,7 +253,7 @@ class Measures:
         )
         place_of = {text: place for place, text in enumerate(self._all_queries())}
         metrics = made.metrics
-        return _Pair(
+        return Pair(
             lambda texts: query_QD[[place_of[text] for text in texts]], product_ND, metrics["seconds_training"],
             metrics["seconds_indexing"], lambda: metrics["milliseconds_a_query"],
         )  # fmt: skip
@@ -330,7 +331,7 @@ class Measures:
         indexed = time.monotonic()
         making = parents["quantizer"].metrics["seconds"] + ids.metrics["seconds"]
         weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        cost = _cost(making + trained - start, indexed - trained, 0.0, trie.nbytes + weights)
+        cost = cost_of(making + trained - start, indexed - trained, 0.0, trie.nbytes + weights)
         cost |= {"ids_seconds": round(making, 2), "generator_seconds": round(trained - start, 2)}
         if condition.settings.get("clusters"):
             return self._clustered(vectors, model, trie, cost)
@@ -389,7 +390,7 @@ class Measures:
             sum(parents[name].metrics["seconds"] for name in names)
             for names in (("quantizer", "ids"), ("examples", "generator"))
         )
-        cost = _cost(ids + trained, 0.0, milliseconds, 0) | {"ids_seconds": ids, "generator_seconds": trained}
+        cost = cost_of(ids + trained, 0.0, milliseconds, 0) | {"ids_seconds": ids, "generator_seconds": trained}
         # Of IDs that products share the list ends with the products that were asked for, so it is no list of a beam's IDs.
         return Ranking(rows_QC, cost, {}, None if parents["ids"].metrics["ids"] == "cluster" else found)
 
@@ -439,18 +440,7 @@ class Measures:
             parts[name].metrics["seconds"] for name in ("embeddings", "node_vectors", "serving") if name in parts
         )
         kind = Recipe.stored(parts["ids"].recipe).quantizer.kind
-        return Ranking(rows_QC, _cost(training, indexing, milliseconds, 0), {"kind": kind, "release": release.name})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pair:
-    """`queries`: texts → float32 Q×D. Seconds to train and to embed the products; `milliseconds`: what encoding a query takes."""
-
-    queries: Callable[[list[str]], np.ndarray]
-    product_ND: np.ndarray
-    train: float
-    index: float
-    milliseconds: Callable[[], float]
+        return Ranking(rows_QC, cost_of(training, indexing, milliseconds, 0), {"kind": kind, "release": release.name})
 
 
 def _adapts(condition: Condition) -> bool:
@@ -469,37 +459,6 @@ def _why_no_adapter(job: Job, parts: dict[str, Manifest]) -> str:
     if "adapter" in parts:
         return "the one that was learned finds no more on the queries kept back, and was not adopted"
     return adapter.reason_against(job.recipe, parts) or "none was made"
-
-
-def _approximate(index: str, query_QD: np.ndarray, pair: _Pair, encoding: float) -> Ranking:
-    """faiss's HNSW or IVF over the same vectors, by inner product of rows of length 1."""
-    try:
-        import faiss
-    except ImportError:
-        raise InputError("faiss is not installed: pip install 'catid2-ray[baselines]'") from None
-    product_ND = ranking.unit(pair.product_ND)
-    start, lists = time.monotonic(), int(4 * len(product_ND) ** 0.5)
-    found = faiss.index_factory(
-        product_ND.shape[1], "HNSW32" if index == "hnsw" else f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT
-    )
-    found.train(product_ND)
-    found.add(product_ND)
-    if index == "hnsw":
-        found.hnsw.efSearch = 2 * RETURNED
-    else:
-        found.nprobe = max(1, lists // 32)
-    indexed = time.monotonic()
-    rows_QC = found.search(ranking.unit(query_QD), min(RETURNED, len(product_ND)))[1].astype(np.int64)
-    milliseconds = 1000 * (time.monotonic() - indexed) / max(1, len(query_QD))
-    rows_QC = np.pad(rows_QC, ((0, 0), (0, RETURNED - rows_QC.shape[1])), constant_values=-1)
-    return Ranking(
-        rows_QC, _cost(pair.train, pair.index + indexed - start, encoding + milliseconds, product_ND.nbytes), {}
-    )
-
-
-def _cost(train: float, index: float, milliseconds: float, read: int) -> dict:
-    return {"train_seconds": round(train, 2), "index_seconds": round(index, 2), "ms_per_query": round(milliseconds, 3),
-            "bytes": int(read)}  # fmt: skip
 
 
 def _npy(array: np.ndarray) -> bytes:

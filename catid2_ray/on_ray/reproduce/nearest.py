@@ -1,0 +1,57 @@
+"""Vectors of queries and products, faiss's search among them, and how the cost of a ranking is stated.
+
+Q queries, N products, D width of a vector.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from catid2_ray.errors import InputError
+from catid2_ray.evaluation.reproduce import ranking
+from catid2_ray.evaluation.reproduce.ranking import RETURNED, Ranking
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`queries`: texts → float32 Q×D. Seconds to train and to embed the products; `milliseconds`: what encoding a query takes."""
+
+    queries: Callable[[list[str]], np.ndarray]
+    product_ND: np.ndarray
+    train: float
+    index: float
+    milliseconds: Callable[[], float]
+
+
+def cost_of(train: float, index: float, milliseconds: float, read: int) -> dict:
+    """What a ranking cost: seconds to train and to index, milliseconds a query, bytes that a query may read."""
+    return {"train_seconds": round(train, 2), "index_seconds": round(index, 2), "ms_per_query": round(milliseconds, 3),
+            "bytes": int(read)}  # fmt: skip
+
+
+def approximate(index: str, query_QD: np.ndarray, pair: Pair, encoding: float) -> Ranking:
+    """faiss's HNSW or IVF over the same vectors, by inner product of rows of length 1."""
+    try:
+        import faiss
+    except ImportError:
+        raise InputError("faiss is not installed: pip install 'catid2-ray[baselines]'") from None
+    product_ND = ranking.unit(pair.product_ND)
+    start, lists = time.monotonic(), int(4 * len(product_ND) ** 0.5)
+    found = faiss.index_factory(
+        product_ND.shape[1], "HNSW32" if index == "hnsw" else f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT
+    )
+    found.train(product_ND)
+    found.add(product_ND)
+    if index == "hnsw":
+        found.hnsw.efSearch = 2 * RETURNED
+    else:
+        found.nprobe = max(1, lists // 32)
+    indexed = time.monotonic()
+    rows_QC = found.search(ranking.unit(query_QD), min(RETURNED, len(product_ND)))[1].astype(np.int64)
+    milliseconds = 1000 * (time.monotonic() - indexed) / max(1, len(query_QD))
+    rows_QC = np.pad(rows_QC, ((0, 0), (0, RETURNED - rows_QC.shape[1])), constant_values=-1)
+    return Ranking(
+        rows_QC, cost_of(pair.train, pair.index + indexed - start, encoding + milliseconds, product_ND.nbytes), {}
+    )
