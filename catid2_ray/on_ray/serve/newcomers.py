@@ -222,13 +222,10 @@ def asked_again(product: dict) -> dict:
     if "vector" in said and said["vector"] is None:
         said["vector"] = product["vector"]
     asked = {name: product[name] for name in ("product_id", "title", "value", "columns") if name in product}
-    columns = asked.get("columns", {})
-    if (path := columns.get(PATH)) and path == _names(said)[
-        : len(path)
-    ]:  # made of it; another release may have no such column
-        asked["columns"] = {name: value for name, value in columns.items() if name != PATH}
-        if not asked["columns"]:
-            del asked["columns"]
+    path = asked.get("columns", {}).get(PATH)
+    if path and path == _names(said)[: len(path)]:  # made of it; another release may have no such column
+        left = {name: value for name, value in asked.pop("columns").items() if name != PATH}
+        asked |= {"columns": left} if left else {}
     return asked | said
 
 
