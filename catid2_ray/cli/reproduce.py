@@ -21,7 +21,7 @@ def reproduce(
         str | None,
         typer.Option(
             metavar="1,2,…",
-            help="tables 1 to 8, F5 (figure 5), CQ (CQ-SID); figures 3, 4, 6 come with table 8; default: all",
+            help="tables 1 to 8, F5 (figure 5), CQ (CQ-SID), CT (category labels); figures 3, 4, 6 come with table 8; default: all",
         ),
     ] = None,
     cell: Annotated[str | None, typer.Option(metavar="T2/tiger/us", help="this cell alone")] = None,

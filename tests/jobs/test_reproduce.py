@@ -17,6 +17,7 @@ from catid2_ray.config import Recipe
 from catid2_ray.errors import InputError
 from catid2_ray.evaluation.reproduce.conditions import METHODS as CONDITIONS
 from catid2_ray.evaluation.reproduce.conditions import NAMES, plan
+from catid2_ray.on_ray.commands import reindex
 from catid2_ray.on_ray.reproduce.measure import Measures
 from catid2_ray.on_ray.reproduce.nearest import Pair, approximate
 from catid2_ray.on_ray.reproduce.run import reproduce
@@ -203,6 +204,25 @@ def test_it_says_which_method_to_take(done):
     advice = done["report"]["advice"]
     assert advice["take"] in ("bm25", "bm25_tuned", "dense", "bm25+dense") and advice["best"] in advice["ties"]
     assert advice["sentence"] in done["first_run"].stdout and "Take " in advice["sentence"]
+
+
+def test_a_further_seed_of_what_is_served_is_made_as_its_release_would_be(shop, no_ray, tmp_path):
+    """Only where the recipe names it: a generator is trained in full."""
+    recipe = shop["recipe"] | {"store": str(tmp_path / "store"), "reproduce": {"methods": ["served"]}}
+    reindex(Recipe.build(recipe))
+    cells = plan(["2"], ["served", "generator"], "tiny")
+    result, _ = reproduce(Recipe.build(recipe), cells, seeds=2)
+    alone, served = result.outcomes
+    assert [run.seed for run in served.runs] == [0, 1] and not served.whys
+    assert [run.seed for run in alone.runs] == [0]
+    assert "name it in reproduce.methods" in alone.whys[0]
+    assert (
+        served.runs[0].tuned["release"].startswith("r-") and served.runs[1].tuned["release"] == "none; made with seed 1"
+    )
+    store = Store(recipe["store"])
+    (made,) = _of_kind(store, "generator", served.runs[1].parents["generator"])
+    assert made["recipe"]["seed"] == 1 and made["parents"]["ids"] == served.runs[1].parents["ids"]
+    assert served.runs[0].parents["ids"] != served.runs[1].parents["ids"]
 
 
 def test_one_cell_alone_and_what_is_there_is_read_without_measuring(done, tmp_path):

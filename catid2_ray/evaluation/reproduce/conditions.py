@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """`table`: T2 to T7, F5 for figure 5, CQ for CQ-SID's; its name is TABLE/method/data set."""
+    """`table`: T2 to T7, F5 for figure 5, CQ for CQ-SID's, CT for what labels bring; its name is TABLE/method/data set."""
 
     table: str
     row: Row
@@ -59,7 +59,8 @@ def _same(codes: int, levels: int = 4) -> dict:
     return {"quantizer.codes_per_level": [codes] * levels}
 
 
-_OTHER_ENCODER = {"embedding.adapter": "none"}
+# As it is, so not tuned; and a generator's head that reads the recipe's own encoder would not fit.
+_OTHER_ENCODER = {"embedding.adapter": "none", "embedding.encoder_mode": "frozen", "generator.head": "plain"}
 _SENTENCE_T5 = {"embedding.encoder": "sentence-transformers/sentence-t5-base", **_OTHER_ENCODER}
 _MPNET = {"embedding.encoder": "sentence-transformers/paraphrase-multilingual-mpnet-base-v2", **_OTHER_ENCODER}
 
@@ -109,8 +110,10 @@ GENERATORS = (
          recipe={"generator.head": "pawa"}),
 )  # fmt: skip
 RELEASE = (
-    Condition("generator", "the release's generator alone, beams of whole IDs", "release", {"served": False}),
-    Condition("served", "ours with everything on, as served", "release", {"served": True}),
+    Condition(
+        "generator", "the release's generator alone, beams of whole IDs", "release", {"served": False}, seeded=True
+    ),
+    Condition("served", "ours with everything on, as served", "release", {"served": True}, seeded=True),
 )
 MISSING = (
     Condition("pag", "PAG's look-ahead", missing="its simultaneous decoding is not built; `served` looks ahead by node vectors"),
@@ -140,7 +143,8 @@ SWEEPS = {
 _KIND_OF = {("dispersion", 0.0): "hcc", ("hierarchical", 0.0): "dis", ("cluster_scale", 1.0): "hcc_csc_dis"}
 SIZES = (64, 128, 256, 512)
 TABLES = ("1", "2", "3", "4", "5", "6", "7", "8")
-ALSO = ("F5", "CQ")  # figure 5, and the table of CQ-SID
+ALSO = ("F5", "CQ", "CT")  # figure 5, the table of CQ-SID, and that of what category labels bring
+NOISE = (0.05, 0.2, 0.5)  # shares of products whose labels are exchanged; 1 is the control
 WITH, WITHOUT = "with", "without"
 
 
@@ -195,6 +199,24 @@ def rows_of(table: str, methods: Sequence[str], *, text: Sequence[str] = ("title
         }
         rows = [Row(_ids(name, title, "cq_sid", recipe=change)) for name, (title, change) in changes.items()]
         return [*rows, Row(_ids("cq_sid", "CQ-SID")), Row(_ids("tiger", "TIGER, an ID each"))]
+    if table == "CT":
+        noise = [
+            Row(_ids(f"noise_{100 * share:.0f}", f"labels of {share:.0%} of the products exchanged", "cat_id2",
+                     recipe={"quantizer.category_noise": share}))
+            for share in NOISE
+        ]  # fmt: skip
+        deep = {"levels": 3, "quantizer.allow_deep_categories": True}
+        return [
+            Row(_ids("rq_kmeans", "no labels, nothing trained: residual k-means")),
+            Row(_ids("tiger", "no labels: TIGER")),
+            Row(_ids("dis", "no labels: DisL alone")),
+            Row(_ids("cat_id2", "labels as they are")),
+            Row(_ids("depth_2_3", "half of the deepest categories not known")),
+            *noise,
+            Row(_ids("cat_id2_shuffled", "all labels exchanged (the control)")),
+            Row(_ids("on_residual", "eq. 4 by level, IDs deeper than categories (H < L)")),
+            Row(_ids("as_deep", "eq. 4 by level, a level for each category (H = L)", "on_residual", recipe=deep)),
+        ]
     if table == "F5":
         rows = [
             Row(_ids(f"{name}_{value:g}", f"{letter} = {value:g}", kind, recipe=changes))
@@ -207,7 +229,7 @@ def rows_of(table: str, methods: Sequence[str], *, text: Sequence[str] = ("title
             for codes in SIZES
             for kind, title in (("tiger", "TIGER"), ("cat_id2", "CAT-ID²"))
         ]
-    raise InputError(f"table {table!r} measures nothing of its own; those that do are 2, 3, 4, 5, 6, 7, F5 and CQ")
+    raise InputError(f"table {table!r} measures nothing of its own; those that do are 2, 3, 4, 5, 6, 7, F5, CQ and CT")
 
 
 def _swept(name: str, value: float) -> tuple[str, dict]:
@@ -232,7 +254,8 @@ def plan(tables: Sequence[str], methods: Sequence[str], data: str, *, text: Sequ
         raise InputError(f"reproduce.methods: unknown {', '.join(map(repr, unknown))}; known are {', '.join(NAMES)}")
     if unknown := [table for table in tables if table not in (*TABLES, *ALSO)]:
         raise InputError(
-            f"--tables: unknown {', '.join(unknown)}; choose from {', '.join(TABLES)}, F5 (figure 5) and CQ (CQ-SID's)"
+            f"--tables: unknown {', '.join(unknown)}; choose from {', '.join(TABLES)}, F5 (figure 5), CQ (CQ-SID's) and CT (what "
+            "category labels bring)"
         )
     measuring = [
         table for table in ("2", "3", "4", "5", "6", *ALSO) if table in tables or (table == "2" and "7" in tables)

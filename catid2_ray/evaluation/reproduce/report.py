@@ -28,34 +28,12 @@ from catid2_ray.evaluation.reproduce.scores import (
     sentences,
 )
 from catid2_ray.evaluation.reproduce.significance import Compared, letter_of
+from catid2_ray.evaluation.reproduce.texts import PROXY_NOTE, QUESTIONS, TITLES
 from catid2_ray.evaluation.reproduce.verdicts import verdict
 from catid2_ray.evaluation.tables import DASH, Cell, Column, Table, columns_of, markdown, per_cent
 
 SHOWN_AT = (10, 50)  # cut-offs with intervals, letters and sentences
 PAPER_LOCALES = ("us", "es", "jp")
-PROXY_NOTE = (
-    "Rows of IDs are found through the proxy of compare-ids --score recall: a small generator, the same for every "
-    "kind, trained for "
-    "seconds and searched by a beam of 100. They compare kinds of IDs with each other, not a real generator with BM25; "
-    "rows with a generator trained in full do that."
-)
-QUESTIONS = {
-    "T2": "Which method finds most of what queries ask for? Each returns the same number of products.",
-    "T3": "What does each term of the loss bring? Rows (0) to (6) as the paper prints them, and the same terms added "
-    "to our preset.",
-    "T4": "Does the category's text in the embedding help, or is the category known from the title anyway?",
-    "T5": "Does a deeper category tree make better IDs, and do hard negatives?",
-    "T6": "How many levels should an ID have?",
-    "CQ": "What do the category as first code and the query–item term bring to IDs that products share, at equal beams and at "
-    "equal products?",
-    "F5": "How much do the weights of the loss and the size of the codebooks matter?",
-}
-TITLES = {
-    "T2": "Table 2: methods", "T3": "Table 3: terms of the loss", "T4": "Table 4: category text in the embedding",
-    "T5": "Table 5: depth of the categories, and negatives", "T6": "Table 6: levels of an ID",
-    "CQ": "CQ-SID: IDs that products share",
-    "F5": "Figure 5: weights of the loss and size of the codebooks",
-}  # fmt: skip
 
 
 class Facts(NamedTuple):
@@ -90,7 +68,7 @@ def write(
     outcomes: Sequence[Outcome], judged: Judged, facts: Facts, *, docid_of: Mapping[str, Mapping[str, str]],
     tables: Sequence[str], link: str = "",
 ) -> Written:  # fmt: skip
-    """`tables`: "1" … "8", "F5", "CQ". `link`: what comes before a manifest's name in the page, such as ../../; "" = no links."""
+    """`tables`: "1" … "8", "F5", "CQ", "CT". `link`: what comes before a manifest's name in the page; "" = no links."""
     by_table: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         by_table.setdefault(outcome.cell.table, []).append(outcome)
@@ -113,8 +91,8 @@ def write(
         headline = Headline("good" if said.take == said.best else "look", said.sentence)
         summary["advice"] = said._asdict()
     if "1" in tables:
-        parts.append(table_1(facts))
-    for table in ("T2", "T3", "T4", "T5", "T6", "F5", "CQ"):
+        parts += [_question("1"), table_1(facts)]
+    for table in ("T2", "T3", "T4", "T5", "T6", "F5", "CQ", "CT"):
         if table not in by_table:
             continue
         made = _part(table, by_table[table], scores[table], at.get(table, {}), judged, facts, link)
@@ -122,9 +100,9 @@ def write(
         figures |= made.figures
         summary["tables"][table] = made.summary
     if "7" in tables and "T2" in by_table:
-        parts.append(table_7(by_table["T2"], facts))
+        parts += [_question("7"), table_7(by_table["T2"], facts)]
     if "8" in tables and facts.table_8:
-        parts.append(table_8(facts.table_8))
+        parts += [_question("8"), table_8(facts.table_8)]
     for number, (caption, figure) in enumerate(facts.images.items()):
         figures[f"ids_{number + 1}.png"] = figure
         parts.append(Picture(caption, figure, caption))
@@ -134,6 +112,10 @@ def write(
     return Written(
         page(f"Reproduction on {facts.data}", parts, about=facts.about, headline=headline), text, summary, figures
     )
+
+
+def _question(table: str) -> Prose:
+    return Prose(TITLES[table], [QUESTIONS[table]], {})
 
 
 class _Made(NamedTuple):
@@ -408,7 +390,7 @@ def table_1(facts: Facts) -> Table:
     rows = [[facts.data, *(f"{facts.table_1[name]:,}" for name in names)]]
     for locale in PAPER_LOCALES if facts.locale is None else (facts.locale,):
         rows.append([f"ESCI-{locale}, the paper's", *(f"{number:,}" for number in facts.published["1"][locale])])
-    return Table("Table 1: the data", columns_of("data", *names.values()), rows, "Ours: pairs from the relevance on "
+    return Table("Counts", columns_of("data", *names.values()), rows, "Ours: pairs from the relevance on "
         "that teaches (train) or counts (test).")  # fmt: skip
 
 
@@ -430,14 +412,14 @@ def table_7(outcomes: Sequence[Outcome], facts: Facts) -> Table:
         printed_hours = f"{hours:.1f} h" if isinstance(hours, float) else DASH
         rows.append([f"{outcome.cell.row.condition.title} {why}".strip(), printed_hours, _seconds(mean), *parts])
     columns = columns_of("method", "paper: one A100 of 80 GB", "ours: all training", "of it IDs", "of it the generator")
-    return Table("Table 7: training time", columns, rows, "Not to be compared across columns: other data, machine and "
+    return Table("Training time", columns, rows, "Not to be compared across columns: other data, machine and "
         "generator (GenRet: eight A100).")  # fmt: skip
 
 
 def table_8(examples: Sequence[Mapping[str, str]]) -> Table:
     table = examples_table(examples)
     columns = [*table.columns[:2], Column("CAT-ID² (ours)", number=False), Column("TIGER", number=False)]
-    return table._replace(title="Table 8: IDs side by side", columns=columns[: len(table.columns)])
+    return table._replace(title="IDs", columns=columns[: len(table.columns)])
 
 
 def cells_table(outcomes: Sequence[Outcome], facts: Facts, link: str) -> Table:

@@ -177,6 +177,13 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         for other, title in (("cq_rq_vae", "RQ-VAE"), ("cq_no_category", "itself without category"),
                              ("cq_no_query_item", "itself without query–item term"), ("tiger", "an ID each"))
     ),
+    "CT": (
+        Claim("cat_id2", "dis", "labels over none (ours: do categories help?)"),
+        Claim("cat_id2", "cat_id2_shuffled", "labels over their control (ours)"),
+        Claim("cat_id2", "noise_50", "labels over labels of which half are exchanged (ours)"),
+        Claim("cat_id2", "rq_kmeans", "CAT-ID² (ours) over k-means without any training (ours)"),
+        Claim("on_residual", "as_deep", "IDs deeper than categories, as 3.1 asks for (H < L)"),
+    ),
     "F5": tuple(
         Claim(best, other, f"{letter}: a middle value over {end} (4.5)")
         for letter, best, ends in (

@@ -16,6 +16,7 @@ import torch
 from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Attempt, Manifest
+from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.catalog import tuning
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.text import HuggingFaceEncoder, join_text
@@ -31,12 +32,15 @@ from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
-from catid2_ray.on_ray.pipeline import check_codes
+from catid2_ray.on_ray.pipeline import RUN, check_codes
 from catid2_ray.on_ray.reports import parts_of_kind, variant
 from catid2_ray.on_ray.reproduce.bench import Bench, Vectors
 from catid2_ray.on_ray.reproduce.nearest import Pair, approximate, cost_of
 from catid2_ray.on_ray.stages import adapter, embed, examples, train_generator, tuned_encoder
 from catid2_ray.retrieval.trie import Trie
+
+# Parts of a release that a search of it depends on; the others go into these.
+_OF_RELEASE = ("ids", "generator", "serving", "mixture", "node_vectors", "examples", "quantizer")
 
 
 class Measures:
@@ -108,7 +112,8 @@ class Measures:
             raise InputError(condition.missing)
         parents = {name: self.parts[name] for name in ("catalog", "pairs")}
         if condition.family == "release":
-            parents |= self._released()
+            released = self._released(condition, seed)
+            parents |= {name: released[name] for name in _OF_RELEASE if name in released}
             settings |= {"searched": "release"}
         if condition.family in ("dense", "fusion", "ids", "generator"):
             recipe = self.recipe_of(condition, seed)
@@ -407,8 +412,11 @@ class Measures:
             rows_QC[query, : len(row)] = [self.bench.row_of[hit.product_id] for hit in row]
         return rows_QC, milliseconds, [list(dict.fromkeys(hit.docid_text for hit in row)) for row in hits]
 
-    def _released(self) -> dict[str, Manifest]:
-        """The parts of the release that is current, where it was made of this catalogue and these pairs."""
+    def _released(self, condition: Condition, seed: int) -> dict[str, Manifest]:
+        """The parts of the release that is current, where it was made of this catalogue and these pairs; of another seed than the
+        recipe's those that its release would have, over the same embeddings and adapter."""
+        if seed != self.job.recipe.seed:
+            return self._made_as_released(condition, seed)
         try:
             release = releases.current(self.job.store)
         except ReleaseError:
@@ -422,14 +430,28 @@ class Measures:
                 raise InputError(
                     f"release {release.name} was made of another {name} than this recipe's: run `catid2 reindex` anew"
                 )
-        names = ("ids", "generator", "serving", "mixture", "node_vectors", "examples", "quantizer")
-        return {name: parts[name] for name in names if name in parts}
+        return parts
+
+    def _made_as_released(self, condition: Condition, seed: int) -> dict[str, Manifest]:
+        recipe = self.job.recipe
+        if condition.name not in recipe.reproduce.methods:
+            raise InputError(
+                f"a further seed of {condition.name} trains a generator in full: name it in reproduce.methods"
+            )
+        job = dataclasses.replace(self.job, recipe=Recipe.build(recipe.model_dump(mode="json") | {"seed": seed}))
+        parts = parts_of_kind(job, self.parts)
+        names = list(RUN)
+        for name in names[names.index("ids") + 1 : names.index("evaluation")]:
+            if (made := RUN[name](job, parts)) is not None:
+                parts[STAGES[name].role] = made
+        return parts
 
     def _release_ranking(self, condition: Condition, seed: int, parents) -> Ranking:
-        store, release = self.job.store, releases.current(self.job.store)
-        parts = release.manifests(store)
+        parts = self._released(condition, seed)
+        of_job = seed == self.job.recipe.seed
+        release = releases.current(self.job.store).name if of_job else f"none; made with seed {seed}"
         alone = None if condition.settings["served"] else RETURNED
-        settings = releases.retriever_settings(parts, release=release.name, beam_width=alone)
+        settings = releases.retriever_settings(parts, release=release, beam_width=alone)
         rows_QC, milliseconds, _ = self._searched(parts, settings)
         training = sum(
             parts[name].metrics["seconds"]
@@ -440,7 +462,7 @@ class Measures:
             parts[name].metrics["seconds"] for name in ("embeddings", "node_vectors", "serving") if name in parts
         )
         kind = Recipe.stored(parts["ids"].recipe).quantizer.kind
-        return Ranking(rows_QC, cost_of(training, indexing, milliseconds, 0), {"kind": kind, "release": release.name})
+        return Ranking(rows_QC, cost_of(training, indexing, milliseconds, 0), {"kind": kind, "release": release})
 
 
 def _adapts(condition: Condition) -> bool:

@@ -100,6 +100,8 @@ def _about(reproduction: Reproduction) -> dict[str, str]:
         "IDs": f"{recipe.quantizer.codes_per_level} codes per level, {recipe.quantizer.epochs} epochs, batch "
             f"{recipe.quantizer.batch}"
         + (f"; as printed {recipe.reproduce.printed_epochs} epochs" if recipe.reproduce.printed_epochs else ""),
+        "generators trained in full": f"{recipe.generator.model}, {recipe.generator.epochs} epochs of batch "
+            f"{recipe.generator.batch}; head {recipe.generator.head} in what is served, plain on the kinds of IDs",
         "seeds": ", ".join(map(str, seeds)) or "none",
         "version": f"catid2-ray {__version__}",
         "machine": "; ".join(machines) or "–",

@@ -123,7 +123,9 @@ def _guarded(measures: Measures, condition: Condition, seed: int, *, found_only:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Its first line, and the second where the first only announces it."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _run(measures: Measures, condition: Condition, seed: int, *, found_only: bool) -> tuple[Run | str, bool]:
