@@ -10,7 +10,7 @@ import pytest
 from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.on_ray.commands import reindex
-from tests.command import ROOT
+from tests.command import ROOT, run_here
 
 REDUCED = [
     "catalog.synthetic={products: 1000, queries: 400, seed: 7}", "quantizer.codes_per_level=[32,32,32,32]", "quantizer.workers=1",
@@ -25,10 +25,15 @@ TOLERANCE = {"quantizer": 0.003, "generator": 0.02}
 RECALL_AT_50 = {"served": 0.839, "beam": 0.694, "bm25": 0.754}
 
 
+QUICKSTART = ROOT / "jobs" / "recipes" / "quickstart.yaml"
+METHODS = ("bm25", "bm25_tuned", "dense", "adapted", "bm25+adapted", "dsi_semantic", "nci", "hi_gen", "tiger", "cat_id2",
+           "cat_id2_shuffled", "rq_kmeans", "generator", "served")  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory, no_ray):
     store = tmp_path_factory.mktemp("quality") / "store"
-    return reindex(Recipe.load(ROOT / "jobs" / "recipes" / "quickstart.yaml", [f"store={store}", *REDUCED]))
+    return reindex(Recipe.load(QUICKSTART, [f"store={store}", *REDUCED]))
 
 
 @pytest.mark.parametrize("part", TOLERANCE)
@@ -44,3 +49,22 @@ def test_losses_follow_the_curve_on_record(outcome, part):
 def test_recall_stays_above_nine_tenths_of_what_is_on_record(outcome, method):
     recall = outcome.figures["recall"][method]["50"]
     assert recall >= 0.9 * RECALL_AT_50[method], f"{method}: recall@50 is {recall:.3f}"
+
+
+def test_the_papers_tables_are_made_of_it_by_one_command(outcome, tmp_path):
+    """Tables 1, 2, 7 and 8 over the release's own parts: what is served finds in the report what it found in the job."""
+    store = outcome.parts["quantizer"].recipe["store"]
+    changes = [f"store={store}", *REDUCED, f"reproduce.methods=[{', '.join(METHODS)}]"]
+    settings = [word for change in changes for word in ("--set", change)]
+    run = run_here(
+        "reproduce", "--recipe", QUICKSTART, *settings, "--seeds", "1", "--tables", "1,2,7,8", "--out", tmp_path
+    )
+    assert run.returncode == 0 and f"Measured now: {len(METHODS)}. Found: 0." in run.stdout, run.stderr[-3000:]
+    rows = json.loads((tmp_path / "report.json").read_text())["tables"]["T2"]["rows"]
+    assert set(rows) == set(METHODS) and not any("not_run" in row for row in rows.values())
+    for name, method in (("served", "served"), ("generator", "beam"), ("bm25", "bm25")):
+        assert rows[name]["recall"]["50"] == pytest.approx(outcome.figures["recall"][method]["50"], abs=0.02), name
+    assert all(row["recall"]["100"] > 0.3 for row in rows.values()), rows
+    page = (tmp_path / "report.html").read_text()
+    for title in ("Table 1", "Table 2", "Table 7", "Table 8", "Take "):
+        assert title in page, title
