@@ -70,6 +70,9 @@ def test_what_is_scarce_is_named_with_the_setting():
         ),
         (torch.OutOfMemoryError("CUDA"), "lower ids.workers"),
         (MemoryError(), "lower ids.workers"),
+        (ray.exceptions.WorkerCrashedError(), "ids: Ray lost workers or nodes .*Rerun to go on"),
+        (ray.exceptions.RayActorError(), "ids: Ray lost workers .*ray status"),
+        (ray.exceptions.NodeDiedError("10.0.0.7"), r"lost workers or nodes .*10\.0\.0\.7.*ray logs"),
     ):
         try:
             try:

@@ -1,5 +1,5 @@
-"""What a machine has too little of (disk, memory, room for Ray's objects): Ray's errors and the system's as one of ours, which
-names the setting to change.
+"""What a machine has too little of (disk, memory, room for Ray's objects) or lost (a worker, a node, the head): Ray's errors and
+the system's as one of ours, which names the setting to change, or where to look.
 """
 
 import errno
@@ -16,6 +16,15 @@ _DISK = (
 _OBJECTS = (
     "raise cluster.object_store_mb (for a Ray of the job's own) or --object-store-memory of `ray start`, or lower "
     "catalog.rows_per_part"
+)
+# Ray starts a lost worker's task anew some times, on another node if need be, before it gives one of these to the job.
+_LOST = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RpcError,
 )
 # Of a stage: what makes its workers smaller, or fewer of them at once on a node.
 _MEMORY = {
@@ -35,7 +44,7 @@ _MEMORY = {
 
 
 def named(error: BaseException, stage: str) -> CatidError | None:
-    """The error of ours for a lack of something among the causes of an error that no code of ours raised; None for another."""
+    """The error of ours for a lack or a loss among the causes of an error that no code of ours raised; None for another."""
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, CatidError):
@@ -60,5 +69,10 @@ def _named(error: BaseException, stage: str) -> CatidError | None:
         smaller = _MEMORY.get(stage, "catalog.rows_per_part or the stage's workers")
         return MachineError(
             f"{stage}: a worker ran out of memory ({text}): lower {smaller}, or take larger machines. Then rerun to go on"
+        )
+    if isinstance(error, _LOST):
+        return MachineError(
+            f"{stage}: Ray lost workers or nodes and could not go on without them ({text}): `ray status` and the dashboard say "
+            "which nodes are there, `ray logs` why a process died. Rerun to go on"
         )
     return None
