@@ -179,8 +179,10 @@ def test_replicas_go_from_one_to_two_and_back(shop, shared_ray):
 def test_the_store_answers_nothing_for_a_while(shop, shared_ray, fault):
     """The server of the store stands still, so that every request to it hangs: searches go on, changes wait or are refused, and
     later ones are taken."""
+    others = set(psutil.Process().children())  # among them the server of tests that ran before
     with s3_server() as environment:
-        (server,) = [one for one in psutil.Process().children() if "s3_server.py" in " ".join(one.cmdline())]
+        started = set(psutil.Process().children()) - others
+        (server,) = [one for one in started if "s3_server.py" in " ".join(one.cmdline())]
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
