@@ -1,7 +1,7 @@
 """What serving over HTTP costs beside the bare retriever in a process of its own, at the same batch.
 
     python benchmarks/serve.py --store STORE [--release NAME] [--seconds 10] [--turns 3] [--replicas 1,2] [--cpus 8] [--swap OTHER]
-        [--json FILE] [--out benchmarks/results/serve.md] [--render JSON [--beside JSON]]
+        [--only-other] [--json FILE] [--out benchmarks/results/serve.md] [--render JSON [--beside JSON]]
 
 Everything runs on this machine: a private Ray with one proxy, the retriever's deployment with a fixed number of replicas, and the
 asker, a process of its own. Closed loop: so many connections, each asks again as soon as it is answered. Open loop: questions come
@@ -10,7 +10,8 @@ due, so that a service which falls behind cannot hide it. The bare retriever and
 A proxy is Ray's own, or with RAY_SERVE_ENABLE_HA_PROXY=1 and RAY_SERVE_THROUGHPUT_OPTIMIZED=1 in the environment HAProxy, which
 listens on all interfaces: measure it in a network namespace (`unshare -n`, `ip link set lo up`) and show it with `--beside JSON`.
 Queries are the first words of seeded products of the release; every answer's products are compared with the bare retriever's.
-`--swap OTHER` names another release of the store: the pointer is moved to it and back under load, so give a copy of your store.
+`--swap OTHER` names another release of the store that was current once: the pointer is moved to it and back under load, then it is
+put on trial beside the current one, so give a copy of your store. `--only-other` measures nothing but these.
 """
 
 import asyncio
@@ -26,23 +27,22 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from harness import RESULTS, finish, in_fresh_process, memory_of, parser_of, rounded, table, where, wholes
-
-K, BATCH, QUERIES = 10, 16, 512
-# Connections, queries a request, protocol. A connection of gRPC is one call at a time on a channel of its own.
-CLOSED = (
-    (1, 1, "HTTP"), (16, 1, "HTTP"), (16, 1, "gRPC"), (32, 1, "HTTP"), (64, 1, "HTTP"), (4, 16, "HTTP"), (4, 16, "gRPC"),
-)  # fmt: skip
-SWAP_CONNECTIONS = 4
-MAPPED = {
-    "weights": ".safetensors",
-    "trie": "/trie/",
-    "vectors": "vectors/",
-}  # files of a release, by a part of their paths
-SHARES = (0.3, 0.7, 0.95)  # of HTTP's own saturation
-BURST = 300
-PERCENTILES = (50, 95, 99)
-_QUANTILES = tuple(f"p{p}_ms" for p in PERCENTILES)
+from harness import RESULTS, finish, in_fresh_process, memory_of, parser_of, rounded, where, wholes
+from serve_page import (
+    BATCH,
+    BURST,
+    CLOSED,
+    MAPPED,
+    PERCENTILES,
+    QUANTILES,
+    QUERIES,
+    SHARES,
+    SWAP_CONNECTIONS,
+    TRIAL_CONNECTIONS,
+    TRIALS,
+    K,
+    report,
+)
 
 
 def bare(options) -> dict:
@@ -173,7 +173,7 @@ async def ask(options) -> dict:
         spent = time.perf_counter() - start
     good = [seconds for seconds, status, _ in done if status == 200]
     statuses = {str(status): sum(other == status for _, other, _ in done) for status in {one for _, one, _ in done}}
-    figures = {name: 1e3 * float(np.percentile(good or [np.nan], p)) for name, p in zip(_QUANTILES, PERCENTILES)}
+    figures = {name: 1e3 * float(np.percentile(good or [np.nan], p)) for name, p in zip(QUANTILES, PERCENTILES)}
     return figures | {
         "queries_a_second": options.each * len(good) / spent, "seconds": spent, "statuses": statuses,
         "wrong": sum(not right for _, _, right in done),
@@ -281,14 +281,48 @@ class Service:
                 time.sleep(1)
                 start = time.perf_counter()
                 history.rollback(store, name)
-                while json.load(urllib.request.urlopen(f"{self.base}/v1/release"))["release"] != name:  # noqa: S310 (our own)
-                    time.sleep(0.02)
+                self._until(lambda said, expected=name: said["release"] == expected)
                 swaps.append(
                     {"kind": kind, "seconds": time.perf_counter() - start, "statuses": load.result()["statuses"]}
                 )
             if kind == "kept":
                 self.run(1, follow=True)  # so that the other one has to be opened anew
         return swaps
+
+    def tried(self, other: str) -> dict:
+        """`shares`: of each of TRIALS, in turns, what the load gets; `promoted_s`: seconds from the promotion until what was tried
+        is served; `statuses`: of the requests meanwhile."""
+        from catid2_ray.artifacts import trials
+        from catid2_ray.artifacts.store import Store
+
+        self.run(1, follow=True)
+        store, shares = Store(self.options.store), []
+        how = {"connections": TRIAL_CONNECTIONS, "seconds": self.options.seconds}
+        for _ in range(self.options.turns):
+            for percent, shadow in TRIALS:
+                if percent or shadow:
+                    trials.begin(store, other, trials.Shares(percent, shadow))
+                    on_trial = {"release": other, "percent": percent, "shadow": shadow}
+                else:
+                    on_trial = trials.end(store) and None
+                self._until(lambda said, expected=on_trial: said["trial"] == expected)
+                shares.append({"percent": percent, "shadow": shadow} | self.asked(**how))
+                print("trial", shares[-1], flush=True)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            load = pool.submit(self.asked, **how)
+            time.sleep(1)
+            start = time.perf_counter()
+            trials.promote(store)
+            self._until(lambda said: said["release"] == other)
+            return {"shares": shares, "promoted_s": time.perf_counter() - start, "statuses": load.result()["statuses"]}
+
+    def _until(self, true) -> None:
+        """Until what the service says of its release is so."""
+        deadline = time.perf_counter() + 60
+        while not true(json.load(urllib.request.urlopen(f"{self.base}/v1/release"))):  # noqa: S310 (our own)
+            if time.perf_counter() > deadline:
+                raise SystemExit("the service did not follow the store within a minute")
+            time.sleep(0.02)
 
     def asked(self, *, protocol: str = "HTTP", **how) -> dict:
         """One run of the asker, with the milliseconds of processor that replica and proxy spent per answer."""
@@ -313,6 +347,8 @@ def measured(options) -> dict:
     try:
         ready = service.run(1)
         service.asked(connections=BATCH, seconds=3)
+        if options.only_other:
+            return figures | {"swaps": service.swapped(options.swap), "trials": service.tried(options.swap)}
         for turn in range(options.turns):
             for connections, each, protocol in CLOSED:
                 how = {"connections": connections, "each": each, "seconds": options.seconds}
@@ -340,6 +376,7 @@ def measured(options) -> dict:
         if options.swap:
             figures["swaps"] = service.swapped(options.swap)
             print("swaps", figures["swaps"], flush=True)
+            figures["trials"] = service.tried(options.swap)
     finally:
         service.stop()
     return figures
@@ -362,6 +399,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=wholes, default=[1, 2], help="numbers of replicas")
     parser.add_argument("--cpus", type=int, default=8, help="CPUs that Ray is told of; one a replica")
     parser.add_argument("--swap", help="another release of the store, to which the pointer is moved and back")
+    parser.add_argument("--only-other", action="store_true", help="measure what --swap says, and nothing else")
     parser.add_argument("--part", choices=("bare", "ask"))
     parser.add_argument("--queries", type=Path)
     parser.add_argument("--url")
@@ -387,91 +425,6 @@ def main() -> None:
             proxy = "HAProxy" if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else "Ray's own HTTP proxy"
             figures = where("serve") | {"proxy": proxy, "load": os.getloadavg()[0]} | rounded(measured(options))
         finish(figures, report, options)
-
-
-def report(figures: dict) -> str:
-    bare = figures["bare"]
-    text = [
-        "# Serving over HTTP\n",
-        f"Written by `benchmarks/serve.py`: release {bare[0]['release']}, {bare[0]['products']:,} products, k {K}, one replica of "
-        f"one thread, proxy and asker on one machine: {figures['machine']}. Medians over turns.\n",
-    ]
-    for run in (figures, *([figures["beside"]] if "beside" in figures else [])):
-        text += [f"## {run['proxy']}\n", *_tables(run)]
-    return "\n".join(text)
-
-
-def _tables(figures: dict) -> list[str]:
-    bare, closed, burst = figures["bare"], figures["closed"], figures["burst"]
-    alone = {name: float(np.median([one[name] for one in bare])) for name in ("queries_a_second", "cpu_ms")}
-    rows = [["bare, batches of 16", alone["queries_a_second"], 1.0, alone["cpu_ms"], None, None, None, None, None]]
-    for connections, each, protocol in CLOSED:
-        # Runs of before there was gRPC name no protocol.
-        asked = [(one["connections"], one["each"], one.get("protocol", "HTTP")) for one in closed]
-        runs = [one for one, how in zip(closed, asked) if how == (connections, each, protocol)]
-        if not runs:
-            continue
-        middle = {
-            name: float(np.median([one[name] for one in runs])) for name in runs[0] if isinstance(runs[0][name], float)
-        }
-        rows.append(
-            [
-                f"{protocol}, {connections} connections" + (f", {each} queries a request" if each > 1 else ""),
-                middle["queries_a_second"], middle["queries_a_second"] / alone["queries_a_second"],
-                middle["replica_cpu_ms"], middle["proxy_cpu_ms"],
-                (middle["replica_cpu_ms"] + middle["proxy_cpu_ms"]) / alone["cpu_ms"],
-                *(middle[name] for name in _QUANTILES),
-            ]
-        )  # fmt: skip
-    quantiles = [f"p{p} ms" for p in PERCENTILES]
-    head = ("", "queries/s", "of bare", "replica: ms of processor a query", "proxy", "both, × bare", *quantiles)
-    wrong = sum(one["wrong"] for one in (*closed, *figures["open"], burst))
-    text = [
-        f"Load average {figures['load']:.1f} at the beginning. Answers that differ from the bare retriever's: {wrong}.\n",
-        table(head, rows, title="Closed loop"),
-    ]
-    rows = [
-        [f"{one['share']:.0%}", one["rate"], one["queries_a_second"], *(one[name] for name in _QUANTILES),
-         one["p99_ms"] / one["p50_ms"], one["replica_cpu_ms"], _said(one["statuses"])]
-        for one in figures["open"]
-    ]  # fmt: skip
-    head = ("of saturation", "asked/s", "answered/s", *quantiles, "p99/p50", "replica: ms of processor", "statuses")
-    text.append(table(head, rows, title="Open loop"))
-    said = _said(burst["statuses"])
-    text.append(f"A burst of {BURST} requests at once: {said}, the last answer after {burst['seconds']:.1f} s.\n")
-    rows = [
-        [one["replicas"], one["ready_s"], *(_mb(max(memory[name] for memory in one["memory"])) for name in ("rss", "pss")),
-         _mb(sum(memory["pss"] for memory in one["memory"]))]
-        for one in figures["replicas"]
-    ]  # fmt: skip
-    head = ("replicas", "seconds until ready", "MB resident, each", "MB with its share of what is shared", "MB of all")
-    text.append(table(head, rows, title="Replicas"))
-    rows = [
-        [f"{kind}, {one['replicas']} replicas", *(sum(size[at] for size in sizes) / len(sizes) / 1e6 for at in (0, 1))]
-        for kind in MAPPED
-        for one in figures["replicas"]
-        if (sizes := [memory["mapped"][kind] for memory in one["memory"] if "mapped" in memory])
-    ]
-    if rows:
-        text.append(table(("files that replicas map", "MB resident, each", "MB as its share"), rows))
-    if "swaps" in figures:
-        rows = []
-        for kind in ("opened", "kept"):
-            mine = [one for one in figures["swaps"] if one["kind"] == kind]
-            statuses = {status for one in mine for status in one["statuses"]}
-            counts = {status: sum(one["statuses"].get(status, 0) for one in mine) for status in statuses}
-            rows.append([kind, float(np.median([one["seconds"] for one in mine])), _said(counts)])
-        head = ("the release was", "seconds until it is served", f"{SWAP_CONNECTIONS} connections meanwhile")
-        text.append(table(head, rows, title="Changes of release"))
-    return text
-
-
-def _said(statuses: dict[str, int]) -> str:
-    return ", ".join(f"{count} × {status}" for status, count in sorted(statuses.items()))
-
-
-def _mb(size: int) -> int:
-    return round(size / 1e6)
 
 
 if __name__ == "__main__":
