@@ -110,7 +110,7 @@ def _learned(figures: Mapping, name: str) -> Table:
         )
     recall = metrics.get("recall") or {}
     ks = sorted(map(int, recall.get("before", ())))
-    verdict = f"epoch {metrics.get('epoch')}" if metrics.get("adopted") else "not adopted, it would find less"
+    verdict = f"epoch {metrics.get('epoch')}" if metrics.get("adopted") else "not adopted, it would find no more"
     among = f", among {metrics['among']:,} products" if "among" in metrics else ""
     title = (
         f"{what.capitalize()} ({verdict}): recall of dense search on {metrics.get('queries')} queries kept back{among}"

@@ -226,6 +226,7 @@ class RetrieverReplica:
         now = self.serving.now
         return HealthResponse(status="ok", release=now.name, changes=now.updates.applied)
 
+    @api.head("/readyz", include_in_schema=False)
     @api.get("/readyz", responses=refusals())
     async def readyz(self) -> ReadyResponse:
         """Answer a query to itself: a replica that can may take traffic, one that cannot says 503."""
@@ -345,7 +346,7 @@ class RetrieverReplica:
 
     @api.put("/v1/products", responses=CHANGE_REFUSALS)
     async def put(
-        self, request: PutRequest, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
+        self, request: PutRequest, idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None
     ) -> PutResponse:
         """Insert products, or update those that are live: all of it or nothing. Prices, stock and other columns change in place; a
         product whose text changes keeps its ID. The same content again changes nothing."""

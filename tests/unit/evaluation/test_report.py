@@ -38,7 +38,7 @@ def test_the_adapter_has_its_recall_before_and_after_or_its_reason():
     assert table.title == "Adapter (epoch 5): recall of dense search on 593 queries kept back"
     assert table.rows == [["before it", "0.346", "0.600"], ["after it", "0.392", "0.662"]]
     (table,) = closing_tables({"adapter": metrics | {"adopted": False}})
-    assert "not adopted, it would find less" in table.title
+    assert "not adopted, it would find no more" in table.title
     (table,) = closing_tables({"adapter": {"adopted": False, "reason": "no pair teaches", "recall": {}}})
     assert table.title == "The adapter was not adopted: no pair teaches"
     (table,) = closing_tables({"tuned_encoder": metrics | {"among": 2100}})

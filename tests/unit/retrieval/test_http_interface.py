@@ -379,8 +379,10 @@ def test_a_replica_shows_what_it_has_counted(client):
 
 def test_a_replica_that_answers_nothing_is_alive_but_not_ready(client, replica, monkeypatch):
     assert client.get("/readyz").json() == {"status": "ready", "release": "r1"}
+    assert client.head("/readyz").status_code == 200
     monkeypatch.setattr(replica.serving.now, "retriever", None)
     refused(client.get("/readyz"), 503, "answers no query now (AttributeError")
+    assert client.head("/readyz").status_code == 503
     assert client.head("/healthz").status_code == client.get("/healthz").status_code == 200
 
 
@@ -718,6 +720,7 @@ def test_products_are_put(client, replica, monkeypatch):
     monkeypatch.setattr(replica.settings, "updates", True)
     monkeypatch.setattr(replica.serving.now, "puts", SimpleNamespace(put=put), raising=False)
     body = {"products": [{"product_id": "p0", "columns": {"price": 5}}]}
+    refused(client.put("/v1/products", json=body, headers={"Idempotency-Key": ""}), 422, "idempotency-key")
     answer = client.put("/v1/products", json=body, headers={"Idempotency-Key": "night-7"})
     assert answer.json() == {
         "release": "r1", "change": 4, "products": [{"product_id": "p0", "docid": "<a_1><b_0>", "did": "changed"}],
