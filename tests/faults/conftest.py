@@ -5,11 +5,13 @@ import copy
 import time
 
 import pytest
+import ray
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
-from catid2_ray.config import Recipe
+from catid2_ray.config import ClusterRecipe, Recipe
 from catid2_ray.on_ray.commands import reindex
+from catid2_ray.on_ray.machine import cluster
 from tests.conftest import TINY
 from tests.faults.nodes import Nodes
 from tests.in_process import without_ray
@@ -58,20 +60,26 @@ def undisturbed(small_recipe, tmp_path_factory) -> tuple[dict[str, str], float]:
 
 
 @pytest.fixture
-def make_nodes(tmp_path_factory, monkeypatch):
-    """`make_nodes({pool: (nodes, CPUs)})` → Nodes, which RAY_ADDRESS points at; the test's end ends them."""
-    made = []
-    # As this process was when it imported Ray; tokens: jobs/test_submit.py.
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_worker_maximum_startup_concurrency", "2")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # else workers stand back behind all other work of the machine
+def make_nodes(tmp_path_factory):
+    """`make_nodes({pool: (nodes, CPUs)})` → Nodes, which RAY_ADDRESS points at; the test's end ends them. A Ray that the tests of
+    this process share is stopped meanwhile."""
+    made, shared = [], ray.is_initialized()
+    if shared:
+        ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # As this process was when it imported Ray; tokens: jobs/test_submit.py.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_worker_maximum_startup_concurrency", "2")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # else workers stand back behind all other work of the machine
 
-    def make(pools: dict[str, tuple[int, int]]) -> Nodes:
-        made.append(Nodes(tmp_path_factory.mktemp("nodes"), pools))
-        monkeypatch.setenv("RAY_ADDRESS", made[-1].cluster.address)
-        return made[-1]
+        def make(pools: dict[str, tuple[int, int]]) -> Nodes:
+            made.append(Nodes(tmp_path_factory.mktemp("nodes"), pools))
+            patch.setenv("RAY_ADDRESS", made[-1].cluster.address)
+            return made[-1]
 
-    yield make
-    for one in made:
-        one.cluster.shutdown()
+        yield make
+        for one in made:
+            one.cluster.shutdown()
+    if shared:
+        cluster.connect(ClusterRecipe())

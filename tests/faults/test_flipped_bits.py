@@ -16,18 +16,23 @@ from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Manifest
 from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
+from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError
 from catid2_ray.on_ray.commands import reindex
 from catid2_ray.on_ray.serve.opened import Opened
 from catid2_ray.on_ray.serve.settings import AppSettings
+from catid2_ray.scripts import words_of
 from tests.in_process import without_ray
+from tests.text_models import save_bert
 
-pytestmark = pytest.mark.slow
 ALIGNMENT = {
     "enabled": True, "steps": 2, "report_every": 2, "updates": 1, "batch": 8, "group": 2, "injected": 1, "workers": 1,
     "validation_queries": 4, "judged_max": 8, "max_failures": 0, "ranker": "tests.jobs.test_align:ranked",
 }  # fmt: skip
+
+
+TUNING = {"epochs": 8, "batch": 32, "learning_rate": 3e-3, "products": 100, "judged_products": 100}
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +42,24 @@ def made(small_recipe, tmp_path_factory):
         "store": str(tmp_path_factory.mktemp("flipped") / "store"),
         "alignment": ALIGNMENT,
     }
-    values["embedding"]["adapter"] = "linear"
+    shop = generate(**values["catalog"]["synthetic"])
+    words = {
+        word
+        for column in (shop.products["title"], shop.pairs["query"])
+        for text in column.to_pylist()
+        for word in words_of(text)
+    }
+    values["embedding"] |= {
+        "adapter": "linear", "encoder": save_bert(tmp_path_factory.mktemp("bert"), sorted(words)), "encoder_mode": "tuned",
+        "text": ["title"], "tokens": 16,
+    }  # fmt: skip
+    values["tuning"] = TUNING
     values["quantizer"]["query_item"] = 0.1
     with pytest.MonkeyPatch.context() as patch, without_ray():
         patch.setenv("CATID2_RANKERS", "tests.jobs.test_align:ranked")
         recipe = Recipe.build(values)
         outcome = reindex(recipe)
+        assert outcome.parts["tuned_encoder"].metrics["adopted"], "else it has no weights to read"
         assert set(outcome.made) == set(STAGES), "the recipe makes every stage, so that none is forgotten here"
         yield recipe, Store(recipe.store)
 
