@@ -3,6 +3,7 @@ as a run without faults made them, in this process and without Ray; `make_nodes`
 
 import copy
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -20,7 +21,7 @@ from tests.s3_server import new_bucket, s3_server
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "faults" in item.path.parts:
+        if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.faults)
 
 

@@ -190,46 +190,60 @@ def rows_of(table: str, methods: Sequence[str], *, text: Sequence[str] = ("title
             for levels in (3, 4, 5)
             for kind, title in (("tiger", "TIGER"), ("cat_id2", "CAT-ID²"))
         ]  # fmt: skip
-    if table == "CQ":
-        category, queries = {"quantizer.force_category": False}, {"quantizer.query_item": 0.0}
-        changes = {
-            "cq_rq_vae": ("RQ-VAE, products share IDs", category | queries),
-            "cq_no_category": ("CQ-SID without category", category),
-            "cq_no_query_item": ("CQ-SID without query–item term", queries),
-        }
-        rows = [Row(_ids(name, title, "cq_sid", recipe=change)) for name, (title, change) in changes.items()]
-        return [*rows, Row(_ids("cq_sid", "CQ-SID")), Row(_ids("tiger", "TIGER, an ID each"))]
-    if table == "CT":
-        noise = [
-            Row(_ids(f"noise_{100 * share:.0f}", f"labels of {share:.0%} of the products exchanged", "cat_id2",
-                     recipe={"quantizer.category_noise": share}))
-            for share in NOISE
-        ]  # fmt: skip
-        deep = {"levels": 3, "quantizer.allow_deep_categories": True}
-        return [
-            Row(_ids("rq_kmeans", "no labels, nothing trained: residual k-means")),
-            Row(_ids("tiger", "no labels: TIGER")),
-            Row(_ids("dis", "no labels: DisL alone")),
-            Row(_ids("cat_id2", "labels as they are")),
-            Row(_ids("depth_2_3", "half of the deepest categories not known")),
-            *noise,
-            Row(_ids("cat_id2_shuffled", "all labels exchanged (the control)")),
-            Row(_ids("on_residual", "eq. 4 by level, IDs deeper than categories (H < L)")),
-            Row(_ids("as_deep", "eq. 4 by level, a level for each category (H = L)", "on_residual", recipe=deep)),
-        ]
-    if table == "F5":
-        rows = [
-            Row(_ids(f"{name}_{value:g}", f"{letter} = {value:g}", kind, recipe=changes))
-            for letter, (name, values) in SWEEPS.items()
-            for value in values
-            for kind, changes in (_swept(name, value),)
-        ]
-        return rows + [
-            Row(_ids(f"{kind}_k{codes}", f"{title}, K = {codes}", kind, recipe=_same(codes)))
-            for codes in SIZES
-            for kind, title in (("tiger", "TIGER"), ("cat_id2", "CAT-ID²"))
-        ]
+    if table in _MORE:
+        return _MORE[table]()
     raise InputError(f"table {table!r} measures nothing of its own; those that do are 2, 3, 4, 5, 6, 7, F5, CQ and CT")
+
+
+def _shared_ids() -> list[Row]:
+    """CQ-SID's table."""
+    category, queries = {"quantizer.force_category": False}, {"quantizer.query_item": 0.0}
+    changes = {
+        "cq_rq_vae": ("RQ-VAE, products share IDs", category | queries),
+        "cq_no_category": ("CQ-SID without category", category),
+        "cq_no_query_item": ("CQ-SID without query–item term", queries),
+    }
+    rows = [Row(_ids(name, title, "cq_sid", recipe=change)) for name, (title, change) in changes.items()]
+    return [*rows, Row(_ids("cq_sid", "CQ-SID")), Row(_ids("tiger", "TIGER, an ID each"))]
+
+
+def _labels() -> list[Row]:
+    """What category labels bring."""
+    noise = [
+        Row(_ids(f"noise_{100 * share:.0f}", f"labels of {share:.0%} of the products exchanged", "cat_id2",
+                 recipe={"quantizer.category_noise": share}))
+        for share in NOISE
+    ]  # fmt: skip
+    deep = {"levels": 3, "quantizer.allow_deep_categories": True}
+    return [
+        Row(_ids("rq_kmeans", "no labels, nothing trained: residual k-means")),
+        Row(_ids("tiger", "no labels: TIGER")),
+        Row(_ids("dis", "no labels: DisL alone")),
+        Row(_ids("cat_id2", "labels as they are")),
+        Row(_ids("depth_2_3", "half of the deepest categories not known")),
+        *noise,
+        Row(_ids("cat_id2_shuffled", "all labels exchanged (the control)")),
+        Row(_ids("on_residual", "eq. 4 by level, IDs deeper than categories (H < L)")),
+        Row(_ids("as_deep", "eq. 4 by level, a level for each category (H = L)", "on_residual", recipe=deep)),
+    ]
+
+
+def _sweeps() -> list[Row]:
+    """Figure 5."""
+    rows = [
+        Row(_ids(f"{name}_{value:g}", f"{letter} = {value:g}", kind, recipe=changes))
+        for letter, (name, values) in SWEEPS.items()
+        for value in values
+        for kind, changes in (_swept(name, value),)
+    ]
+    return rows + [
+        Row(_ids(f"{kind}_k{codes}", f"{title}, K = {codes}", kind, recipe=_same(codes)))
+        for codes in SIZES
+        for kind, title in (("tiger", "TIGER"), ("cat_id2", "CAT-ID²"))
+    ]
+
+
+_MORE = {"CQ": _shared_ids, "CT": _labels, "F5": _sweeps}
 
 
 def _swept(name: str, value: float) -> tuple[str, dict]:
