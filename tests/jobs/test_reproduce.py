@@ -27,6 +27,7 @@ METHODS = [
     "bm25",
     "bm25_tuned",
     "dense",
+    "zero_shot",
     "adapted",
     "dpr",
     "bm25+dense",
@@ -87,7 +88,7 @@ def test_every_method_has_a_figure_or_a_reason(done):
     rows = done["rows"]
     assert list(rows) == [name for name in NAMES if name in METHODS]
     measured = {name for name, row in rows.items() if "recall" in row}
-    assert measured == {"bm25", "bm25_tuned", "dense", "bm25+dense", "tiger", "cq_sid", "gdr", *TRAINED}
+    assert measured == {"bm25", "bm25_tuned", "dense", "zero_shot", "bm25+dense", "tiger", "cq_sid", "gdr", *TRAINED}
     why = {name: row["not_run"][0] for name, row in rows.items() if name not in measured}
     assert "embedding.adapter is none" in why["adapted"] and "lsa, which has no weights" in why["dpr"]
     assert "512 codes" in why["cat_id2_512"] and "holds no release" in why["served"]
@@ -155,8 +156,8 @@ def _of_kind(store: Store, kind: str, digest: str) -> list[dict]:
 
 
 def test_a_second_run_measures_nothing_and_says_the_same(done):
-    assert "Measured now: 9. Found: 0." in done["first_run"].stdout
-    assert "Measured now: 0. Found: 9." in done["again"].stdout and "event=start" not in done["again"].stderr
+    assert "Measured now: 9. Found: 1." in done["first_run"].stdout
+    assert "Measured now: 0. Found: 10." in done["again"].stdout and "event=start" not in done["again"].stderr
     assert json.loads((done["below"] / "report.json").read_text()) == done["report"]
 
 
@@ -183,7 +184,7 @@ def test_two_jobs_divide_the_runs_and_read_each_other_s(shop, done, no_ray, tmp_
 def test_each_cell_leads_to_its_manifest_and_to_the_command_that_remakes_it(done):
     page = (done["below"] / "report.html").read_text()
     links = re.findall(r'href="\.\./\.\./(artifacts/cell/\w+/manifest\.json)"', page)
-    assert len(links) == 9 and all((done["folder"] / "store" / link).exists() for link in links)
+    assert len(links) == 10 and all((done["folder"] / "store" / link).exists() for link in links)
     assert f"catid2 reproduce --recipe {done['path']} --cell T2/tiger/tiny" in page
 
 
@@ -202,7 +203,10 @@ def test_cq_sid_s_table_finds_the_runs_of_table_2_and_names_products_of_a_beam(d
 
 def test_it_says_which_method_to_take(done):
     advice = done["report"]["advice"]
-    assert advice["take"] in ("bm25", "bm25_tuned", "dense", "bm25+dense") and advice["best"] in advice["ties"]
+    assert (
+        advice["take"] in ("bm25", "bm25_tuned", "dense", "zero_shot", "bm25+dense")
+        and advice["best"] in advice["ties"]
+    )
     assert advice["sentence"] in done["first_run"].stdout and "Take " in advice["sentence"]
 
 
@@ -226,7 +230,18 @@ def test_a_further_seed_of_what_is_served_is_made_as_its_release_would_be(shop, 
 
 
 def test_one_cell_alone_and_what_is_there_is_read_without_measuring(done, tmp_path):
-    one = run_here("reproduce", "--recipe", done["path"], "--cell", "T2/tiger/tiny", "--found-only", "--out", tmp_path)
+    one = run_here(
+        "reproduce",
+        "--recipe",
+        done["path"],
+        "--tables",
+        "2",
+        "--cell",
+        "T2/tiger/tiny",
+        "--found-only",
+        "--out",
+        tmp_path,
+    )
     assert one.returncode == 0 and "Found: 1." in one.stdout, one.stderr
     assert list(json.loads((tmp_path / "report.json").read_text())["tables"]["T2"]["rows"]) == ["tiger"]
     none = run_here("reproduce", "--recipe", done["path"], "--cell", "T5/depth_1/tiny", "--dry-run")

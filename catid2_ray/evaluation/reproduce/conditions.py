@@ -71,6 +71,7 @@ LEXICAL = (
 )
 DENSE = (
     Condition("dense", "dense, the recipe's encoder, no adapter", "dense"),
+    Condition("zero_shot", "dense, the encoder as it was published", "dense", recipe=_OTHER_ENCODER),
     Condition("adapted", "dense, adapted by two matrices", "dense", {"adapted": True}),
     Condition("hnsw", "adapted dense, HNSW graph (faiss)", "dense", {"adapted": True, "faiss": "hnsw"}),
     Condition("ivf", "adapted dense, inverted lists (faiss)", "dense", {"adapted": True, "faiss": "ivf"}),
