@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from catid2_ray.evaluation.ids_report import examples_table
 from catid2_ray.evaluation.metrics import Interval, bootstrap_means
 from catid2_ray.evaluation.page import Headline, Link, Picture, Prose, page
+from catid2_ray.evaluation.report import diagnosis_tables
 from catid2_ray.evaluation.reproduce import pictures
 from catid2_ray.evaluation.reproduce.conditions import SWEEPS
 from catid2_ray.evaluation.reproduce.measures import BEAMS, GROUP_RULES, KS, NDCG_AT, QUERY_GROUPS, mean_of
@@ -28,7 +29,7 @@ from catid2_ray.evaluation.reproduce.scores import (
     sentences,
 )
 from catid2_ray.evaluation.reproduce.significance import Compared, letter_of
-from catid2_ray.evaluation.reproduce.texts import PROXY_NOTE, QUESTIONS, TITLES
+from catid2_ray.evaluation.reproduce.texts import PROXY_NOTE, QUESTIONS, SEARCH_ERROR, TITLES
 from catid2_ray.evaluation.reproduce.verdicts import verdict
 from catid2_ray.evaluation.tables import DASH, Cell, Column, Table, columns_of, markdown, per_cent
 
@@ -40,8 +41,8 @@ class Facts(NamedTuple):
     """What a reader must know to compare: `data` and its `locale` in the paper (None: not the paper's data); `command`: that
     remade it all, without --cell; `about`: name → text, shown on top; `table_1`: counts by the paper's columns; `table_8`: products
     as `ids_report.examples_table` takes them, TIGER's IDs as the other ones; `distance`: how far vectors with and without category
-    text are apart, or None;
-    `images`: caption → picture of figures 3, 4 and 6; `hour`: what an hour of the machine costs, or None."""
+    text are apart, or None; `images`: caption → picture of figures 3, 4 and 6; `hour`: what an hour of the machine costs, or None;
+    `diagnosis`: of the release that is current (`evaluation.diagnosis.diagnosis_figures`), or None."""
 
     data: str
     locale: str | None
@@ -53,6 +54,7 @@ class Facts(NamedTuple):
     images: Mapping[str, Figure]
     published: Mapping
     hour: float | None = None
+    diagnosis: Mapping | None = None
 
 
 class Written(NamedTuple):
@@ -140,6 +142,8 @@ def _part(
         parts.append(beside_table(table, outcomes, scored, facts))
     if table == "T2" and scored:
         parts += [groups_table(scored, judged), measures_table(scored), categories_table(scored, judged)]
+        if facts.diagnosis:
+            parts += [Prose("Search error beside model error", [SEARCH_ERROR], {}), *diagnosis_tables(facts.diagnosis)]
     if table == "CQ" and scored:
         parts.append(beams_table(scored))
     # One run may stand at several places of a sweep; alone it says nothing of the setting.

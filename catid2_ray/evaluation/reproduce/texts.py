@@ -6,6 +6,10 @@ PROXY_NOTE = (
     "seconds and searched by a beam of 100. They compare kinds of IDs with each other, not a real generator with BM25; "
     "rows with a generator trained in full do that."
 )
+SEARCH_ERROR = (
+    "Is a product missed because the beam lost it, or because the model ranks it low? For a sample of validation queries the "
+    "release's generator scored every ID: what exact scores find is the model's, what beams find less is the search's."
+)
 QUESTIONS = {
     "T2": "Which method finds most of what queries ask for? Each returns the same number of products.",
     "T3": "What does each term of the loss bring? Rows (0) to (6) as the paper prints them, and the same terms added "

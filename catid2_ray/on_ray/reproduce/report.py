@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from catid2_ray import __version__
+from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.config import Recipe
@@ -53,7 +54,7 @@ def report(reproduction: Reproduction, *, tables: Sequence[str], command: str, l
     facts = Facts(
         data, locale, command, _about(reproduction), _table_1(reproduction), examples,
         _distance(measures) if "4" in tables else None, images, published(),
-        bench.recipe.reproduce.machine_hour,
+        bench.recipe.reproduce.machine_hour, _diagnosis(reproduction),
     )  # fmt: skip
     wanted = {run.parents["ids"] for outcome in reproduction.outcomes for run in outcome.runs if run.ids is not None}
     docid_of = {}
@@ -141,6 +142,17 @@ def _of_kinds(measures: Measures) -> tuple[dict, list[Mapping[str, str]]]:
     if len(samples) < 2:
         return images, []
     return images, examples_of(samples["cat_id2"][0], samples["tiger"][1])
+
+
+def _diagnosis(reproduction: Reproduction) -> dict | None:
+    """Of the release that the rows `served` and `generator` are of; None without one, or where nothing was diagnosed."""
+    store = reproduction.job.store
+    if not any(run.seed == reproduction.job.recipe.seed for one in reproduction.outcomes
+               if one.cell.row.condition.family == "release" for run in one.runs):  # fmt: skip
+        return None
+    evaluation = releases.current(store).manifests(store)["evaluation"]
+    found = json.loads(store.read(evaluation.file("figures.json"))).get("diagnosis")
+    return found if found and found["queries"] else None
 
 
 def _distance(measures: Measures) -> dict[str, float] | None:
