@@ -53,21 +53,21 @@ def no_ray():
 
 
 @pytest.fixture(scope="session")
-def _one_ray(_own_cache):
-    """One Ray for all tests that run jobs in this process: starting it and its workers costs more than most of them."""
-    from catid2_ray.config import ClusterRecipe
+def _end_of_ray(_own_cache):
     from catid2_ray.on_ray.machine import cluster
 
-    cluster.connect(ClusterRecipe())
     yield
     cluster.disconnect()
 
 
 @pytest.fixture(scope="module")
-def shared_ray(_one_ray):
-    """Jobs that find a Ray running use it; here they also leave it be when they end."""
+def shared_ray(_end_of_ray):
+    """One Ray for all tests that run jobs in this process: starting it and its workers costs more than most of them. Jobs that find
+    one running use it; here they also leave it be when they end."""
+    from catid2_ray.config import ClusterRecipe
     from catid2_ray.on_ray.machine import cluster
 
+    cluster.connect(ClusterRecipe())  # where none is running: the first time, or after a test that had nodes of its own
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "disconnect", lambda: None)
         yield

@@ -10,9 +10,8 @@ import ray
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
-from catid2_ray.config import ClusterRecipe, Recipe
+from catid2_ray.config import Recipe
 from catid2_ray.on_ray.commands import reindex
-from catid2_ray.on_ray.machine import cluster
 from tests.conftest import TINY
 from tests.faults.nodes import Nodes
 from tests.in_process import without_ray
@@ -63,9 +62,9 @@ def undisturbed(small_recipe, tmp_path_factory) -> tuple[dict[str, str], float]:
 @pytest.fixture
 def make_nodes(tmp_path_factory):
     """`make_nodes({pool: (nodes, CPUs)})` → Nodes, which RAY_ADDRESS points at; the test's end ends them. A Ray that the tests of
-    this process share is stopped meanwhile."""
-    made, shared = [], ray.is_initialized()
-    if shared:
+    this process share is stopped; the next test that shares it starts it anew."""
+    made = []
+    if ray.is_initialized():
         ray.shutdown()
     with pytest.MonkeyPatch.context() as patch:
         # As this process was when it imported Ray; tokens: jobs/test_submit.py.
@@ -82,5 +81,3 @@ def make_nodes(tmp_path_factory):
         yield make
         for one in made:
             one.cluster.shutdown()
-    if shared:
-        cluster.connect(ClusterRecipe())

@@ -26,7 +26,8 @@ def nodes(make_nodes):
 
 def test_nodes_that_are_killed_in_every_stage_and_a_killed_driver_change_no_byte(nodes, tiny, tmp_path, fault):
     two = {"workers": 2, "zero_stage": 1, "max_failures": 3}
-    tiny["catalog"] |= {"rows_per_part": 20}
+    # Many parts, so that the exchange lasts some seconds and its files are seen.
+    tiny["catalog"] |= {"synthetic": {"products": 960, "queries": 120, "seed": 3}, "rows_per_part": 20}
     tiny["embedding"] |= {"workers": 2}
     tiny["ids"] |= {"workers": 3}
     tiny["quantizer"] |= two
