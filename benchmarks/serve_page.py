@@ -35,6 +35,22 @@ def report(figures: dict) -> str:
 
 
 def _tables(figures: dict) -> list[str]:
+    text = _load_tables(figures) if "burst" in figures else []  # else `--only-other`
+    if "swaps" in figures:
+        rows = []
+        for kind in ("opened", "kept"):
+            mine = [one for one in figures["swaps"] if one["kind"] == kind]
+            statuses = {status for one in mine for status in one["statuses"]}
+            counts = {status: sum(one["statuses"].get(status, 0) for one in mine) for status in statuses}
+            rows.append([kind, float(np.median([one["seconds"] for one in mine])), _said(counts)])
+        head = ("the release was", "seconds until it is served", f"{SWAP_CONNECTIONS} connections meanwhile")
+        text.append(table(head, rows, title="Changes of release"))
+    if "trials" in figures:
+        text += _trial_tables(figures["trials"])
+    return text
+
+
+def _load_tables(figures: dict) -> list[str]:
     bare, closed, burst = figures["bare"], figures["closed"], figures["burst"]
     alone = {name: float(np.median([one[name] for one in bare])) for name in ("queries_a_second", "cpu_ms")}
     rows = [["bare, batches of 16", alone["queries_a_second"], 1.0, alone["cpu_ms"], None, None, None, None, None]]
@@ -87,17 +103,6 @@ def _tables(figures: dict) -> list[str]:
     ]
     if rows:
         text.append(table(("files that replicas map", "MB resident, each", "MB as its share"), rows))
-    if "swaps" in figures:
-        rows = []
-        for kind in ("opened", "kept"):
-            mine = [one for one in figures["swaps"] if one["kind"] == kind]
-            statuses = {status for one in mine for status in one["statuses"]}
-            counts = {status: sum(one["statuses"].get(status, 0) for one in mine) for status in statuses}
-            rows.append([kind, float(np.median([one["seconds"] for one in mine])), _said(counts)])
-        head = ("the release was", "seconds until it is served", f"{SWAP_CONNECTIONS} connections meanwhile")
-        text.append(table(head, rows, title="Changes of release"))
-    if "trials" in figures:
-        text += _trial_tables(figures["trials"])
     return text
 
 
