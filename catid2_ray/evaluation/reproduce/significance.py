@@ -15,6 +15,8 @@ import numpy as np
 from catid2_ray.evaluation.metrics import RESAMPLES, Interval, resampled_means
 
 LEVEL = 0.05
+# p is no smaller than 2/(R + 1), and Holm multiplies it by the pairs: with fewer resamples a large table could show nothing.
+_A_PAIR = 200
 
 
 class Difference(NamedTuple):
@@ -65,20 +67,22 @@ def letter_of(place: int) -> str:
     return "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[place] if place < 52 else f"({place})"
 
 
-def compare(values: Mapping[str, np.ndarray], *, resamples: int = RESAMPLES, seed: int = 0) -> Compared:
-    """`values`: method → Q numbers of the same queries, all finite. Holm over all pairs of methods.
+def compare(values: Mapping[str, np.ndarray], *, resamples: int | None = None, seed: int = 0) -> Compared:
+    """`values`: method → Q numbers of the same queries, all finite. Holm over all pairs of methods. `resamples`: None = 10,000, and
+    200 a pair where that is more.
 
     Raises InputError as `metrics.resampled_means` does.
     """
     names = list(values)
     value_QM = np.stack([np.asarray(values[name], float) for name in names], 1)
+    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
+    resamples = resamples or max(RESAMPLES, _A_PAIR * len(pairs))
     mean_RM = resampled_means(value_QM, resamples=resamples, seed=seed)
     low_M, high_M = np.quantile(mean_RM, (0.025, 0.975), axis=0)
     intervals = {
         name: Interval(float(value_QM[:, place].mean()), float(low_M[place]), float(high_M[place]))
         for place, name in enumerate(names)
     }
-    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
     found = []
     for i, j in pairs:
         # In whole resamples: equal rankings differ by exactly 0, and rounding must not say otherwise.

@@ -47,6 +47,14 @@ def test_two_hundred_methods_have_letters_of_their_own():
     assert len({letter_of(place) for place in range(200)}) == 200
 
 
+def test_a_large_table_can_still_show_a_clear_difference():
+    rng = np.random.default_rng(5)
+    base = rng.random(100)
+    values = {f"m{place}": base + 0.05 * rng.standard_normal(100) for place in range(30)}
+    compared = compare(values | {"more": base + 0.3 + 0.05 * rng.standard_normal(100)})
+    assert len(compared.letters()["more"]) == 30 and compared.less("more", "m0").corrected < 0.01
+
+
 def test_a_correction_makes_it_harder_the_more_methods_there_are():
     rng = np.random.default_rng(4)
     base = rng.random(200)
