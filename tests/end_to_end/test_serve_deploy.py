@@ -71,4 +71,4 @@ def test_what_is_deployed_answers_and_what_cannot_be_served_says_why(deploy, tmp
     while "DEPLOY_FAILED" not in (said := deploy.status()):
         assert time.monotonic() < deadline, said
         time.sleep(0.5)
-    assert "'catid2_store' is a relative path" in said or "relative" in said, said
+    assert "relative path" in said, said
