@@ -413,6 +413,9 @@ def retriever_settings(
         "codes_per_level": manifests["ids"].metrics["codes_per_level"],
         "release": release,
     }
+    examples = manifests["examples"].settings
+    if "user" in examples.get("kinds", ()):
+        settings["user"] = {"tokens": examples["user_tokens"], "recent": examples["user_recent"]}
     # A generator of another loss means another thing by its numbers; releases of before have none that is not of "level".
     if (taught := manifests["generator"].settings.get("loss", "level")) != "level":
         settings |= {"loss": taught, "normalize": taught}

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -32,6 +32,9 @@ from catid2_ray.cli.options import (
 from catid2_ray.cli.options import console as _console
 from catid2_ray.config import KINDS, Recipe, schema
 from catid2_ray.errors import CatidError, InputError, Interrupted
+
+if TYPE_CHECKING:
+    from catid2_ray.generator.users import User
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -189,11 +192,13 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
     )  # fmt: skip
 
 
-def _answer(console: Console, store: Store, query: str, *, k: int, expression: dict | None = None) -> None:
+def _answer(
+    console: Console, store: Store, query: str, *, k: int, expression: dict | None = None, user: "User | None" = None
+) -> None:
     from catid2_ray.evaluation.tables import Column, Table, terminal
 
     retriever = look.current_retriever(store)
-    hits = retriever.retrieve([query], k=k, filters=[expression])[0]
+    hits = retriever.retrieve([query], k=k, filters=[expression], users=[user])[0]
     # Scores that the release does not use get no column.
     scores = {"log P": "logp", "dense": "dense", "BM25": "lexical", "final": "score"}
     if all(hit.score == hit.logp for hit in hits):
@@ -315,9 +320,17 @@ def search(
     filter_json: Annotated[
         str | None, typer.Option("--filter", metavar="JSON", help='such as \'{"column": "price", "to": 20}\'')
     ] = None,
+    user: Annotated[
+        list[str] | None, typer.Option(help="an attribute of who asks; may be repeated. Needs generator.mix.user")
+    ] = None,
+    recent: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PRODUCT", help="a product that they looked at; may be repeated, the latest last"),
+    ] = None,
 ) -> None:
     """Answer one query from the current release, with the changes made to it since, in this process."""
     from catid2_ray.errors import QueryError
+    from catid2_ray.generator.users import User
 
     try:
         expression = None if filter_json is None else json.loads(filter_json)
@@ -325,7 +338,8 @@ def search(
         raise QueryError(f"--filter is not JSON ({error}): {filter_json}") from None
     opened = Store(store)
     opened.check()
-    _answer(_console(), opened, query, k=k, expression=expression)
+    asker = User(tuple(user or ()), tuple(recent or ())) if user or recent else None
+    _answer(_console(), opened, query, k=k, expression=expression, user=asker)
 
 
 @app.command()

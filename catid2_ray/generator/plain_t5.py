@@ -9,6 +9,7 @@ B batch, T tokens, D width, H heads, E width of a head, P positions.
 
 import json
 import math
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -201,3 +202,22 @@ class PlainTokenizer:
             self._tokenizer.enable_padding(length=length, pad_id=self.pad_token_id, pad_token=self._pad)
             self._length = length
         return [encoded.ids for encoded in self._tokenizer.encode_batch(texts)]
+
+    def ids(self, text: str, *, marks: bool = True) -> list[int]:
+        """All token ids of a text, with its `</s>` unless without `marks`."""
+        return self._free.encode(text, add_special_tokens=marks).ids
+
+    @cached_property
+    def _free(self) -> Tokenizer:
+        """One that neither cuts nor pads: `padded` may run meanwhile."""
+        free = Tokenizer.from_str(self._tokenizer.to_str())
+        free.no_truncation()
+        free.no_padding()
+        free.encode_special_tokens = True
+        return free
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def convert_tokens_to_ids(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)

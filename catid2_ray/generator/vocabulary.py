@@ -159,10 +159,29 @@ def with_docid_tokens(tokenizer: "PreTrainedTokenizerFast", space: DocidSpace) -
     return tokenizer
 
 
-def frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+def frame(tokenizer: "PreTrainedTokenizerFast | PlainTokenizer") -> tuple[list[int], list[int]]:
     """The marks that the tokenizer sets before and after every text: ([], [</s>]) for T5, ([CLS], [SEP]) for BERT."""
+    if isinstance(tokenizer, PlainTokenizer):  # a T5's
+        return [], tokenizer.ids("")
     marks = list(tokenizer("")["input_ids"])
     return (marks[:-1], marks[-1:]) if marks[-1:] != [tokenizer.bos_token_id] else (marks, [])
+
+
+def bare_words(
+    tokenizer: "PreTrainedTokenizerFast | PlainTokenizer", texts: Sequence[str], *, length: int
+) -> np.ndarray:
+    """int32 N×`length`: token ids without the tokenizer's marks, cut and padded as `tokenize` does."""
+    ids_NT = np.full((len(texts), length), tokenizer.pad_token_id, np.int32)
+    if isinstance(tokenizer, PlainTokenizer):
+        for row, text in enumerate(texts):
+            words = tokenizer.ids(text, marks=False)[:length]
+            ids_NT[row, : len(words)] = words
+    elif len(texts):
+        ids_NT[:] = tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, max_length=length, truncation=True,
+            padding="max_length", padding_side="right", return_attention_mask=False,
+        )["input_ids"]  # fmt: skip
+    return ids_NT
 
 
 def starts_word(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:

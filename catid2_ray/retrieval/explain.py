@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from catid2_ray.errors import InputError
+from catid2_ray.generator.users import User
 from catid2_ray.retrieval.filters import LiveFilter
 from catid2_ray.retrieval.rescoring import Hit
 from catid2_ray.retrieval.retriever import Retriever
@@ -34,11 +35,13 @@ class Explanation:
     terms: dict[str, float]
 
 
-def explained(retriever: Retriever, query: str, hits: Sequence[Hit], *, expression=None) -> list[Explanation]:
-    """For each of the `hits` that `retriever` gave for `query` and the filter `expression`. Raises QueryError as `retrieve`."""
+def explained(
+    retriever: Retriever, query: str, hits: Sequence[Hit], *, expression=None, user: User | None = None
+) -> list[Explanation]:
+    """For each of the `hits` that `retriever` gave `user` for `query` and filter `expression`. Raises QueryError as `retrieve`."""
     if not hits:
         return []
-    paths = _paths(retriever, query, hits, expression)
+    paths = _paths(retriever, query, hits, expression, user)
     expansion, explanations = retriever.expansion, []
     for hit, path in zip(hits, paths):
         tokens = [f"{part}>" for part in hit.docid_text.split(">")[:-1]]
@@ -47,7 +50,7 @@ def explained(retriever: Retriever, query: str, hits: Sequence[Hit], *, expressi
     return explanations
 
 
-def _paths(retriever: Retriever, query: str, hits: Sequence[Hit], expression) -> list[list[tuple]]:
+def _paths(retriever: Retriever, query: str, hits: Sequence[Hit], expression, user: User | None) -> list[list[tuple]]:
     """Per hit its (log P or None, score) at each level."""
     docids, paths = [retriever.space.parse(hit.docid_text) for hit in hits], [[] for _ in hits]
     # Taken before the rows: a row that has another name in this state was numbered anew since.
@@ -62,6 +65,7 @@ def _paths(retriever: Retriever, query: str, hits: Sequence[Hit], expression) ->
         result = retriever.searched(
             [query], widths=[prefixes] * level, levels=level, top_k=prefixes,
             allowed=LiveFilter.of(theirs, view.base.rows), scored_as=[filter_], view=view,
+            users=[user],
         )  # fmt: skip
         scores = (result.logp_BK if result.score_BK is None else result.score_BK)[0].tolist()
         logps = [None] * prefixes if hits[0].logp is None else result.logp_BK[0].tolist()

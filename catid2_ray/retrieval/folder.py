@@ -17,6 +17,7 @@ import torch
 
 from catid2_ray.errors import ArtifactError, InputError, ReleaseError
 from catid2_ray.generator.saved import load_to_search
+from catid2_ray.generator.users import Reading
 from catid2_ray.retrieval.filters import FilterIndex
 from catid2_ray.retrieval.lexical import LexicalIndex
 from catid2_ray.retrieval.lookahead import Lookahead
@@ -95,6 +96,7 @@ def opened(
         "encode_query": encode_query,
         "adapter": adapter,
         "query_tokens": settings.get("query_tokens", 32),
+        "reading": Reading(**settings["user"]) if settings.get("user") else None,
         "normalize": normalize,
         "weights": weights,
         "release": settings.get("release", ""),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, QueryError
+from catid2_ray.generator.users import Reading, User, with_users
 from catid2_ray.generator.vocabulary import tokenize
 from catid2_ray.retrieval import folder as folders
 from catid2_ray.retrieval.beam import BeamResult, constrained_beam_search
@@ -25,7 +26,7 @@ from catid2_ray.retrieval.decoders import decoder_for
 from catid2_ray.retrieval.exact import Exact, exact_scores
 from catid2_ray.retrieval.filters import Filter, FilterIndex, LiveFilter
 from catid2_ray.retrieval.live import LiveTrie
-from catid2_ray.retrieval.live_view import LiveView, filters_for
+from catid2_ray.retrieval.live_view import LiveView, codes_of, filters_for
 from catid2_ray.retrieval.lookahead import Ahead, Lookahead, best_words
 from catid2_ray.retrieval.node_vectors import NodeVectors
 from catid2_ray.retrieval.products import Newcomer, ProductNames, Products, arrow_strings
@@ -64,8 +65,9 @@ class Retriever:
     `stop_level`: levels to search (None: whole IDs), which needs `expansion`. `lookahead`: the search looks ahead by these
     weights and the vectors of `nodes`. `encode_query`: texts → floats B×D, for re-scoring by vectors and for looking ahead;
     left out, the decoder's encoder gives them; either way they go through `adapter`, as the products' vectors did. `index`:
-    columns for filters; without it requests filter by product id alone. `query_tokens`: longer queries are cut. `batch`: queries
-    per search at a beam of 100; wider beams take fewer, as memory grows with both.
+    columns for filters; without it requests filter by product id alone. `query_tokens`: longer queries are cut. `reading`: what
+    the generator was taught to read of a user, if anything. `batch`: queries per search at a beam of 100; wider beams take fewer,
+    as memory grows with both.
 
     Raises ReleaseError when products and trie differ in length, InputError when the model does not fit the trie or
     re-scoring lacks what it needs.
@@ -95,6 +97,7 @@ class Retriever:
         adapter: Adapter | None = None,
         max_query_chars: int = 2000,
         query_tokens: int = 32,
+        reading: Reading | None = None,
         normalize: str = "level",
         weights: str = "float32",
         release: str = "",
@@ -131,7 +134,7 @@ class Retriever:
             expansion.check(self.products)
         self.expansion, self.encode_query, self.adapter = expansion, encode_query, adapter
         self.lookahead = lookahead
-        self.max_query_chars, self.query_tokens = max_query_chars, query_tokens
+        self.max_query_chars, self.query_tokens, self.reading = max_query_chars, query_tokens, reading
         self.normalize, self.release, self.batch = normalize, release, batch
 
     @classmethod
@@ -166,18 +169,25 @@ class Retriever:
         """The filter of a JSON expression (see `filters.py`); None for None. Raises QueryError saying what is wrong."""
         return None if expression is None else self.live.compile(expression)
 
+    @property
+    def reads_users(self) -> bool:
+        """Whether who asks may change what is found."""
+        return self.reading is not None and self._asks
+
     def retrieve(
         self, queries: Sequence[str], *, k: int, filters: Sequence | None = None, allowed=None,
-        beam_width: int | None = None, soft: Soft | None = None,
+        beam_width: int | None = None, soft: Soft | None = None, users: Sequence[User | None] | None = None,
     ) -> list[list[Hit]]:  # fmt: skip
         """At most `k` products per query, best first.
 
         `filters`: a JSON expression, or None, for each query. `allowed`, instead: a `Filter` or bool per trie row for all of
         them. `beam_width`: at every level, in place of the release's. `soft`: answer some queries early, by `hurried`; it has no
-        effect where that is None. Raises QueryError when any query, filter or k cannot be answered.
+        effect where that is None. `users`: who asks each query, None where that is not known; only the generator reads them.
+        Raises QueryError when any query, filter, user or k cannot be answered.
         """
         for query in queries:
             self.check(query, k=k)
+        self._check_users(users, len(queries))
         if filters is not None and len(filters) != len(queries):
             raise QueryError(f"{len(filters)} filters for {len(queries)} queries; give one, or None, for each")
         view = self.live.view
@@ -197,7 +207,8 @@ class Retriever:
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
             early = None if soft is None or self.hurried is None else _of_part(soft, part)
-            answers += self._answers(list(queries[part]), view, products, k, chosen[part], widths, early)
+            mine = None if users is None else users[part]
+            answers += self._answers(list(queries[part]), view, products, k, chosen[part], widths, early, mine)
         return answers
 
     def why_fewer(self, found: int, *, k: int, expression=None) -> Literal["search", "catalogue"] | None:
@@ -226,9 +237,10 @@ class Retriever:
         return Expansion(a=0.0, dense="dot", unit_vectors=vectors.normalized) if self.lookahead else None
 
     def _answers(
-        self, queries: list[str], view: LiveView, products: Products, k: int, allowed, widths, soft: Soft | None = None
-    ) -> list[list[Hit]]:
-        ids_BT, mask_BT, memory, query_BD = self._asked(queries)
+        self, queries: list[str], view: LiveView, products: Products, k: int, allowed, widths, soft: Soft | None = None,
+        users: Sequence[User | None] | None = None,
+    ) -> list[list[Hit]]:  # fmt: skip
+        ids_BT, mask_BT, memory, query_BD = self._asked(queries, users, view)
         early: dict[int, list[Hit]] = {}
 
         def ranked(result: BeamResult, rows: list[int], settings: Expansion) -> list[list[Hit]]:
@@ -269,13 +281,20 @@ class Retriever:
         """Whether the search asks the generator."""
         return self.lookahead is None or self.lookahead.logp_weight != 0
 
-    def _asked(self, queries: list[str]) -> tuple:
-        """(token ids, mask, what the decoder's encoder makes of them, the queries' vectors), each None where nothing needs it."""
+    def _asked(
+        self, queries: list[str], users: Sequence[User | None] | None = None, view: LiveView | None = None
+    ) -> tuple:
+        """(token ids, mask, what the decoder's encoder makes of them, the queries' vectors), each None where nothing needs it.
+        `view`: where the IDs of what users looked at stand."""
         ids_BT = mask_BT = memory = query_BD = None
+        known = users is not None and any(users)
         if self._asks or self.encode_query is None:
-            ids_BT, mask_BT, memory = self._encoded(queries)
+            ids_BT, mask_BT, memory = self._encoded(queries, users if known else None, view)
         if self.lookahead or (self.expansion and self.expansion.dense != "none"):
-            query_BD = self._vectors(queries, getattr(memory, "dense_BE", None))
+            dense_BE = getattr(memory, "dense_BE", None)
+            if known and self.encode_query is None:  # a query's vector knows of no user
+                dense_BE = getattr(self._encoded(queries)[2], "dense_BE", None)
+            query_BD = self._vectors(queries, dense_BE)
         return ids_BT, mask_BT, memory, query_BD
 
     def _ahead(self, queries: list[str], query_BD, view: LiveView, products: Products, allowed) -> Ahead | None:
@@ -304,14 +323,16 @@ class Retriever:
     def searched(
         self, queries: Sequence[str], *, widths: Sequence[int], levels: int | None = None, top_k: int, allowed=None,
         scored_as: Sequence | None = None, view: LiveView | None = None, at_level: Callable | None = None,
+        users: Sequence[User | None] | None = None,
     ) -> BeamResult:  # fmt: skip
         """What the release's search finds with other widths, one per level, before products are taken of it: IDs, or where
         `levels` (None: as released) ends it earlier, prefixes. `allowed`: as `retrieve` takes it. `scored_as`: other
         filters, one per query or None, whose products' best words count below a node; `allowed` then only leaves prefixes out.
         `view`: a state of the products that the filters are of, in place of that of now. `at_level`: as
-        `constrained_beam_search` takes it."""
+        `constrained_beam_search` takes it. `users`: as `retrieve` takes them."""
         queries, view = list(queries), view or self.live.view
-        ids_BT, mask_BT, memory, query_BD = self._asked(queries)
+        self._check_users(users, len(queries))
+        ids_BT, mask_BT, memory, query_BD = self._asked(queries, users, view)
         chosen = filters_for(allowed, view, len(queries))
         return constrained_beam_search(
             self.decoder, view, ids_BT, mask_BT, beam_width=list(widths), top_k=top_k, allowed=chosen,
@@ -339,14 +360,49 @@ class Retriever:
             asked=self._asks,
         )  # fmt: skip
 
-    def _encoded(self, texts: list[str]) -> tuple[Tensor, Tensor, object]:
+    def _encoded(
+        self, texts: list[str], users: Sequence[User | None] | None = None, view: LiveView | None = None
+    ) -> tuple[Tensor, Tensor, object]:
         """(token ids B×T, mask B×T, what the decoder's encoder makes of them)."""
-        ids_BT = torch.as_tensor(tokenize(self.tokenizer, texts, length=self.query_tokens)).long()
+        input_BT = tokenize(self.tokenizer, texts, length=self.query_tokens)
+        if users is not None:
+            input_BT = self._with_users(input_BT, [user or User() for user in users], view)
+        ids_BT = torch.as_tensor(input_BT).long()
         mask_BT = ids_BT != self.tokenizer.pad_token_id
         used, device = max(1, int(mask_BT.any(0).sum())), self.decoder.device
         ids_BT, mask_BT = ids_BT[:, :used].to(device), mask_BT[:, :used].to(device)
         with torch.inference_mode():
             return ids_BT, mask_BT, self.decoder.encode(ids_BT, mask_BT)
+
+    def _with_users(self, query_BT: np.ndarray, users: Sequence[User], view: LiveView) -> np.ndarray:
+        """Inputs as the generator's examples have them: of the latest products those that are not known count as absent."""
+        recent = [user.recent[-self.reading.recent :] if self.reading.recent else () for user in users]
+        row_of = {name: self._row(name, view) for name in {name for names in recent for name in names}}
+        rows = [[row_of[name] for name in names if row_of[name] is not None] for names in recent]
+        codes_RL = codes_of(view, [row for mine in rows for row in mine])
+        return with_users(
+            self.tokenizer, query_BT, [" ".join(user.attributes) for user in users],
+            np.repeat(np.arange(len(users)), [len(mine) for mine in rows]), codes_RL, space=self.space,
+            attribute_tokens=self.reading.tokens, recent=self.reading.recent,
+        ).input_ids_NT  # fmt: skip
+
+    def _row(self, product_id: str, view: LiveView) -> int | None:
+        """Its row in a state of the products, live or not; None where it has none there."""
+        try:
+            row = self.live.row(product_id)
+        except InputError:
+            return None
+        return row if row < view.rows and view.products.name(row) == product_id else None
+
+    def _check_users(self, users: Sequence[User | None] | None, queries: int) -> None:
+        if users is None:
+            return
+        if len(users) != queries:
+            raise QueryError(f"{len(users)} users for {queries} queries; give one, or None, for each")
+        if any(users) and self.reading is None:
+            raise QueryError(
+                f"release {self.release!r} has a generator that reads no users: train it with generator.mix.user, or name none"
+            )
 
     def _vectors(self, texts: list[str], dense_BE: Tensor | None, *, of: str = "queries") -> Tensor:
         """The vectors of queries, or `of` "products" by their titles, as encoder and adapter give them."""

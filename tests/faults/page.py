@@ -42,7 +42,7 @@ def _rows(reporter) -> list[list]:
     for report in reporter.stats.get("passed", ()):
         rows += [[*value, report.nodeid] for name, value in report.user_properties if name == "fault"]
     for report in [*reporter.stats.get("failed", ()), *reporter.stats.get("error", ())]:
-        if any(name == "of_faults" for name, _ in report.user_properties):
+        if any(name == "of_faults" for name, _ in getattr(report, "user_properties", ())):
             rows.append([f"`{report.nodeid}`", "", "**FAILED**", "", "", report.nodeid])
     return sorted(rows, key=lambda row: row[-1])
 

@@ -478,6 +478,13 @@ def test_the_folder_says_what_the_generator_was_taught_where_it_is_not_what_all_
         assert settings["loss"] == "trie" and settings["normalize"] == parts["serving"].asked.get("normalize", "trie")
 
 
+def test_the_folder_says_what_the_generator_reads_of_users(chain, local_store):
+    parts = chain(local_store, "one")
+    assert "user" not in releases.retriever_settings(parts, release="r")
+    parts["examples"].settings.update(kinds=["query", "user"], user_tokens=12, user_recent=3)
+    assert releases.retriever_settings(parts, release="r")["user"] == {"tokens": 12, "recent": 3}
+
+
 def test_parts_are_the_stages_in_order():
     assert PARTS == (
         "catalog", "pairs", "tuned_encoder", "embeddings", "adapter", "quantizer", "ids", "node_vectors", "examples", "generator",

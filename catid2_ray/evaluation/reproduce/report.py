@@ -372,7 +372,7 @@ def beams_table(scored: Sequence[Scored]) -> Table:
         "Per cent. At an equal beam (the paper's figure) a larger cluster finds more because it holds more: in brackets "
         "the products of the beam, on average. At equal products that is no advantage. Expected: products of one ID in "
         "random order; recall has them in the order of their ids. Queries alone, the paper's semantic case: the proxy "
-        "reads no user, so its personalised case is not run."
+        "reads no user; benchmarks/results/users.md has its personalised case."
     )
     return Table("At equal beams, and at equal products", columns_of("method", *beams, *headings), rows, caption)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from catid2_ray.errors import InputError
+from catid2_ray.generator.users import User
 from catid2_ray.on_ray.serve.api import (
     Answer,
     BelowResponse,
@@ -41,6 +42,11 @@ class Asked(NamedTuple):
     opened: Opened
     request: RetrieveRequest
     soft: float | None = None
+
+    @property
+    def user(self) -> User | None:
+        """Who asks, where the release reads that. Where it does not, as during an upgrade, the answer is everybody's."""
+        return self.request.asker if self.opened.retriever.reads_users else None
 
 
 class Found(NamedTuple):
@@ -84,6 +90,7 @@ def search(requests: list[Asked], early: Callable[[int, Found], None] = lambda n
             hits_of = opened.retriever.retrieve(
                 [one.query for one in mine], k=max(one.k for one in mine), filters=[one.filter for one in mine],
                 beam_width=beam_width, soft=Soft(soft, listen) if any(soft) else None,
+                users=[requests[number].user for number in numbers],
             )  # fmt: skip
             found = [Found(hits[: one.k]) for one, hits in zip(mine, hits_of)]
         answers = dict(zip(numbers, found)) | answers
@@ -101,7 +108,7 @@ def _clusters(asked: Asked) -> Found:
     widths = [max(width, request.k) for width in retriever.widths_for(request.k, request.beam_width)[:levels]]
     result = retriever.searched(
         [request.query], widths=widths, levels=levels, top_k=request.k, allowed=retriever.compile(request.filter),
-        at_level=None if soft is None else lambda *_: time.monotonic() >= soft,
+        at_level=None if soft is None else lambda *_: time.monotonic() >= soft, users=[asked.user],
     )  # fmt: skip
     count, clusters, reached = int(result.count_B[0]), [], result.docid_BKL.shape[-1]
     scores = (result.logp_BK if result.score_BK is None else result.score_BK)[0, :count].tolist()
@@ -128,7 +135,8 @@ def answer_of(opened: Opened, request: RetrieveRequest, found: Found) -> Answer:
         fewer = retriever.why_fewer(len(found.hits), k=request.k, expression=request.filter)
     said: list[Explain | None] = [None] * len(found.hits)
     if request.explains:
-        whole = explained(retriever, request.query, found.hits, expression=request.filter)
+        user = Asked(opened, request).user
+        whole = explained(retriever, request.query, found.hits, expression=request.filter, user=user)
         said = [Explain(levels=[Level(**vars(level)) for level in one.levels], terms=one.terms) for one in whole]
     if request.mode == "everything":
         clusters = _clusters_above(retriever, found.hits, said)

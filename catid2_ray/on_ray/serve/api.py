@@ -1,16 +1,19 @@
 """Requests and responses of the HTTP interface: queries, and the changes that a serving release takes."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from catid2_ray.generator.users import User
 from catid2_ray.on_ray.serve.refusals import MOST_NODES, sound
 from catid2_ray.retrieval.rescoring import Hit
 from catid2_ray.retrieval.retriever import MAX_K
 
 MOST = 1000  # products of one request
 MOST_QUERIES = 64  # of one request
+MOST_SAID = 100  # attributes, and recent products, of a user
+Said = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class _Sound(BaseModel):
@@ -40,6 +43,15 @@ class RetrieveRequest(_Sound):
         "products. everything: products, each with `explain`, and in `clusters` the beginnings of IDs below which they were found"
     )  # fmt: skip
     explain: bool = Field(False, description="say of each product how its ID was found and what its score is made of")
+    user: list[Said] | None = Field(
+        None, max_length=MOST_SAID, description="attributes of who asks, such as 'age 20-29', in the words of the training pairs. "
+        "Only a generator that was trained with users reads them: the answer says so in `personal`"
+    )  # fmt: skip
+    recent: list[Said] | None = Field(
+        None,
+        max_length=MOST_SAID,
+        description="product_ids that who asks looked at before, the latest last; read as `user` is",
+    )
     timeout_s: float | None = Field(
         None, gt=0, description="seconds that the caller waits: a query whose search has not begun by then is not searched (504). "
         "The header x-request-timeout-seconds says the same; the shorter one counts",
@@ -62,6 +74,11 @@ class RetrieveRequest(_Sound):
     @property
     def explains(self) -> bool:
         return self.explain or self.mode == "everything"
+
+    @property
+    def asker(self) -> User | None:
+        """Who asks; None where nothing is known of them."""
+        return User(tuple(self.user or ()), tuple(self.recent or ())) if self.user or self.recent else None
 
     def each(self) -> list["RetrieveRequest"]:
         """One request per query."""
@@ -142,6 +159,9 @@ class Answer(BaseModel):
 
 class RetrieveResponse(Answer):
     release: str
+    personal: bool | None = Field(
+        None, description="of a request with `user` or `recent`: whether the release's search reads them"
+    )
     answers: list[Answer] | None = Field(
         None, description="where `queries` were asked: one for each, in their order; `products` is empty then"
     )
@@ -203,6 +223,7 @@ class ReleaseResponse(BaseModel):
     )
     changes: int = Field(description="changes to products that this replica has applied")
     products: int = Field(description="products that can be found now")
+    users: bool = Field(description="whether a query's `user` and `recent` are read")
     levels: int = Field(description="codes of a whole ID")
     filters: dict[str, str] = Field(description="columns that a filter may name, and the type of their values")
     follows: bool = Field(description="whether this replica changes to a release that becomes current")

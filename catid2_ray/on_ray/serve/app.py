@@ -213,7 +213,7 @@ class RetrieverReplica:
         live = now.retriever.live
         return ReleaseResponse(
             release=now.name, created=now.created, churn=Churn.of(now.parts["ids"].metrics),
-            changes=now.updates.applied, products=live.products, levels=now.retriever.trie.levels,
+            changes=now.updates.applied, products=live.products, users=now.retriever.reads_users, levels=now.retriever.trie.levels,
             filters=live.column_types, follows=self.settings.follows,
             refused=None if refusal is None else f"{refusal[0]}: {refusal[1]}",
             trial=None if tried is None else OnTrial(release=tried.opened.name, **tried.shares._asdict()),
@@ -298,9 +298,10 @@ class RetrieverReplica:
                 task.cancel()
             raise
         self._ask_beside(now, session, each, answers)
+        personal = None if request.asker is None else now.retriever.reads_users
         if request.queries is None:
-            return RetrieveResponse(release=now.name, **dict(answers[0]))
-        return RetrieveResponse(release=now.name, products=[], fewer=None, answers=answers)
+            return RetrieveResponse(release=now.name, personal=personal, **dict(answers[0]))
+        return RetrieveResponse(release=now.name, personal=personal, products=[], fewer=None, answers=answers)
 
     async def _answer(self, asked: Asked, deadline: float | None) -> Answer:
         began = time.perf_counter()

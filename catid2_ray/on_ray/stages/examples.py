@@ -23,7 +23,8 @@ from catid2_ray.config import EXAMPLE_KINDS, GeneratorRecipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError, RecipeError
 from catid2_ray.generator.batches import kinds_without_pairs
-from catid2_ray.generator.inputs import Doc2Query, description_spans, user_width, with_users
+from catid2_ray.generator.inputs import Doc2Query, description_spans
+from catid2_ray.generator.users import user_width, with_users
 from catid2_ray.generator.vocabulary import frame, load_tokenizer, tokenize_cut, train_tokenizer, with_docid_tokens
 from catid2_ray.hashing import hash_of_text
 from catid2_ray.on_ray.job import Job

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import InputError
-from catid2_ray.generator.inputs import user_width, with_users
+from catid2_ray.generator.plain_t5 import PlainTokenizer
+from catid2_ray.generator.users import user_width, with_users
 from catid2_ray.generator.vocabulary import tokenize, tokenize_cut, train_tokenizer, with_docid_tokens
 from tests.oracles.examples import user_tokens
 
@@ -72,3 +73,18 @@ def test_texts_that_are_cut_are_told_from_those_that_just_fit():
         found = tokenize_cut(TOKENIZER, texts, length=length)
         assert np.array_equal(found.input_ids_NT, tokenize(TOKENIZER, texts, length=length))
         assert found.cut_N.tolist() == [size > length for size in whole]
+
+
+def test_the_plain_tokenizer_of_a_search_makes_the_same_lines(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    plain = PlainTokenizer(tmp_path)
+    row_R, codes_RL = np.array([0, 0, 2]), np.array([[1, 2], [3, 0], [0, 1]])
+    lines = [
+        with_users(
+            tokenizer, tokenize(tokenizer, QUERIES, length=8), ["female </s> <a_1>", "", "age 20 29 oak lamp steel"],
+            row_R, codes_RL, space=SPACE, attribute_tokens=4, recent=2,
+        )
+        for tokenizer in (TOKENIZER, plain)
+    ]  # fmt: skip
+    assert np.array_equal(lines[0].input_ids_NT, lines[1].input_ids_NT)
+    assert lines[0].cut_N.tolist() == lines[1].cut_N.tolist()

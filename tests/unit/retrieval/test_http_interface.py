@@ -23,6 +23,7 @@ from ray import serve
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.errors import ArtifactError, InputError, StorageError
+from catid2_ray.generator.users import Reading
 from catid2_ray.on_ray.serve import answers as answering
 from catid2_ray.on_ray.serve import app
 from catid2_ray.on_ray.serve.answers import TIMEOUT_HEADER, Found, deadline_of
@@ -145,7 +146,7 @@ def test_half_a_character_in_a_title_is_refused_before_anything_is_written():
 
 def test_it_says_what_it_serves_and_shows_a_page(client):
     assert client.get("/v1/release").json() == {
-        "release": "r1", "created": "2026-01-31T12:00:00Z", "churn": None, "changes": 0, "products": 6, "levels": 2,
+        "release": "r1", "created": "2026-01-31T12:00:00Z", "churn": None, "changes": 0, "products": 6, "users": False, "levels": 2,
         "filters": {"product_id": "string"}, "follows": False, "refused": None, "trial": None, "trial_refused": None,
     }  # fmt: skip
     assert client.head("/healthz").status_code == client.head("/").status_code == 200
@@ -154,6 +155,23 @@ def test_it_says_what_it_serves_and_shows_a_page(client):
     assert "POST /v1/retrieve" in docs and "a free semantic ID" in docs and "<a href='#Product'>" in docs
     assert "https://" not in docs and "<code>query</code>" in docs
     assert "<form" in page and "http://" not in page and "https://" not in page and "innerHTML" not in page
+
+
+def test_a_user_that_the_release_does_not_read_is_said_to_be_unread(client, replica, monkeypatch):
+    asked = {"query": "oak door", "k": 2}
+    anybody, mine = (client.post("/v1/retrieve", json=asked | more).json() for more in ({}, {"user": ["age 20-29"]}))
+    assert mine == anybody | {"personal": False}
+    monkeypatch.setattr(replica.serving.now.retriever, "reading", Reading(3, 2))
+    read = client.post("/v1/retrieve", json=asked | {"recent": ["p5", "p1"]}).json()
+    assert read["personal"] and read["products"] != anybody["products"] and client.get("/v1/release").json()["users"]
+    refused(
+        client.post("/v1/retrieve", json=asked | {"user": [""]}), 422, "user.0: String should have at least 1 character"
+    )
+    refused(
+        client.post("/v1/retrieve", json=asked | {"recent": ["p1"] * 101}),
+        422,
+        "recent: List should have at most 100 items",
+    )
 
 
 CHURN = {"base": "r0", "churn": {"after": {"common": 300, "new": 7, "retired": 2, "prefix_churn": [0.01, 0.12]}}}
