@@ -2,11 +2,11 @@
 
     python benchmarks/users.py [--kinds cq_sid,cat_id2] [--seeds 2] [--users 1500] [--store FOLDER] [--json FILE] [--render JSON]
 
-CQ-SID's personalised case (2605.14434) without its users: the quickstart shop, and users who each prefer one colour. A user types a
-query that products of several colours suit, and mostly clicks one in their own. Their attributes name a band of users who share
-three colours, their recent clicks show which is theirs. One generator learns titles, queries, and queries with users, in the paper's
-stages. Asked are clicks of the test split: with the query alone, with the user, with half of what is known of the user, and, as
-a control, with another user. Hits are counted at an equal beam and at equal products. In this process, without Ray.
+CQ-SID's personalised case (2605.14434) without its users: the quickstart shop, and users who each prefer one colour. A user types
+a query that products of several colours suit, and mostly clicks one in their own. Their attributes name a band of users who share
+three colours, their recent clicks show which is theirs. One generator learns titles, queries, and queries with users, in the
+paper's stages. Asked are clicks of the test split: with the query alone, with the user, with half of what is known of the user,
+and, as a control, with another user. Hits are counted at an equal beam and at equal products. In this process, without Ray.
 """
 
 import sys

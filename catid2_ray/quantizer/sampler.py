@@ -1,4 +1,4 @@
-"""What a training sees: which rows an epoch's batches hold, and category labels changed on purpose for controls.
+"""What a training sees: which rows an epoch's batches hold, and category labels changed for controls, or made where there are none.
 
 Unusual: nothing keeps state. An order is a pure function of its arguments, made anew for each epoch, so a resumed run sees the
 same batches (METHODS 11.4); whose label changes is a function of the rows handed in and the seed, or of the category id and
@@ -6,16 +6,19 @@ the seed alone, so parts of a table can be treated one by one, on any worker. Ro
 contiguous range, so drawing is array arithmetic on ranges; only the steps are looped over (1e6 rows, 250 steps of 4096:
 0.3 s on one core).
 
-Shape letters: N rows, H category depth, C leaves, G nodes drawn, F draws per node.
+Shape letters: N rows, D vector, K clusters, H category depth, C leaves, G nodes drawn, F draws per node.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from catid2_ray.errors import InputError
 from catid2_ray.hashing import GOLDEN, mixed, share_of
+from catid2_ray.quantizer.kmeans import nearest
 from catid2_ray.schedule import seed_from
 
 # A leaf of one row has no positive; from two on it can be drawn.
@@ -166,6 +169,18 @@ def _run_starts(sorted_NH: np.ndarray) -> np.ndarray:
     differs_N = np.ones(len(sorted_NH), bool)
     differs_N[1:] = (sorted_NH[1:] != sorted_NH[:-1]).any(1)
     return np.flatnonzero(differs_N)
+
+
+def clusters_in_clusters(vector_ND: np.ndarray, books: Sequence[Tensor]) -> np.ndarray:
+    """int32 N×H: labels for a catalogue without categories. The one at depth d is the prefix of d + 1 codes of residual k-means, so
+    a cluster of depth 2 lies inside one of depth 1. `books`: as `kmeans.residual_kmeans` gives them, one a depth."""
+    rest_ND, label_N, labels = torch.from_numpy(np.array(vector_ND, np.float32)), 0, []
+    for book_KD in books:
+        code_N = nearest(rest_ND, book_KD)
+        rest_ND -= book_KD[code_N]
+        label_N = label_N * len(book_KD) + code_N
+        labels.append(label_N.numpy().astype(np.int32))
+    return np.stack(labels, 1)
 
 
 def exchange_paths(category_NH: np.ndarray, *, share: float, seed: int) -> np.ndarray:

@@ -102,9 +102,19 @@ class Part:
 
 
 def labels_seen(category_NH, **settings):
-    labels = _Labels.of(QuantizerRecipe(**settings), seed=1)
+    labels = _Labels.of(QuantizerRecipe(**settings), 1, np.ones((20, 2), np.float32))
     reader = _LabelledParts(("embedding", "category"), labels, vectors=Part(category_NH))
     return matrix(reader(None, "part-00003.parquet")["category"])
+
+
+def test_labels_of_vectors_do_not_read_the_catalogues_and_agree_between_parts():
+    rng = np.random.default_rng(0)
+    sample_ND = rng.normal(size=(300, 4)).astype(np.float32)
+    labels = _Labels.of(QuantizerRecipe(category_from="clusters", category_depth=2), 1, sample_ND)
+    whole = labels(np.full((300, 3), 7), sample_ND, part=-1)
+    assert whole.shape == (300, 2) and len(np.unique(whole[:, 0])) == 16 and 16 < len(np.unique(whole[:, 1])) <= 128
+    assert np.array_equal(whole[100:150], labels(np.full((50, 3), -1), sample_ND[100:150], part=3))
+    assert (whole[:, 1] // 8 == whole[:, 0]).all()
 
 
 def test_training_sees_labels_as_the_recipe_says():

@@ -222,6 +222,14 @@ def _labels() -> list[Row]:
         Row(_ids("dis", "no labels: DisL alone")),
         Row(_ids("cat_id2", "labels as they are")),
         Row(_ids("depth_2_3", "half of the deepest categories not known")),
+        Row(
+            _ids(
+                "clusters",
+                "no labels: clusters of vectors in their place",
+                "cat_id2",
+                recipe={"quantizer.category_from": "clusters"},
+            )
+        ),
         *noise,
         Row(_ids("cat_id2_shuffled", "all labels exchanged (the control)")),
         Row(_ids("on_residual", "eq. 4 by level, IDs deeper than categories (H < L)")),

@@ -33,14 +33,14 @@ RATES = {
     # 10^7 products by two workers: 103 s of reading, 106 s of assigning, with the start of a job among them.
     "read": Rate(1e7 / 103 / 2, "products/s a CPU", "assign.md", "| 10,000,000 | 11.4% | 0 | 103 s | 106 s |"),
     "assign": Rate(1e7 / 106 / 2, "products/s a CPU", "assign.md", "| 10,000,000 | 11.4% | 0 | 103 s | 106 s |"),
-    # That was at width 64. What a product took at width 384: (4.5 − 1.0) and (6.0 − 3.4) s for 80,000 more.
+    # That was at width 64. What a product took at width 384: (5.4 − 1.05) and (8.4 − 3.85) s for 80,000 more.
     "read_number": Rate(
-        ((4.5 - 1.0) / 0.08 - 20.6) / 320, "µs a number of a vector beyond 64", "plan.md", "| 100,000 | catalog | 4.5 |"
+        ((5.4 - 1.05) / 0.08 - 20.6) / 320, "µs a number of a vector beyond 64", "plan.md", "| catalog | 1.05 | 5.4 |"
     ),
     "assign_number": Rate(
-        ((6.0 - 3.4) / 0.08 - 21.4) / 320, "µs a number of a vector beyond 64", "plan.md", "| 100,000 | ids | 6 |"
+        ((8.4 - 3.85) / 0.08 - 21.4) / 320, "µs a number of a vector beyond 64", "plan.md", "| ids | 3.85 | 8.4 |"
     ),
-    "assign_start": Rate(3.4 - 0.65, "s, whatever the size", "plan.md", "| 20,000 | ids | 3.4 |"),
+    "assign_start": Rate(3.85 - 1.14, "s, whatever the size", "plan.md", "| ids | 3.85 | 8.4 |"),
     "assign_memory": Rate(0.93, "GiB a worker", "assign.md", "| 3.6 GiB | 3.0 GiB | 0.93 GiB |"),
     "read_memory": Rate(3.6 / 2, "GiB a worker", "assign.md", "| 3.6 GiB | 3.0 GiB | 0.93 GiB |"),
     # 54,667 products of Home Depot by two workers, all-MiniLM-L6-v2, on a busy machine.
@@ -51,19 +51,19 @@ RATES = {
     "serving": Rate(54_667 / 4.2, "products/s, in one process", "home_depot.md", "| serving | 4.2 s |"),
     "embed_gpu": Rate(5_000, "products/s a GPU"),
     "embed_memory": Rate(2.0, "GiB a worker"),
-    # Three epochs of 80,000 rows more took 57 − 26.4 s in a job; its step alone does 10,071 rows/s (quantizer_step.json).
-    "quantizer": Rate(240_000 / (57 - 26.4), "rows/s a CPU", "plan.md", "| 100,000 | quantizer | 57 |"),
-    "quantizer_start": Rate(26.4 - 7.65, "s, k-means of 20,000 rows", "plan.md", "| 20,000 | quantizer | 26.4 |"),
+    # Three epochs of 80,000 rows more took 69.6 − 34.1 s in a job; its step alone does 10,071 rows/s (quantizer_step.json).
+    "quantizer": Rate(240_000 / (69.6 - 34.1), "rows/s a CPU", "plan.md", "| quantizer | 34.1 | 69.6 |"),
+    "quantizer_start": Rate(34.1 - 8.875, "s, k-means of 20,000 rows", "plan.md", "| quantizer | 34.1 | 69.6 |"),
     "quantizer_memory": Rate(0.54, "GiB a worker", "quantizer_step.json", '"ours": 551.8'),
     "generator_small": Rate(397.9, "examples/s a CPU", "generator_step.md", "| 0.643 | 397.9 |"),
     "generator_encoder_decoder": Rate(140.5, "examples/s a CPU", "generator_step.md", "| 1.823 | 140.5 |"),
     "generator_t5": Rate(5.1, "examples/s a CPU", "generator_step.md", "| 6.293 | 5.1 |"),
     "generator_causal": Rate(5.1, "examples/s a CPU"),  # as a T5 of 205 million weights
-    # The rates above are of titles and queries. Queries alone are shorter: 8,000 more took 11.9 − 4.6 s.
+    # The rates above are of titles and queries. Queries alone are shorter: 8,000 more took 14.65 − 4.0 s.
     "generator_query": Rate(
-        8000 / (11.9 - 4.6) / 397.9, "× the rate of titles and queries", "plan.md", "| 100,000 | generator | 11.9 |"
+        8000 / (14.65 - 4.0) / 397.9, "× the rate of titles and queries", "plan.md", "| generator | 4 | 14.65 |"
     ),
-    "generator_start": Rate(4.6 - 1.9, "s, whatever the size", "plan.md", "| 20,000 | generator | 4.6 |"),
+    "generator_start": Rate(4.0 - 2.66, "s, whatever the size", "plan.md", "| generator | 4 | 14.65 |"),
     "generator_memory": Rate(5.1, "GiB a worker", "generator_step.md", "| 40% | 5.10 GiB |"),
     "gpu": Rate(30.0, "× a CPU, in training"),
     "trie": Rate(0.2348, "µs an ID, in one process", "trie.md", "| 10,000,000 | 0.2348 |"),

@@ -35,12 +35,14 @@ from catid2_ray.quantizer.health import (
     revive_dead_codes,
     verdict,
 )
+from catid2_ray.quantizer.kmeans import residual_kmeans
 from catid2_ray.quantizer.model import ResidualQuantizer
-from catid2_ray.quantizer.sampler import category_balanced_order, exchange_paths, mask_categories
+from catid2_ray.quantizer.sampler import category_balanced_order, clusters_in_clusters, exchange_paths, mask_categories
 from catid2_ray.quantizer.step import Extras, LossWeights, epoch_order, parameter_groups, training_loss
 from catid2_ray.schedule import seed_from
 
 _REVIVE_UNTIL = 0.75
+_CLUSTERS = (16, 8, 8)  # of labels made of vectors: 16 clusters, 128 and 1,024 inside them
 _PROBE_ROWS = 512  # of the sample, for the gradient norms of one epoch
 
 
@@ -86,7 +88,9 @@ def _sample(job: Job, parents: dict[str, Manifest]) -> tuple[np.ndarray, np.ndar
     recipe = job.recipe.quantizer
     vectors = ProductVectors.of(job.store, parents)
     table = read_vectors(vectors, ["embedding", "category"], rows=recipe.kmeans_sample, seed=job.recipe.seed)
-    return matrix(table["embedding"]), _Labels.of(recipe, job.recipe.seed)(matrix(table["category"]), part=-1)
+    sample_ND = matrix(table["embedding"])
+    labels = _Labels.of(recipe, job.recipe.seed, sample_ND)
+    return sample_ND, labels(matrix(table["category"]), sample_ND, part=-1)
 
 
 def _train(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
@@ -146,18 +150,25 @@ def forced_column(recipe: QuantizerRecipe, categories: tuple[int, ...]) -> int |
 
 @dataclass(frozen=True)
 class _Labels:
-    """Category ids as training sees them: cut, masked or exchanged as the recipe says; a pure function of (seed, part)."""
+    """Category ids as training sees them: made of vectors, cut, masked or exchanged as the recipe says; a pure function of (seed,
+    sample, part). `clusters`: codebooks, where labels are made of vectors."""
 
     depth: int | None
     masked: float
     noise: float
     seed: int
+    clusters: tuple[torch.Tensor, ...] = ()
 
     @classmethod
-    def of(cls, recipe: QuantizerRecipe, seed: int) -> "_Labels":
-        return cls(recipe.category_depth, recipe.category_masked, recipe.category_noise, seed)
+    def of(cls, recipe: QuantizerRecipe, seed: int, sample_ND: np.ndarray) -> "_Labels":
+        clusters = ()
+        if recipe.category_from == "clusters":
+            clusters = tuple(residual_kmeans(torch.tensor(sample_ND), codes_per_level=_CLUSTERS, seed=seed))
+        return cls(recipe.category_depth, recipe.category_masked, recipe.category_noise, seed, clusters)
 
-    def __call__(self, category_NH: np.ndarray, *, part: int) -> np.ndarray:
+    def __call__(self, category_NH: np.ndarray, embedding_ND: np.ndarray, *, part: int) -> np.ndarray:
+        if self.clusters:
+            category_NH = clusters_in_clusters(embedding_ND, self.clusters)
         category_NH = category_NH[:, : self.depth]
         if self.masked:
             category_NH = mask_categories(
@@ -179,7 +190,8 @@ class _LabelledParts(PartReader):
 
     def __call__(self, store: Store, file: str) -> pa.Table:
         table = self.vectors.read(Path(file).name, ["part", "index", "embedding", "category"])
-        category_NH = self.labels(matrix(table["category"]), part=table["part"][0].as_py())
+        part = table["part"][0].as_py()
+        category_NH = self.labels(matrix(table["category"]), matrix(table["embedding"]), part=part)
         table = table.set_column(3, "category", fixed_lists(category_NH, pa.int32()))
         if self.queries is None:
             return table
@@ -201,7 +213,7 @@ class QuantizerTask:
         self.sample_ND, self.category_NH = sample_ND, category_NH
         self.column = forced_column(recipe, categories[: recipe.category_depth])
         self.columns = ["embedding", "category", *(["query", "has_query"] if queries else [])]
-        self.reader = _LabelledParts(tuple(self.columns), _Labels.of(recipe, seed), queries, vectors)
+        self.reader = _LabelledParts(tuple(self.columns), _Labels.of(recipe, seed, sample_ND), queries, vectors)
         self.weights = LossWeights(
             **{name: getattr(recipe, name) for name in LossWeights.__dataclass_fields__ if name != "category_depth"},
             category_depth=category_NH.shape[1],

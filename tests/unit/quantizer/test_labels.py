@@ -1,12 +1,13 @@
-"""Exchanged and masked labels: the rows and categories that were asked for, the same wherever it is worked out."""
+"""Exchanged, masked and made labels: the rows and categories that were asked for, the same wherever it is worked out."""
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catid2_ray.errors import InputError
-from catid2_ray.quantizer.sampler import exchange_paths, mask_categories
+from catid2_ray.quantizer.sampler import clusters_in_clusters, exchange_paths, mask_categories
 
 
 def paths(rows: int = 400, seed: int = 0) -> np.ndarray:
@@ -86,3 +87,18 @@ def test_what_cannot_be_is_refused():
         mask_categories(paths(), depth=0, share=-0.1, seed=0)
     with pytest.raises(InputError, match="depth 3 is not a column of the categories, which have 3"):
         mask_categories(paths(), depth=3, share=0.5, seed=0)
+
+
+def test_clusters_lie_in_clusters_and_are_the_nearest():
+    """Against a loop over rows: at each depth the nearest centre of what the depths above leave."""
+    rng = np.random.default_rng(1)
+    vector_ND = rng.normal(size=(40, 3)).astype(np.float32)
+    books = [torch.from_numpy(rng.normal(size=(codes, 3)).astype(np.float32)) for codes in (4, 3)]
+    found_NH = clusters_in_clusters(vector_ND, books)
+    for rest_D, found_H in zip(vector_ND, found_NH.tolist()):
+        label = 0
+        for book_KD, found in zip(books, found_H):
+            code = int(np.argmin(((rest_D - book_KD.numpy()) ** 2).sum(1)))
+            rest_D, label = rest_D - book_KD.numpy()[code], label * len(book_KD) + code
+            assert found == label
+    assert np.array_equal(found_NH[:7], clusters_in_clusters(vector_ND[:7], books))
