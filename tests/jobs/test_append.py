@@ -19,6 +19,7 @@ from catid2_ray.catalog.synthetic import generate
 from catid2_ray.catalog.text import HuggingFaceEncoder
 from catid2_ray.config import Recipe
 from catid2_ray.errors import CommitConflict, LeaseError, QualityGateError, RecipeError, ReleaseError
+from catid2_ray.generator.users import Reading, User
 from catid2_ray.on_ray.commands import GateFailed, append_items, publish, reindex
 from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.look.dry_run import dry_run
@@ -179,6 +180,10 @@ def test_a_tuned_encoder_is_what_everything_goes_through(published, monkeypatch)
     base = HuggingFaceEncoder(ENCODER["folder"], batch=4, tokens=12).encode([query])
     np.testing.assert_allclose(retriever._encoded([query])[2].dense_BE, alone, atol=1e-4)
     assert np.abs(alone - base).max() > 1e-2
+    # Asked by somebody the generator reads more, and the query's vector is the same.
+    retriever.reading = Reading(tokens=4, recent=0)
+    mine, anybody = (retriever._asked([query], users, retriever.live.view) for users in ([User(("green",))], None))
+    assert mine[0].tolist() != anybody[0].tolist() and mine[3].tolist() == anybody[3].tolist()
 
 
 def test_two_appends_at_once_one_wins_and_nothing_is_lost(copied):
