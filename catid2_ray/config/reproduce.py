@@ -1,5 +1,9 @@
 """Recipe section: which methods `catid2 reproduce` measures, and with what budgets. None of it changes what other jobs make."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from catid2_ray.config.section import Section, setting
 
 
@@ -13,6 +17,10 @@ class ReproduceRecipe(Section):
         unit="names",
         operational=True,
     )
+    runs: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]+$")], str] = setting(
+        {}, "answers of other searches to the test queries, name: file in TREC's run format; each is a row of table 2",
+        unit="files", operational=True,
+    )  # fmt: skip
     seeds: int = setting(
         3, "runs of each method that has a seed, from the recipe's seed on", unit="runs", operational=True, ge=1
     )

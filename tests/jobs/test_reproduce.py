@@ -210,6 +210,24 @@ def test_it_says_which_method_to_take(done):
     assert advice["sentence"] in done["first_run"].stdout and "Take " in advice["sentence"]
 
 
+def test_another_search_stands_beside_the_methods_by_its_answers(done, no_ray, tmp_path):
+    """BM25's own answers, given back as those of a search that nobody here knows."""
+    runs = {"shop_search": str(done["below"] / "trec" / "T2-bm25-tiny-seed0.txt"), "gone": "no-such.trec"}
+    made = run_here(
+        "reproduce", "--recipe", done["path"], "--tables", "2,7", "--out", str(tmp_path),
+        "--set", f"reproduce.runs={json.dumps(runs)}", "--set", 'reproduce.methods=["bm25", "dense", "tiger"]',
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr[-2000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = report["tables"]["T2"]["rows"]
+    assert list(rows)[:2] == ["shop_search", "gone"] and rows["shop_search"]["recall"] == rows["bm25"]["recall"]
+    assert rows["gone"]["not_run"] == ["reproduce.runs: no-such.trec cannot be read (No such file or directory)"]
+    assert rows["shop_search"]["tuned"] == [{"unanswered": 0, "not_asked": 0, "unknown_products": 0}]
+    page = (tmp_path / "report.md").read_text()
+    assert re.search(r"\| shop_search, as given \| [^|]*\| – \| – \| – \| – \|", page)
+    assert "this you have" in page or report["advice"]["best"] == report["advice"]["take"]
+
+
 def test_a_further_seed_of_what_is_served_is_made_as_its_release_would_be(shop, no_ray, tmp_path):
     """Only where the recipe names it: a generator is trained in full."""
     recipe = shop["recipe"] | {"store": str(tmp_path / "store"), "reproduce": {"methods": ["served"]}}

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from catid2_ray.errors import InputError
 
-Family = Literal["lexical", "dense", "fusion", "ids", "generator", "release"]
+Family = Literal["lexical", "dense", "fusion", "ids", "generator", "release", "run"]
 NO_CHANGE: Mapping[str, object] = MappingProxyType({})
 
 
@@ -268,11 +268,16 @@ def _text(text: Sequence[str], word: str) -> dict:
     return {"embedding.text": [*bare, "category_path"] if word == WITH else bare}
 
 
-def plan(tables: Sequence[str], methods: Sequence[str], data: str, *, text: Sequence[str] = ("title",)) -> list[Cell]:
+def plan(
+    tables: Sequence[str], methods: Sequence[str], data: str, *, text: Sequence[str] = ("title",), runs: Sequence[str] = ()
+) -> list[Cell]:  # fmt: skip
     """The cells of these tables, in the order in which a person reads them. Figure 5 comes with table 6, to which its text belongs.
+    `runs`: names of runs that other searches wrote, which stand first in table 2.
 
-    Raises InputError for an unknown table or method, which it names.
+    Raises InputError for an unknown table or method, which it names, and for a run that is called like a method.
     """
+    if taken := sorted({*runs} & {*NAMES}):
+        raise InputError(f"reproduce.runs: {', '.join(taken)} is a method's name; call the run otherwise")
     if unknown := [name for name in methods if name not in NAMES]:
         raise InputError(f"reproduce.methods: unknown {', '.join(map(repr, unknown))}; known are {', '.join(NAMES)}")
     if unknown := [table for table in tables if table not in (*TABLES, *ALSO)]:
@@ -283,10 +288,11 @@ def plan(tables: Sequence[str], methods: Sequence[str], data: str, *, text: Sequ
     measuring = [
         table for table in ("2", "3", "4", "5", "6", *ALSO) if table in tables or (table == "2" and "7" in tables)
     ]
+    given = [Row(Condition(name, f"{name}, as given", "run", {"run": name})) for name in runs]
     return [
         Cell(name if name in ALSO else f"T{name}", row, data)
         for name in measuring
-        for row in rows_of(name, methods, text=text)
+        for row in (*(given if name == "2" else ()), *rows_of(name, methods, text=text))
     ]
 
 

@@ -287,8 +287,7 @@ def cost_table(scored: Sequence[Scored], comparison: Compared, said: Advice | No
         )
         rows.append(
             [one.title + (" (proxy)" if is_proxy else ""), Cell([per_cent(interval.mean)], remark=_bounds(interval)),
-             _seconds(one.cost("train_seconds")), _seconds(one.cost("index_seconds")), f"{one.cost('ms_per_query') or 0:.1f}",
-             f"{(one.cost('bytes') or 0) / 2**20:,.0f}", *([] if hour is None else _money(one, hour)), mark]
+             *_shown_cost(one), *([] if hour is None else _money(one, hour)), mark]
         )  # fmt: skip
     columns = [Column("method", number=False), Column("recall@50"), Column("training"), Column("indexing"),
                Column("ms a query"), Column("MiB read"),
@@ -303,7 +302,17 @@ def cost_table(scored: Sequence[Scored], comparison: Compared, said: Advice | No
     return Table("Which method to take, and what each costs", columns, rows, caption)
 
 
+def _shown_cost(one: Scored) -> list[str]:
+    """Training, indexing, milliseconds a query, MiB read; dashes of another search, of which only the answers are known."""
+    if one.cost("ms_per_query") is None:
+        return [DASH] * 4
+    return [_seconds(one.cost("train_seconds")), _seconds(one.cost("index_seconds")), f"{one.cost('ms_per_query'):.1f}",
+            f"{one.cost('bytes') / 2**20:,.0f}"]  # fmt: skip
+
+
 def _money(one: Scored, hour: float) -> list[str]:
+    if one.cost("ms_per_query") is None:
+        return [DASH] * 2
     making = (one.cost("train_seconds") or 0) + (one.cost("index_seconds") or 0)
     return [f"{hour * making / 3600:,.2f}", f"{hour * (one.cost('ms_per_query') or 0) / 3.6:,.2f}"]
 
@@ -403,7 +412,7 @@ def table_7(outcomes: Sequence[Outcome], facts: Facts) -> Table:
     rows = []
     for outcome in outcomes:
         name = outcome.cell.row.paper
-        costs = [run.cost for run in outcome.runs]
+        costs = [run.cost for run in outcome.runs if run.cost]
         if not costs and name not in printed:
             continue
         hours = printed.get(name)

@@ -1,9 +1,15 @@
-"""Rankings and judgements as files that other evaluators read: TREC's run and qrels.
+"""Rankings and judgements as files that other evaluators read, TREC's run and qrels; and runs that other searches wrote.
 
-Ids with blanks would break the columns, so blanks in them are written as %20 and % as %25.
+Ids with blanks would break the columns, so blanks in them are written as %20 and % as %25, and read so.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+from urllib.parse import unquote
+
+import numpy as np
+
+from catid2_ray.errors import InputError
 
 PER_GRADE = 100  # qrels hold whole numbers: a relevance of 2.33 is 233, and linear gains keep their ratios
 
@@ -16,6 +22,56 @@ def run_lines(query_ids: Sequence[str], ranked: Sequence[Sequence[str]], tag: st
             score = len(products) + 1 - rank
             lines.append(f"{_plain(query_id)} Q0 {_plain(product)} {rank} {score} {_plain(tag)}\n")
     return "".join(lines)
+
+
+class GivenRun(NamedTuple):
+    """`rows_QC`: int64, best first, −1 beyond the last. Counts: queries that the file has nothing for, queries of the file that
+    are not asked, and products in it that the catalogue lacks, which are left out."""
+
+    rows_QC: np.ndarray
+    unanswered: int
+    not_asked: int
+    unknown_products: int
+
+
+def read_run(text: str, *, query_ids: Sequence[str], row_of: Mapping[str, int], returned: int, name: str) -> GivenRun:
+    """The first `returned` products of each query: by score, equal ones in the order of their rows, whatever the ranks say.
+
+    Raises InputError, which names the file `name` and the line, for a line that is none of a run, a product that a query has
+    twice, and a file that answers none of the queries."""
+    found: dict[str, dict[int, float]] = {query_id: {} for query_id in query_ids}
+    others, unknown = set(), 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if not (columns := line.split()):
+            continue
+        try:
+            query_id, _, product, _, score, *_ = columns
+            score = float(score)
+        except ValueError:
+            raise InputError(
+                f"{name}, line {number}: expected `query Q0 product rank score tag`, found {line[:80]!r}"
+            ) from None
+        if not np.isfinite(score):
+            raise InputError(f"{name}, line {number}: the score {columns[4]} is no finite number")
+        query_id, product = unquote(query_id), unquote(product)
+        if query_id not in found:
+            others.add(query_id)
+        elif (row := row_of.get(product)) is None:
+            unknown += 1
+        elif row in found[query_id]:
+            raise InputError(f"{name}, line {number}: query {query_id!r} has product {product!r} twice")
+        else:
+            found[query_id][row] = score
+    if not any(found.values()):
+        raise InputError(
+            f"{name} answers none of the {len(found)} queries that are asked, such as {query_ids[0]!r}; its queries are "
+            f"{', '.join(map(repr, sorted(others)[:3])) or 'none'}: use the query_id of the pairs"
+        )
+    rows_QC = np.full((len(query_ids), returned), -1, np.int64)
+    for place, query_id in enumerate(query_ids):
+        rows = sorted(found[query_id], key=lambda row: (-found[query_id][row], row))[:returned]
+        rows_QC[place, : len(rows)] = rows
+    return GivenRun(rows_QC, sum(not rows for rows in found.values()), len(others), unknown)
 
 
 def qrels_lines(query_ids: Sequence[str], gains: Sequence[Mapping[str, float]]) -> str:

@@ -6,6 +6,7 @@ the pipeline like any other; vectors of a fine-tuned encoder are an artefact of 
 
 import dataclasses
 import functools
+import hashlib
 import io
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.pipeline import RUN, check_codes
 from catid2_ray.on_ray.reports import parts_of_kind, variant
 from catid2_ray.on_ray.reproduce.bench import Bench, Vectors
-from catid2_ray.on_ray.reproduce.nearest import Pair, approximate, cost_of
+from catid2_ray.on_ray.reproduce.nearest import Pair, approximate, cost_of, given, read_file
 from catid2_ray.on_ray.stages import adapter, embed, examples, train_generator, tuned_encoder
 from catid2_ray.retrieval.trie import Trie
 
@@ -111,6 +112,8 @@ class Measures:
         if condition.missing:
             raise InputError(condition.missing)
         parents = {name: self.parts[name] for name in ("catalog", "pairs")}
+        if condition.family == "run":
+            settings["sha256"] = hashlib.sha256(read_file(self.job.recipe.reproduce.runs[condition.name])).hexdigest()
         if condition.family == "release":
             released = self._released(condition, seed)
             parents |= {name: released[name] for name in _OF_RELEASE if name in released}
@@ -145,6 +148,8 @@ class Measures:
     def with_shared(self, condition: Condition, cost: dict, parents: dict[str, Manifest]) -> dict:
         """The cost with what methods share, counted for each: the tuning of the encoder and, for IDs, embeddings and the adapter.
         Of a release: with the bytes that a replica reads."""
+        if condition.family == "run":
+            return cost
         cost = cost | {"train_seconds": cost["train_seconds"] + self._tuning_seconds(condition)}
         if condition.family in ("release", "generator"):
             read = [parents[name].files for name in ("generator", "serving", "node_vectors") if name in parents]
@@ -156,6 +161,9 @@ class Measures:
             "train_seconds": cost["train_seconds"] + seconds.get("adapter", 0.0),
             "index_seconds": cost["index_seconds"] + seconds["embeddings"],
         }
+
+    def _run_ranking(self, condition: Condition, seed: int, parents) -> Ranking:
+        return given(self.job.recipe.reproduce.runs[condition.name], self.bench)
 
     # Words
 

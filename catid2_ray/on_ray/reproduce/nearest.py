@@ -1,4 +1,4 @@
-"""Vectors of queries and products, faiss's search among them, and how the cost of a ranking is stated.
+"""Vectors of queries and products, faiss's search among them, what another search found, and how a ranking's cost is stated.
 
 Q queries, N products, D width of a vector.
 """
@@ -6,12 +6,14 @@ Q queries, N products, D width of a vector.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from catid2_ray.errors import InputError
-from catid2_ray.evaluation.reproduce import ranking
+from catid2_ray.evaluation.reproduce import ranking, trec
 from catid2_ray.evaluation.reproduce.ranking import RETURNED, Ranking
+from catid2_ray.on_ray.reproduce.bench import Bench
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,26 @@ def cost_of(train: float, index: float, milliseconds: float, read: int) -> dict:
     """What a ranking cost: seconds to train and to index, milliseconds a query, bytes that a query may read."""
     return {"train_seconds": round(train, 2), "index_seconds": round(index, 2), "ms_per_query": round(milliseconds, 3),
             "bytes": int(read)}  # fmt: skip
+
+
+def read_file(path: str) -> bytes:
+    """Of this machine. Raises InputError."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"reproduce.runs: {path} cannot be read ({error.strerror or error})") from None
+
+
+def given(path: str, bench: Bench) -> Ranking:
+    """What another search answered, as its file says; nobody knows here what it cost."""
+    try:
+        text = read_file(path).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"reproduce.runs: {path} is no UTF-8 ({error})") from None
+    run = trec.read_run(
+        text, query_ids=bench.judged["test"].query_ids, row_of=bench.row_of, returned=RETURNED, name=path
+    )
+    return Ranking(run.rows_QC, {}, {name: getattr(run, name) for name in run._fields[1:]})
 
 
 def approximate(index: str, query_QD: np.ndarray, pair: Pair, encoding: float) -> Ranking:
