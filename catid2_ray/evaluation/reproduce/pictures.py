@@ -15,6 +15,7 @@ _FAMILIES = {
     "ids": "IDs, by the proxy",
     "release": "a release in full",
     "generator": "IDs, by a generator in full",
+    "run": "another search",
 }
 _TEXT = {"fontsize": 9, "color": "#222222"}
 
