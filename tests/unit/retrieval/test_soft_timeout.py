@@ -28,7 +28,7 @@ CODES, DEPTH, WEIGHTS, QUERIES = (3, 4, 5), 2, (1.0, 20.0, 0.0), ["first query",
 class Found(Retriever):
     """Without a tokenizer: a `Table` knows queries by their numbers."""
 
-    def _encoded(self, texts):
+    def _encoded(self, texts, users=None, view=None):
         ids_BT = torch.ones(len(texts), 1, dtype=torch.long)
         return ids_BT, ids_BT > 0, None
 
