@@ -9,6 +9,7 @@ paper's stages. Asked are clicks of the test split: with the query alone, with t
 and, as a control, with another user. Hits are counted at an equal beam and at equal products. In this process, without Ray.
 """
 
+import json
 import sys
 import tempfile
 from collections import defaultdict
@@ -213,7 +214,7 @@ def run(options) -> dict:
                 print(
                     kind,
                     asked,
-                    {name: round(float(np.mean(values)), 3) for name, values in each.items()},
+                    {name: rounded(np.mean(values).item()) for name, values in each.items()},
                     file=sys.stderr,
                 )
     return rounded(
@@ -254,8 +255,6 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.render:
-        import json
-
         finish(json.loads(options.render.read_text()), rendered, options)
     else:
         finish(run(options), rendered, options)

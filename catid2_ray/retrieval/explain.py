@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from catid2_ray.errors import InputError
 from catid2_ray.generator.users import User
 from catid2_ray.retrieval.filters import LiveFilter
 from catid2_ray.retrieval.rescoring import Hit
@@ -53,10 +52,9 @@ def explained(
 def _paths(retriever: Retriever, query: str, hits: Sequence[Hit], expression, user: User | None) -> list[list[tuple]]:
     """Per hit its (log P or None, score) at each level."""
     docids, paths = [retriever.space.parse(hit.docid_text) for hit in hits], [[] for _ in hits]
-    # Taken before the rows: a row that has another name in this state was numbered anew since.
     view = retriever.live.view
-    named = [(_row(retriever, hit.product_id), hit.product_id) for hit in hits]
-    rows = [row for row, name in named if row is not None and row < view.rows and view.products.name(row) == name]
+    found = [retriever.row_of(hit.product_id, view) for hit in hits]
+    rows = [row for row in found if row is not None]  # the others have gone since
     filter_ = None if expression is None else view.compile(expression)
     theirs = np.zeros(view.rows, bool)
     theirs[rows] = True
@@ -69,15 +67,8 @@ def _paths(retriever: Retriever, query: str, hits: Sequence[Hit], expression, us
         )  # fmt: skip
         scores = (result.logp_BK if result.score_BK is None else result.score_BK)[0].tolist()
         logps = [None] * prefixes if hits[0].logp is None else result.logp_BK[0].tolist()
-        found = dict(zip(map(tuple, result.docid_BKL[0].tolist()), zip(logps, scores)))
+        at = dict(zip(map(tuple, result.docid_BKL[0].tolist()), zip(logps, scores)))
         for docid, path in zip(docids, paths):
-            if docid[:level] in found:
-                path.append(found[docid[:level]])
+            if docid[:level] in at:
+                path.append(at[docid[:level]])
     return paths
-
-
-def _row(retriever: Retriever, product_id: str) -> int | None:
-    try:
-        return retriever.live.row(product_id)
-    except InputError:  # it has gone since
-        return None

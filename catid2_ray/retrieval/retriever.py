@@ -377,7 +377,7 @@ class Retriever:
     def _with_users(self, query_BT: np.ndarray, users: Sequence[User], view: LiveView) -> np.ndarray:
         """Inputs as the generator's examples have them: of the latest products those that are not known count as absent."""
         recent = [user.recent[-self.reading.recent :] if self.reading.recent else () for user in users]
-        row_of = {name: self._row(name, view) for name in {name for names in recent for name in names}}
+        row_of = {name: self.row_of(name, view) for name in {name for names in recent for name in names}}
         rows = [[row_of[name] for name in names if row_of[name] is not None] for names in recent]
         codes_RL = codes_of(view, [row for mine in rows for row in mine])
         return with_users(
@@ -386,8 +386,8 @@ class Retriever:
             attribute_tokens=self.reading.tokens, recent=self.reading.recent,
         ).input_ids_NT  # fmt: skip
 
-    def _row(self, product_id: str, view: LiveView) -> int | None:
-        """Its row in a state of the products, live or not; None where it has none there."""
+    def row_of(self, product_id: str, view: LiveView) -> int | None:
+        """Its row in a state of the products, live or not; None where it has none there: rows may be numbered anew meanwhile."""
         try:
             row = self.live.row(product_id)
         except InputError:

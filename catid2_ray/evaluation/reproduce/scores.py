@@ -275,7 +275,7 @@ def advice(scored: Sequence[Scored], comparison: Compared, k: int) -> Advice | N
         f"Take {take.title}: recall@{k} {100 * comparison.intervals[take.name].mean:.1f} % [{low:.1f}, {high:.1f}]. "
         + ("It finds most" if take is best else f"{best.title} finds most "
             f"({100 * comparison.intervals[best.name].mean:.1f} %), but no difference is shown, and "
-            + ("this you have" if take.family == "run" else "this costs less"))
+            + ("you have this one already" if take.family == "run" else "this costs less"))
         + f", of {len(systems)} whole systems measured."
     )  # fmt: skip
     ids, id_ties = "", []

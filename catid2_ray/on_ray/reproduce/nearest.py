@@ -34,11 +34,13 @@ def cost_of(train: float, index: float, milliseconds: float, read: int) -> dict:
 
 
 def read_file(path: str) -> bytes:
-    """Of this machine. Raises InputError."""
+    """A file of this machine. Raises InputError."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise InputError(f"reproduce.runs: {path} cannot be read ({error.strerror or error})") from None
+        raise InputError(
+            f"reproduce.runs: {path} cannot be read ({error.strerror or error}): name a file of the machine that runs the command"
+        ) from None
 
 
 def given(path: str, bench: Bench) -> Ranking:
@@ -46,7 +48,7 @@ def given(path: str, bench: Bench) -> Ranking:
     try:
         text = read_file(path).decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"reproduce.runs: {path} is no UTF-8 ({error})") from None
+        raise InputError(f"reproduce.runs: {path} is no UTF-8 text ({error}): write it anew") from None
     run = trec.read_run(
         text, query_ids=bench.judged["test"].query_ids, row_of=bench.row_of, returned=RETURNED, name=path
     )

@@ -83,25 +83,26 @@ def deciding(recipe: QuantizerRecipe) -> dict:
     return {name: value for name, value in values.items() if name not in ("kind", "ids", "balanced", *_TREE_FIELDS)}
 
 
-def _sample(job: Job, parents: dict[str, Manifest]) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings and categories of the bounded sample, the latter as training sees them."""
+def _sample(job: Job, parents: dict[str, Manifest]) -> tuple[np.ndarray, np.ndarray, "_Labels"]:
+    """Embeddings and categories of the bounded sample, the latter as training sees them; and what makes them so."""
     recipe = job.recipe.quantizer
     vectors = ProductVectors.of(job.store, parents)
     table = read_vectors(vectors, ["embedding", "category"], rows=recipe.kmeans_sample, seed=job.recipe.seed)
     sample_ND = matrix(table["embedding"])
     labels = _Labels.of(recipe, job.recipe.seed, sample_ND)
-    return sample_ND, labels(matrix(table["category"]), sample_ND, part=-1)
+    return sample_ND, labels(matrix(table["category"]), sample_ND, part=-1), labels
 
 
 def _train(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest:
     recipe, embeddings = job.recipe.quantizer, parents["embeddings"]
-    sample_ND, category_NH = _sample(job, parents)
+    sample_ND, category_NH, labels = _sample(job, parents)
     task = QuantizerTask(
         recipe,
         width=embeddings.metrics["width"],
         categories=tuple(embeddings.metrics["categories"]),
         sample_ND=sample_ND,
         category_NH=category_NH,
+        labels=labels,
         seed=job.recipe.seed,
         vectors=ProductVectors.of(job.store, parents),
         queries=parents.get("queries"),
@@ -123,7 +124,7 @@ def _train(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest
 def _fit(job: Job, attempt: Attempt, parents: dict[str, Manifest], catalog: Manifest) -> Manifest:
     """Kinds without training: residual k-means, or a tree, in this process on the sample alone."""
     recipe, embeddings = job.recipe.quantizer, parents["embeddings"]
-    sample_ND, category_NH = _sample(job, parents)
+    sample_ND, category_NH, _ = _sample(job, parents)
     progress.event("fit", what=recipe.kind, rows=len(sample_ND))
     taxonomy = Taxonomy.from_json(job.store.read(catalog.file("taxonomy.json")).decode())
     coder = fit_coder(
@@ -206,14 +207,14 @@ class QuantizerTask:
 
     def __init__(
         self, recipe: QuantizerRecipe, *, width: int, categories: tuple[int, ...], sample_ND: np.ndarray,
-        category_NH: np.ndarray, seed: int, vectors: ProductVectors | None = None, queries: Manifest | None = None,
-        warm: ResidualQuantizer | None = None,
+        category_NH: np.ndarray, seed: int, labels: "_Labels | None" = None, vectors: ProductVectors | None = None,
+        queries: Manifest | None = None, warm: ResidualQuantizer | None = None,
     ):  # fmt: skip
         self.recipe, self.width, self.seed, self.warm = recipe, width, seed, warm
         self.sample_ND, self.category_NH = sample_ND, category_NH
         self.column = forced_column(recipe, categories[: recipe.category_depth])
         self.columns = ["embedding", "category", *(["query", "has_query"] if queries else [])]
-        self.reader = _LabelledParts(tuple(self.columns), _Labels.of(recipe, seed, sample_ND), queries, vectors)
+        self.reader = _LabelledParts(tuple(self.columns), labels, queries, vectors)
         self.weights = LossWeights(
             **{name: getattr(recipe, name) for name in LossWeights.__dataclass_fields__ if name != "category_depth"},
             category_depth=category_NH.shape[1],

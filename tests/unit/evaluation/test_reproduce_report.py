@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from catid2_ray.evaluation.protocol import Judgements
-from catid2_ray.evaluation.reproduce.conditions import Cell, plan
+from catid2_ray.evaluation.reproduce.conditions import Cell, Condition, plan
 from catid2_ray.evaluation.reproduce.report import Facts, cost_table, write
 from catid2_ray.evaluation.reproduce.scores import (
     CLAIMS,
@@ -96,6 +96,17 @@ def test_the_cheapest_of_those_that_tie_is_taken_and_proxies_are_no_systems():
         advice(scored_of(outcome("tiger", ranked(1.0))), compared(scored_of(outcome("tiger", ranked(1.0))), 50), 50)
         is None
     )
+
+
+def test_a_search_that_you_have_is_kept_where_nothing_is_shown_to_find_more():
+    own = outcome("bm25", ranked(0.6))
+    row = own.cell.row._replace(condition=Condition("solr", "solr, as given", "run"))
+    own = own._replace(cell=own.cell._replace(row=row), runs=[run._replace(cost={}) for run in own.runs])
+    found = scored_of(own, outcome("served", ranked(0.65, 2), train=0.0))
+    said = advice(found, compared(found, 50), 50)
+    assert (said.take, said.best) == ("solr", "served")
+    assert "but no difference is shown, and you have this one already, of 2 whole systems" in said.sentence
+    assert cost_table(found, compared(found, 50), said, 2.0).rows[1][2:] == ["–"] * 6 + ["take"]
 
 
 def test_sentences_say_what_the_data_says_and_never_more():
