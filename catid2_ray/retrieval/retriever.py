@@ -174,6 +174,10 @@ class Retriever:
         """Whether who asks may change what is found."""
         return self.reading is not None and self._asks
 
+    def reads(self, user: User) -> bool:
+        """Whether anything that is known of this user is read."""
+        return self.reads_users and bool(user.attributes or (user.recent and self.reading.recent))
+
     def retrieve(
         self, queries: Sequence[str], *, k: int, filters: Sequence | None = None, allowed=None,
         beam_width: int | None = None, soft: Soft | None = None, users: Sequence[User | None] | None = None,
@@ -399,6 +403,10 @@ class Retriever:
             return
         if len(users) != queries:
             raise QueryError(f"{len(users)} users for {queries} queries; give one, or None, for each")
+        for user in users:
+            for field, said in {} if user is None else user._asdict().items():
+                if isinstance(said, str) or not all(isinstance(one, str) for one in said):
+                    raise QueryError(f"a user's {field} must be several texts, such as ({said!r},), found {said!r}")
         if any(users) and self.reading is None:
             raise QueryError(
                 f"release {self.release!r} has a generator that reads no users: train it with generator.mix.user, or name none"

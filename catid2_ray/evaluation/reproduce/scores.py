@@ -248,7 +248,8 @@ class Advice(NamedTuple):
 
 
 def advice(scored: Sequence[Scored], comparison: Compared, k: int) -> Advice | None:
-    """The cheapest method (training, then milliseconds a query) among those that are not shown to find less than the best.
+    """The cheapest method (training, then milliseconds a query, then recall) among those not shown to find less than the best. What
+    another search costs is not known and counts as nothing: whoever gave its answers has it.
 
     Kinds of IDs are ranked by the proxy, which is no system to take, so they are judged among themselves. None where no
     whole system was measured."""
@@ -265,6 +266,7 @@ def advice(scored: Sequence[Scored], comparison: Compared, k: int) -> Advice | N
             key=lambda one: (
                 (one.cost("train_seconds") or 0) + (one.cost("index_seconds") or 0),
                 one.cost("ms_per_query") or 0,
+                -comparison.intervals[one.name].mean,
             ),
         )
         return cheapest, best, ties

@@ -3,6 +3,7 @@
 Ids with blanks would break the columns, so blanks in them are written as %20 and % as %25, and read so.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -35,28 +36,29 @@ class GivenRun(NamedTuple):
 
 
 def read_run(text: str, *, query_ids: Sequence[str], row_of: Mapping[str, int], returned: int, name: str) -> GivenRun:
-    """The first `returned` products of each query: by score, equal ones in the order of their rows, whatever the ranks say.
+    """The first `returned` products of each query: by score, equal ones in the order of their rows, whatever the ranks say. An id
+    is looked up as it stands, and else with %20 and the like resolved.
 
-    Raises InputError, which names the file `name` and the line, for a line that is none of a run, a product that a query has
-    twice, and a file that answers none of the queries."""
+    Raises InputError, which names the file `name` and the line, for a line that is none of a run and a product that a query has
+    twice; and for a file that answers none of the queries, or whose scores rank nothing."""
     found: dict[str, dict[int, float]] = {query_id: {} for query_id in query_ids}
     others, unknown = set(), 0
-    for number, line in enumerate(text.splitlines(), 1):
-        if not (columns := line.split()):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not (columns := [column for column in re.split(r"[ \t\r]+", line) if column]):
             continue
         try:
-            query_id, _, product, _, score, *_ = columns
-            score = float(score)
+            query_id, _, product, _, score = columns[:5]
+            score = float(score if len(columns) <= 6 else "a blank in an id")
         except ValueError:
             raise InputError(
                 f"{name}, line {number}: expected `query Q0 product rank score tag`, found {line[:80]!r}"
             ) from None
         if not np.isfinite(score):
             raise InputError(f"{name}, line {number}: the score {columns[4]} is no finite number")
-        query_id, product = unquote(query_id), unquote(product)
+        query_id = query_id if query_id in found else unquote(query_id)
         if query_id not in found:
             others.add(query_id)
-        elif (row := row_of.get(product)) is None:
+        elif (row := row_of.get(product, row_of.get(unquote(product)))) is None:
             unknown += 1
         elif row in found[query_id]:
             raise InputError(f"{name}, line {number}: query {query_id!r} has product {product!r} twice")
@@ -67,6 +69,9 @@ def read_run(text: str, *, query_ids: Sequence[str], row_of: Mapping[str, int], 
             f"{name} answers none of the {len(found)} queries that are asked, such as {query_ids[0]!r}; its queries are "
             f"{', '.join(map(repr, sorted(others)[:3])) or 'none'}: use the query_id of the pairs"
         )
+    several = [set(rows.values()) for rows in found.values() if len(rows) > 1]
+    if several and all(len(scores) == 1 for scores in several):
+        raise InputError(f"{name}: all products of a query have one score; write scores that fall with the rank")
     rows_QC = np.full((len(query_ids), returned), -1, np.int64)
     for place, query_id in enumerate(query_ids):
         rows = sorted(found[query_id], key=lambda row: (-found[query_id][row], row))[:returned]

@@ -46,7 +46,7 @@ def read_file(path: str) -> bytes:
 def given(path: str, bench: Bench) -> Ranking:
     """What another search answered, as its file says; nobody knows here what it cost."""
     try:
-        text = read_file(path).decode()
+        text = read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"reproduce.runs: {path} is no UTF-8 text ({error}): write it anew") from None
     run = trec.read_run(

@@ -160,7 +160,7 @@ class Answer(BaseModel):
 class RetrieveResponse(Answer):
     release: str
     personal: bool | None = Field(
-        None, description="of a request with `user` or `recent`: whether the release's search reads them"
+        None, description="of a request with `user` or `recent`: whether the release's search reads any of them"
     )
     answers: list[Answer] | None = Field(
         None, description="where `queries` were asked: one for each, in their order; `products` is empty then"

@@ -298,7 +298,7 @@ class RetrieverReplica:
                 task.cancel()
             raise
         self._ask_beside(now, session, each, answers)
-        personal = None if request.asker is None else now.retriever.reads_users
+        personal = None if request.asker is None else now.retriever.reads(request.asker)
         if request.queries is None:
             return RetrieveResponse(release=now.name, personal=personal, **dict(answers[0]))
         return RetrieveResponse(release=now.name, personal=personal, products=[], fewer=None, answers=answers)

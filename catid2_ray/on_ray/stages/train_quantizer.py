@@ -163,7 +163,7 @@ class _Labels:
     @classmethod
     def of(cls, recipe: QuantizerRecipe, seed: int, sample_ND: np.ndarray) -> "_Labels":
         clusters = ()
-        if recipe.category_from == "clusters":
+        if recipe.category_from == "clusters" and recipe.coder == "rq_vae":  # no other coder reads them
             clusters = tuple(residual_kmeans(torch.tensor(sample_ND), codes_per_level=_CLUSTERS, seed=seed))
         return cls(recipe.category_depth, recipe.category_masked, recipe.category_noise, seed, clusters)
 

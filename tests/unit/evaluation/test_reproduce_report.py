@@ -106,6 +106,12 @@ def test_a_search_that_you_have_is_kept_where_nothing_is_shown_to_find_more():
     said = advice(found, compared(found, 50), 50)
     assert (said.take, said.best) == ("solr", "served")
     assert "but no difference is shown, and you have this one already, of 2 whole systems" in said.sentence
+    better = own._replace(
+        cell=own.cell._replace(row=row._replace(condition=row.condition._replace(name="new"))),
+        runs=[own.runs[0]._replace(ranked=ranked(0.65, 2))],
+    )
+    two = scored_of(own, better)
+    assert advice(two, compared(two, 50), 50).take == "new", "of two that you have the one that finds more"
     assert cost_table(found, compared(found, 50), said, 2.0).rows[1][2:] == ["–"] * 6 + ["take"]
 
 

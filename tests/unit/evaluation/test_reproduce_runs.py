@@ -26,6 +26,14 @@ def test_the_score_ranks_and_ties_stand_in_the_order_of_rows():
     assert run.rows_QC.tolist() == [[2, 0, 3, -1, -1], [-1] * 5] and run.unanswered == 1
 
 
+def test_an_id_is_taken_as_it_stands_and_else_resolved():
+    rows = {"a%2Fb": 0, "c d": 1, "e\u00a0f": 2}
+    text = "q%201 Q0 a%2Fb 1 3 x\nq%201 Q0 c%20d 2 2 x\r\nq%201 Q0 e\u00a0f 3 1 x\n"
+    for query in ("q%201", "q 1"):
+        run = read_run(text, query_ids=[query], row_of=rows, returned=3, name="shop.trec")
+        assert run.rows_QC.tolist() == [[0, 1, 2]] and run.unknown_products == 0
+
+
 def test_what_is_not_of_this_catalogue_is_counted_and_left_out():
     run = read("q1 Q0 a 1 3 x\nq1 Q0 sold 2 2 x\nother Q0 a 1 1 x\nother Q0 b 2 1 x\n")
     assert np.array_equal(run.rows_QC[0], [0, -1, -1])
@@ -37,6 +45,8 @@ def test_what_is_not_of_this_catalogue_is_counted_and_left_out():
     [
         ("q1 Q0 a 1\n", r"shop.trec, line 1: expected `query Q0 product rank score tag`, found 'q1 Q0 a 1'"),
         ("q1 Q0 a 1 1 x\nq1 Q0 b%201 2 high x\n", "line 2: expected"),
+        ("q1 Q0 oak door 1 7.5 x\n", "line 1: expected"),
+        ("q1 Q0 a 1 1 x\nq1 Q0 d 2 1 x\n", "shop.trec: all products of a query have one score"),
         ("q1 Q0 a 1 nan x\n", "line 1: the score nan is no finite number"),
         ("q1 Q0 a 1 2 x\nq1 Q0 a 2 1 x\n", "line 2: query 'q1' has product 'a' twice"),
         (

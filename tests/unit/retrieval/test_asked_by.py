@@ -97,6 +97,9 @@ def test_a_generator_that_was_taught_no_users_says_so(folder):
         QueryError, match=r"release 'r1' has a generator that reads no users: train it with generator.mix.user"
     ):
         retriever.retrieve(["oak"], k=1, users=[User(("age 20-29",))])
+    for wrong in (User("age 20-29"), User(recent="p1"), User((3,))):
+        with pytest.raises(QueryError, match="a user's (attributes|recent) must be several texts"):
+            retriever.retrieve(["oak"], k=1, users=[wrong])
     with pytest.raises(QueryError, match="1 users for 2 queries"):
         retriever.retrieve(["oak", "door"], k=1, users=[None])
     assert retriever.retrieve(["oak"], k=2, users=[None]) == retriever.retrieve(["oak"], k=2)

@@ -164,6 +164,8 @@ def test_a_user_that_the_release_does_not_read_is_said_to_be_unread(client, repl
     monkeypatch.setattr(replica.serving.now.retriever, "reading", Reading(3, 2))
     read = client.post("/v1/retrieve", json=asked | {"recent": ["p5", "p1"]}).json()
     assert read["personal"] and read["products"] != anybody["products"] and client.get("/v1/release").json()["users"]
+    monkeypatch.setattr(replica.serving.now.retriever, "reading", Reading(3, 0))
+    assert client.post("/v1/retrieve", json=asked | {"recent": ["p5"]}).json()["personal"] is False, "none is read"
     refused(
         client.post("/v1/retrieve", json=asked | {"user": [""]}), 422, "user.0: String should have at least 1 character"
     )
