@@ -64,7 +64,10 @@ def reproduce(
     named = loaded.reproduce.methods or (
         NAMES if cell else USUAL
     )  # whoever names a cell asks for it, whatever it takes
-    cells = plan(asked, named, data_of(loaded)[0], text=loaded.embedding.text, runs=tuple(loaded.reproduce.runs))
+    cells = plan(
+        asked, named, data_of(loaded)[0], text=loaded.embedding.text, runs=tuple(loaded.reproduce.runs),
+        confidence=loaded.reproduce.confidence,
+    )  # fmt: skip
     cells = chosen(cells, cell)
     command = f"catid2 reproduce --recipe {shlex.quote(recipe)}"
     if list_cells or show_commands:

@@ -85,6 +85,10 @@ class QuantizerRecipe(TrainingRecipe):
         "catalog", "whose categories training sees: the catalogue's, or of a shop without any clusters of products' vectors in "
         "clusters in clusters (16 · 8 · 8)", unit="choice", later=True,
     )  # fmt: skip
+    category_confidence: dict[str, Annotated[float, Field(ge=0)]] = setting(
+        {}, "{COLUMN: LEAST}: training sees no category of a product with less in that column of catalog.filter_columns, or with "
+        "nothing there; for inferred categories", unit="column: least", later=True,
+    )  # fmt: skip
     category_masked: float = setting(
         0.0, "share of the deepest categories that training does not see", unit="share", paper="table 5, 2&3 level",
         ge=0, le=1,
@@ -181,12 +185,14 @@ class QuantizerRecipe(TrainingRecipe):
                 f"micro_batch {self.micro_batch} is not offered for the quantizer: eqs. 4, 5 and 7 compare the rows of a batch "
                 f"with each other, so that parts of it give another loss; leave it out, or lower batch {self.batch}"
             )
-        changed = self.category_noise or self.category_masked or self.category_from != "catalog"
+        changed = (
+            self.category_noise or self.category_masked or self.category_from != "catalog" or self.category_confidence
+        )
         if changed and (self.force_category or self.tree_categories):
             raise ValueError(
-                f"category_noise {self.category_noise}, category_masked {self.category_masked} and category_from "
-                f"{self.category_from!r} change what training sees, but kind {self.kind!r} reads the true category whenever it "
-                "encodes: leave them out"
+                f"category_noise {self.category_noise}, category_masked {self.category_masked}, category_from "
+                f"{self.category_from!r} and category_confidence {self.category_confidence} change what training sees, but kind "
+                f"{self.kind!r} reads the true category whenever it encodes: leave them out"
             )
         if self.sampler == "category_balanced" and self.input == "stream":
             raise ValueError("sampler 'category_balanced' draws rows by index and needs input 'shard', found 'stream'")

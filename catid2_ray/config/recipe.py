@@ -150,6 +150,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _confidence_is_there(self):
+        kinds = self.catalog.filter_columns
+        named = {"quantizer.category_confidence": self.quantizer.category_confidence,
+                 "reproduce.confidence": self.reproduce.confidence}  # fmt: skip
+        for where, least in named.items():
+            if unknown := [name for name in least if kinds.get(name) not in ("int", "float")]:
+                raise ValueError(
+                    f"{where} names {', '.join(unknown)}, which catalog.filter_columns does not name as int or float: add "
+                    f"{{{unknown[0]}: float}} there"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _serving_fits(self):
         serving, quantizer = self.serving, self.quantizer
         known = {**BUILT_IN_FILTERS, **self.catalog.filter_columns}

@@ -21,6 +21,10 @@ class ReproduceRecipe(Section):
         {}, "answers of other searches to the test queries, name: file in TREC's run format; each is a row of table 2",
         unit="files", operational=True,
     )  # fmt: skip
+    confidence: dict[str, Annotated[float, Field(ge=0)]] = setting(
+        {}, "{COLUMN: LEAST}: the table of category labels gets a row that trains on these labels alone, as "
+        "quantizer.category_confidence does", unit="column: least", operational=True,
+    )  # fmt: skip
     seeds: int = setting(
         3, "runs of each method that has a seed, from the recipe's seed on", unit="runs", operational=True, ge=1
     )

@@ -62,12 +62,14 @@ def shop(tmp_path_factory):
     more[1]["product_id"] = made.products["product_id"][0].as_py()
     added = pa.Table.from_pylist([{name: row[name] for name in names} for row in more]).cast(pairs.select(names).schema)
     source = Store(str(folder / "source"))
-    source.write_table("products.parquet", made.products)
+    sure = pa.array([None, 0.2, 0.8] * 80, pa.float64())  # of inferred categories
+    source.write_table("products.parquet", made.products.append_column("sure", sure))
     source.write_table("pairs.parquet", pa.concat_tables([pairs.select(names), added]))
     recipe = {
-        **TINY, "catalog": {"root": str(folder / "source"), "rows_per_part": 100, "max_bad_fraction": 0.5},
+        **TINY, "catalog": {"root": str(folder / "source"), "rows_per_part": 100, "max_bad_fraction": 0.5,
+                            "filter_columns": {"sure": "float"}},
         "store": str(folder / "store"), "quantizer": {**TINY["quantizer"], "epochs": 2},
-        "reproduce": {"methods": METHODS, "seeds": 1},
+        "reproduce": {"methods": METHODS, "seeds": 1, "confidence": {"sure": 0.5}},
     }  # fmt: skip
     return {"folder": folder, "first": first, "recipe": recipe, "path": str(write_recipe(folder, recipe))}
 
@@ -199,6 +201,17 @@ def test_cq_sid_s_table_finds_the_runs_of_table_2_and_names_products_of_a_beam(d
     manifests = {row["manifests"][0] for row in rows.values()}
     assert len(manifests) == 5, "each change of the recipe is another quantizer"
     assert "At equal beams, and at equal products" in (tmp_path / "report.html").read_text()
+
+
+def test_confident_labels_make_a_quantizer_of_their_own(done, shop, no_ray):
+    cells = [cell for cell in plan(["CT"], [], "tiny", confidence={"sure": 0.5})
+             if cell.row.condition.name in ("cat_id2", "confident")]  # fmt: skip
+    recipe = Recipe.build({**shop["recipe"], "reproduce": {"confidence": {"sure": 0.5}}})
+    both, _ = reproduce(recipe, cells, seeds=1)
+    labels, confident = (one.runs[0] for one in both.outcomes)
+    assert labels.parents["quantizer"] != confident.parents["quantizer"]
+    [made] = _of_kind(Store(recipe.store), "quantizer", confident.parents["quantizer"])
+    assert made["parents"]["catalog"] == confident.parents["catalog"], "the catalogue says how sure it is"
 
 
 def test_it_says_which_method_to_take(done):

@@ -1,5 +1,7 @@
 """What the quantizer's training does around its steps: health every epoch, a stop on collapse, labels changed on purpose."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,7 +12,14 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from catid2_ray.catalog.synthetic import generate
 from catid2_ray.config import QuantizerRecipe
 from catid2_ray.on_ray.machine.arrays import fixed_lists, matrix
-from catid2_ray.on_ray.stages.train_quantizer import QuantizerTask, _LabelledParts, _Labels, fit_coder, forced_column
+from catid2_ray.on_ray.stages.train_quantizer import (
+    QuantizerTask,
+    _LabelledParts,
+    _Labels,
+    _SureVectors,
+    fit_coder,
+    forced_column,
+)
 
 
 def task(**settings) -> QuantizerTask:
@@ -127,6 +136,29 @@ def test_training_sees_labels_as_the_recipe_says():
     assert np.array_equal(shuffled, labels_seen(category_NH, kind="cat_id2_shuffled")), "a part read twice is the same"
     masked = labels_seen(category_NH, category_masked=0.5)
     assert 0.2 < (masked[:, 1] == -1).mean() < 0.8 and np.array_equal(masked[:, 0], category_NH[:, 0])
+
+
+def test_training_sees_the_categories_of_which_the_catalogue_is_sure():
+    category_NH = np.stack((np.arange(5) // 2, np.arange(5)), 1).astype(np.int32)
+    tables = {
+        "embeddings/p": Part(category_NH).table,
+        "catalog/p": pa.table(
+            {"sure": pa.array([0.9, 0.5, 0.4, None, float("nan")]), "votes": pa.array([3, 2, 9, 9, 9])}
+        ),
+    }
+    store = SimpleNamespace(read_table=lambda name, columns: tables[name].select(columns))
+    embeddings, catalog = (SimpleNamespace(file=f"{name}/{{}}".format) for name in ("embeddings", "catalog"))
+
+    def seen(**least):
+        table = _SureVectors(store, embeddings, None, catalog, least).read("p", ["index", "embedding", "category"])
+        assert table.schema == tables["embeddings/p"].select(["index", "embedding", "category"]).schema
+        kept_N = (matrix(table["category"]) == category_NH).all(1)
+        assert (matrix(table["category"])[~kept_N] == -1).all()
+        return kept_N.tolist()
+
+    assert seen(sure=0.5) == [True, True, False, False, False]
+    assert seen(sure=0.5, votes=3) == [True, False, False, False, False], "each column has its say"
+    assert _SureVectors(store, embeddings, None, catalog, {"sure": 1}).read("p", ["index"]).column_names == ["index"]
 
 
 def test_the_forced_category_is_the_deepest_that_fits():

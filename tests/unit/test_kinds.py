@@ -64,6 +64,8 @@ def test_labels_and_devices_that_the_recipe_sets_hold_for_every_kind_that_does_n
         quantizer(**recipe.as_kind("hi_gen"))
     with pytest.raises(ValueError, match="reads the true category whenever it encodes: leave them out"):
         quantizer(kind="cq_sid", category_from="clusters")
+    with pytest.raises(ValueError, match="reads the true category whenever it encodes: leave them out"):
+        quantizer(kind="cq_sid", category_confidence={"sure": 5})
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,11 @@ def test_a_catalogue_has_exactly_one_source(catalog):
         (MINIMAL | {"serving": {"stop_level": 2}}, ["serving: ", "stop_level 2 finds prefixes, not products", "serving.expansion"]),
         (MINIMAL | {"serving": {"stop_level": 5, "expansion": {}}}, ["serving.stop_level 5 is beyond the 4 levels"]),
         (MINIMAL | {"serving": {"beam_width": [20, 50]}}, ["serving.beam_width has 2 entries, quantizer.codes_per_level 4"]),
+        (
+            MINIMAL | {"quantizer": {"category_confidence": {"sure": 0.5}}},
+            ["quantizer.category_confidence names sure", "as int or float", "{sure: float}"],
+        ),
+        (MINIMAL | {"reproduce": {"confidence": {"sure": 0.5}}}, ["reproduce.confidence names sure", "{sure: float}"]),
         (MINIMAL | {"serving": {"filters": ["brand"]}}, ["serving.filters names brand", "catalog.filter_columns", "category_path"]),
         (MINIMAL | {"serving": {"expansion": {"dense": "none"}}}, ["order is 'dense', but dense is 'none'"]),
         ({"catalog": {"root": "x", "filter_columns": {"value": "float"}}},
@@ -363,11 +368,13 @@ def test_a_setting_that_came_later_leaves_the_keys_of_before_alone():
         "a setting that enters every key makes an upgrade remake every catalogue: give it later=True and the default that "
         "means what was done before; or raise the stage's version, and write the file anew"
     )
-    later: dict = {"hierarchical_over": "batch", "scale_distance": "plain", "category_from": "clusters"}
+    later: dict = {"hierarchical_over": "batch", "scale_distance": "plain", "category_from": "clusters",
+                   "category_confidence": {"sure": 0.5}}  # fmt: skip
     plain = Recipe.build(MINIMAL).quantizer
     assert plain.identity() == {name: value for name, value in plain.decided().items() if name not in later}
-    changed = Recipe.build(MINIMAL | {"quantizer": later}).quantizer.identity()
-    assert changed == plain.identity() | later == Recipe.build(MINIMAL | {"quantizer": later}).quantizer.decided()
+    values = MINIMAL | {"quantizer": later, "catalog": MINIMAL["catalog"] | {"filter_columns": {"sure": "float"}}}
+    changed = Recipe.build(values).quantizer
+    assert changed.identity() == plain.identity() | later == changed.decided()
 
 
 def test_identity_leaves_out_what_cannot_change_the_result():

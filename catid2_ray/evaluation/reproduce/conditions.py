@@ -149,8 +149,11 @@ NOISE = (0.05, 0.2, 0.5)  # shares of products whose labels are exchanged; 1 is 
 WITH, WITHOUT = "with", "without"
 
 
-def rows_of(table: str, methods: Sequence[str], *, text: Sequence[str] = ("title",)) -> list[Row]:
-    """The rows of a table that measures. `methods`: of table 2; `text`: the recipe's embedding.text, for table 4.
+def rows_of(
+    table: str, methods: Sequence[str], *, text: Sequence[str] = ("title",), confidence: Mapping[str, float] = NO_CHANGE
+) -> list[Row]:
+    """The rows of a table that measures. `methods`: of table 2; `text`: the recipe's embedding.text, for table 4; `confidence`:
+    its reproduce.confidence, for the table of category labels.
 
     Tables 7 and 8 show what tables 2 and the reports have; raises InputError for a table that measures nothing.
     """
@@ -191,6 +194,8 @@ def rows_of(table: str, methods: Sequence[str], *, text: Sequence[str] = ("title
             for levels in (3, 4, 5)
             for kind, title in (("tiger", "TIGER"), ("cat_id2", "CAT-ID²"))
         ]  # fmt: skip
+    if table == "CT":
+        return _labels(confidence)
     if table in _MORE:
         return _MORE[table]()
     raise InputError(f"table {table!r} measures nothing of its own; those that do are 2, 3, 4, 5, 6, 7, F5, CQ and CT")
@@ -208,8 +213,13 @@ def _shared_ids() -> list[Row]:
     return [*rows, Row(_ids("cq_sid", "CQ-SID")), Row(_ids("tiger", "TIGER, an ID each"))]
 
 
-def _labels() -> list[Row]:
+def _labels(confidence: Mapping[str, float]) -> list[Row]:
     """What category labels bring."""
+    sure = _ids(
+        "confident", "the labels of which the catalogue is sure", "cat_id2",
+        recipe={"quantizer.category_confidence": dict(confidence)},
+        missing=None if confidence else "reproduce.confidence names no column that says how sure a label is",
+    )  # fmt: skip
     noise = [
         Row(_ids(f"noise_{100 * share:.0f}", f"labels of {share:.0%} of the products exchanged", "cat_id2",
                  recipe={"quantizer.category_noise": share}))
@@ -221,6 +231,7 @@ def _labels() -> list[Row]:
         Row(_ids("tiger", "no labels: TIGER")),
         Row(_ids("dis", "no labels: DisL alone")),
         Row(_ids("cat_id2", "labels as they are")),
+        Row(sure),
         Row(_ids("depth_2_3", "half of the deepest categories not known")),
         Row(
             _ids(
@@ -252,7 +263,7 @@ def _sweeps() -> list[Row]:
     ]
 
 
-_MORE = {"CQ": _shared_ids, "CT": _labels, "F5": _sweeps}
+_MORE = {"CQ": _shared_ids, "F5": _sweeps}
 
 
 def _swept(name: str, value: float) -> tuple[str, dict]:
@@ -269,7 +280,8 @@ def _text(text: Sequence[str], word: str) -> dict:
 
 
 def plan(
-    tables: Sequence[str], methods: Sequence[str], data: str, *, text: Sequence[str] = ("title",), runs: Sequence[str] = ()
+    tables: Sequence[str], methods: Sequence[str], data: str, *, text: Sequence[str] = ("title",), runs: Sequence[str] = (),
+    confidence: Mapping[str, float] = NO_CHANGE,
 ) -> list[Cell]:  # fmt: skip
     """The cells of these tables, in the order in which a person reads them. Figure 5 comes with table 6, to which its text belongs.
     `runs`: names of runs that other searches wrote, which stand first in table 2.
@@ -292,7 +304,7 @@ def plan(
     return [
         Cell(name if name in ALSO else f"T{name}", row, data)
         for name in measuring
-        for row in (*(given if name == "2" else ()), *rows_of(name, methods, text=text))
+        for row in (*(given if name == "2" else ()), *rows_of(name, methods, text=text, confidence=confidence))
     ]
 
 

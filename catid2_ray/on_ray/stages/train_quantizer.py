@@ -4,6 +4,7 @@ Whatever the kind, the artefact is a folder that `quantizer.coder.load_coder` re
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,7 +50,8 @@ _PROBE_ROWS = 512  # of the sample, for the gradient norms of one epoch
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     """The quantizer artefact: the coder's files and history.json (one record an epoch; one in all where it is fitted)."""
     recipe = job.recipe.quantizer
-    parents = STAGES["quantizer"].reads(parts, *(["queries"] if recipe.query_item else []))
+    sometimes = [*(["queries"] if recipe.query_item else []), *(["catalog"] if _doubted(recipe) else [])]
+    parents = STAGES["quantizer"].reads(parts, *sometimes)
     history = {"warm": job.previous.parts["quantizer"]} if recipe.warm_start and job.previous else {}
     settings = {**deciding(recipe), "seed": job.recipe.seed}
     if recipe.input == "stream" and recipe.coder == "rq_vae":
@@ -86,8 +88,9 @@ def deciding(recipe: QuantizerRecipe) -> dict:
 def _sample(job: Job, parents: dict[str, Manifest]) -> tuple[np.ndarray, np.ndarray, "_Labels"]:
     """Embeddings and categories of the bounded sample, the latter as training sees them; and what makes them so."""
     recipe = job.recipe.quantizer
-    vectors = ProductVectors.of(job.store, parents)
-    table = read_vectors(vectors, ["embedding", "category"], rows=recipe.kmeans_sample, seed=job.recipe.seed)
+    table = read_vectors(
+        _vectors(job, parents), ["embedding", "category"], rows=recipe.kmeans_sample, seed=job.recipe.seed
+    )
     sample_ND = matrix(table["embedding"])
     labels = _Labels.of(recipe, job.recipe.seed, sample_ND)
     return sample_ND, labels(matrix(table["category"]), sample_ND, part=-1), labels
@@ -104,7 +107,7 @@ def _train(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest
         category_NH=category_NH,
         labels=labels,
         seed=job.recipe.seed,
-        vectors=ProductVectors.of(job.store, parents),
+        vectors=_vectors(job, parents),
         queries=parents.get("queries"),
         warm=warm_start(job, parents),
     )
@@ -147,6 +150,39 @@ def forced_column(recipe: QuantizerRecipe, categories: tuple[int, ...]) -> int |
     if not recipe.force_category:
         return None
     return max(column for column, count in enumerate(categories) if count <= recipe.codes_per_level[0])
+
+
+def _doubted(recipe: QuantizerRecipe) -> dict[str, float]:
+    """The columns that say how sure categories are, and the least that training believes; of other coders none, which read no
+    categories or the true ones."""
+    return recipe.category_confidence if recipe.coder == "rq_vae" else {}
+
+
+def _vectors(job: Job, parents: dict[str, Manifest]) -> ProductVectors:
+    least = _doubted(job.recipe.quantizer)
+    if not least:
+        return ProductVectors.of(job.store, parents)
+    return _SureVectors(job.store, parents["embeddings"], parents.get("adapter"), parents["catalog"], least)
+
+
+@dataclass(frozen=True)
+class _SureVectors(ProductVectors):
+    """Vectors with the categories of which the catalogue is sure: −1 at every depth of a product that has less than `least` in one
+    of these columns, or nothing there."""
+
+    catalog: Manifest
+    least: Mapping[str, float]
+
+    def read(self, name: str, columns: list[str]) -> pa.Table:
+        table = super().read(name, columns)
+        if "category" not in columns:
+            return table
+        sure = self.store.read_table(self.catalog.file(name), columns=list(self.least))
+        sure_N = np.ones(table.num_rows, bool)
+        for column, least in self.least.items():
+            sure_N &= sure[column].cast(pa.float64()).fill_null(-np.inf).to_numpy() >= least
+        category_NH = np.where(sure_N[:, None], matrix(table["category"]), -1)
+        return table.set_column(columns.index("category"), "category", fixed_lists(category_NH, pa.int32()))
 
 
 @dataclass(frozen=True)

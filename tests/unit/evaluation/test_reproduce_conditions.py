@@ -57,6 +57,13 @@ def test_claims_name_rows_of_their_table():
         assert {name for claim in claims for name in (claim.one, claim.other)} <= names[table], table
 
 
+def test_confident_labels_are_a_row_where_the_recipe_says_who_is_sure():
+    row = {row.condition.name: row.condition for row in rows_of("CT", NAMES)}["confident"]
+    assert row.missing == "reproduce.confidence names no column that says how sure a label is"
+    row = {row.condition.name: row.condition for row in rows_of("CT", NAMES, confidence={"sure": 5})}["confident"]
+    assert row.missing is None and row.recipe == {"quantizer.category_confidence": {"sure": 5}}
+
+
 def test_table_4_adds_or_leaves_out_the_category_whatever_the_recipe_embeds():
     for text in (("title",), ("title", "category_path", "description")):
         rows = {row.condition.name: dict(row.condition.recipe) for row in rows_of("4", NAMES, text=text)}
