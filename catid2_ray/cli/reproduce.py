@@ -11,6 +11,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.cli.options import RecipeOption, SetOption, console
 from catid2_ray.config import Recipe
 from catid2_ray.errors import ArtifactError, InputError
+from catid2_ray.redaction import redacted
 
 _BELOW = "reports/reproduce/"
 
@@ -59,26 +60,35 @@ def reproduce(
     asked = (
         [name.strip().upper().removeprefix("T") for name in tables.split(",") if name.strip()]
         if tables
-        else [*TABLES, *ALSO]
+        else _table_of(cell) or [*TABLES, *ALSO]
     )
     named = loaded.reproduce.methods or (
         NAMES if cell else USUAL
     )  # whoever names a cell asks for it, whatever it takes
     cells = plan(
         asked, named, data_of(loaded)[0], text=loaded.embedding.text, runs=tuple(loaded.reproduce.runs),
-        confidence=loaded.reproduce.confidence,
+        confidence=loaded.reproduce.confidence, encoders=loaded.reproduce.encoders,
     )  # fmt: skip
     cells = chosen(cells, cell)
-    command = f"catid2 reproduce --recipe {shlex.quote(recipe)}"
+    settings = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
+    command = redacted(f"catid2 reproduce --recipe {shlex.quote(recipe)}{settings}")
     if list_cells or show_commands:
-        settings = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
         for one in cells:
             what = one.row.condition
             missing = f"  [not run: {what.missing}]" if what.missing else ""
-            print(f"{command}{settings} --cell {one.name}" if show_commands else f"{one.name}  {what.title}{missing}")
+            print(f"{command} --cell {one.name}" if show_commands else f"{one.name}  {what.title}{missing}")
         return
-    _measure(loaded, cells, asked, seeds or loaded.reproduce.seeds, out, command + (" --set …" if overrides else ""),
-             found_only=found_only, dry_run=dry_run, share=_share(share))  # fmt: skip
+    below = (
+        f"{_BELOW}cells/{cell.replace('/', '-')}/" if cell else _BELOW
+    )  # a cell alone leaves the whole report as it is
+    command += f" --seeds {seeds}" if seeds else ""
+    _measure(loaded, cells, asked, seeds or loaded.reproduce.seeds, out, command, found_only=found_only, dry_run=dry_run,
+             share=_share(share), below=below)  # fmt: skip
+
+
+def _table_of(cell: str | None) -> list[str]:
+    """The table of a cell, such as 2 of T2/tiger/us: the others' pictures and texts may take hours to make."""
+    return [cell.split("/")[0].upper().removeprefix("T")] if cell and "/" in cell else []
 
 
 def _measure(
@@ -92,19 +102,20 @@ def _measure(
     found_only: bool,
     dry_run: bool,
     share: tuple[int, int],
+    below: str,
 ) -> None:
     from catid2_ray.evaluation.tables import Column, Table, terminal
     from catid2_ray.on_ray.reproduce.report import keep, report
     from catid2_ray.on_ray.reproduce.run import reproduce as run
 
     folder = Store(out or loaded.store)
-    inside = not out
+    below, link = ("", "") if out else (below, "../" * below.count("/"))
 
     def then(reproduction):
         if dry_run:
             return None
-        written = report(reproduction, tables=tables, command=command, link="../../" if inside else "")
-        return written, keep(written, reproduction, folder, _BELOW if inside else "")
+        written = report(reproduction, tables=tables, command=command, link=link)
+        return written, keep(written, reproduction, folder, below)
 
     try:
         if dry_run and not _begun(loaded):

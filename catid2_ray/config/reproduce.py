@@ -21,6 +21,10 @@ class ReproduceRecipe(Section):
         {}, "answers of other searches to the test queries, name: file in TREC's run format; each is a row of table 2",
         unit="files", operational=True,
     )  # fmt: skip
+    encoders: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]+$")], str] = setting(
+        {}, "further sentence encoders as they are, name: id or folder; each is a row of table 2, and sentence_t5 and mpnet may "
+        "name a folder here", unit="models", operational=True,
+    )  # fmt: skip
     confidence: dict[str, Annotated[float, Field(ge=0)]] = setting(
         {}, "{COLUMN: LEAST}: the table of category labels gets a row that trains on these labels alone, as "
         "quantizer.category_confidence does", unit="column: least", operational=True,

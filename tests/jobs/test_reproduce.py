@@ -18,6 +18,7 @@ from catid2_ray.errors import InputError
 from catid2_ray.evaluation.reproduce.conditions import METHODS as CONDITIONS
 from catid2_ray.evaluation.reproduce.conditions import NAMES, plan
 from catid2_ray.on_ray.commands import reindex
+from catid2_ray.on_ray.reproduce.costs import with_shared
 from catid2_ray.on_ray.reproduce.measure import Measures
 from catid2_ray.on_ray.reproduce.nearest import Pair, approximate
 from catid2_ray.on_ray.reproduce.run import reproduce
@@ -246,12 +247,18 @@ def test_a_further_seed_of_what_is_served_is_made_as_its_release_would_be(shop, 
     """Only where the recipe names it: a generator is trained in full."""
     recipe = shop["recipe"] | {"store": str(tmp_path / "store"), "reproduce": {"methods": ["served"]}}
     reindex(Recipe.build(recipe))
-    cells = plan(["2"], ["served", "generator"], "tiny")
+    cells = plan(["2"], ["served", "generator", "lookahead"], "tiny")
     result, _ = reproduce(Recipe.build(recipe), cells, seeds=2)
-    alone, served = result.outcomes
+    alone, ahead, served = result.outcomes
     assert [run.seed for run in served.runs] == [0, 1] and not served.whys
-    assert [run.seed for run in alone.runs] == [0]
+    assert [run.seed for run in alone.runs] == [0] == [run.seed for run in ahead.runs]
     assert "name it in reproduce.methods" in alone.whys[0]
+    costs = [one.runs[0].cost for one in (alone, ahead, served)]
+    assert costs[0]["bytes"] < costs[1]["bytes"] < costs[2]["bytes"], (
+        "whoever looks ahead reads nodes, what is served all"
+    )
+    assert all(cost["ids_seconds"] + cost["generator_seconds"] <= cost["train_seconds"] for cost in costs)
+    assert ahead.runs[0].ranked not in (alone.runs[0].ranked, served.runs[0].ranked)
     assert (
         served.runs[0].tuned["release"].startswith("r-") and served.runs[1].tuned["release"] == "none; made with seed 1"
     )
@@ -276,6 +283,19 @@ def test_one_cell_alone_and_what_is_there_is_read_without_measuring(done, tmp_pa
     )
     assert one.returncode == 0 and "Found: 1." in one.stdout, one.stderr
     assert list(json.loads((tmp_path / "report.json").read_text())["tables"]["T2"]["rows"]) == ["tiger"]
+    before = (done["below"] / "report.json").read_bytes()
+    command = ["reproduce", "--recipe", done["path"], "--set", "reproduce.machine_hour=0.5", "--cell", "T2/tiger/tiny"]
+    alone = run_here(*command)
+    page = done["below"] / "cells" / "T2-tiger-tiny" / "report.html"
+    assert alone.returncode == 0 and str(page) in alone.stdout.replace("\n", ""), alone.stderr
+    assert (done["below"] / "report.json").read_bytes() == before, "the whole report stays"
+    assert "event=start" not in alone.stderr, "no other table's texts or pictures are made"
+    [link] = re.findall(r'href="([./]+artifacts/cell/\w+/manifest\.json)"', page.read_text())
+    assert (page.parent / link).resolve().exists()
+    assert (
+        f"catid2 reproduce --recipe {done['path']} --set reproduce.machine_hour=0.5 --cell T2/tiger/tiny"
+        in page.read_text()
+    )
     none = run_here("reproduce", "--recipe", done["path"], "--cell", "T5/depth_1/tiny", "--dry-run")
     assert none.returncode == 0 and "not measured yet" in none.stdout and "event=start" not in none.stderr
 
@@ -328,7 +348,7 @@ def test_a_test_split_that_nothing_can_answer_is_refused(done, no_ray, tmp_path)
     after.write_table("pairs.parquet", pairs.set_column(pairs.column_names.index("product_id"), "product_id", left))
     catalog = {**done["recipe"]["catalog"], "root": str(tmp_path / "source")}
     gone = done["recipe"] | {"catalog": catalog, "store": str(tmp_path / "store")}
-    with pytest.raises(InputError, match="test"):
+    with pytest.raises(InputError, match="no pair of the test split names a product of the catalogue"):
         reproduce(Recipe.build(gone), plan(["2"], ["bm25"], "tiny"), seeds=1)
 
 
@@ -341,6 +361,11 @@ def test_a_cell_that_breaks_leaves_the_others_alone(done, no_ray, monkeypatch, c
     assert len(bm25.runs) == 1 and len(bm25.runs[0].ranked) == 7 and result.made == 1
     assert fused.whys == ["it failed with ZeroDivisionError: division by zero"] and not fused.runs
     assert "ZeroDivisionError" in capsys.readouterr().err
+    read, _ = reproduce(recipe, plan(["2"], ["bm25", "bm25+dense", "bm25_tuned"], "tiny"), seeds=1, found_only=True)
+    whys = [one.whys for one in read.outcomes]
+    assert whys == [[], ["not measured yet"], ["it failed with ZeroDivisionError: division by zero"]], (
+        "a report that measures nothing knows why"
+    )
 
 
 def test_a_method_without_its_package_names_it(monkeypatch):
@@ -351,12 +376,26 @@ def test_a_method_without_its_package_names_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, trained", [("dense", 130.0), ("bm25+adapted", 130.0), ("bm25_tuned", 30.0), ("dpr", 30.0)]
+    "name, trained, indexed",
+    [
+        ("dense", 130.0, 3.0),
+        ("bm25+adapted", 130.0, 3.0),
+        ("dpr", 30.0, 3.0),
+        ("tiger", 137.0, 203.0),  # with the adapter, and with the embeddings
+        ("tiger+generator", 137.0, 203.0),
+        ("served", 180.0, 3.0),  # with its examples
+    ],
 )
-def test_the_tuning_of_the_encoder_is_counted_for_each_method_that_uses_it(name, trained):
+def test_what_methods_share_is_counted_for_each(name, trained, indexed):
     (condition,) = [one for one in CONDITIONS if one.name == name]
-    recipe = SimpleNamespace(seed=0)
-    measures = Measures.__new__(Measures)
-    measures.job, measures.recipe_of = SimpleNamespace(recipe=recipe), lambda condition, seed: recipe
-    measures.embedded = lambda recipe: (None, {"tuned_encoder": SimpleNamespace(metrics={"seconds": 100.0})})
-    assert measures.with_shared(condition, {"train_seconds": 30.0}, {})["train_seconds"] == trained
+    of = {"tuned_encoder": 100.0, "adapter": 7.0, "embeddings": 200.0, "quantizer": 5.0, "ids": 6.0, "examples": 50.0,
+          "generator": 60.0}  # fmt: skip
+    parts = {
+        role: SimpleNamespace(metrics={"seconds": seconds}, files=[{"bytes": 2}], named=lambda _: [{"bytes": 1}])
+        for role, seconds in of.items()
+    }
+    cost = with_shared(condition, {"train_seconds": 30.0, "index_seconds": 3.0, "bytes": 9}, parts)
+    assert (cost["train_seconds"], cost["index_seconds"]) == (trained, indexed)
+    assert cost["bytes"] == (3 if name in ("tiger+generator", "served") else 9)
+    if name == "served":
+        assert (cost["ids_seconds"], cost["generator_seconds"]) == (11.0, 110.0)

@@ -60,9 +60,13 @@ def _same(codes: int, levels: int = 4) -> dict:
 
 
 # As it is, so not tuned; and a generator's head that reads the recipe's own encoder would not fit.
-_OTHER_ENCODER = {"embedding.adapter": "none", "embedding.encoder_mode": "frozen", "generator.head": "plain"}
-_SENTENCE_T5 = {"embedding.encoder": "sentence-transformers/sentence-t5-base", **_OTHER_ENCODER}
-_MPNET = {"embedding.encoder": "sentence-transformers/paraphrase-multilingual-mpnet-base-v2", **_OTHER_ENCODER}
+_AS_PUBLISHED = {"embedding.adapter": "none", "embedding.encoder_mode": "frozen", "generator.head": "plain"}
+
+
+def _encoder(name: str, title: str, model: str) -> Condition:
+    """A sentence encoder, by its id or folder, that nothing was tuned for."""
+    return Condition(name, title, "dense", recipe={"embedding.encoder": model, **_AS_PUBLISHED})
+
 
 LEXICAL = (
     Condition("bm25", "BM25, k1 1.2, b 0.75", "lexical"),
@@ -71,13 +75,13 @@ LEXICAL = (
 )
 DENSE = (
     Condition("dense", "dense, the recipe's encoder, no adapter", "dense"),
-    Condition("zero_shot", "dense, the encoder as it was published", "dense", recipe=_OTHER_ENCODER),
+    Condition("zero_shot", "dense, the encoder as it was published", "dense", recipe=_AS_PUBLISHED),
     Condition("adapted", "dense, adapted by two matrices", "dense", {"adapted": True}),
     Condition("hnsw", "adapted dense, HNSW graph (faiss)", "dense", {"adapted": True, "faiss": "hnsw"}),
     Condition("ivf", "adapted dense, inverted lists (faiss)", "dense", {"adapted": True, "faiss": "ivf"}),
     Condition("dpr", "DPR: the encoder fine-tuned, BM25 negatives", "dense", {"dpr": True}, seeded=True),
-    Condition("sentence_t5", "Sentence-T5 base as it is", "dense", recipe=_SENTENCE_T5),
-    Condition("mpnet", "Multilingual MPNet as it is", "dense", recipe=_MPNET),
+    _encoder("sentence_t5", "Sentence-T5 base as it is", "sentence-transformers/sentence-t5-base"),
+    _encoder("mpnet", "Multilingual MPNet as it is", "sentence-transformers/paraphrase-multilingual-mpnet-base-v2"),
 )
 FUSION = tuple(
     Condition(f"bm25+{name}", f"BM25 + {title}, weight chosen on validation", "fusion", {"dense": name}, seeded=name == "dpr")
@@ -89,9 +93,11 @@ KINDS = (
     _ids("hi_gen", "Hi-Gen"),
     _ids("nci", "NCI"),
     _ids("tiger", "TIGER"),
+    _ids("paper_tiger", "TIGER, as printed, K 256", recipe=_same(256)),
     _ids("cat_id2_256", "CAT-ID², as printed, K 256", "cat_id2_paper", recipe=_same(256)),
     _ids("cat_id2_512", "CAT-ID², as printed, K 512", "cat_id2_paper", recipe=_same(512)),
     _ids("cat_id2", "CAT-ID², ours (the default)"),
+    _ids("cat_id2_k512", "CAT-ID², ours, K 512", "cat_id2", recipe=_same(512)),
     _ids("cat_id2_shuffled", "CAT-ID² of shuffled categories (control)"),
     _ids("rq_kmeans", "residual k-means, nothing trained"),
     _ids("cq_sid", "CQ-SID, products share IDs"),
@@ -100,7 +106,8 @@ KINDS = (
     ),
 )
 # Hours each, so they are measured where the recipe names them. Generator, budget and search are the recipe's, the IDs differ.
-_TRAINED = ("dsi_semantic", "hi_gen", "nci", "tiger", "cat_id2_256", "cat_id2", "cat_id2_shuffled", "cq_sid")
+_TRAINED = ("dsi_semantic", "hi_gen", "nci", "tiger", "paper_tiger", "cat_id2_256", "cat_id2_512", "cat_id2", "cat_id2_k512",
+            "cat_id2_shuffled", "cq_sid")  # fmt: skip
 GENERATORS = (
     *(
         one._replace(name=f"{one.name}+generator", title=f"{one.title}: generator trained in full", family="generator")
@@ -114,10 +121,13 @@ RELEASE = (
     Condition(
         "generator", "the release's generator alone, beams of whole IDs", "release", {"served": False}, seeded=True
     ),
+    Condition(
+        "lookahead", "the release's look-ahead without words", "release", {"served": False, "ahead": True}, seeded=True
+    ),
     Condition("served", "ours with everything on, as served", "release", {"served": True}, seeded=True),
 )
 MISSING = (
-    Condition("pag", "PAG's look-ahead", missing="its simultaneous decoding is not built; `served` looks ahead by node vectors"),
+    Condition("pag", "PAG's look-ahead", missing="its simultaneous decoding is not built; `lookahead` looks ahead by node vectors"),
     Condition("genret", "GenRet", missing="it trains tokenizer and generator by turns, which stages that are "
         "committed once cannot"),
     Condition("chap", "CHAP", missing="its code and its IDs' construction could not be had"),
@@ -143,7 +153,10 @@ SWEEPS = {
 # Settings of a sweep that a kind has anyway: its run is found, not made again.
 _KIND_OF = {("dispersion", 0.0): "hcc", ("hierarchical", 0.0): "dis", ("cluster_scale", 1.0): "hcc_csc_dis"}
 SIZES = (64, 128, 256, 512)
+# The paper's TIGER begins at random, as its CAT-ID² does: our preset is another thing.
+_PAPER_ROW = {"paper_tiger": "tiger", "tiger": None}
 TABLES = ("1", "2", "3", "4", "5", "6", "7", "8")
+PAPER_LOCALES = ("us", "es", "jp")  # of ESCI, and what cells call the data
 ALSO = ("F5", "CQ", "CT")  # figure 5, the table of CQ-SID, and that of what category labels bring
 NOISE = (0.05, 0.2, 0.5)  # shares of products whose labels are exchanged; 1 is the control
 WITH, WITHOUT = "with", "without"
@@ -158,11 +171,8 @@ def rows_of(
     Tables 7 and 8 show what tables 2 and the reports have; raises InputError for a table that measures nothing.
     """
     if table in ("2", "7"):
-        return [
-            Row(one, one.name.split("+")[0] if one in GENERATORS else one.name)
-            for one in METHODS
-            if one.name in methods
-        ]
+        return [Row(one, _PAPER_ROW.get(base, base)) for one in METHODS if one.name in methods
+                for base in (one.name.split("+")[0] if one in GENERATORS else one.name,)]  # fmt: skip
     if table == "3":
         rows = [
             Row(_ids(kind, f"({number}) {term}, as printed"), str(number))
@@ -183,11 +193,12 @@ def rows_of(
         ]
     if table == "5":
         titles = {
-            "tiger": "TIGER", "random_negatives": "random negatives", "depth_1": "1 level", "depth_2": "2 levels",
-            "depth_2_3": "2 and 3 levels",
+            "tiger": "TIGER", "random_negatives": "3 levels, eq. 4 level by level, random negatives", "depth_1": "1 level",
+            "depth_2": "2 levels", "depth_2_3": "2 and 3 levels",
         }  # fmt: skip
         rows = [Row(_ids(name, title), name) for name, title in titles.items()]
-        return [*rows, Row(_ids("cat_id2", "3 levels"), "depth_3")]
+        return [*rows, Row(_ids("cat_id2", "3 levels"), "depth_3"),
+                Row(_ids("on_residual", "3 levels, eq. 4 level by level, hard negatives"))]  # fmt: skip
     if table == "6":
         return [
             Row(_ids(f"{kind}_{levels}", f"{title}, {levels} levels", kind, recipe={"levels": levels}), f"{kind}_{levels}")
@@ -225,7 +236,9 @@ def _labels(confidence: Mapping[str, float]) -> list[Row]:
                  recipe={"quantizer.category_noise": share}))
         for share in NOISE
     ]  # fmt: skip
-    deep = {"levels": 3, "quantizer.allow_deep_categories": True}
+    deep, shallow = (
+        {"levels_beyond_categories": beyond, "quantizer.allow_deep_categories": True} for beyond in (0, -1)
+    )
     return [
         Row(_ids("rq_kmeans", "no labels, nothing trained: residual k-means")),
         Row(_ids("tiger", "no labels: TIGER")),
@@ -245,6 +258,8 @@ def _labels(confidence: Mapping[str, float]) -> list[Row]:
         Row(_ids("cat_id2_shuffled", "all labels exchanged (the control)")),
         Row(_ids("on_residual", "eq. 4 by level, IDs deeper than categories (H < L)")),
         Row(_ids("as_deep", "eq. 4 by level, a level for each category (H = L)", "on_residual", recipe=deep)),
+        Row(_ids("tiger_as_deep", "no labels, as many levels as categories: TIGER", "tiger", recipe=deep)),
+        Row(_ids("shallow", "eq. 4 by level, a level fewer than categories (H > L)", "on_residual", recipe=shallow)),
     ]
 
 
@@ -281,15 +296,47 @@ def _text(text: Sequence[str], word: str) -> dict:
 
 def plan(
     tables: Sequence[str], methods: Sequence[str], data: str, *, text: Sequence[str] = ("title",), runs: Sequence[str] = (),
-    confidence: Mapping[str, float] = NO_CHANGE,
+    confidence: Mapping[str, float] = NO_CHANGE, encoders: Mapping[str, str] = NO_CHANGE,
 ) -> list[Cell]:  # fmt: skip
     """The cells of these tables, in the order in which a person reads them. Figure 5 comes with table 6, to which its text belongs.
-    `runs`: names of runs that other searches wrote, which stand first in table 2.
+    `runs`: names of runs that other searches wrote, which stand first in table 2; `encoders`: further sentence encoders, name → id
+    or folder, which stand last there or in the place of the one that is called so. `text`, `confidence`: as in `rows_of`.
 
-    Raises InputError for an unknown table or method, which it names, and for a run that is called like a method.
+    Raises InputError for an unknown table or method, which it names, and for a run or an encoder that is called like a method.
     """
-    if taken := sorted({*runs} & {*NAMES}):
+    _refuse(tables, methods, runs, encoders)
+    measuring = [
+        table for table in ("2", "3", "4", "5", "6", *ALSO) if table in tables or (table == "2" and "7" in tables)
+    ]
+    given = [Row(Condition(name, f"{name}, as given", "run", {"run": name})) for name in runs]
+    named = {
+        name: Row(_encoder(name, f"{name}: dense, as it was published", model), name)
+        for name, model in encoders.items()
+    }
+    cells = []
+    for table in measuring:
+        rows = rows_of(table, methods, text=text, confidence=confidence)
+        if table == "2":
+            rows = [named.get(row.condition.name, row) for row in rows]
+            rows = [*given, *rows, *(row for row in named.values() if row not in rows)]
+        if table in ("3", "4", "5", "6") and data in PAPER_LOCALES:
+            rows = [_of_printed_size(row) for row in rows]
+        cells += [Cell(table if table in ALSO else f"T{table}", row, data) for row in rows]
+    return cells
+
+
+def _of_printed_size(row: Row) -> Row:
+    """K 256, with which tables 3 to 6 of the paper were made, whatever the recipe has."""
+    changes = {"quantizer.codes_per_level": [256] * 4, **row.condition.recipe}
+    return row._replace(condition=row.condition._replace(recipe=changes))
+
+
+def _refuse(tables: Sequence[str], methods: Sequence[str], runs: Sequence[str], encoders: Mapping[str, str]) -> None:
+    replaceable = {"sentence_t5", "mpnet"}
+    if taken := sorted({*runs} & {*NAMES, *encoders}):
         raise InputError(f"reproduce.runs: {', '.join(taken)} is a method's name; call the run otherwise")
+    if taken := sorted({*encoders} & {*NAMES} - replaceable):
+        raise InputError(f"reproduce.encoders: {', '.join(taken)} is a method's name; call the encoder otherwise")
     if unknown := [name for name in methods if name not in NAMES]:
         raise InputError(f"reproduce.methods: unknown {', '.join(map(repr, unknown))}; known are {', '.join(NAMES)}")
     if unknown := [table for table in tables if table not in (*TABLES, *ALSO)]:
@@ -297,15 +344,6 @@ def plan(
             f"--tables: unknown {', '.join(unknown)}; choose from {', '.join(TABLES)}, F5 (figure 5), CQ (CQ-SID's) and CT (what "
             "category labels bring)"
         )
-    measuring = [
-        table for table in ("2", "3", "4", "5", "6", *ALSO) if table in tables or (table == "2" and "7" in tables)
-    ]
-    given = [Row(Condition(name, f"{name}, as given", "run", {"run": name})) for name in runs]
-    return [
-        Cell(name if name in ALSO else f"T{name}", row, data)
-        for name in measuring
-        for row in (*(given if name == "2" else ()), *rows_of(name, methods, text=text, confidence=confidence))
-    ]
 
 
 def chosen(cells: Sequence[Cell], name: str | None) -> list[Cell]:

@@ -35,9 +35,12 @@ from catid2_ray.on_ray.machine.arrays import matrix
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.pipeline import RUN, check_codes
 from catid2_ray.on_ray.reports import parts_of_kind, variant
+from catid2_ray.on_ray.reproduce import costs
 from catid2_ray.on_ray.reproduce.bench import Bench, Vectors
-from catid2_ray.on_ray.reproduce.nearest import Pair, approximate, cost_of, given, read_file
+from catid2_ray.on_ray.reproduce.costs import cost_of
+from catid2_ray.on_ray.reproduce.nearest import Pair, approximate, given, read_file
 from catid2_ray.on_ray.stages import adapter, embed, examples, train_generator, tuned_encoder
+from catid2_ray.on_ray.stages.evaluate import ahead_of
 from catid2_ray.retrieval.trie import Trie
 
 # Parts of a release that a search of it depends on; the others go into these.
@@ -71,8 +74,12 @@ class Measures:
                 for name, value in (("epochs", budget.printed_epochs), ("learning_rate", budget.printed_learning_rate))
                 if value is not None
             }
-        if "levels" in changes:
-            changes["quantizer.codes_per_level"] = [recipe.quantizer.codes_per_level[0]] * changes.pop("levels")
+        levels = changes.pop("levels", None)
+        if "levels_beyond_categories" in changes:
+            levels = recipe.catalog.max_category_depth + changes.pop("levels_beyond_categories")
+        if levels is not None:
+            codes = changes.get("quantizer.codes_per_level", recipe.quantizer.codes_per_level)
+            changes["quantizer.codes_per_level"] = [codes[0]] * levels
         for path, value in changes.items():
             section, name = path.split(".")
             values[section] = {**values[section], name: value}
@@ -125,7 +132,7 @@ class Measures:
             parents |= {
                 name: parts[name] for name in names if name in parts and (name != "adapter" or _adapts(condition))
             }
-            if _tuned_dpr(condition):
+            if costs.fine_tunes(condition):
                 settings["dpr"] = self._dpr_settings()
             if condition.family in ("ids", "generator"):
                 check_codes(recipe, self.parts["catalog"])
@@ -146,21 +153,11 @@ class Measures:
         return family(condition, seed, parents)
 
     def with_shared(self, condition: Condition, cost: dict, parents: dict[str, Manifest]) -> dict:
-        """The cost with what methods share, counted for each: the tuning of the encoder and, for IDs, embeddings and the adapter.
-        Of a release: with the bytes that a replica reads."""
-        if condition.family == "run":
+        """The cost with what methods share, counted for each: `costs.with_shared`."""
+        if condition.family in ("run", "lexical"):
             return cost
-        cost = cost | {"train_seconds": cost["train_seconds"] + self._tuning_seconds(condition)}
-        if condition.family in ("release", "generator"):
-            read = [parents[name].files for name in ("generator", "serving", "node_vectors") if name in parents]
-            cost = cost | {"bytes": sum(e["bytes"] for files in [*read, parents["ids"].named("trie/")] for e in files)}
-        if condition.family not in ("ids", "generator"):
-            return cost
-        seconds = {name: parents[name].metrics["seconds"] for name in ("adapter", "embeddings") if name in parents}
-        return cost | {
-            "train_seconds": cost["train_seconds"] + seconds.get("adapter", 0.0),
-            "index_seconds": cost["index_seconds"] + seconds["embeddings"],
-        }
+        _, shared = self.embedded(self.recipe_of(condition, self.job.recipe.seed))
+        return costs.with_shared(condition, cost, shared | parents)
 
     def _run_ranking(self, condition: Condition, seed: int, parents) -> Ranking:
         return given(self.job.recipe.reproduce.runs[condition.name], self.bench)
@@ -196,17 +193,10 @@ class Measures:
 
     # Vectors
 
-    def _tuning_seconds(self, condition: Condition) -> float:
-        """What it took to tune the recipe's encoder, where it is tuned and the method uses it."""
-        if condition.family == "lexical" or _tuned_dpr(condition):
-            return 0.0
-        _, parts = self.embedded(self.recipe_of(condition, self.job.recipe.seed))
-        return parts["tuned_encoder"].metrics["seconds"] if "tuned_encoder" in parts else 0.0
-
     def _pair(self, condition: Condition, seed: int) -> Pair:
         """Queries' and products' vectors: as they are, adapted or fine-tuned."""
         job, parts = self.embedded(self.recipe_of(condition, seed))
-        if _tuned_dpr(condition):
+        if costs.fine_tunes(condition):
             return self._dpr(job, parts, seed)
         vectors, embedding = self.bench.vectors(job, parts), parts["embeddings"].metrics["seconds"]
         if _adapts(condition):
@@ -247,9 +237,10 @@ class Measures:
 
     def _dpr_settings(self) -> dict:
         budget, generator = self.job.recipe.reproduce, self.job.recipe.generator
+        asked = "\n".join(self._all_queries()).encode()  # the artefact holds their vectors
         return {
-            "epochs": budget.dpr_epochs, "pairs": budget.dpr_pairs, "batch": budget.dpr_batch,
-            "learning_rate": budget.dpr_learning_rate, "min_relevance": generator.min_relevance,
+            "queries": hashlib.sha256(asked).hexdigest(), "epochs": budget.dpr_epochs, "pairs": budget.dpr_pairs,
+            "batch": budget.dpr_batch, "learning_rate": budget.dpr_learning_rate, "min_relevance": generator.min_relevance,
         }  # fmt: skip
 
     def _dpr(self, job: Job, parts: dict[str, Manifest], seed: int) -> Pair:
@@ -458,8 +449,12 @@ class Measures:
         parts = self._released(condition, seed)
         of_job = seed == self.job.recipe.seed
         release = releases.current(self.job.store).name if of_job else f"none; made with seed {seed}"
-        alone = None if condition.settings["served"] else RETURNED
-        settings = releases.retriever_settings(parts, release=release, beam_width=alone)
+        alone, ahead = None if condition.settings["served"] else RETURNED, None
+        if condition.settings.get("ahead"):
+            if (ahead := ahead_of(self.job.recipe, parts)) is None:
+                raise InputError("the release has no node vectors to look ahead by: serve it with serving.expansion")
+            ahead["lookahead"]["lexical_weight"] = 0.0
+        settings = releases.retriever_settings(parts, release=release, beam_width=alone, ahead=ahead)
         rows_QC, milliseconds, _ = self._searched(parts, settings)
         training = sum(
             parts[name].metrics["seconds"]
@@ -479,10 +474,6 @@ def _adapts(condition: Condition) -> bool:
         or bool(condition.settings.get("adapted"))
         or condition.settings.get("dense") == "adapted"
     )
-
-
-def _tuned_dpr(condition: Condition) -> bool:
-    return bool(condition.settings.get("dpr")) or condition.settings.get("dense") == "dpr"
 
 
 def _why_no_adapter(job: Job, parts: dict[str, Manifest]) -> str:

@@ -1,4 +1,4 @@
-"""Vectors of queries and products, faiss's search among them, what another search found, and how a ranking's cost is stated.
+"""Vectors of queries and products, faiss's search among them, and what another search found.
 
 Q queries, N products, D width of a vector.
 """
@@ -14,6 +14,7 @@ from catid2_ray.errors import InputError
 from catid2_ray.evaluation.reproduce import ranking, trec
 from catid2_ray.evaluation.reproduce.ranking import RETURNED, Ranking
 from catid2_ray.on_ray.reproduce.bench import Bench
+from catid2_ray.on_ray.reproduce.costs import cost_of
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,6 @@ class Pair:
     train: float
     index: float
     milliseconds: Callable[[], float]
-
-
-def cost_of(train: float, index: float, milliseconds: float, read: int) -> dict:
-    """What a ranking cost: seconds to train and to index, milliseconds a query, bytes that a query may read."""
-    return {"train_seconds": round(train, 2), "index_seconds": round(index, 2), "ms_per_query": round(milliseconds, 3),
-            "bytes": int(read)}  # fmt: skip
 
 
 def read_file(path: str) -> bytes:

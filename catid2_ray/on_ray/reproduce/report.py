@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import platform
 import traceback
 from collections.abc import Mapping, Sequence
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,23 @@ from catid2_ray import __version__
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import training_pairs
+from catid2_ray.catalog.text import join_text
 from catid2_ray.config import Recipe
 from catid2_ray.errors import CatidError, Interrupted
 from catid2_ray.evaluation.page import png
 from catid2_ray.evaluation.reproduce import trec
 from catid2_ray.evaluation.reproduce.conditions import METHODS, WITH, WITHOUT, rows_of
 from catid2_ray.evaluation.reproduce.measures import query_groups
+from catid2_ray.evaluation.reproduce.ranking import unit
 from catid2_ray.evaluation.reproduce.report import PAPER_LOCALES, Facts, Written, write
 from catid2_ray.evaluation.reproduce.scores import Judged
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.reports import docids_of, examples_of, images_of, parts_of_kind, sample_of
 from catid2_ray.on_ray.reproduce.measure import Measures
 from catid2_ray.on_ray.reproduce.run import Reproduction
+
+_LIBRARIES = ("torch", "transformers", "ray", "numpy", "bm25s", "faiss-cpu")  # those that figures depend on
+_COMPARED = 1000  # products whose text is read with and without its category
 
 
 def data_of(recipe: Recipe) -> tuple[str, str | None]:
@@ -104,9 +110,17 @@ def _about(reproduction: Reproduction) -> dict[str, str]:
         "generators trained in full": f"{recipe.generator.model}, {recipe.generator.epochs} epochs of batch "
             f"{recipe.generator.batch}; head {recipe.generator.head} in what is served, plain on the kinds of IDs",
         "seeds": ", ".join(map(str, seeds)) or "none",
-        "version": f"catid2-ray {__version__}",
+        "versions": f"catid2-ray {__version__}, Python {platform.python_version()}, "
+        + ", ".join(f"{name} {metadata.version(name)}" for name in _LIBRARIES if _installed(name)),
         "machine": "; ".join(machines) or "–",
     }  # fmt: skip
+
+
+def _installed(library: str) -> bool:
+    try:
+        return bool(metadata.version(library))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def _table_1(reproduction: Reproduction) -> dict[str, int]:
@@ -156,23 +170,23 @@ def _diagnosis(reproduction: Reproduction) -> dict | None:
 
 
 def _distance(measures: Measures) -> dict[str, float] | None:
-    """Cosines between a product's vector with the category's text and without it; None where one of them is not there."""
-    rows = {row.condition.name: row for row in rows_of("4", (), text=measures.job.recipe.embedding.text)}
-    vectors = []
-    for word in (WITH, WITHOUT):
-        try:
-            job, parts = measures.embedded(
-                measures.recipe_of(rows[f"tiger_{word}_category"].condition, measures.job.recipe.seed)
-            )
-            vectors.append(measures.bench.vectors(job, parts).product_ND)
-        except Interrupted:
-            raise
-        except CatidError:
-            return None
-    if vectors[0].shape != vectors[1].shape:
+    """Cosines between the vectors that the recipe's own encoder gives to products' texts with the category and without it, over a
+    seeded sample; None where no encoder is known. Encoders made of either text would differ for other reasons."""
+    recipe, bench = measures.job.recipe, measures.bench
+    rows = {row.condition.name: row.condition for row in rows_of("4", (), text=recipe.embedding.text)}
+    try:
+        encode = bench.vectors(measures.job, measures.parts).encode
+    except CatidError:
         return None
-    cosine_N = (vectors[0] * vectors[1]).sum(1)
+    count = bench.products.num_rows
+    chosen = np.sort(np.random.default_rng(recipe.seed).permutation(count)[:_COMPARED])
+    products = bench.products.take(chosen)
+    texts = [join_text(products, rows[f"tiger_{word}_category"].recipe["embedding.text"]) for word in (WITH, WITHOUT)]
+    one_ND, other_ND = (unit(np.asarray(encode(of_word), np.float32)) for of_word in texts)
+    cosine_N = (one_ND * other_ND).sum(1)
     return {
-        "mean cosine of a product's two vectors": float(cosine_N.mean()),
+        f"mean cosine of a product's two vectors, by the recipe's own encoder, over {len(chosen):,} products": float(
+            cosine_N.mean()
+        ),
         "5 % are below": float(np.quantile(cosine_N, 0.05)),
     }

@@ -6,15 +6,13 @@ come one after the other: a run that is stopped has one figure of many cells rat
 """
 
 import dataclasses
-import os
-import platform
+import hashlib
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
-import torch
 
 from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts.manifest import Attempt, Manifest
@@ -27,11 +25,14 @@ from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.pipeline import chain
 from catid2_ray.on_ray.reproduce.bench import Bench
+from catid2_ray.on_ray.reproduce.costs import machine
 from catid2_ray.on_ray.reproduce.measure import Measures
+from catid2_ray.redaction import redacted
 
 KIND = "cell"
 NOT_YET = "not measured yet"
 _RANKED = "ranked.parquet"
+_FAILURES = "reports/reproduce/failures"  # in the store: why a run failed, for reports that measure nothing
 
 
 class Reproduction(NamedTuple):
@@ -109,17 +110,25 @@ def _key(condition: Condition) -> str:
 
 def _guarded(measures: Measures, condition: Condition, seed: int, *, found_only: bool) -> tuple[Run | str, bool]:
     """The run, or why there is none; and whether it was made just now."""
+    store = measures.job.store
+    note = f"{_FAILURES}/{hashlib.sha256(f'{_key(condition)} {seed}'.encode()).hexdigest()[:16]}.txt"
     try:
-        return _run(measures, condition, seed, found_only=found_only)
+        run, made = _run(measures, condition, seed, found_only=found_only)
+        if run != NOT_YET:
+            return run, made
+        why = NOT_YET
     except Interrupted:
         raise
-    except ArtifactError as error:
-        return (NOT_YET if found_only else _line(error)), False
     except CatidError as error:
-        return _line(error), False
+        why = NOT_YET if found_only and isinstance(error, ArtifactError) else _line(error)
     except Exception as error:  # a method's fault is its own cell's: the others go on, and the log has all of it
         traceback.print_exc()
-        return f"it failed with {type(error).__name__}: {_line(error)}", False
+        why = f"it failed with {type(error).__name__}: {_line(error)}"
+    if not found_only:
+        store.write(note, redacted(why).encode())
+    elif why == NOT_YET and store.exists(note):
+        why = store.read(note).decode()
+    return why, False
 
 
 def _line(error: Exception) -> str:
@@ -166,14 +175,3 @@ def _read(measures: Measures, condition: Condition, manifest: Manifest, parents:
         cost=measures.with_shared(condition, metrics["cost"], parents), tuned=metrics["tuned"],
         machine=metrics["machine"], parents=manifest.parents,
     )  # fmt: skip
-
-
-def machine() -> str:
-    """The processor and its threads, for whoever reads the costs."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in use"
