@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from harness import KEPT, RESULTS, finish, machine, parser_of, table
+from known_item import known_items
 from transformers import AutoModel, AutoTokenizer
 
 from catid2_ray.catalog.taxonomy import Taxonomy
@@ -206,30 +207,17 @@ def queries_of(data: "Shop") -> dict[str, torch.Tensor]:
 
 
 def known_item_shop(root: Path, folder: Path, encoder: str | None, *, untuned: bool = False) -> Shop:
-    """Titles alone are indexed; a query is a seeded sentence of a product's description without its title's words, and that
-    product the one to find. Sentences of 70 % of the products teach, those of the others are asked; categories are gold."""
+    """Titles alone are indexed; queries are those of `known_item.known_items`, which teach where its split is train and are
+    asked where it is another; categories are gold."""
     products = pq.read_table(root / "products.parquet")
-    rng, chosen, sentences, seen = np.random.default_rng(11), [], [], set()
-    texts = zip(products["title"].to_pylist(), products["description"].to_pylist())
-    for row, (title, description) in enumerate(texts):
-        words = set(re.findall(r"\w+", title.lower()))
-        kept = [
-            [word for word in re.findall(r"\w+", sentence.lower()) if word not in words]
-            for sentence in re.split(r"[.!?;\n]+\s|\|", description or "")
-        ]
-        kept = [sentence[:30] for sentence in kept if len(sentence) >= 8]
-        if kept and title.lower() not in seen:
-            seen.add(title.lower())
-            chosen.append(row)
-            sentences.append(" ".join(kept[rng.integers(len(kept))]))
+    row_M, sentences, split_M = known_items(products["title"].to_pylist(), products["description"].to_pylist())
     cached = folder / f"known_item_{root.name}{'_words' if untuned else ''}.npz"
-    products = products.take(pa.array(chosen))
+    products = products.take(pa.array(row_M))
     if not cached.exists():
         model = WordMean(encoder) if untuned else HuggingFaceEncoder(encoder, batch=64, tokens=48)
         np.savez(cached, products=model.encode(products["title"].to_pylist()), queries=model.encode(sentences))
     arrays = np.load(cached)
-    order = rng.permutation(len(products))
-    taught, asked = np.sort(order[: int(0.7 * len(order))]), np.sort(order[int(0.7 * len(order)) :])
+    taught, asked = np.flatnonzero(split_M == 0), np.flatnonzero(split_M > 0)
     learn, ask = (Questions(arrays["queries"][rows], np.arange(len(rows)), rows) for rows in (taught, asked))
     taxonomy = Taxonomy.build(sorted({tuple(path) for path in products["category_path"].to_pylist() if path}), depth=3)
     category_NH = taxonomy.category_ids(products["category_path"])
