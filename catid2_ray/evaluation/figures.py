@@ -270,7 +270,10 @@ def _curve(axes, title, epochs, lines, verdicts) -> None:
     if title == "gradient norm" and positive and max(positive) > 30 * min(positive):
         axes.set_yscale("log")
     if len(lines) > 1:
-        axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 2 else 1)
+        # Beside the panel: inside it would lie on the lines.
+        axes.legend(
+            fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0, handlelength=1.5
+        )
     axes.set_title(title, fontsize=9, loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     _plain(axes)

@@ -251,9 +251,10 @@ def images_of(job: Job, parts: dict[str, Manifest], sample: dict) -> dict:
 
 
 def examples_of(sample: dict, other: list[str] | None) -> list[dict]:
-    """A few products of the categories that have most (Table 8)."""
+    """A few products of the categories that have most (Table 8); of any where no product has a category."""
     joined = np.array([" > ".join(path or ["no category"]) for path in sample["path"]])
-    names, count_C = np.unique(joined, return_counts=True)
+    known_N = np.array([bool(path) for path in sample["path"]])
+    names, count_C = np.unique(joined[known_N] if known_N.any() else joined, return_counts=True)
     chosen = names[np.argsort(-count_C, kind="stable")[:_EXAMPLE_CATEGORIES]]
     rows = [row for name in chosen for row in np.flatnonzero(joined == name)[:_EXAMPLES_EACH]]
     return [

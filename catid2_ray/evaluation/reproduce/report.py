@@ -9,15 +9,13 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from catid2_ray.evaluation.ids_report import examples_table
-from catid2_ray.evaluation.metrics import Interval, bootstrap_means
-from catid2_ray.evaluation.page import Headline, Link, Picture, Prose, page
+from catid2_ray.evaluation.page import Headline, Picture, Prose, page
 from catid2_ray.evaluation.report import diagnosis_tables
 from catid2_ray.evaluation.reproduce import pictures
 from catid2_ray.evaluation.reproduce.conditions import SWEEPS
-from catid2_ray.evaluation.reproduce.measures import BEAMS, GROUP_RULES, KS, NDCG_AT, QUERY_GROUPS, mean_of
+from catid2_ray.evaluation.reproduce.measures import BEAMS, KS, mean_of
 from catid2_ray.evaluation.reproduce.scores import (
-    Advice,
+    Finding,
     Judged,
     Outcome,
     Scored,
@@ -25,36 +23,36 @@ from catid2_ray.evaluation.reproduce.scores import (
     by_category,
     by_group,
     compared,
+    findings,
     score,
-    sentences,
 )
-from catid2_ray.evaluation.reproduce.significance import Compared, letter_of
+from catid2_ray.evaluation.reproduce.significance import Compared
+from catid2_ray.evaluation.reproduce.tables import (
+    Beside,
+    Facts,
+    Training,
+    beams_table,
+    beside_table,
+    besides,
+    categories_table,
+    cells_table,
+    cost_table,
+    counts,
+    groups_table,
+    measures_table,
+    missing_table,
+    recall_table,
+    table_1,
+    table_7,
+    table_8,
+    trainings,
+)
 from catid2_ray.evaluation.reproduce.texts import PROXY_NOTE, QUESTIONS, SEARCH_ERROR, TITLES
-from catid2_ray.evaluation.reproduce.verdicts import verdict
-from catid2_ray.evaluation.tables import DASH, Cell, Column, Table, columns_of, markdown, per_cent
+from catid2_ray.evaluation.tables import markdown
+
+__all__ = ["Facts", "Written", "write"]
 
 SHOWN_AT = (10, 50)  # cut-offs with intervals, letters and sentences
-PAPER_LOCALES = ("us", "es", "jp")
-
-
-class Facts(NamedTuple):
-    """What a reader must know to compare: `data` and its `locale` in the paper (None: not the paper's data); `command`: that
-    remade it all, without --cell; `about`: name → text, shown on top; `table_1`: counts by the paper's columns; `table_8`: products
-    as `ids_report.examples_table` takes them, TIGER's IDs as the other ones; `distance`: how far vectors with and without category
-    text are apart, or None; `images`: caption → picture of figures 3, 4 and 6; `hour`: what an hour of the machine costs, or None;
-    `diagnosis`: of the release that is current (`evaluation.diagnosis.diagnosis_figures`), or None."""
-
-    data: str
-    locale: str | None
-    command: str
-    about: Mapping[str, str]
-    table_1: Mapping[str, int]
-    table_8: Sequence[Mapping[str, str]]
-    distance: Mapping[str, float] | None
-    images: Mapping[str, Figure]
-    published: Mapping
-    hour: float | None = None
-    diagnosis: Mapping | None = None
 
 
 class Written(NamedTuple):
@@ -87,24 +85,27 @@ def write(
     if scores.get("T2"):
         said = advice(scores["T2"], at["T2"][50], 50)
         figures["overview.png"] = pictures.overview(scores["T2"], at["T2"][50], 50)
-        parts += [Picture("What each method finds", figures["overview.png"], "Recall at 50 of every method with its "
-            "interval, drawn from the table below"), cost_table(scores["T2"], at["T2"][50], said, facts.hour)]  # fmt: skip
+        parts += [cost_table(scores["T2"], at["T2"][50], said, facts.hour), Picture("What each method finds",
+            figures["overview.png"], "Recall at 50 of every method with its interval, drawn from the table above")]  # fmt: skip
     if said:
         headline = Headline("good" if said.take == said.best else "look", said.sentence)
         summary["advice"] = said._asdict()
     if "1" in tables:
         parts += [_question("1"), table_1(facts)]
+        summary["tables"]["1"] = counts(facts)
     for table in ("T2", "T3", "T4", "T5", "T6", "F5", "CQ", "CT"):
         if table not in by_table:
             continue
-        made = _part(table, by_table[table], scores[table], at.get(table, {}), judged, facts, link)
+        made = _part(table, by_table[table], scores[table], at.get(table, {}), judged, facts)
         parts += made.parts
         figures |= made.figures
         summary["tables"][table] = made.summary
     if "7" in tables and "T2" in by_table:
-        parts += [_question("7"), table_7(by_table["T2"], facts)]
+        parts += [_question("7"), table_7(times := trainings(by_table["T2"], facts))]
+        summary["tables"]["7"] = {one.outcome.cell.row.condition.name: _training_json(one) for one in times}
     if "8" in tables and facts.table_8:
         parts += [_question("8"), table_8(facts.table_8)]
+        summary["tables"]["8"] = [dict(example) for example in facts.table_8]
     for number, (caption, figure) in enumerate(facts.images.items()):
         figures[f"ids_{number + 1}.png"] = figure
         parts.append(Picture(caption, figure, caption))
@@ -128,7 +129,6 @@ class _Made(NamedTuple):
 
 def _part(
     table: str, outcomes: Sequence[Outcome], scored: Sequence[Scored], at: Mapping[int, Compared], judged: Judged, facts: Facts,
-    link: str,
 ) -> _Made:  # fmt: skip
     """A table that measures: the question, our figures, the paper's beside them, what follows."""
     by_proxy = any(one.family == "ids" for one in scored)
@@ -138,10 +138,18 @@ def _part(
     figures: dict[str, Figure] = {}
     if any(not outcome.runs for outcome in outcomes):
         parts.append(missing_table(outcomes))
+    of_paper = besides(table, outcomes, scored, facts) if facts.locale else []
     if facts.locale:
-        parts.append(beside_table(table, outcomes, scored, facts))
+        parts.append(beside_table(table, of_paper))
+    split: dict[str, list] = {}
     if table == "T2" and scored:
-        parts += [groups_table(scored, judged), measures_table(scored), categories_table(scored, judged)]
+        split = {"groups": [by_group(one, judged, 50) for one in scored],
+                 "categories": [by_category(one.outcome.runs, judged, 50) for one in scored]}  # fmt: skip
+        parts += [
+            groups_table(scored, split["groups"]),
+            measures_table(scored),
+            categories_table(scored, split["categories"]),
+        ]
         if facts.diagnosis:
             parts += [Prose("Search error beside model error", [SEARCH_ERROR], {}), *diagnosis_tables(facts.diagnosis)]
     if table == "CQ" and scored:
@@ -154,14 +162,41 @@ def _part(
     if table == "T4" and facts.distance:
         texts = [f"{name}: {value:.3f}" for name, value in facts.distance.items()]
         parts.append(Prose("How far vectors with and without category text differ", ["; ".join(texts) + "."], {}))
-    claims = sentences(table, scored, at)
-    if claims:
-        parts.append(Prose("What the data says to the paper's claims", claims, {}))
-    summary = {
-        "rows": {o.cell.row.condition.name: _row_json(o, next((s for s in scored if s.outcome is o), None), at) for o in outcomes},
-        "sentences": claims,
-    }  # fmt: skip
-    return _Made(parts, figures, summary)
+    found = findings(table, scored, at)
+    if found:
+        parts.append(Prose("What the data says to the paper's claims", [str(one) for one in found], {}))
+    return _Made(parts, figures, _table_json(outcomes, scored, at, of_paper, split, found))
+
+
+def _table_json(
+    outcomes: Sequence[Outcome], scored: Sequence[Scored], at: Mapping[int, Compared], of_paper: Sequence[Beside],
+    split: Mapping[str, Sequence[Mapping]], found: Sequence[Finding | str],
+) -> dict:  # fmt: skip
+    """`split`: "groups" and "categories" → of each method in `scored`, name → how many queries and recall@50."""
+    of = {id(one.outcome): one for one in scored}
+    rows = {outcome.cell.row.condition.name: _row_json(outcome, of.get(id(outcome)), at) for outcome in outcomes}
+    for kind, of_methods in split.items():
+        for one, of_method in zip(scored, of_methods):
+            rows[one.name][kind] = {name: recall for name, (_, recall) in of_method.items()}
+    for one in of_paper:
+        rows[one.outcome.cell.row.condition.name].setdefault("paper", {})[str(one.k)] = _beside_json(one)
+    made = {"rows": rows, "sentences": [str(one) for one in found],
+            "claims": [one.as_json() for one in found if isinstance(one, Finding)]}  # fmt: skip
+    return made | {f"{kind}_queries": {name: queries for name, (queries, _) in of_methods[0].items()}
+                   for kind, of_methods in split.items()}  # fmt: skip
+
+
+def _beside_json(one: Beside) -> dict:
+    """Shares of 1, as all recall here; the paper prints two digits of per cent."""
+    made = {"printed": round(one.printed / 100, 6), "verdict": one.verdict.state}
+    return made if one.difference is None else made | {"difference": round(one.difference / 100, 6)}
+
+
+def _training_json(one: Training) -> dict:
+    """What is not known is left out."""
+    known = {"paper_hours": one.hours, "train_seconds": one.train_seconds, "ids_seconds": one.ids_seconds,
+             "generator_seconds": one.generator_seconds}  # fmt: skip
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _row_json(outcome: Outcome, scored: Scored | None, at: Mapping[int, Compared]) -> dict:
@@ -190,267 +225,6 @@ def _row_json(outcome: Outcome, scored: Scored | None, at: Mapping[int, Compared
             base[name] = dict(zip(map(str, BEAMS), mean_of(scored.values[name])))
         base["recall_expected"] = dict(zip(map(str, KS), mean_of(scored.values["expected"])))
     return base
-
-
-def _bounds(interval: Interval) -> str:
-    return f"[{per_cent(interval.low)}, {per_cent(interval.high)}]"
-
-
-def recall_table(
-    outcomes: Sequence[Outcome], scored: Sequence[Scored], at: Mapping[int, Compared],
-    letters: Mapping[int, Mapping[str, str]],
-) -> Table:  # fmt: skip
-    """Per cent, of the rows that have figures; the best are marked; letters name the rows that a row is shown to beat."""
-    best = {k: max((one.recall(k).mean() for one in scored), default=0) for k in KS}
-    of = {id(one.outcome): one for one in scored}
-    places = {one.name: letter_of(place) for place, one in enumerate(scored)}
-    rows = []
-    for outcome in outcomes:
-        one = of.get(id(outcome))
-        title = outcome.cell.row.condition.title
-        if one is None:
-            continue
-        cells = []
-        for k in KS:
-            mean = one.recall(k).mean()
-            text = per_cent(mean)
-            remark = ""
-            if k in at:
-                interval = at[k].intervals[one.name]
-                remark = f"{_bounds(interval)} {letters[k][one.name]}".strip()
-            cells.append(Cell([text], best=[mean == best[k]], remark=remark))
-        missing = f" ({len(outcome.whys)} more not run)" if outcome.whys else ""
-        rows.append(
-            [f"{places[one.name]}  {title}", *cells, per_cent(one.half_range(50)), f"{len(outcome.runs)}{missing}"]
-        )
-    columns = [Column("method", number=False), *(Column(f"@{k}") for k in KS), Column("± seeds @50"), Column("seeds")]
-    caption = (
-        "Recall in per cent; in brackets the 95 % interval over queries (paired bootstrap), then the letters of the "
-            "rows that this one "
-        f"is shown to find more than (Holm over all pairs of the table, p < 0.05). ± seeds: half the range of the seeds. "
-        f"{len(scored[0].recall(10)) if scored else 0:,} queries."
-    )  # fmt: skip
-    return Table("Our figures", columns, rows, caption)
-
-
-def missing_table(outcomes: Sequence[Outcome]) -> Table:
-    rows = [
-        [outcome.cell.row.condition.title, str(verdict(None, None, why=_why(outcome)))]
-        for outcome in outcomes
-        if not outcome.runs
-    ]
-    return Table("Without a figure", [Column("method", number=False), Column("why", number=False)], rows)
-
-
-def _why(outcome: Outcome) -> str:
-    return "; ".join(dict.fromkeys(outcome.whys))
-
-
-def beside_table(table: str, outcomes: Sequence[Outcome], scored: Sequence[Scored], facts: Facts) -> Table:
-    """paper | ours | Δ | verdict, of this locale."""
-    of = {id(one.outcome): one for one in scored}
-    published = facts.published.get(table.removeprefix("T"), {}).get(facts.locale, {})
-    rows = []
-    for outcome in outcomes:
-        printed = published.get(outcome.cell.row.paper or "")
-        if printed is None:
-            continue
-        one = of.get(id(outcome))
-        intervals = bootstrap_means(one.values["recall"]) if one else [None] * len(KS)
-        for k, figure, interval in zip(KS, printed, intervals):
-            if figure is None:
-                continue
-            if interval is None:
-                said = verdict(None, figure, why=_why(outcome))
-                rows.append([outcome.cell.row.condition.title, f"@{k}", f"{figure:.2f}", DASH, DASH, str(said)])
-                continue
-            ours = Interval(*(100 * share for share in interval))
-            rows.append([outcome.cell.row.condition.title, f"@{k}", f"{figure:.2f}", f"{ours.mean:.2f} "
-                f"[{ours.low:.2f}, {ours.high:.2f}]", f"{ours.mean - figure:+.2f}", str(verdict(ours, figure))])  # fmt: skip
-    columns = [*columns_of("method", "cut-off", "paper", "ours", "Δ"), Column("verdict", number=False)]
-    caption = (
-        "Recall in per cent. [OK]: the paper's figure lies within our interval, or ours is within 5 % of it; [OKish]: within 15 %; "
-        "[FAIL]: further away."
-    )
-    return Table("Beside the paper's", columns, rows, caption)
-
-
-def cost_table(scored: Sequence[Scored], comparison: Compared, said: Advice | None, hour: float | None) -> Table:
-    """Which method to take, with what each costs. `hour`: the price of an hour of the machine, or None."""
-    order = sorted(scored, key=lambda one: -comparison.intervals[one.name].mean)
-    rows = []
-    for one in order:
-        interval = comparison.intervals[one.name]
-        is_proxy = one.family == "ids"
-        mark = (
-            "take" if said and one.name == said.take else "ties with the best" if said and one.name in said.ties else ""
-        )
-        rows.append(
-            [one.title + (" (proxy)" if is_proxy else ""), Cell([per_cent(interval.mean)], remark=_bounds(interval)),
-             *_shown_cost(one), *([] if hour is None else _money(one, hour)), mark]
-        )  # fmt: skip
-    columns = [Column("method", number=False), Column("recall@50"), Column("training"), Column("indexing"),
-               Column("ms a query"), Column("MiB read"),
-               *([] if hour is None else [Column("to make it"), Column("10⁶ queries")]), Column("", number=False)]  # fmt: skip
-    caption = (
-        "Times are of this machine, in one process; other work on it makes them upper bounds. Training of a proxy "
-        "row: IDs and the small "
-        "generator. A query's time includes its encoding. "
-        + ("Money: set reproduce.machine_hour to what an hour of this machine costs." if hour is None else
-           f"Money: these times at {hour:g} an hour of this machine, with one process on it.")
-    )  # fmt: skip
-    return Table("Which method to take, and what each costs", columns, rows, caption)
-
-
-def _shown_cost(one: Scored) -> list[str]:
-    """Training, indexing, milliseconds a query, MiB read; dashes of another search, of which only the answers are known."""
-    if one.cost("ms_per_query") is None:
-        return [DASH] * 4
-    return [_seconds(one.cost("train_seconds")), _seconds(one.cost("index_seconds")), f"{one.cost('ms_per_query'):.1f}",
-            f"{one.cost('bytes') / 2**20:,.0f}"]  # fmt: skip
-
-
-def _money(one: Scored, hour: float) -> list[str]:
-    if one.cost("ms_per_query") is None:
-        return [DASH] * 2
-    making = (one.cost("train_seconds") or 0) + (one.cost("index_seconds") or 0)
-    return [f"{hour * making / 3600:,.2f}", f"{hour * (one.cost('ms_per_query') or 0) / 3.6:,.2f}"]
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return DASH
-    return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
-
-
-def groups_table(scored: Sequence[Scored], judged: Judged) -> Table:
-    names = (*QUERY_GROUPS, "seen", "unseen")
-    counts: dict[str, int] = {}
-    rows = []
-    for one in scored:
-        found = by_group(one, judged, 50)
-        counts |= {name: found[name][0] for name in names}
-        rows.append([one.title, *(per_cent(found[name][1]) for name in names)])
-    headings = [f"{name.replace('_', ' ')} ({counts.get(name, 0):,})" for name in names]
-    rules = "; ".join(f"{name.replace('_', ' ')}: {rule}" for name, rule in GROUP_RULES.items())
-    caption = (
-        f"Recall@50 in per cent; in brackets the queries. {rules}: the paper's groups of Table 9 in its order, by "
-        f"rules of ours, for it keeps "
-        "its own to itself. The A/B test of Table 9 is not run: it needs people who shop. Seen: products that a "
-        "training pair names; the paper's "
-        "test has no others."
-    )
-    return Table(
-        "By kind of query, and for products seen and unseen in training", columns_of("method", *headings), rows, caption
-    )
-
-
-def measures_table(scored: Sequence[Scored]) -> Table:
-    rows = []
-    for one in scored:
-        hit, ids = mean_of(one.values["hit"]), mean_of(one.values["ids"]) if "ids" in one.values else None
-        at_10 = KS.index(10)
-        mrr, ndcg = (mean_of(one.values[name])[0] for name in ("mrr", "ndcg"))
-        rows.append([one.title, per_cent(hit[at_10]), per_cent(mrr), per_cent(ndcg),
-                     per_cent(mean_of(one.values["recall"])[at_10]), per_cent(ids[at_10] if ids else None)])  # fmt: skip
-    headings = ("hit rate@10", "MRR@100", f"nDCG@{NDCG_AT}", "recall@10 of products", "recall@10 of IDs")
-    caption = (
-        "Per cent. nDCG: linear gains, a judgement's grade above the table's lowest. Recall of IDs counts an ID that "
-        "products share once: "
-        "where it is above that of products, the difference is what scoring IDs would have flattered."
-    )
-    return Table("Other measures, and IDs beside products", columns_of("method", *headings), rows, caption)
-
-
-def beams_table(scored: Sequence[Scored]) -> Table:
-    """Equal beams, and equal products, of the rows whose lists of IDs are known."""
-    rows = []
-    for one in scored:
-        if "beam_hit" not in one.values:
-            continue
-        names = ("beam_hit", "beam_products", "hit", "recall", "expected")
-        of_beam, held, hit, recall, expected = (mean_of(one.values[name]) for name in names)
-        of_beams = [f"{per_cent(share)} ({count:,.0f})" for share, count in zip(of_beam, held)]
-        at_equal = [
-            per_cent(figures[KS.index(k)]) for figures, k in ((hit, 10), (hit, 100), (recall, 10), (expected, 10))
-        ]
-        rows.append([one.title, *of_beams, *at_equal])
-    beams = [f"hit rate, {beam} ID{'s' if beam > 1 else ''} (products)" for beam in BEAMS]
-    headings = ("hit rate@10 products", "hit rate@100 products", "recall@10", "expected recall@10")
-    caption = (
-        "Per cent. At an equal beam (the paper's figure) a larger cluster finds more because it holds more: in brackets "
-        "the products of the beam, on average. At equal products that is no advantage. Expected: products of one ID in "
-        "random order; recall has them in the order of their ids. Queries alone, the paper's semantic case: the proxy "
-        "reads no user; benchmarks/results/users.md has its personalised case."
-    )
-    return Table("At equal beams, and at equal products", columns_of("method", *beams, *headings), rows, caption)
-
-
-def categories_table(scored: Sequence[Scored], judged: Judged) -> Table:
-    found = [by_category(one.outcome.runs, judged, 50) for one in scored]
-    names = list(found[0]) if found else []
-    headings = [f"{name} ({found[0][name][0]})" for name in names]
-    rows = [[one.title, *(per_cent(of[name][1]) for name in names)] for one, of in zip(scored, found)]
-    return Table("By category", columns_of("method", *headings), rows, "Recall@50 of the products of one category at "
-        "depth 1; in brackets the queries that ask for one.")  # fmt: skip
-
-
-def table_1(facts: Facts) -> Table:
-    names = {
-        "documents": "products", "train_queries": "train queries", "train_pairs": "train pairs",
-        "test_queries": "test queries", "test_pairs": "test pairs",
-    }  # fmt: skip
-    rows = [[facts.data, *(f"{facts.table_1[name]:,}" for name in names)]]
-    for locale in PAPER_LOCALES if facts.locale is None else (facts.locale,):
-        rows.append([f"ESCI-{locale}, the paper's", *(f"{number:,}" for number in facts.published["1"][locale])])
-    return Table("Counts", columns_of("data", *names.values()), rows, "Ours: pairs from the relevance on "
-        "that teaches (train) or counts (test).")  # fmt: skip
-
-
-def table_7(outcomes: Sequence[Outcome], facts: Facts) -> Table:
-    printed = {**facts.published["7"], "cat_id2_256": facts.published["7"]["cat_id2"]}
-    rows = []
-    for outcome in outcomes:
-        name = outcome.cell.row.paper
-        costs = [run.cost for run in outcome.runs if run.cost]
-        if not costs and name not in printed:
-            continue
-        hours = printed.get(name)
-        mean = sum(cost["train_seconds"] for cost in costs) / len(costs) if costs else None
-        parts = [
-            _seconds(sum(cost[key] for cost in costs) / len(costs)) if costs and key in costs[0] else DASH
-            for key in ("ids_seconds", "generator_seconds")
-        ]
-        why = "" if costs else str(verdict(None, None, why=_why(outcome)))
-        printed_hours = f"{hours:.1f} h" if isinstance(hours, float) else DASH
-        rows.append([f"{outcome.cell.row.condition.title} {why}".strip(), printed_hours, _seconds(mean), *parts])
-    columns = columns_of("method", "paper: one A100 of 80 GB", "ours: all training", "of it IDs", "of it the generator")
-    return Table("Training time", columns, rows, "Not to be compared across columns: other data, machine and "
-        "generator (GenRet: eight A100).")  # fmt: skip
-
-
-def table_8(examples: Sequence[Mapping[str, str]]) -> Table:
-    table = examples_table(examples)
-    columns = [*table.columns[:2], Column("CAT-ID² (ours)", number=False), Column("TIGER", number=False)]
-    return table._replace(title="IDs", columns=columns[: len(table.columns)])
-
-
-def cells_table(outcomes: Sequence[Outcome], facts: Facts, link: str) -> Table:
-    """Every cell with its manifests and the command that remakes it."""
-    rows = []
-    for outcome in outcomes:
-        state = str(verdict(None, None, why=_why(outcome))) if outcome.whys else ""
-        linked = [
-            Link(f"seed {run.seed}: {run.manifest.split('/')[2]}", link + run.manifest if link else "")
-            for run in outcome.runs
-        ]
-        cell = linked[0] if len(linked) == 1 else linked if linked else ""
-        rows.append([outcome.cell.name, cell, state, f"{facts.command} --cell {outcome.cell.name}"])
-    columns = [
-        Column(name, number=False) for name in ("cell", "manifests", "without a figure", "the command that remakes it")
-    ]
-    return Table("Every cell", columns, rows, "A manifest lies in the store as artifacts/cell/KEY/manifest.json, "
-        "beside its ranked lists.")  # fmt: skip
 
 
 def _about(facts: Facts) -> Prose:

@@ -13,6 +13,7 @@ from catid2_ray.evaluation.protocol import Judgements
 from catid2_ray.evaluation.reproduce.conditions import Cell
 from catid2_ray.evaluation.reproduce.measures import KS, QUERY_GROUPS, id_recalls, mean_of, measured, of_beams
 from catid2_ray.evaluation.reproduce.significance import Compared, Difference, compare
+from catid2_ray.evaluation.reproduce.texts import duration
 
 
 class Run(NamedTuple):
@@ -35,6 +36,12 @@ class Outcome(NamedTuple):
     cell: Cell
     runs: list[Run]
     whys: list[str]
+
+    @property
+    def label(self) -> str:
+        """Its title, marked where the proxy stands in for a generator."""
+        condition = self.cell.row.condition
+        return f"{condition.title} (proxy)" if condition.family == "ids" else condition.title
 
 
 class Judged(NamedTuple):
@@ -63,8 +70,31 @@ class Scored(NamedTuple):
         return self.outcome.cell.row.condition.title
 
     @property
+    def label(self) -> str:
+        return self.outcome.label
+
+    @property
     def family(self) -> str:
         return self.outcome.cell.row.condition.family
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is there to be compared with alone: nobody would run IDs of shuffled categories."""
+        return self.name.startswith("cat_id2_shuffled")
+
+    @property
+    def is_system(self) -> bool:
+        """Whether it is a search that one could take; the proxy is none."""
+        return self.family != "ids" and not self.is_control
+
+    @property
+    def is_kind(self) -> bool:
+        """Whether it is a way of making IDs, ranked by the proxy's beam. GDR takes clusters from the proxy; vectors rank."""
+        return (
+            self.family == "ids"
+            and not self.is_control
+            and not self.outcome.cell.row.condition.settings.get("clusters")
+        )
 
     def recall(self, k: int) -> np.ndarray:
         """Q."""
@@ -80,6 +110,11 @@ class Scored(NamedTuple):
         """The mean over the seeds."""
         values = [run.cost[name] for run in self.outcome.runs if name in run.cost]
         return float(np.mean(values)) if values else None
+
+    @property
+    def making(self) -> float:
+        """Seconds of training and indexing."""
+        return (self.cost("train_seconds") or 0) + (self.cost("index_seconds") or 0)
 
 
 def score(
@@ -142,8 +177,9 @@ class Claim(NamedTuple):
 CLAIMS: dict[str, tuple[Claim, ...]] = {
     "T2": (
         Claim("tiger", "dsi_semantic", "TIGER over DSI semantic (4.2)"),
-        Claim("cat_id2_256", "tiger", "CAT-ID² as printed over TIGER (4.2)"),
+        Claim("cat_id2_256", "paper_tiger", "CAT-ID² as printed over TIGER as printed (4.2)"),
         Claim("cat_id2", "tiger", "CAT-ID² (ours) over TIGER (4.2)"),
+        Claim("cat_id2_k512", "cat_id2", "K 512 over K 256, ours"),
         Claim("cat_id2", "cat_id2_shuffled", "CAT-ID² (ours) over its shuffled control (ours: do categories cause the gain?)"),
         Claim("dpr", "bm25", "DPR over BM25 (table 2, us)"),
         Claim("bm25+adapted", "bm25", "BM25 + adapted dense over BM25 (ours)"),
@@ -151,11 +187,11 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("cat_id2+generator", "tiger+generator", "CAT-ID² (ours) over TIGER, generators trained in full (4.2)"),
     ),
     "T3": (
-        Claim("paper_tiger", "paper_hcc", "as printed: HCCL alone finds less than TIGER (4.3, 1)"),
-        Claim("paper_tiger", "paper_csc", "as printed: CSCL alone finds less than TIGER (4.3, 1)"),
+        Claim("paper_tiger", "paper_hcc", "as printed: TIGER over HCCL alone (4.3, 1)"),
+        Claim("paper_tiger", "paper_csc", "as printed: TIGER over CSCL alone (4.3, 1)"),
         Claim("cat_id2_paper", "paper_tiger", "as printed: all three over TIGER (4.3, 3)"),
-        Claim("tiger", "hcc", "our preset: HCCL alone finds less than TIGER (4.3, 1)"),
-        Claim("tiger", "csc", "our preset: CSCL alone finds less than TIGER (4.3, 1)"),
+        Claim("tiger", "hcc", "our preset: TIGER over HCCL alone (4.3, 1)"),
+        Claim("tiger", "csc", "our preset: TIGER over CSCL alone (4.3, 1)"),
         Claim("hcc_csc_dis", "tiger", "our preset: all three over TIGER (4.3, 3)"),
     ),
     "T4": tuple(
@@ -166,7 +202,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("cat_id2", "depth_2", "3 levels over 2 (4.5)"),
         Claim("depth_2", "depth_1", "2 levels over 1 (4.5)"),
         Claim("depth_1", "tiger", "1 level over TIGER (table 5)"),
-        Claim("cat_id2", "random_negatives", "hard negatives over random ones (4.5)"),
+        Claim("on_residual", "random_negatives", "hard negatives over random ones (4.5)"),
     ),
     "T6": tuple(
         Claim(f"cat_id2_{levels}", f"tiger_{levels}", f"CAT-ID² over TIGER with {levels} levels (4.5)") for levels in (3, 4, 5)
@@ -182,7 +218,12 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("cat_id2", "cat_id2_shuffled", "labels over their control (ours)"),
         Claim("cat_id2", "noise_50", "labels over labels of which half are exchanged (ours)"),
         Claim("cat_id2", "rq_kmeans", "CAT-ID² (ours) over k-means without any training (ours)"),
-        Claim("on_residual", "as_deep", "IDs deeper than categories, as 3.1 asks for (H < L)"),
+        Claim("cat_id2", "noise_20", "labels over labels of which a fifth are exchanged (ours)"),
+        Claim("confident", "cat_id2", "confident labels alone over all labels (ours)"),
+        Claim("confident", "dis", "confident labels over none (ours)"),
+        Claim("clusters", "dis", "labels made of clusters over none (ours)"),
+        Claim("on_residual", "tiger", "labels over none, IDs deeper than categories (H < L), as 3.1 asks for"),
+        Claim("as_deep", "tiger_as_deep", "labels over none, as many levels as categories (H = L)"),
     ),
     "F5": tuple(
         Claim(best, other, f"{letter}: a middle value over {end} (4.5)")
@@ -213,26 +254,43 @@ def borne_out(difference: Difference) -> str:
     return "borne out" if difference.mean > 0 else "contradicted"
 
 
-def sentences(table: str, scored: Sequence[Scored], at: Mapping[int, Compared]) -> list[str]:
-    """For each claim of the table whose rows were measured, one sentence per cut-off in `at`; of the others what is missing."""
+class Finding(NamedTuple):
+    """What was measured of a claim at one cut-off. `p`: after correction; `relative`: the difference as a share of the figure of
+    `other`, None where that is 0."""
+
+    claim: Claim
+    k: int
+    difference: Difference
+    relative: float | None
+
+    def as_json(self) -> dict:
+        """Shares of 1, and what the data says."""
+        claim, less = self.claim, self.difference
+        return {"one": claim.one, "other": claim.other, "k": self.k, "mean": less.mean, "low": less.low, "high": less.high,
+                "p": less.corrected, "says": claim.says, "finding": borne_out(less)}  # fmt: skip
+
+    def __str__(self) -> str:
+        less, relative = self.difference, "" if self.relative is None else f" ({self.relative:+.1%})"
+        return (
+            f"{self.claim.says}, recall@{self.k}: {100 * less.mean:+.2f} points{relative} [{100 * less.low:+.2f}, "
+            f"{100 * less.high:+.2f}], p = {less.corrected:.3f} after correction: {borne_out(less)}."
+        )
+
+
+def findings(table: str, scored: Sequence[Scored], at: Mapping[int, Compared]) -> list[Finding | str]:
+    """For each claim of the table whose rows were measured, a finding per cut-off in `at`; of the others a sentence, what is
+    missing."""
     names = {one.name for one in scored}
-    said = []
+    found: list[Finding | str] = []
     for claim in CLAIMS.get(table, ()):
         if lacking := [name for name in (claim.one, claim.other) if name not in names]:
-            said.append(
-                f"{claim.says}: not known, as {' and '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no figure."
-            )
+            has = "has" if len(lacking) == 1 else "have"
+            found.append(f"{claim.says}: not known, as {' and '.join(lacking)} {has} no figure.")
             continue
         for k, comparison in at.items():
-            less = comparison.less(claim.one, claim.other)
-            base = comparison.intervals[claim.other].mean
-            relative = f" ({less.mean / base:+.1%})" if base else ""
-            said.append(
-                f"{claim.says}, recall@{k}: {100 * less.mean:+.2f} points{relative} [{100 * less.low:+.2f}, "
-                f"{100 * less.high:+.2f}], "
-                f"p = {less.corrected:.3f} after correction: {borne_out(less)}."
-            )
-    return said
+            less, base = comparison.less(claim.one, claim.other), comparison.intervals[claim.other].mean
+            found.append(Finding(claim, k, less, less.mean / base if base else None))
+    return found
 
 
 class Advice(NamedTuple):
@@ -251,38 +309,24 @@ def advice(scored: Sequence[Scored], comparison: Compared, k: int) -> Advice | N
     """The cheapest method (training, then milliseconds a query, then recall) among those not shown to find less than the best. What
     another search costs is not known and counts as nothing: whoever gave its answers has it.
 
-    Kinds of IDs are ranked by the proxy, which is no system to take, so they are judged among themselves. None where no
-    whole system was measured."""
-    systems = [one for one in scored if one.family != "ids"]
-    kinds = [one for one in scored if one.family == "ids" and one.name != "cat_id2_shuffled"]
+    Kinds of IDs are ranked by the proxy, which is no system to take, so they are judged among themselves; controls are neither.
+    None where no whole system was measured."""
+    systems, kinds = [one for one in scored if one.is_system], [one for one in scored if one.is_kind]
     if not systems:
         return None
-
-    def chosen(among: Sequence[Scored]) -> tuple[Scored, Scored, list[Scored]]:
-        best = max(among, key=lambda one: comparison.intervals[one.name].mean)
-        ties = [one for one in among if one is best or not comparison.less(best.name, one.name).shown]
-        cheapest = min(
-            ties,
-            key=lambda one: (
-                (one.cost("train_seconds") or 0) + (one.cost("index_seconds") or 0),
-                one.cost("ms_per_query") or 0,
-                -comparison.intervals[one.name].mean,
-            ),
-        )
-        return cheapest, best, ties
-
-    take, best, ties = chosen(systems)
+    take, best, ties = _chosen(systems, comparison)
     low, high = (100 * x for x in comparison.intervals[take.name][1:])
     sentence = (
-        f"Take {take.title}: recall@{k} {100 * comparison.intervals[take.name].mean:.1f} % [{low:.1f}, {high:.1f}]. "
+        f"Take {take.title}: recall@{k} {100 * comparison.intervals[take.name].mean:.1f} % [{low:.1f}, {high:.1f}]"
+        f"{_cost_in_words(take)}. "
         + ("It finds most" if take is best else f"{best.title} finds most "
             f"({100 * comparison.intervals[best.name].mean:.1f} %), but no difference is shown, and "
             + ("you have this one already" if take.family == "run" else "this costs less"))
-        + f", of {len(systems)} whole systems measured."
+        + f", of {len(systems)} whole system{'s' if len(systems) > 1 else ''} measured."
     )  # fmt: skip
     ids, id_ties = "", []
     if len(kinds) > 1:
-        cheap, most, tied = chosen(kinds)
+        cheap, most, tied = _chosen(kinds, comparison)
         ids, id_ties = cheap.name, [one.name for one in tied if one is not cheap]
         sentence += (
             f" Among ways of making IDs, by a small generator that stands in for a real one, {most.title} finds most "
@@ -294,3 +338,21 @@ def advice(scored: Sequence[Scored], comparison: Compared, k: int) -> Advice | N
             )
         )
     return Advice(take.name, best.name, [one.name for one in ties], ids, id_ties, sentence)
+
+
+def _chosen(among: Sequence[Scored], comparison: Compared) -> tuple[Scored, Scored, list[Scored]]:
+    """The one to take, the one that finds most, and those not shown to find less than that one."""
+    best = max(among, key=lambda one: comparison.intervals[one.name].mean)
+    ties = [one for one in among if one is best or not comparison.less(best.name, one.name).shown]
+    cheapest = min(
+        ties, key=lambda one: (one.making, one.cost("ms_per_query") or 0, -comparison.intervals[one.name].mean)
+    )
+    return cheapest, best, ties
+
+
+def _cost_in_words(one: Scored) -> str:
+    """Nothing of another search, whose cost nobody knows here."""
+    milliseconds = one.cost("ms_per_query")
+    if one.family == "run" or milliseconds is None:
+        return ""
+    return f", {duration(one.making)} to make, {milliseconds:.1f} ms a query"

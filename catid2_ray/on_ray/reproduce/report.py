@@ -20,10 +20,10 @@ from catid2_ray.config import Recipe
 from catid2_ray.errors import CatidError, Interrupted
 from catid2_ray.evaluation.page import png
 from catid2_ray.evaluation.reproduce import trec
-from catid2_ray.evaluation.reproduce.conditions import METHODS, WITH, WITHOUT, rows_of
+from catid2_ray.evaluation.reproduce.conditions import METHODS, PAPER_LOCALES, WITH, WITHOUT, rows_of
 from catid2_ray.evaluation.reproduce.measures import query_groups
 from catid2_ray.evaluation.reproduce.ranking import unit
-from catid2_ray.evaluation.reproduce.report import PAPER_LOCALES, Facts, Written, write
+from catid2_ray.evaluation.reproduce.report import Facts, Written, write
 from catid2_ray.evaluation.reproduce.scores import Judged
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.reports import docids_of, examples_of, images_of, parts_of_kind, sample_of

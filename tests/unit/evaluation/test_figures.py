@@ -116,6 +116,21 @@ def test_training_curves_leave_out_what_is_absent():
     assert drawn(figures.training_curves([])) == []
 
 
+def test_legends_of_training_lie_beside_their_panels():
+    """Inside they would cover the lines."""
+    level = {"normalised_entropy": 0.9, "quantization_error": 0.1}
+    history = [{"epoch": epoch, "gradient_norm": {"reconstruction": 100.0, "dispersion": 0.1}, "levels": [level] * 4}
+               for epoch in range(3)]  # fmt: skip
+    figure = figures.training_curves(history)
+    panels = drawn(figure)
+    assert len(panels) == 3 and all(axes.get_legend() for axes in panels)
+    for axes in panels:
+        legend = axes.get_legend().get_window_extent()
+        assert legend.x0 >= axes.get_window_extent().x1 and legend.x1 <= figure.bbox.x1
+        others = [other.get_window_extent() for other in panels if other is not axes]
+        assert not any(legend.overlaps(other) for other in others)
+
+
 def run(kind, seed, **other):
     return {
         "kind": kind, "seed": seed, "collision_rate": 0.1 + seed / 100, "shared_rate": 0.2, "largest_shared": 4,

@@ -10,6 +10,7 @@ from rich.console import Console
 from catid2_ray.evaluation.ids_report import compare_page, compare_table, ids_page, judged
 from catid2_ray.evaluation.tables import markdown, terminal
 from catid2_ray.identifiers import quality
+from catid2_ray.on_ray.reports import examples_of
 
 VOID = {"meta", "img", "br"}
 
@@ -225,3 +226,15 @@ def test_the_comparison_begins_with_what_was_shown():
     rows[1]["recall_gain_50"] = [0.02, -0.01, 0.05]
     found = verdict_of(compare_page(rows, title="t", about={}))
     assert found.startswith('good"') and "No kind was shown to find more at 50 than tiger" in found
+
+
+def test_examples_are_of_products_with_a_category_where_there_are_any():
+    """Table 8: most products without one would fill its first rows."""
+    paths = [None, [], None, ["Tools", "Drills"], ["Tools", "Drills"], ["Paint"]]
+    sample = {"title": [f"title {row}" for row in range(6)], "path": paths, "docid": [f"<a_{row}>" for row in range(6)]}
+    found = examples_of(sample, [f"<b_{row}>" for row in range(6)])
+    assert [(one["category"], one["docid"], one["other_docid"]) for one in found] == [
+        ("Tools > Drills", "<a_3>", "<b_3>"), ("Tools > Drills", "<a_4>", "<b_4>"), ("Paint", "<a_5>", "<b_5>"),
+    ]  # fmt: skip
+    none = examples_of(sample | {"path": [None] * 6}, None)
+    assert {one["category"] for one in none} == {"no category"} and "other_docid" not in none[0]

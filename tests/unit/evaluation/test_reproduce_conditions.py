@@ -71,6 +71,31 @@ def test_table_4_adds_or_leaves_out_the_category_whatever_the_recipe_embeds():
         assert "category_path" not in rows["tiger_without_category"]["embedding.text"]
 
 
+def test_an_encoder_of_one_s_own_is_a_row_and_may_stand_for_the_paper_s():
+    named = {"e5": "intfloat/e5-base-v2", "mpnet": "models/mpnet"}
+    rows = {cell.row.condition.name: cell.row for cell in plan(["2"], ["bm25", "mpnet", "dense"], "us", encoders=named)}
+    assert list(rows) == ["bm25", "dense", "mpnet", "e5"] and rows["mpnet"].paper == "mpnet"
+    assert rows["e5"].condition.recipe["embedding.encoder"] == "intfloat/e5-base-v2"
+    assert rows["mpnet"].condition.recipe["embedding.encoder"] == "models/mpnet"
+    with pytest.raises(InputError, match="reproduce.encoders: dense is a method's name"):
+        plan(["2"], ["bm25"], "us", encoders={"dense": "x"})
+    with pytest.raises(InputError, match="reproduce.runs: e5 is a method's name"):
+        plan(["2"], ["bm25"], "us", encoders=named, runs=["e5"])
+
+
+def test_tables_that_the_paper_prints_with_k_256_have_it_on_the_paper_s_data():
+    """Whatever the recipe of a locale has: 512 on us and jp."""
+    for data, pinned in (("us", True), ("shop", False)):
+        cells = [cell.row.condition.recipe for cell in plan(["3", "4", "5", "6"], [], data)]
+        assert all(("quantizer.codes_per_level" in changes) == pinned for changes in cells)
+    assert {"levels": 5}.items() <= cells[-1].items()
+
+
+def test_only_rows_as_printed_stand_beside_the_paper_s_tiger():
+    beside = {row.condition.name: row.paper for row in rows_of("2", NAMES) if row.paper in ("tiger", None)}
+    assert beside == {"tiger": None, "tiger+generator": None, "paper_tiger": "tiger", "paper_tiger+generator": "tiger"}
+
+
 def test_an_unknown_method_or_table_or_cell_is_named_with_those_that_there_are():
     with pytest.raises(InputError, match="unknown 'bm26'; known are bm25, "):
         plan(ALL, ["bm25", "bm26"], "us")

@@ -1,12 +1,15 @@
 """The report from lists with known answers: advice, sentences, the paper's figures beside ours, groups, and what is not known."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from catid2_ray.evaluation.protocol import Judgements
 from catid2_ray.evaluation.reproduce.conditions import Cell, Condition, plan
-from catid2_ray.evaluation.reproduce.report import Facts, cost_table, write
+from catid2_ray.evaluation.reproduce.report import Facts, write
 from catid2_ray.evaluation.reproduce.scores import (
     CLAIMS,
     Judged,
@@ -16,9 +19,11 @@ from catid2_ray.evaluation.reproduce.scores import (
     by_category,
     by_group,
     compared,
+    findings,
     score,
-    sentences,
 )
+from catid2_ray.evaluation.reproduce.tables import beside_table, besides, cost_table
+from catid2_ray.evaluation.reproduce.texts import PROXY_NOTE, duration
 from tests.unit.evaluation.test_reproduce_conditions import PUBLISHED
 
 Q = 60
@@ -59,8 +64,19 @@ def facts(**changes) -> Facts:
     return plain._replace(**changes)
 
 
+def renamed(one: Outcome, **changes) -> Outcome:
+    """The outcome of a condition that is changed so."""
+    row = one.cell.row._replace(condition=one.cell.row.condition._replace(**changes))
+    return one._replace(cell=one.cell._replace(row=row))
+
+
 def scored_of(*outcomes):
     return [score(one, JUDGED) for one in outcomes]
+
+
+def headings_of(markdown: str) -> dict[str, str]:
+    """The text below each heading of a Markdown report, by the last heading of that name."""
+    return {part.split("\n")[0].lstrip("# "): part for part in re.split(r"\n(?=#)", markdown)}
 
 
 def test_a_score_is_the_mean_of_its_seeds_query_by_query():
@@ -98,6 +114,33 @@ def test_the_cheapest_of_those_that_tie_is_taken_and_proxies_are_no_systems():
     )
 
 
+def test_the_first_sentence_says_what_it_costs_to_make_and_to_ask():
+    found = scored_of(outcome("bm25", ranked(0.1)), outcome("served", ranked(1.0), train=900.0))
+    assert advice(found, compared(found, 50), 50).sentence.startswith(
+        "Take ours with everything on, as served: recall@50 50.0 % [50.0, 50.0], 15 min to make, 2.0 ms a query. "
+    )
+    own = renamed(outcome("bm25", ranked(1.0)), name="solr", title="solr", family="run")
+    found = scored_of(own)
+    assert advice(found, compared(found, 50), 50).sentence.startswith(
+        "Take solr: recall@50 50.0 % [50.0, 50.0]. It finds most"
+    )
+    assert [duration(seconds) for seconds in (0.2, 119, 600, 7200)] == ["0 s", "119 s", "10 min", "2.0 h"]
+
+
+def test_neither_gdr_nor_a_control_is_taken_or_counted():
+    """GDR's products are ranked by vectors, and shuffled categories are there to be compared with alone."""
+    control = outcome("cat_id2_shuffled+generator", ranked(1.0), train=0.0)
+    found = scored_of(
+        outcome("bm25", ranked(0.5)), control, outcome("gdr", ranked(1.0), train=0.0), outcome("tiger", ranked(0.6), train=2.0),
+        outcome("cat_id2", ranked(0.5, 1)), outcome("cat_id2_shuffled", ranked(1.0), train=0.0),
+    )  # fmt: skip
+    said = advice(found, compared(found, 50), 50)
+    assert (said.take, said.ties, said.ids, said.id_ties) == ("bm25", ["bm25"], "cat_id2", ["tiger"])
+    assert "of 1 whole system measured." in said.sentence and "GDR" not in said.sentence
+    alone = scored_of(control)
+    assert advice(alone, compared(alone, 50), 50) is None
+
+
 def test_a_search_that_you_have_is_kept_where_nothing_is_shown_to_find_more():
     own = outcome("bm25", ranked(0.6))
     row = own.cell.row._replace(condition=Condition("solr", "solr, as given", "run"))
@@ -119,14 +162,30 @@ def test_sentences_say_what_the_data_says_and_never_more():
     found = scored_of(
         outcome("tiger", ranked(0.9)), outcome("dsi_semantic", ranked(0.1)), outcome("cat_id2", ranked(0.9))
     )
-    said = sentences("T2", found, {10: compared(found, 10)})
+    said = [str(one) for one in findings("T2", found, {10: compared(found, 10)})]
     assert len(said) == len(CLAIMS["T2"])
     borne, missing, tie = said[0], said[1], said[2]
     assert borne.startswith("TIGER over DSI semantic (4.2), recall@10: +") and borne.endswith("borne out.")
-    assert missing == "CAT-ID² as printed over TIGER (4.2): not known, as cat_id2_256 has no figure."
+    assert (
+        missing
+        == "CAT-ID² as printed over TIGER as printed (4.2): not known, as cat_id2_256 and paper_tiger have no figure."
+    )
     assert "+0.00 points (+0.0%) [+0.00, +0.00], p = 1.000" in tie and tie.endswith("no difference is shown.")
     turned = scored_of(outcome("tiger", ranked(0.1)), outcome("dsi_semantic", ranked(0.9)))
-    assert sentences("T2", turned, {10: compared(turned, 10)})[0].endswith("contradicted.")
+    contradicted, *_ = findings("T2", turned, {10: compared(turned, 10)})
+    assert str(contradicted).endswith("contradicted.") and contradicted.as_json()["finding"] == "contradicted"
+
+
+def test_claims_compare_what_differs_in_one_thing():
+    pairs = {table: {(claim.one, claim.other) for claim in claims} for table, claims in CLAIMS.items()}
+    assert ("on_residual", "random_negatives") in pairs["T5"], "the soft contrast of cat_id2 reads no negatives"
+    assert ("cat_id2", "random_negatives") not in pairs["T5"]
+    assert {("cat_id2_256", "paper_tiger"), ("cat_id2", "tiger"), ("cat_id2_k512", "cat_id2")} <= pairs["T2"]
+    assert ("on_residual", "as_deep") not in pairs["CT"], "they differ in the number of levels, too"
+    assert {("on_residual", "tiger"), ("as_deep", "tiger_as_deep"), ("confident", "cat_id2"), ("confident", "dis"),
+            ("clusters", "dis"), ("cat_id2", "noise_20")} <= pairs["CT"]  # fmt: skip
+    worded = [claim.says for claim in CLAIMS["T3"] if claim.other in ("paper_hcc", "paper_csc", "hcc", "csc")]
+    assert len(worded) == 4 and all(re.search(r": TIGER over (HCCL|CSCL) alone \(4.3, 1\)", says) for says in worded)
 
 
 def test_on_the_paper_s_data_each_figure_stands_beside_the_printed_one_with_a_verdict():
@@ -144,6 +203,73 @@ def test_on_the_paper_s_data_each_figure_stands_beside_the_printed_one_with_a_ve
     assert made.json["tables"]["T2"]["rows"]["bm25"]["recall"]["10"] == 0.5 and made.json["not_run"]["T2/gdr/us"] == [
         "not built"
     ]
+
+
+def test_rows_of_the_proxy_say_so_in_every_table_of_table_2():
+    made = write(
+        [outcome("bm25", ranked(1.0)), outcome("dsi_naive", ranked(0.5))], JUDGED, facts(), docid_of={}, tables=["2"]
+    )
+    below = headings_of(made.markdown)
+    for name in ("Our figures", "By kind of query, and for products seen and unseen in training", "By category",
+                 "Other measures, and IDs beside products", "Beside the paper's"):  # fmt: skip
+        assert "DSI naive (proxy) |" in below[name] and "DSI naive |" not in below[name], name
+        assert "BM25, k1 1.2, b 0.75 |" in below[name], name
+    assert "not by the paper's T5" in below["Beside the paper's"] and "our preset" not in below["Beside the paper's"]
+    assert "at one cut-off" in below["Our figures"] and PROXY_NOTE in made.markdown
+    priced = below["Which method to take, and what each costs"]
+    assert (
+        "MiB read: the index, or the weights" in priced and "query encoder count only in rows of generators" in priced
+    )
+    assert made.markdown.index("Which method to take") < made.markdown.index("](overview.png)")
+    assert made.html.index("Which method to take") < made.html.index("What each method finds")
+
+
+@pytest.mark.parametrize(("table", "is_ours"), [("3", False), ("4", True), ("5", True), ("6", True)])
+def test_our_preset_beside_printed_figures_is_named(table, is_ours):
+    cell = next(cell for cell in plan([table], [], "us") if cell.row.paper)
+    one = Outcome(cell, outcome("bm25", ranked(0.5)).runs, [])
+    found = besides(cell.table, [one], scored_of(one), facts())
+    beside = beside_table(cell.table, found)
+    assert {10, 50, 100} <= {figure.k for figure in found} and all("(proxy)" in row[0] for row in beside.rows)
+    assert ("our preset" in beside.caption) is is_ours and "not by the paper's T5" in beside.caption
+
+
+def test_the_json_holds_all_tables_as_numbers():
+    examples = [{"title": "oak hinge", "category": "Tools", "docid": "<a_1>", "other_docid": "<a_2>"}]
+    outcomes = [outcome("bm25", ranked(1.0), ranked(0.0)), outcome("tiger", ranked(0.5)), outcome("dsi_semantic", ranked(0.5)),
+                outcome("mpnet", why="no such model")]  # fmt: skip
+    for one in outcomes[1:3]:
+        for run in one.runs:
+            run.cost.update(ids_seconds=0.25, generator_seconds=0.75)
+    made = write(outcomes, JUDGED, facts(table_8=examples), docid_of={}, tables=["1", "2", "7", "8"])
+    tables = json.loads(json.dumps(made.json, allow_nan=False))["tables"]
+    assert tables["1"]["us"]["documents"] == 7 and tables["1"]["ESCI-us, the paper's"]["test_pairs"] == 29351
+    assert tables["7"]["dsi_semantic"] == {
+        "paper_hours": 15.7, "train_seconds": 1.0, "ids_seconds": 0.25, "generator_seconds": 0.75
+    }  # fmt: skip
+    assert tables["7"]["bm25"] == {"train_seconds": 1.0} and "mpnet" not in tables["7"] and tables["8"] == examples
+    table = tables["T2"]
+    row = table["rows"]["bm25"]
+    assert row["paper"]["10"] == {"printed": 0.0568, "difference": 0.1932, "verdict": "FAIL"}
+    assert table["rows"]["mpnet"]["paper"]["5"] == {"printed": 0.017, "verdict": "not run"}
+    assert row["groups"] == {
+        "ambiguous": 0.25,
+        "precise_1": None,
+        "precise_2": None,
+        "long_tail": 0.25,
+        "seen": 0.5,
+        "unseen": 0.0,
+    }
+    assert row["categories"] == {"Tools": 0.5} and table["categories_queries"] == {"Tools": 60}
+    assert table["groups_queries"]["ambiguous"] == 30 and table["groups_queries"]["seen"] == 60
+    claims = [one for one in table["claims"] if one["one"] == "tiger" and one["other"] == "dsi_semantic"]
+    assert [one.pop("k") for one in claims] == [10, 50] and claims[0] == {
+        "one": "tiger", "other": "dsi_semantic", "mean": 0, "low": 0, "high": 0, "p": 1, "finding": "no difference is shown",
+        "says": "TIGER over DSI semantic (4.2)",
+    }  # fmt: skip
+    assert len(table["claims"]) == 2 and len(table["sentences"]) == len(CLAIMS["T2"]) + 1
+    elsewhere = write(outcomes, JUDGED, facts(data="shop", locale=None), docid_of={}, tables=["1", "2"]).json["tables"]
+    assert "paper" not in elsewhere["T2"]["rows"]["bm25"] and len(elsewhere["1"]) == 4
 
 
 def test_on_other_data_nothing_stands_beside_the_paper_s():

@@ -63,6 +63,6 @@ def test_what_is_no_run_says_where(text, message):
 
 def test_runs_stand_first_in_table_2_and_cannot_take_a_method_s_name():
     cells = plan(["2", "5"], ["bm25"], "shop", runs=["elastic"])
-    assert [cell.name for cell in cells][:2] == ["T2/elastic/shop", "T2/bm25/shop"] and len(cells) == 8
+    assert [cell.name for cell in cells][:2] == ["T2/elastic/shop", "T2/bm25/shop"] and len(cells) == 9
     with pytest.raises(InputError, match="reproduce.runs: bm25 is a method's name; call the run otherwise"):
         plan(["2"], ["bm25"], "shop", runs=["bm25"])
