@@ -48,6 +48,12 @@ def reproduce(
     share: Annotated[
         str, typer.Option(metavar="I/N", help="measure the I-th of every N runs: N jobs on one store divide the work")
     ] = "1/1",
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="report.json of another data set, such as another locale: Table 2 of both; repeatable"
+        ),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Measure the methods of the CAT-ID² paper and their rivals on this catalogue; write its tables and figures as one report.
@@ -83,7 +89,7 @@ def reproduce(
     )  # a cell alone leaves the whole report as it is
     command += f" --seeds {seeds}" if seeds else ""
     _measure(loaded, cells, asked, seeds or loaded.reproduce.seeds, out, command, found_only=found_only, dry_run=dry_run,
-             share=_share(share), below=below)  # fmt: skip
+             share=_share(share), below=below, beside=beside or [])  # fmt: skip
 
 
 def _table_of(cell: str | None) -> list[str]:
@@ -103,18 +109,20 @@ def _measure(
     dry_run: bool,
     share: tuple[int, int],
     below: str,
+    beside: list[str],
 ) -> None:
     from catid2_ray.evaluation.tables import Column, Table, terminal
-    from catid2_ray.on_ray.reproduce.report import keep, report
+    from catid2_ray.on_ray.reproduce.report import keep, other_report, report
     from catid2_ray.on_ray.reproduce.run import reproduce as run
 
     folder = Store(out or loaded.store)
+    others = [other_report(path) for path in beside]
     below, link = ("", "") if out else (below, "../" * below.count("/"))
 
     def then(reproduction):
         if dry_run:
             return None
-        written = report(reproduction, tables=tables, command=command, link=link)
+        written = report(reproduction, tables=tables, command=command, link=link, others=others)
         return written, keep(written, reproduction, folder, below)
 
     try:

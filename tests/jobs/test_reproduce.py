@@ -215,6 +215,23 @@ def test_confident_labels_make_a_quantizer_of_their_own(done, shop, no_ray):
     assert made["parents"]["catalog"] == confident.parents["catalog"], "the catalogue says how sure it is"
 
 
+def test_reports_of_several_locales_stand_side_by_side(done, tmp_path):
+    other = json.loads((done["below"] / "report.json").read_text())
+    del other["tables"]["T2"]["rows"]["bm25"]
+    other["tables"]["T2"]["rows"]["solr"] = {"title": "solr, as given", "recall": {"10": 0.5, "50": 0.75}}
+    (tmp_path / "es.json").write_text(json.dumps(other | {"data": "es"}))
+    command = ["reproduce", "--recipe", done["path"], "--tables", "2", "--found-only", "--out", tmp_path / "out"]
+    made = run_here(*command, "--beside", tmp_path / "es.json")
+    assert made.returncode == 0, made.stderr
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| tiny @10 | tiny @50 | es @10 | es @50 |" in page
+    assert "| solr, as given | – | – | 50.0 | 75.0 |" in page
+    assert re.search(r"\| BM25, k1 1.2, b 0.75 \| \d+\.\d \| \d+\.\d \| – \| – \|", page)
+    for wrong, why in ((tmp_path / "none.json", "cannot be read"), (done["path"], "is no report.json with a Table 2")):
+        refused = run_here(*command, "--beside", wrong)
+        assert refused.returncode == 3 and "--beside" in refused.stderr and why in refused.stderr.replace("\n", " ")
+
+
 def test_it_says_which_method_to_take(done):
     advice = done["report"]["advice"]
     assert (
@@ -365,6 +382,18 @@ def test_a_cell_that_breaks_leaves_the_others_alone(done, no_ray, monkeypatch, c
     whys = [one.whys for one in read.outcomes]
     assert whys == [[], ["not measured yet"], ["it failed with ZeroDivisionError: division by zero"]], (
         "a report that measures nothing knows why"
+    )
+
+
+@pytest.mark.parametrize("index", ["hnsw", "ivf"])
+def test_faiss_finds_what_is_nearest(index):
+    pytest.importorskip("faiss")
+    product_ND = np.random.default_rng(0).normal(size=(500, 16)).astype(np.float32)
+    pair = Pair(lambda texts: product_ND[:20], product_ND, 1.0, 2.0, lambda: 0.5)
+    found = approximate(index, product_ND[:20], pair, 0.5)
+    assert found.rows_QC.shape == (20, 100) and (found.rows_QC[:, 0] == np.arange(20)).all()
+    assert (
+        found.cost["train_seconds"] == 1.0 and found.cost["index_seconds"] >= 2.0 and found.cost["ms_per_query"] >= 0.5
     )
 
 

@@ -31,6 +31,7 @@ from catid2_ray.evaluation.reproduce.tables import (
     Beside,
     Facts,
     Training,
+    across_table,
     beams_table,
     beside_table,
     besides,
@@ -136,6 +137,8 @@ def _part(
     letters = {k: comparison.letters() for k, comparison in at.items()}
     parts.append(recall_table(outcomes, scored, at, letters))
     figures: dict[str, Figure] = {}
+    if table == "T2" and facts.others:
+        parts.append(across_table(scored, facts))
     if any(not outcome.runs for outcome in outcomes):
         parts.append(missing_table(outcomes))
     of_paper = besides(table, outcomes, scored, facts) if facts.locale else []

@@ -22,7 +22,8 @@ class Facts(NamedTuple):
     remade it all, without --cell; `about`: name → text, shown on top; `table_1`: counts by the paper's columns; `table_8`: products
     as `ids_report.examples_table` takes them, TIGER's IDs as the other ones; `distance`: how far vectors with and without category
     text are apart, or None; `images`: caption → picture of figures 3, 4 and 6; `hour`: what an hour of the machine costs, or None;
-    `diagnosis`: of the release that is current (`evaluation.diagnosis.diagnosis_figures`), or None."""
+    `diagnosis`: of the release that is current (`evaluation.diagnosis.diagnosis_figures`), or None; `others`: report.json of other
+    data sets, whose methods stand beside these."""
 
     data: str
     locale: str | None
@@ -35,6 +36,7 @@ class Facts(NamedTuple):
     published: Mapping
     hour: float | None = None
     diagnosis: Mapping | None = None
+    others: Sequence[Mapping] = ()
 
 
 def _bounds(interval: Interval) -> str:
@@ -77,6 +79,24 @@ def recall_table(
         f"{len(scored[0].recall(10)) if scored else 0:,} queries."
     )  # fmt: skip
     return Table("Our figures", columns, rows, caption)
+
+
+def across_table(scored: Sequence[Scored], facts: Facts) -> Table:
+    """Table 2 over data sets, such as the paper's three locales: recall at 10 and 50 of each method, by its name."""
+    of_others = [(str(other["data"]), other["tables"]["T2"]["rows"]) for other in facts.others]
+    titles = {one.name: one.label for one in scored}
+    for _, rows in of_others:
+        titles = {name: row["title"] for name, row in rows.items() if "recall" in row} | titles
+    found = [{one.name: {str(k): one.recall(k).mean() for k in KS} for one in scored},
+             *({name: row.get("recall", {}) for name, row in rows.items()} for _, rows in of_others)]  # fmt: skip
+    names = [facts.data, *(data for data, _ in of_others)]
+    rows = [
+        [title, *(per_cent(of.get(name, {}).get(k)) for of in found for k in ("10", "50"))]
+        for name, title in titles.items()
+    ]
+    headings = [f"{data} @{k}" for data in names for k in (10, 50)]
+    caption = "Recall in per cent, without intervals: each data set's own report has them. A dash: not measured there."
+    return Table("Across data sets", columns_of("method", *headings), rows, caption)
 
 
 def missing_table(outcomes: Sequence[Outcome]) -> Table:

@@ -28,13 +28,13 @@ class Pair:
     milliseconds: Callable[[], float]
 
 
-def read_file(path: str) -> bytes:
-    """A file of this machine. Raises InputError."""
+def read_file(path: str, named_in: str = "reproduce.runs") -> bytes:
+    """A file of this machine. Raises InputError, which says where it was named."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise InputError(
-            f"reproduce.runs: {path} cannot be read ({error.strerror or error}): name a file of the machine that runs the command"
+            f"{named_in}: {path} cannot be read ({error.strerror or error}): name a file of the machine that runs the command"
         ) from None
 
 

@@ -17,7 +17,7 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.catalog.pairs import training_pairs
 from catid2_ray.catalog.text import join_text
 from catid2_ray.config import Recipe
-from catid2_ray.errors import CatidError, Interrupted
+from catid2_ray.errors import CatidError, InputError, Interrupted
 from catid2_ray.evaluation.page import png
 from catid2_ray.evaluation.reproduce import trec
 from catid2_ray.evaluation.reproduce.conditions import METHODS, PAPER_LOCALES, WITH, WITHOUT, rows_of
@@ -28,6 +28,7 @@ from catid2_ray.evaluation.reproduce.scores import Judged
 from catid2_ray.on_ray.machine import progress
 from catid2_ray.on_ray.reports import docids_of, examples_of, images_of, parts_of_kind, sample_of
 from catid2_ray.on_ray.reproduce.measure import Measures
+from catid2_ray.on_ray.reproduce.nearest import read_file
 from catid2_ray.on_ray.reproduce.run import Reproduction
 
 _LIBRARIES = ("torch", "transformers", "ray", "numpy", "bm25s", "faiss-cpu")  # those that figures depend on
@@ -47,8 +48,26 @@ def published() -> dict:
     )
 
 
-def report(reproduction: Reproduction, *, tables: Sequence[str], command: str, link: str = "") -> Written:
-    """To be called while the job is open. `link`: as in `evaluation.reproduce.report.write`."""
+def other_report(path: str) -> dict:
+    """report.json of another data set. Raises InputError for what is none, or has no Table 2."""
+    text = read_file(path, "--beside")
+    try:
+        found = json.loads(text)
+        rows = found["tables"]["T2"]["rows"].values()
+        if not all("title" in row for row in rows) or not isinstance(found["data"], str):
+            raise KeyError("title")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"--beside: {path} is no report.json with a Table 2: name one that `catid2 reproduce` wrote"
+        ) from None
+    return found
+
+
+def report(
+    reproduction: Reproduction, *, tables: Sequence[str], command: str, link: str = "", others: Sequence[dict] = ()
+) -> Written:
+    """To be called while the job is open. `link`: as in `evaluation.reproduce.report.write`; `others`: of other data sets, as
+    `other_report` reads them."""
     bench, measures = reproduction.bench, reproduction.measures
     judged = Judged(
         bench.judged["test"], bench.gains,
@@ -60,7 +79,7 @@ def report(reproduction: Reproduction, *, tables: Sequence[str], command: str, l
     facts = Facts(
         data, locale, command, _about(reproduction), _table_1(reproduction), examples,
         _distance(measures) if "4" in tables else None, images, published(),
-        bench.recipe.reproduce.machine_hour, _diagnosis(reproduction),
+        bench.recipe.reproduce.machine_hour, _diagnosis(reproduction), others,
     )  # fmt: skip
     wanted = {run.parents["ids"] for outcome in reproduction.outcomes for run in outcome.runs if run.ids is not None}
     docid_of = {}
