@@ -142,7 +142,7 @@ def _part(
     if any(not outcome.runs for outcome in outcomes):
         parts.append(missing_table(outcomes))
     of_paper = besides(table, outcomes, scored, facts) if facts.locale else []
-    if facts.locale:
+    if of_paper:
         parts.append(beside_table(table, of_paper))
     split: dict[str, list] = {}
     if table == "T2" and scored:
@@ -205,7 +205,7 @@ def _training_json(one: Training) -> dict:
 def _row_json(outcome: Outcome, scored: Scored | None, at: Mapping[int, Compared]) -> dict:
     base: dict = {
         "cell": outcome.cell.name,
-        "title": outcome.cell.row.condition.title,
+        "title": outcome.label,
         "seeds": [run.seed for run in outcome.runs],
     }
     if outcome.whys:
