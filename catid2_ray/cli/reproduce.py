@@ -59,23 +59,8 @@ def reproduce(
     """Measure the methods of the CAT-ID² paper and their rivals on this catalogue; write its tables and figures as one report.
 
     Every cell is kept in the store: the same command goes on where it was stopped."""
-    from catid2_ray.evaluation.reproduce.conditions import ALSO, NAMES, TABLES, USUAL, chosen, plan
-    from catid2_ray.on_ray.reproduce.report import data_of
-
     loaded = Recipe.load(recipe, overrides or [])
-    asked = (
-        [name.strip().upper().removeprefix("T") for name in tables.split(",") if name.strip()]
-        if tables
-        else _table_of(cell) or [*TABLES, *ALSO]
-    )
-    named = loaded.reproduce.methods or (
-        NAMES if cell else USUAL
-    )  # whoever names a cell asks for it, whatever it takes
-    cells = plan(
-        asked, named, data_of(loaded)[0], text=loaded.embedding.text, runs=tuple(loaded.reproduce.runs),
-        confidence=loaded.reproduce.confidence, encoders=loaded.reproduce.encoders,
-    )  # fmt: skip
-    cells = chosen(cells, cell)
+    asked, cells = _asked(loaded, tables, cell)
     settings = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
     command = redacted(f"catid2 reproduce --recipe {shlex.quote(recipe)}{settings}")
     if list_cells or show_commands:
@@ -90,6 +75,22 @@ def reproduce(
     command += f" --seeds {seeds}" if seeds else ""
     _measure(loaded, cells, asked, seeds or loaded.reproduce.seeds, out, command, found_only=found_only, dry_run=dry_run,
              share=_share(share), below=below, beside=beside or [])  # fmt: skip
+
+
+def _asked(loaded: Recipe, tables: str | None, cell: str | None) -> tuple[list[str], list]:
+    """The tables, and their cells or the one of them."""
+    from catid2_ray.evaluation.reproduce.conditions import ALSO, NAMES, TABLES, USUAL, chosen, plan
+    from catid2_ray.on_ray.reproduce.report import data_of
+
+    named = [name.strip().upper().removeprefix("T") for name in (tables or "").split(",") if name.strip()]
+    asked = named or _table_of(cell) or [*TABLES, *ALSO]
+    # Whoever names a cell asks for it, whatever it takes.
+    methods = loaded.reproduce.methods or (NAMES if cell else USUAL)
+    cells = plan(
+        asked, methods, data_of(loaded)[0], text=loaded.embedding.text, runs=tuple(loaded.reproduce.runs),
+        confidence=loaded.reproduce.confidence, encoders=loaded.reproduce.encoders,
+    )  # fmt: skip
+    return asked, chosen(cells, cell)
 
 
 def _table_of(cell: str | None) -> list[str]:
