@@ -346,7 +346,7 @@ def table_8(examples: Sequence[Mapping[str, str]]) -> Table:
 
 
 def cells_table(outcomes: Sequence[Outcome], facts: Facts, link: str) -> Table:
-    """Every cell with its manifests and the command that remakes it."""
+    """Every cell with its manifests, and how to remake it."""
     rows = []
     for outcome in outcomes:
         state = str(verdict(None, None, why=_why(outcome))) if outcome.whys else ""
@@ -355,9 +355,10 @@ def cells_table(outcomes: Sequence[Outcome], facts: Facts, link: str) -> Table:
             for run in outcome.runs
         ]
         cell = linked[0] if len(linked) == 1 else linked if linked else ""
-        rows.append([outcome.cell.name, cell, state, f"{facts.command} --cell {outcome.cell.name}"])
-    columns = [
-        Column(name, number=False) for name in ("cell", "manifests", "without a figure", "the command that remakes it")
-    ]
-    return Table("Every cell", columns, rows, "A manifest lies in the store as artifacts/cell/KEY/manifest.json, "
-        "beside its ranked lists.")  # fmt: skip
+        rows.append([outcome.cell.name, cell, state])
+    columns = [Column(name, number=False) for name in ("cell", "manifests", "without a figure")]
+    caption = (
+        "A manifest lies in the store as artifacts/cell/KEY/manifest.json, beside its ranked lists. The command that remakes a "
+        f"cell, with its name as CELL: {facts.command} --cell CELL"
+    )
+    return Table("Every cell", columns, rows, caption)
