@@ -108,7 +108,7 @@ _PAGE = """{% macro link_to(cell) %}{% if cell.address %}<a href="{{ cell.addres
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 64rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem; line-height: 1.2 } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem }
 p, dl { max-width: 44rem } dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem 1rem } dd { margin: 0 }
-dt, .quiet, figcaption { color: #595959 } .scroll { overflow-x: auto }
+dt, .quiet, figcaption { color: #595959 } .quiet { overflow-wrap: anywhere } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
 th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid #ddd }
 thead th { border-bottom: 2px solid #888; white-space: nowrap } .n { text-align: right; white-space: nowrap }
