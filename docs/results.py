@@ -13,7 +13,14 @@ from catid2_ray.evaluation.reproduce.conditions import METHODS
 ROOT = Path(__file__).parents[1]
 README, REPORT = ROOT / "README.md", ROOT / "benchmarks" / "results" / "paper_tables" / "report.json"
 BEGIN, END = "<!-- results: written by docs/results.py -->\n", "<!-- end of results -->\n"
-_OTHER = ("bm25_blanks", "hnsw", "ivf", "dsi_naive", "paper_tiger", "cat_id2_512")  # variants that a front page can do without
+_OTHER = (
+    "bm25_blanks",
+    "hnsw",
+    "ivf",
+    "dsi_naive",
+    "paper_tiger",
+    "cat_id2_512",
+)  # variants that a front page can do without
 
 
 def table(report: dict) -> str:

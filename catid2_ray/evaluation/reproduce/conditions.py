@@ -171,8 +171,7 @@ def rows_of(
     Tables 7 and 8 show what tables 2 and the reports have; raises InputError for a table that measures nothing.
     """
     if table in ("2", "7"):
-        return [Row(one, _PAPER_ROW.get(base, base)) for one in METHODS if one.name in methods
-                for base in (one.name.split("+")[0] if one in GENERATORS else one.name,)]  # fmt: skip
+        return [Row(one, _paper_row(one)) for one in METHODS if one.name in methods]
     if table == "3":
         rows = [
             Row(_ids(kind, f"({number}) {term}, as printed"), str(number))
@@ -210,6 +209,12 @@ def rows_of(
     if table in _MORE:
         return _MORE[table]()
     raise InputError(f"table {table!r} measures nothing of its own; those that do are 2, 3, 4, 5, 6, 7, F5, CQ and CT")
+
+
+def _paper_row(method: Condition) -> str | None:
+    """The paper's row of table 2 for a method; a generator trained in full stands beside its kind's."""
+    base = method.name.split("+")[0] if method in GENERATORS else method.name
+    return _PAPER_ROW.get(base, base)
 
 
 def _shared_ids() -> list[Row]:
