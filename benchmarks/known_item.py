@@ -40,18 +40,19 @@ class KnownItems(NamedTuple):
     split_M: np.ndarray
 
 
-def known_items(titles: Sequence[str], descriptions: Sequence[str | None]) -> KnownItems:
+def known_items(titles: Sequence[str | None], descriptions: Sequence[str | None]) -> KnownItems:
     """The products to find and their queries, the same in every call. N products each."""
     rng, rows, sentences, seen = np.random.default_rng(11), [], [], set()
     for row, (title, description) in enumerate(zip(titles, descriptions)):
-        words = set(re.findall(r"\w+", title.lower()))
+        title = (title or "").lower()
+        words = set(re.findall(r"\w+", title))
         kept = [
             [word for word in re.findall(r"\w+", sentence.lower()) if word not in words]
             for sentence in re.split(r"[.!?;\n]+\s|\|", description or "")
         ]
         kept = [sentence[:MOST] for sentence in kept if len(sentence) >= FEWEST]
-        if kept and title.lower() not in seen:
-            seen.add(title.lower())
+        if kept and title not in seen:
+            seen.add(title)
             rows.append(row)
             sentences.append(" ".join(kept[rng.integers(len(kept))]))
     split_M, order = np.full(len(rows), SPLITS.index("test")), rng.permutation(len(rows))

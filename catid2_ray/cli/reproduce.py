@@ -63,6 +63,7 @@ def reproduce(
     asked, cells = _asked(loaded, tables, cell)
     settings = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
     command = redacted(f"catid2 reproduce --recipe {shlex.quote(recipe)}{settings}")
+    command += f" --seeds {seeds}" if seeds else ""
     if list_cells or show_commands:
         for one in cells:
             what = one.row.condition
@@ -72,7 +73,6 @@ def reproduce(
     below = (
         f"{_BELOW}cells/{cell.replace('/', '-')}/" if cell else _BELOW
     )  # a cell alone leaves the whole report as it is
-    command += f" --seeds {seeds}" if seeds else ""
     _measure(loaded, cells, asked, seeds or loaded.reproduce.seeds, out, command, found_only=found_only, dry_run=dry_run,
              share=_share(share), below=below, beside=beside or [])  # fmt: skip
 
@@ -83,11 +83,13 @@ def _asked(loaded: Recipe, tables: str | None, cell: str | None) -> tuple[list[s
     from catid2_ray.on_ray.reproduce.report import data_of
 
     named = [name.strip().upper().removeprefix("T") for name in (tables or "").split(",") if name.strip()]
-    asked = named or _table_of(cell) or [*TABLES, *ALSO]
+    of_cell = [table for table in _table_of(cell) if table in (*TABLES, *ALSO)]
+    asked = named or of_cell or [*TABLES, *ALSO]
     # Whoever names a cell asks for it, whatever it takes.
-    methods = loaded.reproduce.methods or (NAMES if cell else USUAL)
+    methods = NAMES if cell else loaded.reproduce.methods or USUAL
+    data, locale = data_of(loaded)
     cells = plan(
-        asked, methods, data_of(loaded)[0], text=loaded.embedding.text, runs=tuple(loaded.reproduce.runs),
+        asked, methods, data, locale=locale, text=loaded.embedding.text, runs=tuple(loaded.reproduce.runs),
         confidence=loaded.reproduce.confidence, encoders=loaded.reproduce.encoders,
     )  # fmt: skip
     return asked, chosen(cells, cell)

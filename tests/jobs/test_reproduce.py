@@ -257,6 +257,7 @@ def test_another_search_stands_beside_the_methods_by_its_answers(done, no_ray, t
     ]
     assert rows["shop_search"]["tuned"] == [{"unanswered": 0, "not_asked": 0, "unknown_products": 0}]
     page = (tmp_path / "report.md").read_text()
+    assert "- answers of shop_search, as given: 0 queries unanswered, 0 answers that are no product" in page
     assert re.search(r"\| shop_search, as given \| [^|]*\| – \| – \| – \| – \|", page)
 
 
@@ -324,10 +325,14 @@ def test_list_commands_and_plan_touch_nothing(shop, tmp_path):
     assert all(
         line.startswith(f"catid2 reproduce --recipe {shop['path']} --set store=") for line in commands.splitlines()
     )
+    several = run_here("reproduce", *untouched, "--show-commands", "--tables", "5", "--seeds", "3").stdout
+    assert "--seeds 3 --cell T5/tiger/tiny" in several
     assert commands.splitlines()[0].endswith("--cell T5/tiger/tiny") and "Every cell would be made" in dry.stdout
     usual = [*untouched, "--set", "reproduce.methods=[]"]
     assert "+generator" not in run_here("reproduce", *usual, "--list").stdout, "hours each are not begun unasked"
-    assert "T2/nci+pawa/tiny" in run_here("reproduce", *usual, "--list", "--cell", "T2/nci+pawa/tiny").stdout
+    few = [*untouched, "--set", "reproduce.methods=[bm25]"]
+    for methods in (usual, few):
+        assert "T2/nci+pawa/tiny" in run_here("reproduce", *methods, "--list", "--cell", "T2/nci+pawa/tiny").stdout
     assert not (tmp_path / "none").exists()
 
 
@@ -337,6 +342,7 @@ def test_list_commands_and_plan_touch_nothing(shop, tmp_path):
         (["--set", "reproduce.methods=[bm25,bm26]"], "reproduce.methods: unknown 'bm26'; known are bm25, "),
         (["--tables", "2,12"], "--tables: unknown 12"),
         (["--cell", "T2/tigger/tiny"], "no such cell; near it: T2/tiger/tiny"),
+        (["--cell", "tiger/T2/tiny"], "no such cell; near it: T2/tiger/tiny"),
     ],
 )
 def test_words_that_mean_nothing_are_refused_before_any_work(shop, tmp_path, arguments, message):
@@ -380,6 +386,9 @@ def test_a_cell_that_breaks_leaves_the_others_alone(done, no_ray, monkeypatch, c
     assert whys == [[], ["not measured yet"], ["it failed with ZeroDivisionError: division by zero"]], (
         "a report that measures nothing knows why"
     )
+    other = Recipe.build(recipe.model_dump(mode="json") | {"seed": 1})
+    read, _ = reproduce(other, plan(["2"], ["bm25+dense"], "tiny"), seeds=1, found_only=True)
+    assert read.outcomes[0].whys == ["not measured yet"], "with another recipe it may not fail"
 
 
 @pytest.mark.parametrize("index", ["hnsw", "ivf"])

@@ -153,8 +153,8 @@ SWEEPS = {
 # Settings of a sweep that a kind has anyway: its run is found, not made again.
 _KIND_OF = {("dispersion", 0.0): "hcc", ("hierarchical", 0.0): "dis", ("cluster_scale", 1.0): "hcc_csc_dis"}
 SIZES = (64, 128, 256, 512)
-# The paper's TIGER begins at random, as its CAT-ID² does: our preset is another thing.
-_PAPER_ROW = {"paper_tiger": "tiger", "tiger": None}
+# The paper's TIGER and CAT-ID² begin at random: our preset is another thing.
+_PAPER_ROW = {"paper_tiger": "tiger", "tiger": None, "cat_id2": None}
 TABLES = ("1", "2", "3", "4", "5", "6", "7", "8")
 PAPER_LOCALES = ("us", "es", "jp")  # of ESCI, and what cells call the data
 ALSO = ("F5", "CQ", "CT")  # figure 5, the table of CQ-SID, and that of what category labels bring
@@ -301,11 +301,12 @@ def _text(text: Sequence[str], word: str) -> dict:
 
 def plan(
     tables: Sequence[str], methods: Sequence[str], data: str, *, text: Sequence[str] = ("title",), runs: Sequence[str] = (),
-    confidence: Mapping[str, float] = NO_CHANGE, encoders: Mapping[str, str] = NO_CHANGE,
+    confidence: Mapping[str, float] = NO_CHANGE, encoders: Mapping[str, str] = NO_CHANGE, locale: str | None = None,
 ) -> list[Cell]:  # fmt: skip
     """The cells of these tables, in the order in which a person reads them. Figure 5 comes with table 6, to which its text belongs.
     `runs`: names of runs that other searches wrote, which stand first in table 2; `encoders`: further sentence encoders, name → id
-    or folder, which stand last there or in the place of the one that is called so. `text`, `confidence`: as in `rows_of`.
+    or folder, which stand last there or in the place of the one that is called so. `text`, `confidence`: as in `rows_of`. `locale`:
+    of the paper, where the data are its own: tables 3 to 6 then have its K.
 
     Raises InputError for an unknown table or method, which it names, and for a run or an encoder that is called like a method.
     """
@@ -324,7 +325,7 @@ def plan(
         if table == "2":
             rows = [named.get(row.condition.name, row) for row in rows]
             rows = [*given, *rows, *(row for row in named.values() if row not in rows)]
-        if table in ("3", "4", "5", "6") and data in PAPER_LOCALES:
+        if table in ("3", "4", "5", "6") and locale:
             rows = [_of_printed_size(row) for row in rows]
         cells += [Cell(table if table in ALSO else f"T{table}", row, data) for row in rows]
     return cells

@@ -84,15 +84,15 @@ def recall_by_rank(score_QN: np.ndarray, relevant: Sequence[np.ndarray], k: int 
 
 def tune_bm25(build: Callable[[float, float], Bm25], asked: Asked) -> tuple[Bm25, dict]:
     """The BM25 whose k1 and b find most, and what was chosen."""
-    best, chosen = None, {}
+    best, most, chosen = None, -1.0, {}
     for k1, b in itertools.product(K1_GRID, B_GRID):
         index = build(k1, b)
         score = lexical_scores(index, asked.texts)
         recall = np.concatenate(
             [recall_by_rank(score(*part), asked.relevant[slice(*part)]) for part in _parts(len(asked.texts))]
         ).mean()
-        if best is None or recall > chosen["validation_recall"]:
-            best, chosen = index, {"k1": k1, "b": b, "validation_recall": round(float(recall), 4)}
+        if recall > most:
+            best, most, chosen = index, recall, {"k1": k1, "b": b, "validation_recall": round(float(recall), 4)}
     return best, chosen
 
 

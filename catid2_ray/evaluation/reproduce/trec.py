@@ -6,7 +6,7 @@ Ids with blanks would break the columns, so blanks in them are written as %20 an
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def read_run(text: str, *, query_ids: Sequence[str], row_of: Mapping[str, int], 
     Raises InputError, which names the file `name` and the line, for a line that is none of a run and a product that a query has
     twice; and for a file that answers none of the queries, or whose scores rank nothing."""
     found: dict[str, dict[int, float]] = {query_id: {} for query_id in query_ids}
-    others, unknown = set(), 0
+    others, unknown = set(), []
     for number, line in enumerate(text.split("\n"), 1):
         if not (columns := [column for column in re.split(r"[ \t\r]+", line) if column]):
             continue
@@ -59,11 +59,16 @@ def read_run(text: str, *, query_ids: Sequence[str], row_of: Mapping[str, int], 
         if query_id not in found:
             others.add(query_id)
         elif (row := row_of.get(product, row_of.get(unquote(product)))) is None:
-            unknown += 1
+            unknown.append(product)
         elif row in found[query_id]:
             raise InputError(f"{name}, line {number}: query {query_id!r} has product {product!r} twice")
         else:
             found[query_id][row] = score
+    if not any(found.values()) and unknown:
+        raise InputError(
+            f"{name} names no product of the catalogue; its products are {', '.join(map(repr, sorted({*unknown})[:3]))}: use the "
+            "product_id of the catalogue"
+        )
     if not any(found.values()):
         raise InputError(
             f"{name} answers none of the {len(found)} queries that are asked, such as {query_ids[0]!r}; its queries are "
@@ -76,7 +81,7 @@ def read_run(text: str, *, query_ids: Sequence[str], row_of: Mapping[str, int], 
     for place, query_id in enumerate(query_ids):
         rows = sorted(found[query_id], key=lambda row: (-found[query_id][row], row))[:returned]
         rows_QC[place, : len(rows)] = rows
-    return GivenRun(rows_QC, sum(not rows for rows in found.values()), len(others), unknown)
+    return GivenRun(rows_QC, sum(not rows for rows in found.values()), len(others), len(unknown))
 
 
 def qrels_lines(query_ids: Sequence[str], gains: Sequence[Mapping[str, float]]) -> str:
@@ -89,4 +94,4 @@ def qrels_lines(query_ids: Sequence[str], gains: Sequence[Mapping[str, float]]) 
 
 
 def _plain(text: str) -> str:
-    return "".join(f"%{ord(c):02X}" if c == "%" or c.isspace() else c for c in text)
+    return "".join(quote(c) if c == "%" or c.isspace() else c for c in text)

@@ -97,18 +97,23 @@ class Bench:
         return bench
 
     def _gains(self, known: pa.Table) -> list[dict[str, float]]:
-        lowest = pc.min(self.pairs["relevance"]).as_py()
         of_split = known.filter(pc.field("split") == self.recipe.evaluation.split)
         gains: dict[str, dict[str, float]] = {name: {} for name in self.judged["test"].query_ids}
         rows = zip(
             of_split["query_id"].to_pylist(),
             of_split["product_id"].to_pylist(),
-            gains_of(of_split["relevance"], lowest),
+            gains_of(of_split["relevance"], self.zero_grade),
         )
         for query, product, gain in rows:
             if query in gains:
                 gains[query][product] = max(float(gain), gains[query].get(product, 0.0))
         return list(gains.values())
+
+    @property
+    def zero_grade(self) -> float:
+        """The relevance that has gain 0: the table's lowest grade, or 1 below it where that counts as relevant already."""
+        lowest = pc.min(self.pairs["relevance"]).as_py()
+        return lowest - 1 if lowest >= self.recipe.evaluation.min_relevance else lowest
 
     @property
     def product_ids(self) -> list[str]:
@@ -119,7 +124,9 @@ class Bench:
         return join_text(self.products, ("title", "description"))
 
     def asked(self, split: str) -> Asked:
-        """InputError where the split has no query that can be judged."""
+        """InputError where the split has no query that can be judged, and for a validation split that is measured itself."""
+        if split == "validation" == self.recipe.evaluation.split:
+            raise InputError("evaluation.split is validation, and nothing is chosen on the queries that are measured")
         if split not in self.judged:
             raise InputError(
                 f"nothing can be tuned: the pairs have no {split} query with a relevant product of the catalogue"

@@ -21,6 +21,12 @@ def fine_tunes(condition: Condition) -> bool:
     return bool(condition.settings.get("dpr")) or condition.settings.get("dense") == "dpr"
 
 
+def adapts(condition: Condition) -> bool:
+    """Whether its vectors are those of the adapter."""
+    settings = condition.settings
+    return condition.family == "ids" or bool(settings.get("adapted")) or settings.get("dense") == "adapted"
+
+
 def with_shared(condition: Condition, cost: dict, parts: Mapping[str, Manifest]) -> dict:
     """The cost with what methods share, counted for each: the tuning of the encoder and, for IDs, embeddings and the adapter. Of a
     release: with its examples. `parts`: by role, of which the ranking was made."""

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -68,6 +68,8 @@ class Measures:
         values = recipe.model_dump(mode="json") | {"seed": seed}
         budget = recipe.reproduce
         changes = dict(condition.recipe)
+        if changes.get("embedding.encoder", recipe.embedding.encoder) != recipe.embedding.encoder:
+            changes["serving.query_encoder"] = None  # it goes with the recipe's own encoder
         if condition.printed:
             changes |= {
                 f"quantizer.{name}": value
@@ -92,9 +94,8 @@ class Measures:
             return self.job, self.parts
         key = recipe.embedding.model_dump_json()
         if key not in self._embedded:
-            job = dataclasses.replace(
-                self.job, recipe=self.job.recipe.model_copy(update={"embedding": recipe.embedding})
-            )
+            sections = {"embedding": recipe.embedding, "serving": recipe.serving}
+            job = dataclasses.replace(self.job, recipe=self.job.recipe.model_copy(update=sections))
             parts = {name: self.parts[name] for name in ("catalog", "pairs")}
             if (made := tuned_encoder.run(job, parts)) is not None:
                 parts["tuned_encoder"] = made
@@ -118,19 +119,23 @@ class Measures:
         settings["seed"] = seed if condition.seeded else self.job.recipe.seed
         if condition.missing:
             raise InputError(condition.missing)
+        if evaluation.max_queries:  # the recipe's seed draws them, and the seed here is the method's
+            settings["queries"] = _digest(self.bench.judged["test"].query_ids)
+        if self.parts["catalog"].metrics["width"] and any(path.startswith("embedding.") for path in condition.recipe):
+            raise InputError("the catalogue brings its own vectors, so no other encoder or text is embedded")
         parents = {name: self.parts[name] for name in ("catalog", "pairs")}
         if condition.family == "run":
             settings["sha256"] = hashlib.sha256(read_file(self.job.recipe.reproduce.runs[condition.name])).hexdigest()
         if condition.family == "release":
             released = self._released(condition, seed)
             parents |= {name: released[name] for name in _OF_RELEASE if name in released}
-            settings |= {"searched": "release"}
+            settings |= {"searched": "release"} | ({"ahead": self._ahead(released)} if settings.get("ahead") else {})
         if condition.family in ("dense", "fusion", "ids", "generator"):
             recipe = self.recipe_of(condition, seed)
             job, parts = self.embedded(recipe)
             names = ("embeddings", "adapter")
             parents |= {
-                name: parts[name] for name in names if name in parts and (name != "adapter" or _adapts(condition))
+                name: parts[name] for name in names if name in parts and (name != "adapter" or costs.adapts(condition))
             }
             if costs.fine_tunes(condition):
                 settings["dpr"] = self._dpr_settings()
@@ -199,7 +204,7 @@ class Measures:
         if costs.fine_tunes(condition):
             return self._dpr(job, parts, seed)
         vectors, embedding = self.bench.vectors(job, parts), parts["embeddings"].metrics["seconds"]
-        if _adapts(condition):
+        if costs.adapts(condition):
             if vectors.adapter is None:
                 raise InputError(f"there is no adapter: {_why_no_adapter(job, parts)}")
             seconds = parts["adapter"].metrics["seconds"]
@@ -237,10 +242,11 @@ class Measures:
 
     def _dpr_settings(self) -> dict:
         budget, generator = self.job.recipe.reproduce, self.job.recipe.generator
-        asked = "\n".join(self._all_queries()).encode()  # the artefact holds their vectors
         return {
-            "queries": hashlib.sha256(asked).hexdigest(), "epochs": budget.dpr_epochs, "pairs": budget.dpr_pairs,
+            "queries": _digest(self._all_queries()),  # the artefact holds their vectors
+            "epochs": budget.dpr_epochs, "pairs": budget.dpr_pairs,
             "batch": budget.dpr_batch, "learning_rate": budget.dpr_learning_rate, "min_relevance": generator.min_relevance,
+            "relevance_weights": generator.relevance_weights,
         }  # fmt: skip
 
     def _dpr(self, job: Job, parts: dict[str, Manifest], seed: int) -> Pair:
@@ -445,15 +451,20 @@ class Measures:
                 parts[STAGES[name].role] = made
         return parts
 
+    def _ahead(self, parts: dict[str, Manifest]) -> dict:
+        """Weights and encoder of a look-ahead by vectors alone."""
+        if (ahead := ahead_of(self.job.recipe, parts)) is None:
+            raise InputError("the release has no node vectors to look ahead by: serve it with serving.expansion")
+        ahead["lookahead"]["lexical_weight"] = 0.0
+        return ahead
+
     def _release_ranking(self, condition: Condition, seed: int, parents) -> Ranking:
         parts = self._released(condition, seed)
         of_job = seed == self.job.recipe.seed
         release = releases.current(self.job.store).name if of_job else f"none; made with seed {seed}"
         alone, ahead = None if condition.settings["served"] else RETURNED, None
         if condition.settings.get("ahead"):
-            if (ahead := ahead_of(self.job.recipe, parts)) is None:
-                raise InputError("the release has no node vectors to look ahead by: serve it with serving.expansion")
-            ahead["lookahead"]["lexical_weight"] = 0.0
+            ahead = self._ahead(parts)
         settings = releases.retriever_settings(parts, release=release, beam_width=alone, ahead=ahead)
         rows_QC, milliseconds, _ = self._searched(parts, settings)
         training = sum(
@@ -468,12 +479,8 @@ class Measures:
         return Ranking(rows_QC, cost_of(training, indexing, milliseconds, 0), {"kind": kind, "release": release})
 
 
-def _adapts(condition: Condition) -> bool:
-    return (
-        condition.family == "ids"
-        or bool(condition.settings.get("adapted"))
-        or condition.settings.get("dense") == "adapted"
-    )
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def _why_no_adapter(job: Job, parts: dict[str, Manifest]) -> str:

@@ -9,7 +9,6 @@ from importlib import metadata, resources
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 
 from catid2_ray import __version__
 from catid2_ray.artifacts import release as releases
@@ -32,6 +31,10 @@ from catid2_ray.on_ray.reproduce.nearest import read_file
 from catid2_ray.on_ray.reproduce.run import Reproduction
 
 _LIBRARIES = ("torch", "transformers", "ray", "numpy", "bm25s", "faiss-cpu")  # those that figures depend on
+_LEARNED = {  # what a reader must know of another split than test
+    "train": "; THEY WERE LEARNED FROM: figures say nothing of other queries",
+    "validation": "; the adapter, and the weights of what is served, were chosen on them, so figures flatter these",
+}
 _COMPARED = 1000  # products whose text is read with and without its category
 
 
@@ -110,16 +113,17 @@ def _about(reproduction: Reproduction) -> dict[str, str]:
     bench, parts = reproduction.bench, reproduction.parts
     recipe, judged = bench.recipe, bench.judged["test"]
     aside = parts["pairs"].metrics["reasons"]
-    lowest = pc.min(bench.pairs["relevance"]).as_py()
     machines = sorted({run.machine for outcome in reproduction.outcomes for run in outcome.runs})
     seeds = sorted({run.seed for outcome in reproduction.outcomes for run in outcome.runs})
     return {
         "catalogue": f"{bench.products.num_rows:,} products; categories by depth {parts['catalog'].metrics['categories']}",
         "queries": f"{len(judged.queries):,} of split {recipe.evaluation.split}"
-        + (f"; {bench.unanswerable:,} more have no relevant product there and are not asked" if bench.unanswerable else ""),
+        + (f"; {bench.unanswerable:,} more have no relevant product there and are not asked" if bench.unanswerable else "")
+        + _LEARNED.get(recipe.evaluation.split, ""),
         "labels": f"relevant from {recipe.evaluation.min_relevance:g}, teaching from "
-            f"{recipe.generator.min_relevance:g}; the lowest grade, "
-        f"{lowest:g}, has gain 0",
+            f"{recipe.generator.min_relevance:g}; {bench.zero_grade:g} has gain 0",
+        **{f"answers of {one.cell.row.condition.name}, as given": _of_given(one.runs[0].tuned)
+           for one in reproduction.outcomes if one.runs and one.cell.row.condition.family == "run"},
         "pairs set aside": "; ".join(f"{count:,}: {reason}" for reason, count in sorted(aside.items())) or "none",
         "embedding": f"{Path(recipe.embedding.encoder).name} of {', '.join(recipe.embedding.text)}"
         + ("" if "adapter" in parts else "; no adapter"),
@@ -133,6 +137,12 @@ def _about(reproduction: Reproduction) -> dict[str, str]:
         + ", ".join(f"{name} {metadata.version(name)}" for name in _LIBRARIES if _installed(name)),
         "machine": "; ".join(machines) or "–",
     }  # fmt: skip
+
+
+def _of_given(counted: Mapping[str, int]) -> str:
+    """Of another search: what it did not answer, and what it named that nobody knows here."""
+    return (f"{counted['unanswered']:,} queries unanswered, {counted['unknown_products']:,} answers that are no product of the "
+            f"catalogue, {counted['not_asked']:,} queries that are not asked")  # fmt: skip
 
 
 def _installed(library: str) -> bool:

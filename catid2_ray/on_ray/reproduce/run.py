@@ -15,9 +15,10 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from catid2_ray.artifacts import manifest as artifact
+from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError, CatidError, Interrupted
+from catid2_ray.errors import ArtifactError, CatidError, Interrupted, ReleaseError
 from catid2_ray.evaluation.reproduce.conditions import Cell, Condition
 from catid2_ray.evaluation.reproduce.ranking import Ranking
 from catid2_ray.evaluation.reproduce.scores import Outcome, Run
@@ -108,10 +109,21 @@ def _key(condition: Condition) -> str:
                  condition.missing))  # fmt: skip
 
 
+def _note(measures: Measures, condition: Condition, seed: int) -> str:
+    """Where the reason lies why a run failed: of this recipe, data and release, for with others it may not."""
+    job = measures.job
+    try:
+        release = releases.current(job.store).name
+    except ReleaseError:
+        release = ""
+    data = [measures.parts[name].digest for name in ("catalog", "pairs")]
+    of = repr((_key(condition), seed, data, release, job.recipe.model_dump_json(exclude={"reproduce"})))
+    return f"{_FAILURES}/{hashlib.sha256(of.encode()).hexdigest()[:16]}.txt"
+
+
 def _guarded(measures: Measures, condition: Condition, seed: int, *, found_only: bool) -> tuple[Run | str, bool]:
     """The run, or why there is none; and whether it was made just now."""
-    store = measures.job.store
-    note = f"{_FAILURES}/{hashlib.sha256(f'{_key(condition)} {seed}'.encode()).hexdigest()[:16]}.txt"
+    store, note = measures.job.store, _note(measures, condition, seed)
     try:
         run, made = _run(measures, condition, seed, found_only=found_only)
         if run != NOT_YET:

@@ -84,16 +84,17 @@ def test_an_encoder_of_one_s_own_is_a_row_and_may_stand_for_the_paper_s():
 
 
 def test_tables_that_the_paper_prints_with_k_256_have_it_on_the_paper_s_data():
-    """Whatever the recipe of a locale has: 512 on us and jp."""
-    for data, pinned in (("us", True), ("shop", False)):
-        cells = [cell.row.condition.recipe for cell in plan(["3", "4", "5", "6"], [], data)]
+    """Whatever the recipe of a locale has: 512 on us and jp. A shop that is called us is none."""
+    for data, locale, pinned in (("us", "us", True), ("us", None, False), ("shop", None, False)):
+        cells = [cell.row.condition.recipe for cell in plan(["3", "4", "5", "6"], [], data, locale=locale)]
         assert all(("quantizer.codes_per_level" in changes) == pinned for changes in cells)
     assert {"levels": 5}.items() <= cells[-1].items()
 
 
-def test_only_rows_as_printed_stand_beside_the_paper_s_tiger():
-    beside = {row.condition.name: row.paper for row in rows_of("2", NAMES) if row.paper in ("tiger", None)}
-    assert beside == {"tiger": None, "tiger+generator": None, "paper_tiger": "tiger", "paper_tiger+generator": "tiger"}
+def test_only_rows_as_printed_stand_beside_the_paper_s_tiger_and_cat_id2():
+    beside = {row.condition.name: row.paper for row in rows_of("2", NAMES) if row.paper in ("tiger", "cat_id2", None)}
+    ours = ("tiger", "tiger+generator", "cat_id2", "cat_id2+generator")
+    assert beside == dict.fromkeys(ours) | {"paper_tiger": "tiger", "paper_tiger+generator": "tiger"}
 
 
 def test_an_unknown_method_or_table_or_cell_is_named_with_those_that_there_are():

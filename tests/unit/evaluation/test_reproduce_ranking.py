@@ -1,5 +1,7 @@
 """Ranked lists of equal length, ties by product, and what is chosen on validation: against loops that see one product at a time."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,9 @@ def test_bm25_is_tuned_by_what_validation_finds_and_keeps_the_default_on_a_tie()
         "all find everything at 50"
     )
     assert index.product_ids == IDS
+    third = Asked(["steel"], [np.array([0, 100, 200])])  # a share that four digits do not hold
+    _, chosen = tune_bm25(lambda k1, b: SimpleNamespace(scores=lambda text: np.array([1.0] + [0.0] * 300)), third)
+    assert (chosen["k1"], chosen["b"], chosen["validation_recall"]) == (1.2, 0.75, 0.3333)
 
 
 def test_the_weight_of_a_fusion_is_the_one_that_finds_most():

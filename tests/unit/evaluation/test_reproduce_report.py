@@ -105,7 +105,7 @@ def test_the_cheapest_of_those_that_tie_is_taken_and_proxies_are_no_systems():
     assert said.ids == "tiger" and said.id_ties == [], (
         "the control is no way of making IDs, and cat_id2 is shown to find less"
     )
-    assert "no difference is shown, and this costs less, of 3 whole systems" in said.sentence
+    assert "no difference is shown, of 3 whole systems measured, and this one takes less time to make." in said.sentence
     clear = scored_of(outcome("bm25", ranked(0.1), train=0.0), outcome("served", ranked(1.0), train=900.0))
     assert advice(clear, compared(clear, 50), 50).take == "served"
     assert (
@@ -121,8 +121,14 @@ def test_the_first_sentence_says_what_it_costs_to_make_and_to_ask():
     )
     own = renamed(outcome("bm25", ranked(1.0)), name="solr", title="solr", family="run")
     found = scored_of(own)
-    assert advice(found, compared(found, 50), 50).sentence.startswith(
-        "Take solr: recall@50 50.0 % [50.0, 50.0]. It finds most"
+    assert advice(found, compared(found, 50), 50).sentence == (
+        "Take solr: recall@50 50.0 % [50.0, 50.0]. It finds most, of 1 whole system measured, and you have it already."
+    )
+    slow, fast = outcome("dense", ranked(0.6), train=1.0), outcome("served", ranked(0.65, 2), train=2.0)
+    slow = slow._replace(runs=[run._replace(cost=run.cost | {"ms_per_query": 900.0}) for run in slow.runs])
+    found = scored_of(slow, fast)
+    assert advice(found, compared(found, 50), 50).sentence.endswith(
+        "and this one takes less time to make, though a query of the other takes 2.0 ms."
     )
     assert [duration(seconds) for seconds in (0.2, 119, 600, 7200)] == ["0 s", "119 s", "10 min", "2.0 h"]
 
@@ -148,7 +154,7 @@ def test_a_search_that_you_have_is_kept_where_nothing_is_shown_to_find_more():
     found = scored_of(own, outcome("served", ranked(0.65, 2), train=0.0))
     said = advice(found, compared(found, 50), 50)
     assert (said.take, said.best) == ("solr", "served")
-    assert "but no difference is shown, and you have this one already, of 2 whole systems" in said.sentence
+    assert said.sentence.endswith("but no difference is shown, of 2 whole systems measured, and you have it already.")
     better = own._replace(
         cell=own.cell._replace(row=row._replace(condition=row.condition._replace(name="new"))),
         runs=[own.runs[0]._replace(ranked=ranked(0.65, 2))],
@@ -164,7 +170,7 @@ def test_sentences_say_what_the_data_says_and_never_more():
     )
     said = [str(one) for one in findings("T2", found, {10: compared(found, 10)})]
     assert len(said) == len(CLAIMS["T2"])
-    borne, missing, tie = said[0], said[1], said[2]
+    borne, missing, tie = said[0], said[1], said[3]
     assert borne.startswith("TIGER over DSI semantic (4.2), recall@10: +") and borne.endswith("borne out.")
     assert (
         missing

@@ -7,7 +7,7 @@ from catid2_ray.errors import InputError
 from catid2_ray.evaluation.reproduce.conditions import plan
 from catid2_ray.evaluation.reproduce.trec import read_run, run_lines
 
-PRODUCTS = ["a", "b 1", "c%", "d"]
+PRODUCTS = ["a", "b 1", "c%", "d", "e\u3000f"]
 ROW_OF = {name: row for row, name in enumerate(PRODUCTS)}
 
 
@@ -16,9 +16,9 @@ def read(text: str, queries=("q1", "q 2"), returned: int = 3):
 
 
 def test_what_is_written_is_read():
-    ranked = [["d", "b 1", "a", "c%"], ["c%"]]
+    ranked = [["d", "b 1", "a", "c%"], ["c%", "e\u3000f"]]
     run = read(run_lines(["q1", "q 2"], ranked, "tag"))
-    assert run.rows_QC.tolist() == [[3, 1, 0], [2, -1, -1]] and run[1:] == (0, 0, 0)
+    assert run.rows_QC.tolist() == [[3, 1, 0], [2, 4, -1]] and run[1:] == (0, 0, 0)
 
 
 def test_the_score_ranks_and_ties_stand_in_the_order_of_rows():
@@ -54,6 +54,10 @@ def test_what_is_not_of_this_catalogue_is_counted_and_left_out():
             "answers none of the 2 queries that are asked, such as 'q1'; its queries are '7': use the query_id",
         ),
         ("", "its queries are none"),
+        (
+            "q1 Q0 SKU-a 1 2 x\nq1 Q0 SKU-b 2 1 x\n",
+            "no product of the catalogue; its products are 'SKU-a', 'SKU-b': use the product_id",
+        ),
     ],
 )
 def test_what_is_no_run_says_where(text, message):
