@@ -9,6 +9,7 @@ files. So nothing that is left names something that is gone, and the next gc fin
 
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from catid2_ray.errors import ArtifactError, InputError, LeaseError, ReleaseErro
 # Parents that a rerun does not look for by themselves: parts, which the release names, and what an earlier release gave.
 _NOT_FOLLOWED = frozenset({*PARTS, "previous", "warm", "encoder", "tree", "matched", "lessons"})
 RUNS_OLDER_THAN_DAYS = 7.0
+_CHECK_S = 1.0
 
 
 class Removal(NamedTuple):
@@ -76,8 +78,12 @@ def collect(
         removals = [*plan.removals(), *(Removal("stale uses", f"uses/jobs/{name}", 0) for name in stale)]
         local = plan.cached()
         if not dry_run:
-            held.check()
+            checked = None
             for removal in removals:
+                # A process that stood still for long may have lost its lease to a job that reuses what is on the list.
+                if checked is None or time.monotonic() - checked > _CHECK_S:
+                    held.check()
+                    checked = time.monotonic()
                 (store.delete_folder if removal.folder else store.delete)(removal.name)
             for removal in local:
                 _remove_local(Path(removal.name))
@@ -149,7 +155,7 @@ class _Plan:
 
     def removals(self) -> list[Removal]:
         """In the order in which they are safe."""
-        needed = history.left_since(self.moves, self.kept)
+        needed = history.left_since(self.moves, self.kept) | self._to_carry()
         size = {
             f"{folder}/{name}": entry.bytes
             for folder in ("current", "releases")
@@ -167,6 +173,15 @@ class _Plan:
         ]
         unused = [Removal("stale uses", f"uses/releases/{name}", 0) for name in self.stale]
         return [*moves, *records, *live, *self._artefacts(), *self._runs(), *unused]
+
+    def _to_carry(self) -> set[str]:
+        """Releases with live changes that a kept one has still to carry over, as far as anybody knows."""
+        return {
+            release
+            for name in self.kept
+            for release, seen in history.sources(self.moves, name).items()
+            if releases.last_change(self.store, release, seen) > seen
+        }
 
     def _leaves(self, move: Entry) -> bool:
         """The last move is never removed: the next one is numbered after it."""

@@ -133,7 +133,7 @@ def _changed_products(record: bytes) -> int:
 
 
 def rollback(store: Store, name: str | None = None) -> Rollback:
-    """Make the release before the current one current again, or the one of this name. To be called with the store's lease.
+    """Make the release before the current one current again, or the one of this name. To be called where no gc is at work.
 
     Every part is looked at first: ReleaseError or ArtifactError where one is gone or damaged; ReleaseError where there is
     no release to go back to. What is made next builds on the release that is current then.

@@ -158,8 +158,8 @@ def _refusal(store: Store, state: State) -> str:
     expires_s = state.record.get("expires_s", EXPIRES_S)
     return (
         f"another job works on {store.uri}: {holder.sentence(state.record)}; its last heartbeat was {state.silent_s:.0f} s ago. "
-        f"Wait for its end with --wait. If it was killed on another machine, its lease ends {expires_s:g} s after its last "
-        "heartbeat: rerun then"
+        "Wait for its end: a command that has --wait does. If it was killed on another machine, its lease ends "
+        f"{expires_s:g} s after its last heartbeat: rerun then"
     )
 
 

@@ -100,20 +100,11 @@ def find(store: Store, kind: str, key: str) -> Manifest | None:
         return None
     try:
         fields = json.loads(store.read(name))
+        _refuse_format(store.uri_of(name), fields["format"])
         manifest = Manifest(**fields)
         names = [entry["name"] for entry in manifest.files]
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{store.uri_of(name)} is not a manifest ({error}); delete that folder and rerun") from None
-    if manifest.format != FORMAT:
-        newer = manifest.format > FORMAT
-        raise FormatError(
-            f"{store.uri_of(name)} has format {manifest.format}, this version reads {FORMAT}: "
-            + (
-                "it was written by a newer version of catid2-ray; run that one"
-                if newer
-                else "it is older than 0.1; make it anew"
-            )
-        )
     if (manifest.kind, manifest.key) != (kind, key):
         raise ArtifactError(
             f"{store.uri_of(name)} says that it is the manifest of {manifest.kind}/{manifest.key}, expected {kind}/{key}; "
@@ -126,6 +117,16 @@ def find(store: Store, kind: str, key: str) -> Manifest | None:
         raise ArtifactError(store.uri_of(str(error))) from None
     _refuse_damaged(store, name, fields, manifest)
     return manifest
+
+
+def _refuse_format(uri: str, found: int) -> None:
+    """Before the fields are looked at, of which another format may have others."""
+    if found != FORMAT:
+        newer = "it was written by a newer version of catid2-ray; run that one"
+        raise FormatError(
+            f"{uri} has format {found}, this version reads {FORMAT}: "
+            + (newer if found > FORMAT else "it is older than 0.1; make it anew")
+        )
 
 
 def _refuse_damaged(store: Store, name: str, fields: dict, manifest: Manifest) -> None:

@@ -93,9 +93,10 @@ def waits(budget_s: float) -> Iterator[float]:
 
 def failure(message: str, error: BaseException, *, answered: bool | None) -> StorageError:
     """The error of ours, which says what to do. `answered`: whether the store ever replied; None for one in a local folder."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # of this machine, whatever the store is
+        return StorageError(message + _FULL)
     if answered is None:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        return StorageError(message + (_FULL if full else ""))
+        return StorageError(message)
     if is_refusal(error):
         return StorageDenied(
             f"{message}; the store refuses what these credentials ask: check that they have not expired, that they may list, read, "

@@ -27,6 +27,7 @@ from catid2_ray.cli.options import (
     StoreOption,
     TrialOption,
     WaitOption,
+    json_writer,
     say_younger,
 )
 from catid2_ray.cli.options import console as _console
@@ -155,19 +156,17 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
     """Run to a published release, show its figures and a few answers from it."""
     from catid2_ray.evaluation.report import closing_tables
     from catid2_ray.evaluation.tables import terminal
-    from catid2_ray.on_ray.commands import GateFailed, write_json
+    from catid2_ray.on_ray.commands import GateFailed
 
-    console = _console()
+    console, write = _console(), json_writer(json_file)
     try:
         outcome = run(loaded)
     except GateFailed as error:
         console.print(terminal(closing_tables({"release": "none", **error.figures})))
         console.print("FAILED", style="bold red")
-        if json_file:
-            write_json(json_file, {"release": None, **error.figures})
+        write({"release": None, **error.figures})
         raise
-    if json_file:
-        write_json(json_file, outcome.figures)
+    write(outcome.figures)
     if not outcome.made:
         console.print(f"Nothing changed: every stage was found committed in {loaded.store}.")
     console.print(terminal(closing_tables(outcome.figures)))
@@ -182,8 +181,11 @@ def _run_and_show(run: Callable, loaded: Recipe, json_file: str | None) -> None:
     )
     say_younger(outcome.figures["changes_to_carry"])
     queries = loaded.sample_queries or tuple(outcome.parts["evaluation"].metrics["sample_queries"])
-    for query in queries:
-        _answer(console, store, query, k=3)
+    try:
+        for query in queries:
+            _answer(console, store, query, k=3)
+    except CatidError as error:  # its encoder, say, is on the nodes that evaluated it and on those that will serve it
+        print(f"Answers from it cannot be shown here: {error}")
     console.print(
         f"\nTry next:\n  catid2 search \"{queries[0]}\" --store {loaded.store}\n  catid2 serve --store {loaded.store}\n"
         "  curl -s localhost:8000/v1/retrieve -H 'content-type: application/json' "
@@ -244,13 +246,12 @@ def compare_ids(
     """Train and assign several ways of making IDs on equal budgets, each cached, and show them side by side."""
     from catid2_ray.evaluation.ids_report import compare_page, compare_table
     from catid2_ray.evaluation.tables import terminal
-    from catid2_ray.on_ray.commands import write_json
     from catid2_ray.on_ray.reports import compare_ids as run
 
+    write = json_writer(json_file)
     loaded = Recipe.load(recipe, overrides or [])
     comparison = run(loaded, [kind.strip() for kind in kinds.split(",") if kind.strip()], seeds, score=score)
-    if json_file:
-        write_json(json_file, comparison.rows)
+    write(comparison.rows)
     about = {
         "catalogue": f"{comparison.catalog.rows:,} products, categories by depth {comparison.catalog.metrics['categories']}",
         "embedding": f"{loaded.embedding.encoder} of {', '.join(loaded.embedding.text)}",
@@ -371,15 +372,15 @@ def evaluate(
     """Score the current release of a store on a table of pairs."""
     from catid2_ray.evaluation.report import closing_tables
     from catid2_ray.evaluation.tables import terminal
-    from catid2_ray.on_ray.commands import evaluate_release, write_json
+    from catid2_ray.on_ray.commands import evaluate_release
     from catid2_ray.on_ray.stages.evaluate import METHODS
 
     names = tuple(name.strip() for name in methods.split(",") if name.strip())
     if unknown := set(names) - set(METHODS):
         raise InputError(f"--methods: unknown {', '.join(sorted(unknown))}; choose from {', '.join(METHODS)}")
+    write = json_writer(json_file)
     figures = evaluate_release(store, pairs, split=split, min_relevance=min_relevance, methods=names)
-    if json_file:
-        write_json(json_file, figures)
+    write(figures)
     _console().print(terminal(closing_tables(figures)))
 
 

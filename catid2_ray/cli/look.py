@@ -8,7 +8,7 @@ import typer
 
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
-from catid2_ray.cli.options import DEFAULT_STORE, RecipeOption, SetOption, StoreOption, console
+from catid2_ray.cli.options import DEFAULT_STORE, RecipeOption, SetOption, StoreOption, console, json_writer
 from catid2_ray.config import Recipe
 from catid2_ray.errors import InputError
 
@@ -41,12 +41,10 @@ def _checked(uri: str) -> Store:
 def _show(figures: dict, tables: list, json_file: str | None) -> None:
     from catid2_ray.evaluation.tables import terminal
 
-    text = json.dumps(figures, indent=1, ensure_ascii=False)
     if json_file == "-":
-        print(text)
+        print(json.dumps(figures, indent=1, ensure_ascii=False))
         return
-    if json_file:
-        Path(json_file).write_text(text + "\n", encoding="utf-8")
+    json_writer(json_file)(figures)
     console().print(terminal(tables))
 
 

@@ -1,18 +1,26 @@
 """What commands have in common: their options, the console that they write results to, and log lines."""
 
+import json
+import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from catid2_ray.artifacts.store import Store
+from catid2_ray.errors import InputError
 from catid2_ray.redaction import redacted
 
 RecipeOption = Annotated[str, typer.Option("--recipe", help="YAML recipe, such as jobs/recipes/quickstart.yaml")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a recipe field; repeatable")
 ]
-JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the figures to this file")]
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="write the figures to this file, or s3:// object")
+]
 WaitOption = Annotated[bool, typer.Option("--wait", help="wait while another job works on the store, not exit 9")]
 StoreOption = Annotated[str, typer.Option("--store", envvar="CATID2_STORE", help="folder or s3:// prefix of the store")]
 TrialOption = Annotated[
@@ -37,6 +45,30 @@ def event(name: str, **values) -> None:
     """`progress.event`, without the second that importing Ray takes."""
     line = " ".join([f"event={name}", *(f"{key}={value}" for key, value in values.items())])
     print(redacted(line), file=sys.stderr, flush=True)
+
+
+def json_writer(path: str | None) -> Callable[[dict | list], None]:
+    """What writes figures to a file, or an object of s3://; nothing where no path is given. To be called before the work, whose
+    figures and exit code would be lost with it: InputError for a place that cannot be written."""
+    if path is None:
+        return lambda figures: None
+    folder, _, name = path.rpartition("/")
+    if "://" in path:
+        store = Store(folder)
+        store.check()
+        return lambda figures: store.write(name, _json(figures))
+    if os.environ.get("RAY_ADDRESS") and not os.path.isabs(path):
+        raise InputError(
+            f"--json {path}: a submitted job runs in a copy of the working directory that is deleted afterwards: name an absolute "
+            "path that outlives it, or s3://…"
+        )
+    if os.path.isdir(path) or not os.access(folder or ("/" if path.startswith("/") else "."), os.W_OK | os.X_OK):
+        raise InputError(f"--json {path}: no file can be written there: name one in a folder that exists")
+    return lambda figures: Path(path).write_bytes(_json(figures)) and None
+
+
+def _json(figures: dict | list) -> bytes:
+    return (json.dumps(figures, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def say_younger(changes: int) -> None:

@@ -1,23 +1,22 @@
 """Commands on the releases of a store: list them, go back, try one, promote it, clean up."""
 
-import json
-from pathlib import Path
+import contextlib
 from typing import Annotated
 
 import typer
 
-from catid2_ray.artifacts import history, lease, trials
+from catid2_ray.artifacts import history, holder, lease, trials, uses
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
 from catid2_ray.cli.options import (
     DEFAULT_STORE,
     JsonOption,
-    ShadowOption,
     StoreOption,
     WaitOption,
     console,
     event,
+    json_writer,
     say_younger,
 )
 from catid2_ray.errors import InputError
@@ -41,27 +40,40 @@ def said(release: str, shares: Shares) -> str:
 
 def trial(
     release: Annotated[str | None, typer.Argument(help="a stored release; left out: say what is on trial")] = None,
-    percent: Annotated[float, typer.Option(help="share of the sessions that are answered from it")] = 0.0,
-    shadow: ShadowOption = 0.0,
+    percent: Annotated[
+        float | None, typer.Option(help="share of the sessions that are answered from it; left out: as it was, or 0")
+    ] = None,
+    shadow: Annotated[
+        float | None,
+        typer.Option(metavar="PERCENT", help="share of the others that ask it beside; left out: as it was, or 0"),
+    ] = None,
     end: Annotated[bool, typer.Option("--end", help="end the trial; the current release answers all")] = False,
     store: StoreOption = DEFAULT_STORE,
     wait: WaitOption = False,
 ) -> None:
     """Try a release on a share of the traffic, or say what is tried. Replicas follow within seconds."""
+    shares = {name: value for name, value in (("percent", percent), ("shadow", shadow)) if value is not None}
     if release is not None and end:
         raise InputError("--end ends the trial of now, whatever it is of; leave the release out")
+    if shares and release is None:
+        raise InputError(f"--{next(iter(shares))} is of a release: name the one to try")
     opened = Store(store)
     opened.check()
     if release is None and not end:
         found = trials.running(opened)
         print("No release is on trial." if found is None else said(found.release, found.shares))
         return
-    with lease.holding(opened, wait=wait, command="catid2 trial", say=event):
-        if end:
+    if end:
+        with _beside(opened, "catid2 trial", wait=wait):
             ended = trials.end(opened)
-            print("No release is on trial." if ended is None else f"The trial of release {ended.release} is over.")
-        else:
-            begun = trials.begin(opened, release, Shares(percent, shadow))
+        print("No release is on trial." if ended is None else f"The trial of release {ended.release} is over.")
+    else:
+        with lease.holding(opened, wait=wait, command="catid2 trial", say=event):
+            now = trials.running(opened)
+            begins = now is None or now.release != release
+            if begins and not any(shares.values()):
+                raise InputError(f"a trial of {release} needs a share of the sessions: --percent 5, or --shadow 20")
+            begun = trials.begin(opened, release, (Shares(0.0) if begins else now.shares)._replace(**shares))
             print(said(begun.release, begun.shares))
 
 
@@ -83,9 +95,9 @@ def list_releases(store: StoreOption = DEFAULT_STORE, json_file: JsonOption = No
 
     opened = Store(store)
     opened.check()
+    write = json_writer(json_file)
     rows = overview(opened)
-    if json_file:
-        Path(json_file).write_text(json.dumps(rows, indent=1) + "\n")
+    write(rows)
     if not rows:
         print(f"Nothing was published to {opened.uri} yet.")
         return
@@ -103,8 +115,9 @@ def rollback(
     """Make an earlier release current again, after a look whether all of its parts are there."""
     opened = Store(store)
     opened.check()
-    with lease.holding(opened, wait=wait, command="catid2 rollback", say=event):
+    with _beside(opened, "catid2 rollback", wait=wait):
         back = history.rollback(opened, release)
+        at_work = lease.look(opened)
     if back.before == back.release.name:
         print(f"Release {back.release.name} is current already; nothing changed.")
         return
@@ -113,6 +126,19 @@ def rollback(
         f"Release {back.release.name} is current again; it was {back.before}. Replicas that follow the store change over within "
         "seconds; what is made next builds on the release that is current."
     )
+    if not (wait or at_work.is_free):
+        print(
+            f"At work beside: {holder.sentence(at_work.record)}. A job that began before this cannot publish what it makes; run it "
+            "again when it has ended, and it goes on from what is committed."
+        )
+
+
+def _beside(store: Store, command: str, *, wait: bool) -> contextlib.AbstractContextManager:
+    """For what cannot wait hours for a job: as another reader of the store, whom a gc sees and who waits for a gc. Its records are
+    created, never written over, so that of two at one moment one is refused. With `wait`: after the job's end."""
+    if wait:
+        return lease.holding(store, wait=True, command=command, say=event)
+    return uses.job(store, command=command, say=event)
 
 
 def gc(

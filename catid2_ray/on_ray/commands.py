@@ -1,6 +1,5 @@
 """What the command line and the jobs call: one verb, the whole chain with its publication, or the scoring of a release."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +160,11 @@ def _ask_canaries(job: Job, parts: dict[str, Manifest], figures: dict) -> dict |
     """Ask what will be published what its evaluation asked, beside the current release; returns what that gave, None where there
     is nothing to ask or to publish. Raises GateFailed."""
     current = releases.pointer(job.store)[1]
-    before = None if current is None else releases.load(job.store, current)
+    before = None
+    try:
+        before = None if current is None else releases.load(job.store, current)
+    except ArtifactError as error:  # its record is gone, and `--new-ledger` goes on without it
+        progress.event("no_canary", of=current, reason=repr(str(error)))
     answers = canary.kept_answers(job.store, parts)
     digests = {name: part.digest for name, part in parts.items()}
     if before and all(digests.get(name) == part["digest"] for name, part in before.parts.items()):
@@ -302,7 +305,3 @@ def diagnose_release(store_uri: str, *, release: str | None, queries: int, split
     progress.event("diagnose", queries=len(judged.queries), decoder_rows=cost * len(judged.queries))
     diagnosis = diagnose(retriever, judged.queries, judged.relevant)
     return {"release": chosen.name, "diagnosis": diagnosis_figures(diagnosis, split=split, rows_per_query=cost)}
-
-
-def write_json(path: str, figures: dict | list) -> None:
-    Path(path).write_text(json.dumps(figures, indent=1) + "\n")

@@ -70,9 +70,9 @@ class Job:
     which bars and log lines count them; empty where they are not counted. A stage has the name of the kind that it makes, but for
     "aligned", which makes a generator of a generator. `made` tells which stages ran, `committed` the keys of those that
     are there, made or found, `proven` the folders whose bytes it knows. `previous`: the release that is built on; `pointer`:
-    how often something had been published when the work began, and `seen` how many live changes each release had then.
-    `younger`: how many came since, known once it has published. `new_ledger`: a ledger may be begun anew where that of the
-    previous release cannot be continued.
+    how often something had been published when the work began, and `seen` how many live changes each release had when the tables
+    of the catalogue were read. `younger`: how many came since, known once it has published. `new_ledger`: a ledger may be begun
+    anew where that of the previous release cannot be continued.
     `resize`: numbers that follow the catalogue's size are chosen anew, whatever the release has.
     `refit_encoder`: a fitted text encoder is fitted anew; `refresh_adapter`: so is the adapter, `refresh_encoder`: a tuned
     encoder is tuned anew. `lease`: that of the store;
@@ -139,6 +139,11 @@ class Job:
         if self.lease:
             self.lease.check()
 
+    def is_alone(self) -> bool:
+        """Whether no other job works on the store, with or without a lease."""
+        jobs, _ = uses.alive(self.store, "uses/jobs")
+        return not jobs if self.lease else len(jobs) < 2 and leases.look(self.store).is_free
+
     def publish(self, parts: dict[str, Manifest]) -> Release:
         """Make these parts the current release, if nothing else was published since the work began; counts and says how many live
         changes are younger than its catalogue."""
@@ -160,7 +165,7 @@ class Job:
 
     def look(self) -> str | None:
         """The name of the release that is current, None where there is none. Keeps `pointer` and `seen`: to be called before the
-        catalogue is read."""
+        catalogue is read; one that is found says itself what it has seen."""
         self.pointer, current = releases.pointer(self.store)
         self.seen = releases.live_changes(self.store)
         return current

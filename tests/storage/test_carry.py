@@ -10,6 +10,7 @@ import pytest
 from catid2_ray.artifacts import gc, history
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.history import Entry, Left
+from catid2_ray.artifacts.store import Store
 from catid2_ray.config import Recipe
 from catid2_ray.docid import DocidSpace
 from catid2_ray.errors import CommitConflict, InputError
@@ -19,6 +20,7 @@ from catid2_ray.on_ray.machine.live_log import LiveLog, LiveUpdates, changes_of
 from catid2_ray.on_ray.serve import carry
 from catid2_ray.on_ray.serve.carry import Carried, Carrier
 from catid2_ray.on_ray.serve.puts import Puts
+from catid2_ray.on_ray.stages import catalog as catalogs
 from catid2_ray.retrieval.live_view import codes_of
 from tests.live_shop import Shop
 from tests.oracles.carry import World
@@ -151,6 +153,24 @@ def test_a_withdrawn_product_stays_withdrawn_and_an_inserted_one_stays(publisher
         "what came from there stays there"
     )
     assert "p6" not in again.shop.held and "p3" not in again.shop.held
+
+
+def test_a_catalogue_that_is_found_has_not_seen_what_came_since_it_was_read(tiny, tmp_path, no_ray):
+    """A job that is resumed, or one whose tables nobody has written since, must not take younger changes for old ones."""
+    recipe = Recipe.build(tiny | {"store": str(tmp_path / "store")})
+    store = Store(recipe.store)
+    for changes, seen in ((1, {"r-1": 1}), (2, {"r-1": 1})):
+        LiveLog(store, "r-1").write(changes, {"kind": "withdraw", "products": [f"p{changes}"]})
+        with Job.open(recipe) as job:
+            job.look()
+            assert job.seen == {"r-1": changes}
+            catalogs.run(job, {})
+            assert job.seen == seen
+    other = Recipe.build(recipe.model_dump(mode="json") | {"catalog": tiny["catalog"] | {"rows_per_part": 120}})
+    with Job.open(other) as job:
+        job.look()
+        catalogs.run(job, {})
+        assert job.seen == {"r-1": 2}, "tables that are read anew hold what the operator brought into them"
 
 
 def test_an_id_is_made_anew_where_the_quantizer_is_another_or_the_id_is_taken(publisher):

@@ -156,5 +156,13 @@ def test_what_the_candidate_answers_decides_before_the_pointer_moves(candidate, 
     assert "event=no_canary" in capfd.readouterr().err
 
 
+def test_what_is_current_may_have_lost_its_record_when_a_ledger_is_begun_anew(candidate, capfd):
+    job, parts = candidate
+    current = releases.pointer(job.store)[1]
+    job.store.delete(f"releases/{current}.json")
+    assert commands._ask_canaries(job, parts, {})["given_back"] == 1.0
+    assert f"event=no_canary of={current} reason=" in capfd.readouterr().err
+
+
 def test_the_gates_have_exit_codes_of_their_own():
     assert GateFailed.exit_code == QualityGateError.exit_code == 7 and ChurnGateError.exit_code == 10

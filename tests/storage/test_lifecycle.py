@@ -11,7 +11,7 @@ from catid2_ray.artifacts import gc, history, holder, lease, uses
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Attempt, find, verify
 from catid2_ray.artifacts.store import Store
-from catid2_ray.errors import ArtifactError, InputError, LeaseError, ReleaseError
+from catid2_ray.errors import ArtifactError, CommitConflict, InputError, LeaseError, ReleaseError
 from catid2_ray.evaluation.report import age_text, size_text
 from catid2_ray.on_ray.commands import append_items, reindex, run_verb
 from catid2_ray.on_ray.commands import publish as publish_recipe
@@ -182,7 +182,7 @@ def test_gc_leaves_alone_what_it_cannot_read(local_store, chain, make):
     publish(local_store, chain, "a")
     newer = make(local_store, "generator", {"weights": b"new"}, settings={"n": 1})
     fields = json.loads(local_store.read(newer.name))
-    local_store.write(newer.name, json.dumps(fields | {"format": 99}).encode())
+    local_store.write(newer.name, json.dumps(fields | {"format": 99, "of_then": 1}).encode())
     freed = gc.collect(local_store, keep=1)
     assert freed.rows == [] and freed.unread == [local_store.uri_of(newer.name)]
     assert local_store.exists(newer.file("weights"))
@@ -286,10 +286,59 @@ def test_a_stored_release_is_listed_rolled_back_to_and_outlives_gc(stored, tmp_p
 def test_a_command_on_a_store_at_work_ends_with_exit_code_9(local_store, chain):
     publish(local_store, chain, "a", "b")
     with lease.holding(local_store, command="catid2 reindex"):
-        for command in (["gc", "--keep", 1], ["rollback"]):
+        for command in (["gc", "--keep", 1], ["promote"]):
             ended = run_here(*command, "--store", local_store.uri)
             assert ended.returncode == 9 and "LeaseError: another job works on" in ended.stderr
         assert run_here("releases", "--store", local_store.uri).returncode == 0
+
+
+def test_a_bad_release_is_left_beside_a_job_whose_own_then_does_not_become_current(local_store, chain):
+    """Nobody waits hours for a job in order to go back, or stops it."""
+    a, _ = publish(local_store, chain, "a", "b")
+    number, _ = releases.pointer(local_store)
+    with lease.holding(local_store, command="catid2 reindex"):
+        back = run_here("rollback", "--store", local_store.uri)
+        assert back.returncode == 0 and f"Release {a} is current again" in back.stdout
+        assert "At work beside: catid2 reindex by " in back.stdout and "cannot publish" in back.stdout
+        assert run_here("trial", "--end", "--store", local_store.uri).stdout == "No release is on trial.\n"
+        with pytest.raises(CommitConflict, match="another job published"):
+            releases.publish(local_store, chain(local_store, "c"), after=number)
+    assert "At work" not in run_here("rollback", a, "--store", local_store.uri).stdout
+    assert releases.current(local_store).name == a and local_store.names("uses/jobs") == []
+
+
+def test_gc_stops_removing_where_another_job_took_its_lease(local_store, chain, monkeypatch):
+    """A machine that stood still: what it would remove may be part of a release by now."""
+    publish(local_store, chain, "a", "b")
+    monkeypatch.setattr(gc, "_CHECK_S", -1)
+    left, check = [3], lease.Lease.check
+
+    def checked(held):
+        left[0] -= 1
+        if left[0] < 0:
+            held.record["id"] = "another"
+        check(held)
+
+    monkeypatch.setattr(lease.Lease, "check", checked)
+    before = files(local_store)
+    with pytest.raises(LeaseError, match="this job lost its lease"):
+        gc.collect(local_store, keep=1)
+    assert len(before - files(local_store)) == 3
+
+
+def test_gc_keeps_live_changes_that_a_kept_release_has_to_carry(local_store, chain, make):
+    """Those of the release before the one that was left, made since the catalogue was read and not carried over by anybody yet."""
+    a, b, c, d = publish_variants(local_store, chain, make, "a", "b", "c", "d")
+    for move in history.entries(local_store)[1:]:
+        after = {"release": {b: a, c: b, d: c}[move.release], "seen": 0, "older": {a: 1}}
+        local_store.write(move.name, json.dumps({"release": move.release, "after": after}).encode())
+    for release, changes in ((a, 1), (b, 2)):
+        for number in range(1, changes + 1):
+            LiveLog(local_store, release).write(number, {"kind": "withdraw", "products": ["p1"]})
+    moves = history.entries(local_store)
+    assert history.younger(local_store, moves, d) == 2, "of a its only change was in the tables"
+    gc.collect(local_store, keep=1)
+    assert history.younger(local_store, moves, d) == 2 and local_store.names("live") == [b]
 
 
 def test_a_release_that_cannot_be_read_is_listed_with_its_reason(local_store, chain):
@@ -333,11 +382,14 @@ def test_jobs_that_make_hold_the_lease_and_those_that_compare_keep_gc_away(tmp_p
         for begin in (reindex, append_items, publish_recipe, lambda recipe: run_verb(recipe, "embed_catalog")):
             with pytest.raises(LeaseError, match="another job works on"):
                 begin(recipe)
+        assert job.is_alone()
         with Job.open(recipe, lease=False) as reader:
             reader.check_lease()
+            assert not job.is_alone() and not reader.is_alone(), "checkpoints may be the other's, too"
         job.lease.record["id"] = "another"  # as if this job had hung until another took its lease
         with pytest.raises(LeaseError, match="this job lost its lease"):
             job.publish(releases.current(store).manifests(store))
-    with Job.open(recipe, lease=False), pytest.raises(LeaseError, match="a job reads from"):
+    with Job.open(recipe, lease=False) as reader, pytest.raises(LeaseError, match="a job reads from"):
+        assert reader.is_alone()
         gc.collect(store, keep=1)
     assert releases.pointer(store)[0] == 1

@@ -213,6 +213,13 @@ def test_what_is_on_trial_stays_when_old_releases_go_and_the_commands_say_what_i
     said = f"Release {second} is on trial: 10 % of the sessions, and 5 % of the others ask it beside."
     assert begun.stdout.strip() == said, begun.stderr
     assert run_here("trial", *where).stdout.strip() == said
+    more = run_here("trial", second, "--percent", 20, *where).stdout
+    assert more.strip() == said.replace("10 %", "20 %"), "what is left out stays"
+    assert run_here("trial", second, *where).stdout == more
+    for wrong, message in (([first], "needs a share of the sessions"), (["--percent", 5], "name the one to try"),
+                           (["--end", "--shadow", 5], "name the one to try")):  # fmt: skip
+        refused = run_here("trial", *wrong, *where)
+        assert refused.returncode == 3 and message in refused.stderr.replace("\n", " ")
     assert gc.collect(opened, keep=1, dry_run=True).removed == []
     assert f"Release {second} is current." in run_here("promote", *where).stdout
     assert releases.pointer(opened)[1] == second

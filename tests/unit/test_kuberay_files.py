@@ -209,11 +209,12 @@ def test_the_service_is_that_of_the_serve_file_on_gpus():
     }  # a pod of its own; see networkpolicy.yaml
 
 
-def test_nobody_but_the_cluster_the_operator_and_the_gateway_may_talk_to_ray():
-    rays, machinery, gateway = the("NetworkPolicy")["spec"]["ingress"]
+def test_nobody_but_the_cluster_the_operator_the_gateway_and_what_reads_metrics_may_talk_to_ray():
+    rays, machinery, gateway, monitoring = the("NetworkPolicy")["spec"]["ingress"]
     assert "ports" not in rays and rays["from"] == [{"podSelector": the("NetworkPolicy")["spec"]["podSelector"]}]
     assert {port["port"] for port in machinery["ports"]} == {8265, 8000}
     assert [port["port"] for port in gateway["ports"]] == [8000]
+    assert [port["port"] for port in monitoring["ports"]] == [8080], "the alerts of docs/operations.md read these"
 
 
 def test_no_file_holds_a_secret():

@@ -1,5 +1,6 @@
 """What the terminal shows of data: titles, ids and queries as they are, whatever brackets, colons and bytes they hold."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from catid2_ray import cli
-from catid2_ray.errors import InputError, Interrupted
+from catid2_ray.cli.options import json_writer
+from catid2_ray.errors import EncoderError, InputError, Interrupted
 from catid2_ray.evaluation.report import closing_tables
 from catid2_ray.evaluation.tables import terminal
 from catid2_ray.on_ray.machine import progress
@@ -76,3 +78,35 @@ def test_every_end_has_its_exit_code(error, code, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         cli.guarded(end)
     assert exit.value.code == code and capsys.readouterr().err.strip()
+
+
+def test_a_release_that_is_current_is_a_success_though_nothing_can_be_asked_here(monkeypatch, capsys, tmp_path):
+    """Its encoder may be on the nodes that evaluated it and will serve it, and not where the command waits."""
+    figures = {"release": "r-1", "changes_to_carry": 0}
+    outcome = SimpleNamespace(figures=figures, made=["ids"], trial=None, release=SimpleNamespace(name="r-1"))
+    loaded = SimpleNamespace(store=str(tmp_path), sample_queries=("oak",))
+    monkeypatch.setattr(cli.look, "current_retriever", lambda store: raising(EncoderError("no such model")))
+    monkeypatch.setattr("catid2_ray.evaluation.report.closing_tables", lambda figures: [])
+    cli._run_and_show(lambda recipe: outcome, loaded, str(tmp_path / "figures.json"))
+    shown = capsys.readouterr().out
+    assert "Release r-1 is current" in shown and "Answers from it cannot be shown here: no such model" in shown
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+
+
+def raising(error):
+    raise error
+
+
+@pytest.mark.parametrize("place", ["no/such/folder/figures.json", "folder"])
+def test_figures_that_could_not_be_written_are_refused_before_the_work(place, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="no file can be written there: name one in a folder that exists"):
+        cli._run_and_show(lambda recipe: pytest.fail("it worked for hours"), None, str(tmp_path / place))
+
+
+def test_a_submitted_job_writes_no_figures_into_a_copy_that_ray_deletes(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(InputError, match="name an absolute path that outlives it, or s3://"):
+        json_writer("figures.json")
+    json_writer(str(tmp_path / "figures.json"))([1])
+    assert (tmp_path / "figures.json").read_text() == "[\n 1\n]\n"

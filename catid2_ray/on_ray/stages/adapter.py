@@ -231,7 +231,7 @@ def _train(job: Job, attempt: Attempt, matched: Manifest) -> Manifest:
         f"recall_{when}": f"{values[str(CUT)]:.4f}" for when, values in metrics["recall"].items()
     })  # fmt: skip
     manifest = attempt.commit(files, metrics=metrics)
-    worker.clean(job.store, attempt)
+    worker.clean(job.store, attempt, alone=job.is_alone())
     return manifest
 
 

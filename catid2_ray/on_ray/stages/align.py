@@ -69,7 +69,7 @@ def _align(job: Job, attempt: Attempt, parents: dict[str, Manifest], recipe: Ali
     metrics = {**kept, "training": {name: figures[name] for name in _FIGURES}, "steps": recipe.steps,
                "learning_rate": recipe.learning_rate, "seconds_training": parents["trained"].metrics["seconds"]}  # fmt: skip
     manifest = attempt.commit(files, metrics=metrics)
-    worker.clean(job.store, attempt)
+    worker.clean(job.store, attempt, alone=job.is_alone())
     return manifest
 
 

@@ -39,6 +39,7 @@ from catid2_ray.tables import pairs as pairs_schema
 
 PAIR_FILES = "pairs/part-"  # how the names of files of pairs begin
 _NAMED_BAD_ROWS = 10
+_SEEN = "live_changes"  # in the metrics: how many each release had before the tables were read
 _GROUP_PAIRS = 500_000  # pairs whose queries are looked at together
 _PAIR_COLUMNS = Columns(tuple(PAIRS.names), (*PAIRS.names, "user", "recent", "behaviour"))
 
@@ -48,7 +49,7 @@ def _product_columns(recipe: CatalogRecipe) -> Columns:
 
 
 def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
-    """The catalog artefact: products in part-*.parquet, what was set aside in rejected/, taxonomy.json."""
+    """The catalog artefact: products in part-*.parquet, what was set aside in rejected/, taxonomy.json. Sets `seen` of the job."""
     recipe, width = job.recipe.catalog, _given_width(job)
     settings = {**recipe.identity(), "width": width}
     if not recipe.filter_columns:
@@ -56,7 +57,10 @@ def run(job: Job, parts: dict[str, Manifest]) -> Manifest:
     if recipe.root is not None:
         source = _checked(recipe.root)
         settings["source"] = _fingerprints(source, sources.products_of(source))
-    return job.produce("catalog", settings, {}, lambda attempt: _make_products(job, attempt, width))
+    made = job.produce("catalog", settings, {}, lambda attempt: _make_products(job, attempt, width))
+    # Of one that is found, perhaps days old, those that there were when it was read: what came since is not in it.
+    job.seen = made.metrics.get(_SEEN, job.seen)
+    return made
 
 
 def run_pairs(job: Job, parts: dict[str, Manifest]) -> Manifest:
@@ -178,6 +182,7 @@ def _make_products(job: Job, attempt: Attempt, width: int | None) -> Manifest:
         "categories": list(taxonomy.sizes),
         "taxonomy": taxonomy.digest,
         "width": width,
+        **({} if job.seen is None else {_SEEN: job.seen}),
     }
     schema = schemas.fingerprint(schemas.products(width, recipe.filter_columns))
     return attempt.commit(files, rows=metrics["products"], schema=schema, metrics=metrics)

@@ -102,7 +102,7 @@ def _train(job: Job, attempt: Attempt, parts: dict[str, Manifest], parents: dict
     chosen = {name: figures[name] for name in ("best_epoch", "best_score", "stopped_early") if name in figures}
     metrics = {"loss": figures["loss"], "epochs": figures["epochs_done"], **chosen, **counts}
     manifest = attempt.commit(files, metrics=metrics)
-    worker.clean(job.store, attempt)
+    worker.clean(job.store, attempt, alone=job.is_alone())
     return manifest
 
 

@@ -120,7 +120,7 @@ def _train(job: Job, attempt: Attempt, parents: dict[str, Manifest]) -> Manifest
     if queries := parents.get("queries"):
         figures |= {"with_query": queries.metrics["with_query"]}
     manifest = attempt.commit(files, rows=None, metrics=figures)
-    worker.clean(job.store, attempt)
+    worker.clean(job.store, attempt, alone=job.is_alone())
     return manifest
 
 

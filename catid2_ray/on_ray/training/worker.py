@@ -155,9 +155,11 @@ def run_name(attempt: Attempt) -> str:
     return f"{attempt.kind}-{attempt.key}"
 
 
-def clean(store: Store, attempt: Attempt) -> None:
-    """Delete the run's checkpoints; call after the commit."""
-    store.delete_folder(f"runs/{run_name(attempt)}")
+def clean(store: Store, attempt: Attempt, *, alone: bool) -> None:
+    """Delete the run's checkpoints, where the job is `alone` on the store: another may train the same at this moment. Call after
+    the commit. What stays is removed by gc."""
+    if alone:
+        store.delete_folder(f"runs/{run_name(attempt)}")
 
 
 def _cause(error: Exception, label: str) -> CatidError:
