@@ -281,19 +281,19 @@ class Finding(NamedTuple):
 
 
 def findings(table: str, scored: Sequence[Scored], at: Mapping[int, Compared]) -> list[Finding | str]:
-    """For each claim of the table whose rows were measured, a finding per cut-off in `at`; of the others a sentence, what is
-    missing."""
+    """For each claim of the table whose rows were measured, a finding per cut-off in `at`; of the others one sentence, and which
+    rows lack."""
     names = {one.name for one in scored}
     found: list[Finding | str] = []
+    lacking = []
     for claim in CLAIMS.get(table, ()):
-        if lacking := [name for name in (claim.one, claim.other) if name not in names]:
-            has = "has" if len(lacking) == 1 else "have"
-            found.append(f"{claim.says}: not known, as {' and '.join(lacking)} {has} no figure.")
+        if missing := [name for name in (claim.one, claim.other) if name not in names]:
+            lacking.append(f"{claim.says} [{', '.join(missing)}]")
             continue
         for k, comparison in at.items():
             less, base = comparison.less(claim.one, claim.other), comparison.intervals[claim.other].mean
             found.append(Finding(claim, k, less, less.mean / base if base else None))
-    return found
+    return [*found, f"Not known, as the rows in brackets have no figure: {'; '.join(lacking)}."] if lacking else found
 
 
 class Advice(NamedTuple):
