@@ -7,15 +7,13 @@ Safe to be killed at any moment: moves of the pointer to a removed release go fi
 files. So nothing that is left names something that is gone, and the next gc finds what this one left.
 """
 
-import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from catid2_ray.artifacts import history, holder, lease, trials, uses
+from catid2_ray.artifacts import copies, history, holder, lease, trials, uses
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.history import Entry
 from catid2_ray.artifacts.lease import Say, unsaid
@@ -86,7 +84,7 @@ def collect(
                     checked = time.monotonic()
                 (store.delete_folder if removal.folder else store.delete)(removal.name)
             for removal in local:
-                _remove_local(Path(removal.name))
+                copies.remove(Path(removal.name))
     sums: dict[str, list[int]] = {}
     for removal in [*removals, *local]:
         row = sums.setdefault(removal.kind, [0, 0])
@@ -230,23 +228,13 @@ class _Plan:
         if self.cache is None or not self.cache.is_dir():
             return []
         gone = [manifest for place, manifest in self.manifests.items() if place not in self.needed]
-        stays = {
-            name
-            for place in self.needed & self.manifests.keys()
-            for name in releases.cache_names(self.manifests[place])
-        }
-        names = {name for manifest in gone for name in releases.cache_names(manifest)} - stays
-        copies = [path for name in sorted(names) if (path := self.cache / name).is_dir()]
+        kept = [self.manifests[place] for place in self.needed & self.manifests.keys()]
+        held = copies.removable(self.cache, gone, kept)
         # Serving folders link to copies, and those of a local store to the store itself.
-        gone_folders = [*copies, *(Path(self.store.path(manifest.folder)) for manifest in gone)]
-        serving = [
-            folder
-            for folder in sorted(self.cache.glob("serving-*"))
-            if any(_leads_nowhere(link, gone_folders) for link in folder.iterdir() if link.is_symlink())
-        ]
+        serving = copies.dangling(self.cache, [*held, *(Path(self.store.path(manifest.folder)) for manifest in gone)])
         return [
-            *(Removal("fetched copies on this node", str(path), _local_bytes(path)) for path in copies),
-            *(Removal("serving folders on this node", str(path), _local_bytes(path)) for path in serving),
+            *(Removal("fetched copies on this node", str(path), copies.size(path)) for path in held),
+            *(Removal("serving folders on this node", str(path), copies.size(path)) for path in serving),
         ]
 
 
@@ -263,19 +251,3 @@ def _by_artefact(listed: dict[str, Listed]) -> dict[tuple[str, str], dict[str, L
 
 def _bytes(files: dict[str, Listed]) -> int:
     return sum(entry.bytes for entry in files.values())
-
-
-def _leads_nowhere(link: Path, gone: Sequence[Path]) -> bool:
-    target = Path(os.readlink(link))
-    return not target.exists() or any(target.is_relative_to(folder) for folder in gone)
-
-
-def _local_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
-
-
-def _remove_local(path: Path) -> None:
-    """By a name that nobody opens first, so that no reader sees half of it."""
-    doomed = path.with_name(f".{path.name}.gone")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

@@ -234,15 +234,17 @@ def fetch(store: Store, manifest: Manifest, cache: Path, *, below: tuple[str, ..
     target = cache / _cache_name(manifest, below)
     if target.exists():
         return target
-    with _alone(cache / f".{target.name}.lock"):
+    with alone(cache, target.name):
         if not target.exists():
             _copy(store, manifest, target, below)
     return target
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process or thread of the node at a time. The kernel holds the lock, and drops it when its holder dies, however."""
+def alone(cache: Path, copy: str) -> Iterator[None]:
+    """One process or thread of the node at a time makes or removes a copy. The kernel holds the lock, and drops it when its holder
+    dies, however."""
+    lock = cache / f".{copy}.lock"
     while (file := _locked(lock)) is None:
         pass
     with file:

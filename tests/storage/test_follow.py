@@ -12,7 +12,7 @@ from catid2_ray.artifacts import history, uses
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import InputError, ReleaseError, StorageError
-from catid2_ray.on_ray.serve import app
+from catid2_ray.on_ray.serve import app, follow
 from catid2_ray.on_ray.serve import opened as opened_module
 from catid2_ray.on_ray.serve.follow import Serving
 from catid2_ray.on_ray.serve.keys import VARIABLE
@@ -85,6 +85,26 @@ def test_it_changes_to_what_becomes_current_and_keeps_the_last(store):
     assert one.look() and one.now.name == "r-3" and one.last is first and second.ended and one.swaps == 3
     one.end()
     assert one.now.ended and first.ended
+
+
+def test_what_a_release_left_on_the_disk_goes_when_its_last_replica_has_left_it(store, monkeypatch, capfd):
+    """After a change, and never so that a fault in it could be one of the change."""
+    calls = []
+    monkeypatch.setattr(follow.copies, "forget", lambda *_: calls.append(uses_of(one)) or 7)
+    point_at(store, "r-1")
+    one = serving(store)
+    point_at(store, "r-2")
+    assert one.look() and calls == [], "the way back is kept"
+    point_at(store, "r-3")
+    assert one.look() and calls == [["r-3", "r-2"]] and "event=copies_removed bytes=7" in capfd.readouterr().err
+    monkeypatch.setattr(follow.copies, "forget", raising(OSError("a disk that fails")))
+    point_at(store, "r-4")
+    assert one.look() and one.now.name == "r-4" and one.failures == 0
+    assert "event=copies_not_removed reason='OSError: a disk that fails'" in capfd.readouterr().err
+
+
+def uses_of(one) -> list[str]:
+    return [opened.name for opened in (one.now, one.last)]
 
 
 def test_what_was_published_between_two_looks_is_passed_over(store):

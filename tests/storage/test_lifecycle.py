@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from catid2_ray.artifacts import gc, history, holder, lease, uses
+from catid2_ray.artifacts import copies, gc, history, holder, lease, uses
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Attempt, find, verify
 from catid2_ray.artifacts.store import Store
@@ -247,6 +247,32 @@ def test_gc_frees_this_nodes_copies_of_what_it_removed(store, chain, tmp_path):
     after = {path.name for path in cache.iterdir()}
     assert len(before - after) == (3 if store.is_s3 else 1) and not after - before
     assert not folders[a].exists() and (folders[b] / "generator" / "generator.txt").read_bytes() == b"b generator"
+
+
+def test_a_replica_s_node_forgets_what_nobody_serves(store, chain, make, tmp_path):
+    """Else a node that stays would hold a copy of every night's release."""
+    names = publish_variants(store, chain, make, "a", "b")
+    names += [releases.publish(store, chain(store, word))[0].name for word in ("c", "d")]
+    cache = tmp_path / "cache"
+    folders = {name: releases.release_folder(store, releases.load(store, name), cache) for name in names}
+    (cache / "generator-of-another-store").mkdir()
+    before = {path.name for path in cache.iterdir()}
+    use = uses.served(store, names[2], command="catid2 serve")
+    freed = copies.forget(store, cache)
+    gone = before - {path.name for path in cache.iterdir()}
+    assert all(folders[name].exists() for name in names[2:]), "one is served, one is current"
+    use.end()
+    if not store.is_s3:
+        assert not gone and not freed and copies.forget(store, cache) == 0, "a local store is read where it lies"
+        return
+    assert freed > 0 and not folders[names[0]].exists() and any(name.startswith("serving-") for name in gone)
+    assert "generator-of-another-store" not in gone and copies.forget(store, cache) > 0
+    assert not folders[names[2]].exists() and folders[names[3]].exists() and copies.forget(store, cache) == 0
+    assert (folders[names[3]] / "generator" / "generator.txt").read_bytes() == b"d generator"
+    again = releases.release_folder(store, releases.load(store, names[2]), cache)
+    assert (again / "generator" / "generator.txt").read_bytes() == b"c generator", (
+        "a way back that is taken late copies anew"
+    )
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from catid2_ray.artifacts import history, trials, uses
+from catid2_ray.artifacts import copies, history, trials, uses
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
@@ -162,7 +162,7 @@ class Serving:
         return tried.opened if tried is not None and tried.answers(session) else now
 
     def _change(self, name: str) -> None:
-        began, before = time.monotonic(), self.now
+        began, before, left = time.monotonic(), self.now, False
         if self.last is not None and self.last.name == name:
             new = self.last
             new.catch_up(waits=True)
@@ -175,12 +175,23 @@ class Serving:
                 new.follow()
             if self.last is not None:
                 self.last.end()
+                left = True
         self.now, self.last, self._made_room = new, before, None
         if self.trial is not None and self.trial.opened is new:
             self.trial = None
         before.carrier.watch(name)
         self.swaps += 1
         progress.event("serves", release=name, before=before.name, seconds=f"{time.monotonic() - began:.1f}")
+        if left:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Make room on this node's disk: each release that is served is copied there."""
+        try:
+            if freed := copies.forget(self.store, releases.default_cache()):
+                progress.event("copies_removed", bytes=freed)
+        except (CatidError, OSError) as error:  # it is tried again after the next change
+            progress.event("copies_not_removed", reason=repr(f"{type(error).__name__}: {error}"))
 
     def _candidate(self, name: str) -> Opened:
         """A release beside `now` and `last`, so that one which is refused costs no way back. Where three do not fit the memory,
