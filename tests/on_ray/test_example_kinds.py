@@ -70,7 +70,7 @@ def made(tmp_path_factory):
         }
     )  # fmt: skip
     store = Store(recipe.store)
-    job = SimpleNamespace(recipe=recipe, store=store)
+    job = SimpleNamespace(recipe=recipe, store=store, seen=None)
 
     def attempt(kind):
         return Attempt(store, kind, settings={}, parents={}, recipe={})
@@ -268,7 +268,7 @@ def test_a_kind_without_rows_is_refused(made, monkeypatch, tmp_path):
         "generator": {"mix": {"query": 1, "user": 1}, "min_relevance": 2, "vocabulary": 200},
     }
     recipe = Recipe.build(values | {"store": str(tmp_path / "store")})
-    job = SimpleNamespace(recipe=recipe, store=Store(recipe.store))
+    job = SimpleNamespace(recipe=recipe, store=Store(recipe.store), seen=None)
     products = catalog._make_products(job, Attempt(job.store, "catalog", settings={}, parents={}, recipe={}), None)
     pairs = catalog._make_pairs(job, Attempt(job.store, "pairs", settings={}, parents={}, recipe={}), products)
     ids = write_ids(job.store, Attempt(job.store, "ids", settings={}, parents={}, recipe={}), products)

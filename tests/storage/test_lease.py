@@ -58,7 +58,7 @@ def test_a_second_job_is_refused_with_holder_and_heartbeat_until_the_first_ends(
         with pytest.raises(
             LeaseError,
             match=rf"another job works on {store.uri}: catid2 reindex by \S+@\S+, pid {os.getpid()}, started 20\d\d-\S+Z; its "
-            r"last heartbeat was [0-9] s ago\. Wait for its end with --wait",
+            r"last heartbeat was [0-9] s ago\. Wait for its end: a command that has --wait",
         ) as refusal:
             lease.take(store)
         assert refusal.value.exit_code == 9 and isinstance(refusal.value, StorageError)
