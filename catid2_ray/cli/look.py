@@ -44,7 +44,7 @@ def _show(figures: dict, tables: list, json_file: str | None) -> None:
     if json_file == "-":
         print(json.dumps(figures, indent=1, ensure_ascii=False))
         return
-    json_writer(json_file)(figures)
+    json_writer(json_file, submitted=False)(figures)
     console().print(terminal(tables))
 
 

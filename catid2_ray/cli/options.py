@@ -47,9 +47,10 @@ def event(name: str, **values) -> None:
     print(redacted(line), file=sys.stderr, flush=True)
 
 
-def json_writer(path: str | None) -> Callable[[dict | list], None]:
+def json_writer(path: str | None, *, submitted: bool = True) -> Callable[[dict | list], None]:
     """What writes figures to a file, or an object of s3://; nothing where no path is given. To be called before the work, whose
-    figures and exit code would be lost with it: InputError for a place that cannot be written."""
+    figures and exit code would be lost with it: InputError for a place that cannot be written. `submitted`: of a command that may
+    be a submitted job, in a folder that Ray deletes."""
     if path is None:
         return lambda figures: None
     folder, _, name = path.rpartition("/")
@@ -57,7 +58,7 @@ def json_writer(path: str | None) -> Callable[[dict | list], None]:
         store = Store(folder)
         store.check()
         return lambda figures: store.write(name, _json(figures))
-    if os.environ.get("RAY_ADDRESS") and not os.path.isabs(path):
+    if submitted and os.environ.get("RAY_ADDRESS") and not os.path.isabs(path):
         raise InputError(
             f"--json {path}: a submitted job runs in a copy of the working directory that is deleted afterwards: name an absolute "
             "path that outlives it, or s3://…"

@@ -95,7 +95,7 @@ def list_releases(store: StoreOption = DEFAULT_STORE, json_file: JsonOption = No
 
     opened = Store(store)
     opened.check()
-    write = json_writer(json_file)
+    write = json_writer(json_file, submitted=False)
     rows = overview(opened)
     write(rows)
     if not rows:

@@ -108,5 +108,7 @@ def test_a_submitted_job_writes_no_figures_into_a_copy_that_ray_deletes(monkeypa
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(InputError, match="name an absolute path that outlives it, or s3://"):
         json_writer("figures.json")
+    monkeypatch.chdir(tmp_path)
+    json_writer("releases.json", submitted=False)([])  # of a command that needs no Ray
     json_writer(str(tmp_path / "figures.json"))([1])
     assert (tmp_path / "figures.json").read_text() == "[\n 1\n]\n"

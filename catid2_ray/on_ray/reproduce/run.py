@@ -18,7 +18,7 @@ from catid2_ray.artifacts import manifest as artifact
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Attempt, Manifest
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError, CatidError, Interrupted, ReleaseError
+from catid2_ray.errors import ArtifactError, CatidError, Interrupted
 from catid2_ray.evaluation.reproduce.conditions import Cell, Condition
 from catid2_ray.evaluation.reproduce.ranking import Ranking
 from catid2_ray.evaluation.reproduce.scores import Outcome, Run
@@ -114,7 +114,7 @@ def _note(measures: Measures, condition: Condition, seed: int) -> str:
     job = measures.job
     try:
         release = releases.current(job.store).name
-    except ReleaseError:
+    except ArtifactError:  # there is none, or its record is damaged
         release = ""
     data = [measures.parts[name].digest for name in ("catalog", "pairs")]
     of = repr((_key(condition), seed, data, release, job.recipe.model_dump_json(exclude={"reproduce"})))
