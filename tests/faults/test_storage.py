@@ -1,5 +1,6 @@
 """A store that fails now and then, for a while, or for good: a job ends with the same bytes, or with the cause named."""
 
+import errno
 import pickle
 import random
 import time
@@ -207,6 +208,13 @@ def test_what_is_refused_and_what_passes(fault):
         "throttling and refusals, in S3's words and pyarrow's", times=5,
         outcome="the one is tried again for as long as there is patience, the other not at all", lost_s=0,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("answered", [None, False, True])
+def test_a_full_disk_is_this_machine_s_whatever_the_store_is(answered):
+    """A copy that no longer fits the cache is no fault of the bucket."""
+    error = patience.failure("cannot fetch", OSError(errno.ENOSPC, "No space left on device"), answered=answered)
+    assert "CATID2_CACHE" in str(error) and "AWS_ENDPOINT_URL" not in str(error)
 
 
 def test_waits_are_random_bounded_and_add_up_to_the_budget():

@@ -19,6 +19,7 @@ from catid2_ray.on_ray.job import Job
 from catid2_ray.on_ray.machine.live_log import LiveLog
 from catid2_ray.on_ray.machine.query_encoder import open_retriever
 from catid2_ray.on_ray.serve.app import AppSettings, RetrieverReplica
+from catid2_ray.on_ray.training.worker import clean, run_name
 from tests.command import run_here
 from tests.stored import two_releases, unpack
 
@@ -182,7 +183,7 @@ def test_gc_leaves_alone_what_it_cannot_read(local_store, chain, make):
     publish(local_store, chain, "a")
     newer = make(local_store, "generator", {"weights": b"new"}, settings={"n": 1})
     fields = json.loads(local_store.read(newer.name))
-    local_store.write(newer.name, json.dumps(fields | {"format": 99, "of_then": 1}).encode())
+    local_store.write(newer.name, json.dumps(fields | {"format": 99}).encode())
     freed = gc.collect(local_store, keep=1)
     assert freed.rows == [] and freed.unread == [local_store.uri_of(newer.name)]
     assert local_store.exists(newer.file("weights"))
@@ -408,7 +409,13 @@ def test_jobs_that_make_hold_the_lease_and_those_that_compare_keep_gc_away(tmp_p
         assert job.is_alone()
         with Job.open(recipe, lease=False) as reader:
             reader.check_lease()
-            assert not job.is_alone() and not reader.is_alone(), "checkpoints may be the other's, too"
+            assert not job.is_alone() and not reader.is_alone()
+            attempt = Attempt(store, "quantizer", settings={}, parents={}, recipe={})
+            store.write(f"runs/{run_name(attempt)}/checkpoint", b"of both")
+            clean(store, attempt, alone=job.is_alone())
+            assert store.names(f"runs/{run_name(attempt)}"), "they may be the other's, too"
+        clean(store, attempt, alone=job.is_alone())
+        assert not store.names(f"runs/{run_name(attempt)}")
         job.lease.record["id"] = "another"  # as if this job had hung until another took its lease
         with pytest.raises(LeaseError, match="this job lost its lease"):
             job.publish(releases.current(store).manifests(store))
@@ -416,3 +423,9 @@ def test_jobs_that_make_hold_the_lease_and_those_that_compare_keep_gc_away(tmp_p
         assert reader.is_alone()
         gc.collect(store, keep=1)
     assert releases.pointer(store)[0] == 1
+
+
+def test_figures_go_to_a_file_or_an_object(store):
+    store.write("made", b"")
+    run = run_here("releases", "--store", store.uri, "--json", f"{store.uri}/figures.json")
+    assert run.returncode == 0 and json.loads(store.read("figures.json")) == [], run.stderr

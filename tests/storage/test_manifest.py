@@ -108,7 +108,9 @@ def test_a_corrupt_manifest_is_an_error_not_a_rerun(local_store, make, content):
 
 def test_a_manifest_of_another_format_is_refused(local_store, make):
     made = make(local_store, "ids", {"f": b"x"})
-    local_store.write(manifest_name(local_store), json.dumps(asdict(made) | {"format": 99}).encode())
+    local_store.write(
+        manifest_name(local_store), json.dumps(asdict(made) | {"format": 99, "field_of_then": 1}).encode()
+    )
     with pytest.raises(
         ArtifactError, match=f"has format 99, this version reads {FORMAT}: it was written by a newer version"
     ):
