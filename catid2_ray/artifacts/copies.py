@@ -17,12 +17,16 @@ from catid2_ray.artifacts.store import Store
 from catid2_ray.errors import ArtifactError
 
 
-def forget(store: Store, cache: Path) -> int:
+def forget(store: Store, cache: Path, *, serves: Collection[str]) -> int:
     """Remove this machine's copies of the store's releases that nobody serves, on no machine, and that are neither current nor on
-    trial; returns their bytes. Nothing of a local store is copied, so nothing of it goes."""
+    trial; returns their bytes. `serves`: the releases that the caller has open: where the store's records of uses lack one of them,
+    they do not say who serves what, and nothing goes. Nothing of a local store is copied, so nothing of it goes."""
     if not store.is_s3 or not cache.is_dir():
         return 0
-    stay = {*uses.of_releases(store), releases.pointer(store)[1]}
+    served = uses.of_releases(store)
+    if not served.keys() >= set(serves):
+        return 0
+    stay = {*served, releases.pointer(store)[1]}
     if (trial := trials.running(store)) is not None:
         stay.add(trial.release)
     stored = [name.removesuffix(".json") for name in store.names("releases") if name.endswith(".json")]

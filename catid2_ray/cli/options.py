@@ -60,10 +60,11 @@ def json_writer(path: str | None, *, submitted: bool = True) -> Callable[[dict |
         return lambda figures: store.write(name, _json(figures))
     if submitted and os.environ.get("RAY_ADDRESS") and not os.path.isabs(path):
         raise InputError(
-            f"--json {path}: a submitted job runs in a copy of the working directory that is deleted afterwards: name an absolute "
-            "path that outlives it, or s3://…"
+            f"--json {path}: where RAY_ADDRESS is set, as in a submitted job, the working directory may be a copy that is deleted "
+            "afterwards: name an absolute path that outlives it, or s3://…"
         )
-    if os.path.isdir(path) or not os.access(folder or ("/" if path.startswith("/") else "."), os.W_OK | os.X_OK):
+    place = path if os.path.exists(path) else folder or ("/" if path.startswith("/") else ".")
+    if not path or os.path.isdir(path) or not os.access(place, os.W_OK):
         raise InputError(f"--json {path}: no file can be written there: name one in a folder that exists")
     return lambda figures: Path(path).write_bytes(_json(figures)) and None
 

@@ -14,7 +14,7 @@ from catid2_ray.artifacts.stages import STAGES
 from catid2_ray.artifacts.store import Store
 from catid2_ray.artifacts.trials import Shares
 from catid2_ray.config import Recipe
-from catid2_ray.errors import ArtifactError, FormatError, ReleaseError, StorageError
+from catid2_ray.errors import ArtifactError, CommitConflict, FormatError, ReleaseError, StorageError
 from catid2_ray.on_ray.machine import cluster, preflight, progress, scarce, signals
 
 
@@ -157,6 +157,11 @@ class Job:
     def put_on_trial(self, parts: dict[str, Manifest], shares: Shares) -> Release:
         """Store these parts as a release, and put it on trial beside the one that is current; see `artifacts.trials`."""
         self.check_lease()
+        if releases.pointer(self.store)[0] != self.pointer:
+            raise CommitConflict(
+                f"another release became current in {self.store.uri} while this job ran: nothing was put on trial, nor lost. "
+                "Look at what is current, and rerun to build on top of it"
+            )
         release = releases.keep(self.store, releases.made(self.store, parts))
         trials.begin(self.store, release.name, shares, seen=self.seen)
         self.younger = history.younger(self.store, trials.moves(self.store, release.name), release.name)

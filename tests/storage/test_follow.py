@@ -90,7 +90,7 @@ def test_it_changes_to_what_becomes_current_and_keeps_the_last(store):
 def test_what_a_release_left_on_the_disk_goes_when_its_last_replica_has_left_it(store, monkeypatch, capfd):
     """After a change, and never so that a fault in it could be one of the change."""
     calls = []
-    monkeypatch.setattr(follow.copies, "forget", lambda *_: calls.append(uses_of(one)) or 7)
+    monkeypatch.setattr(follow.copies, "forget", lambda *_, serves: calls.append(serves) or 7)
     point_at(store, "r-1")
     one = serving(store)
     point_at(store, "r-2")
@@ -101,10 +101,6 @@ def test_what_a_release_left_on_the_disk_goes_when_its_last_replica_has_left_it(
     point_at(store, "r-4")
     assert one.look() and one.now.name == "r-4" and one.failures == 0
     assert "event=copies_not_removed reason='OSError: a disk that fails'" in capfd.readouterr().err
-
-
-def uses_of(one) -> list[str]:
-    return [opened.name for opened in (one.now, one.last)]
 
 
 def test_what_was_published_between_two_looks_is_passed_over(store):

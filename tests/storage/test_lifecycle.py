@@ -11,6 +11,7 @@ from catid2_ray.artifacts import copies, gc, history, holder, lease, uses
 from catid2_ray.artifacts import release as releases
 from catid2_ray.artifacts.manifest import Attempt, find, verify
 from catid2_ray.artifacts.store import Store
+from catid2_ray.artifacts.trials import Shares
 from catid2_ray.errors import ArtifactError, CommitConflict, InputError, LeaseError, ReleaseError
 from catid2_ray.evaluation.report import age_text, size_text
 from catid2_ray.on_ray.commands import append_items, reindex, run_verb
@@ -257,17 +258,20 @@ def test_a_replica_s_node_forgets_what_nobody_serves(store, chain, make, tmp_pat
     folders = {name: releases.release_folder(store, releases.load(store, name), cache) for name in names}
     (cache / "generator-of-another-store").mkdir()
     use = uses.served(store, names[1], command="catid2 serve")
-    assert copies.forget(store, cache) == 0, "the first has no part of its own that is copied"
+    assert copies.forget(store, cache, serves=names[1:2]) == 0, "the first has no part of its own that is copied"
     assert all(folders[name].exists() for name in names[1:]), "one is served, one is current"
     use.end()
     before = {path.name for path in cache.iterdir()}
-    freed = copies.forget(store, cache)
+    assert copies.forget(store, cache, serves=names[2:]) == 0, (
+        "what it serves itself is not on record, so nothing is known"
+    )
+    freed = copies.forget(store, cache, serves=[])
     gone = before - {path.name for path in cache.iterdir()}
     if not store.is_s3:
         assert not gone and not freed, "a local store is read where it lies"
         return
     assert freed > 0 and not folders[names[1]].exists() and folders[names[2]].exists()
-    assert "generator-of-another-store" not in gone and copies.forget(store, cache) == 0
+    assert "generator-of-another-store" not in gone and copies.forget(store, cache, serves=[]) == 0
     assert (folders[names[2]] / "generator" / "generator.txt").read_bytes() == b"c generator"
     again = releases.release_folder(store, releases.load(store, names[1]), cache)
     assert (again / "generator" / "generator.txt").read_bytes() == b"all generator", "who goes back late copies anew"
@@ -416,6 +420,10 @@ def test_jobs_that_make_hold_the_lease_and_those_that_compare_keep_gc_away(tmp_p
             assert store.names(f"runs/{run_name(attempt)}"), "they may be the other's, too"
         clean(store, attempt, alone=job.is_alone())
         assert not store.names(f"runs/{run_name(attempt)}")
+        job.look()
+        job.pointer -= 1  # as if a rollback had come beside it
+        with pytest.raises(CommitConflict, match="another release became current .*nothing was put on trial"):
+            job.put_on_trial(releases.current(store).manifests(store), Shares(5))
         job.lease.record["id"] = "another"  # as if this job had hung until another took its lease
         with pytest.raises(LeaseError, match="this job lost its lease"):
             job.publish(releases.current(store).manifests(store))

@@ -97,11 +97,11 @@ def raising(error):
     raise error
 
 
-@pytest.mark.parametrize("place", ["no/such/folder/figures.json", "folder"])
+@pytest.mark.parametrize("place", ["no/such/folder/figures.json", "folder", ""])
 def test_figures_that_could_not_be_written_are_refused_before_the_work(place, tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="no file can be written there: name one in a folder that exists"):
-        cli._run_and_show(lambda recipe: pytest.fail("it worked for hours"), None, str(tmp_path / place))
+        cli._run_and_show(lambda recipe: pytest.fail("it worked for hours"), None, place and str(tmp_path / place))
 
 
 def test_a_submitted_job_writes_no_figures_into_a_copy_that_ray_deletes(monkeypatch, tmp_path):

@@ -188,7 +188,8 @@ class Serving:
     def _forget(self) -> None:
         """Make room on this node's disk: each release that is served is copied there."""
         try:
-            if freed := copies.forget(self.store, releases.default_cache()):
+            held = [one.name for one in (self.now, self.last, self.trial and self.trial.opened) if one is not None]
+            if freed := copies.forget(self.store, releases.default_cache(), serves=held):
                 progress.event("copies_removed", bytes=freed)
         except (CatidError, OSError) as error:  # it is tried again after the next change
             progress.event("copies_not_removed", reason=repr(f"{type(error).__name__}: {error}"))
